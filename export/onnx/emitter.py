@@ -1,0 +1,290 @@
+"""Writes a graph as ONNX: a small model file, and its weights streamed into one data file beside it.
+
+A dialect is a table of lowerings, one small function for an operation. Every operation that the table lacks is
+reported at once, before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch.fx import Node
+from transom.graphs.errors import UnsupportedOpsError
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call, layer_path, source_line
+from transom.graphs.weight import Weight
+
+ALIGNMENT = 4096
+"""Offset of every tensor in the data file, in bytes: a page, so that a runtime can map it."""
+
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the model file."""
+
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+
+ELEMENT_TYPES: dict[torch.dtype, int] = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+Lowering = Callable[["Emitter", Node], Any]
+"""Emits the nodes for one call and returns the name of its value, or a list of names if it has several."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What a kind of ONNX runtime understands.
+
+    Attributes:
+        name: Its target name.
+        opset: Version of the standard operators.
+        ir_version: Version of the file format.
+        domains: Further operator domains, with their versions.
+        lowerings: Lowering by exact operation.
+    """
+
+    name: str
+    opset: int
+    ir_version: int
+    domains: Mapping[str, int]
+    lowerings: Mapping[Any, Lowering]
+
+
+class Table(dict[Any, Lowering]):
+    """Lowerings by operation; registering one twice is an error."""
+
+    def lowers(self, *targets: Any) -> Callable[[Lowering], Lowering]:
+        """Register a function as the lowering of some operations."""
+
+        def register(function: Lowering) -> Lowering:
+            for target in targets:
+                if target in self:
+                    raise ValueError(f"{target} is lowered by {self[target].__name__} already")
+                self[target] = function
+            return function
+
+        return register
+
+
+def unsupported(graph: Graph, dialect: Dialect) -> str:
+    """Every operation that the dialect lacks, a line each with its count and one source line; empty if none."""
+    known = {*dialect.lowerings, operator.getitem}
+    missing = [node for node in graph.calls_all() if node.target not in known]
+    first = {node.target: node for node in reversed(missing)}
+    return "\n".join(
+        f"  {count:4d} x {target} [{source_line(first[target]) or first[target].name}]"
+        for target, count in Counter(node.target for node in missing).most_common()
+    )
+
+
+class Emitter:
+    """State of one export: the nodes so far, and the data file that weights stream into."""
+
+    def __init__(self, graph: Graph, dialect: Dialect, data: BinaryIO, *, on_bytes: Callable[[int], None]) -> None:
+        if rows := unsupported(graph, dialect):
+            raise UnsupportedOpsError(f"the target {dialect.name!r} cannot lower these operations:\n{rows}")
+        self.graph, self.dialect = graph, dialect
+        self.flat: dict[Node, str] = {}
+        """Values [B, T, N, H] that exist as [B, T, N * H]."""
+        self._data, self._on_bytes = data, on_bytes
+        self._names: dict[Node, Any] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._memo: dict[Any, Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._scope = ""
+
+    def emit(self) -> onnx.ModelProto:
+        """Lower the whole graph."""
+        inputs, outputs = [], []
+        weights = self.graph.weight_names()
+        cache_names = {cache.input: cache.name for cache in self.graph.caches}
+        for name, node in self.graph.placeholders().items():
+            if name not in weights:
+                self._names[node] = cache_names.get(name, name)
+                inputs.append(self._describe(self._names[node], node.meta["val"]))
+        for node in self.graph.calls_all():
+            self._scope = layer_path(node)
+            if node.target is operator.getitem:
+                source = self._names[node.args[0]]
+                self._names[node] = source[node.args[1]]
+            else:
+                self._names[node] = self.dialect.lowerings[node.target](self, node)
+        self._scope = ""
+        returned = self.graph.output.args[0]
+        names = ["logits", *(f"{cache.name}.out" for cache in self.graph.caches)]
+        for name, node in zip(names, returned, strict=True):
+            self._rename(self.value(node), name)
+            outputs.append(self._describe(name, node.meta["val"]))
+        proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
+        opsets = [helper.make_opsetid("", self.dialect.opset)]
+        opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]
+        return helper.make_model(
+            proto, opset_imports=opsets, ir_version=self.dialect.ir_version, producer_name="transom"
+        )
+
+    def value(self, node: Any) -> str:
+        """Name of a node's value; weights are written when they are first asked for."""
+        if isinstance(node, (int, float)):
+            raise TypeError(f"{node} is a number: use constant()")
+        if node in self.flat and self._names.get(node) is None:
+            shape = [0, 0, *(int(size) for size in node.meta["val"].shape[2:])]
+            self._names[node] = self.op("Reshape", self.flat[node], self.constant(np.array(shape)))
+        if node not in self._names:
+            held = self.graph.weight_of(node)
+            assert held is not None, f"{node} is neither computed nor a weight"
+            self._names[node] = self.initializer(*held)
+        name = self._names[node]
+        assert isinstance(name, str)
+        return name
+
+    def flattened(self, node: Node) -> str:
+        """A value [B, T, N, H] as [B, T, N * H]."""
+        if node not in self.flat:
+            if is_call(node, aten.view.default, aten.reshape.default) and node.args[0].meta["val"].dim() == 3:
+                self.flat[node] = self.value(node.args[0])
+            else:
+                width = int(node.meta["val"].shape[2] * node.meta["val"].shape[3])
+                self.flat[node] = self.op("Reshape", self.value(node), self.constant(np.array([0, 0, width])))
+        return self.flat[node]
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Add a node; returns the name of its output, or the list of names if it has several."""
+        self._counts[kind] += 1
+        stem = "/".join(part for part in (self._scope.replace(".", "/"), f"{kind}_{self._counts[kind]}") if part)
+        names = [stem] if outputs == 1 else [f"{stem}.{index}" for index in range(outputs)]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, name=stem, domain=domain, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The result of `make`, made the first time that `key` is asked for and shared from then on."""
+        if key not in self._memo:
+            scope, self._scope = self._scope, "shared"
+            self._memo[key] = make()
+            self._scope = scope
+        return self._memo[key]
+
+    def constant(self, array: np.ndarray[Any, Any]) -> str:
+        """Name of a small constant; equal constants share one."""
+        array = np.asarray(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+
+        def make() -> str:
+            name = f"constant_{len(self._memo)}"
+            self._initializers[name] = numpy_helper.from_array(array, name)
+            return name
+
+        return str(self.once(key, make))
+
+    def initializer(self, name: str, weight: Weight, element_type: int | None = None) -> str:
+        """Write a weight and return its name.
+
+        Args:
+            name: Its name in the model.
+            weight: What to write. A 4-bit tensor is a `weight` of bytes whose last axis is half as long.
+            element_type: ONNX type, if it is not that of the weight's dtype.
+        """
+        if name in self._initializers:
+            return name
+        kind = element_type or ELEMENT_TYPES[weight.dtype]
+        shape = list(weight.shape)
+        if kind in (TensorProto.INT4, TensorProto.UINT4):
+            shape[-1] *= 2
+        if weight.bytes <= INLINE_BYTES:
+            raw = _bytes(weight.read())
+            self._on_bytes(len(raw))
+            self._initializers[name] = helper.make_tensor(name, kind, shape, raw, raw=True)
+            return name
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        offset = self._data.tell()
+        for block in weight.blocks():
+            raw = _bytes(block)
+            self._data.write(raw)
+            self._on_bytes(len(raw))
+        proto = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        entries = (("location", DATA_FILE), ("offset", offset), ("length", self._data.tell() - offset))
+        for key, entry in entries:
+            proto.external_data.add(key=key, value=str(entry))
+        self._initializers[name] = proto
+        return name
+
+    def size(self, symbol: Any) -> str:
+        """An int64 vector [1] with one size: a number, or a symbol that some input's shape holds."""
+        if isinstance(symbol, int):
+            return self.constant(np.array([symbol]))
+
+        def make() -> str:
+            for node in self.graph.user_inputs():
+                for axis, size in enumerate(node.meta["val"].shape):
+                    if str(size) == str(symbol):
+                        return str(self.op("Shape", self.value(node), start=axis, end=axis + 1))
+            raise UnsupportedOpsError(f"no input has the size {symbol}: the target cannot compute it")
+
+        return str(self.once(("size", str(symbol)), make))
+
+    def _describe(self, name: str, value: torch.Tensor) -> onnx.ValueInfoProto:
+        shape = [size if isinstance(size, int) else self._axis_name(str(size)) for size in value.shape]
+        return helper.make_tensor_value_info(name, ELEMENT_TYPES[value.dtype], shape)
+
+    def _axis_name(self, symbol: str) -> str:
+        """What users read in place of torch's symbol."""
+        tokens, *rest = self.graph.user_inputs()
+        known = dict(zip(map(str, tokens.meta["val"].shape), ("batch", "tokens"), strict=True))
+        for node in rest:
+            shape = node.meta["val"].shape
+            if len(shape) == 1:
+                known.setdefault(str(shape[0]), "positions")
+            elif len(shape) == 4:
+                known.setdefault(str(shape[2]), "slots")
+        return known.get(symbol, symbol)
+
+    def _rename(self, old: str, new: str) -> None:
+        """Let the node that makes `old` make `new`."""
+        for node in self._nodes:
+            node.input[:] = [new if name == old else name for name in node.input]
+            node.output[:] = [new if name == old else name for name in node.output]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+
+
+def write(
+    graph: Graph, dialect: Dialect, folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> Sequence[str]:
+    """Write `model.onnx` and `model.onnx.data`.
+
+    Peak memory is a few row blocks, however large the model is.
+
+    Args:
+        graph: A graph that the target's passes have rewritten.
+        dialect: What to write.
+        folder: Where; it exists.
+        on_bytes: Called with the number of weight bytes written each time.
+
+    Returns:
+        Names of the files written.
+
+    Raises:
+        UnsupportedOpsError: Naming every operation that the dialect cannot express.
+    """
+    with open(folder / DATA_FILE, "wb") as data:
+        model = Emitter(graph, dialect, data, on_bytes=on_bytes).emit()
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    return MODEL_FILE, DATA_FILE

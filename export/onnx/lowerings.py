@@ -1,0 +1,169 @@
+"""Lowerings that every ONNX dialect shares: standard operators up to opset 23."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch.fx import Node
+from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter, Table
+from transom.graphs import ops  # noqa: F401 (registers the fused operations)
+from transom.graphs.match import aten
+
+transom = torch.ops.transom
+
+SHARED = Table()
+
+
+@SHARED.lowers(aten.embedding.default)
+def _embedding(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Gather", emitter.value(node.args[0]), emitter.value(node.args[1])))
+
+
+def _operand(emitter: Emitter, value: Any, dtype: torch.dtype) -> str:
+    if isinstance(value, Node):
+        return emitter.value(value)
+    return emitter.constant(torch.tensor(value, dtype=dtype).numpy())
+
+
+def _binary(kind: str) -> Any:
+    def lower(emitter: Emitter, node: Node) -> str:
+        dtype = node.meta["val"].dtype
+        return str(emitter.op(kind, *(_operand(emitter, value, dtype) for value in node.args[:2])))
+
+    return lower
+
+
+def _unary(kind: str) -> Any:
+    def lower(emitter: Emitter, node: Node) -> str:
+        return str(emitter.op(kind, emitter.value(node.args[0])))
+
+    return lower
+
+
+for _target, _kind in (
+    (aten.add.Tensor, "Add"),
+    (aten.sub.Tensor, "Sub"),
+    (aten.mul.Tensor, "Mul"),
+    (aten.div.Tensor, "Div"),
+):
+    SHARED.lowers(_target)(_binary(_kind))
+for _target, _kind in ((aten.cos.default, "Cos"), (aten.sin.default, "Sin"), (aten.tanh.default, "Tanh")):
+    SHARED.lowers(_target)(_unary(_kind))
+
+
+@SHARED.lowers(aten.to.dtype, aten._to_copy.default)
+def _cast(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Cast", emitter.value(node.args[0]), to=ELEMENT_TYPES[node.meta["val"].dtype]))
+
+
+@SHARED.lowers(aten.arange.default)
+def _arange(emitter: Emitter, node: Node) -> str:
+    count = emitter.op("Squeeze", emitter.size(node.meta["val"].shape[0]))
+    zero, one = (emitter.constant(np.array(value)) for value in (0, 1))
+    return str(emitter.op("Range", zero, count, one))
+
+
+@SHARED.lowers(aten.sym_size.int)
+def _size(emitter: Emitter, node: Node) -> None:
+    """Sizes are read from the shapes that hold them, where they are needed."""
+
+
+@SHARED.lowers(aten.unsqueeze.default)
+def _unsqueeze(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Unsqueeze", emitter.value(node.args[0]), emitter.constant(np.array([node.args[1]]))))
+
+
+@SHARED.lowers(aten.transpose.int)
+def _transpose(emitter: Emitter, node: Node) -> str:
+    order = list(range(node.meta["val"].dim()))
+    first, second = node.args[1:3]
+    order[first], order[second] = order[second], order[first]
+    return str(emitter.op("Transpose", emitter.value(node.args[0]), perm=order))
+
+
+@SHARED.lowers(aten.view.default, aten.reshape.default)
+def _reshape(emitter: Emitter, node: Node) -> str | None:
+    source, shape = node.args[0], node.meta["val"].shape
+    if source in emitter.flat and len(shape) == 3:
+        return emitter.flat[source]
+    if len(shape) == 4 and all(user.target in (transom.cached_attention.default,) for user in node.users):
+        emitter.flattened(node)
+        return None
+    old = source.meta["val"].shape
+    sizes = []
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif axis < len(old) and str(old[axis]) == str(size):
+            sizes.append(0)
+        else:
+            sizes.append(-1)
+    if sizes.count(-1) > 1:
+        parts = [emitter.size(size) for size in shape]
+        return str(emitter.op("Reshape", emitter.value(source), emitter.op("Concat", *parts, axis=0)))
+    return str(emitter.op("Reshape", emitter.value(source), emitter.constant(np.array(sizes))))
+
+
+@SHARED.lowers(aten.split_with_sizes.default)
+def _split(emitter: Emitter, node: Node) -> list[str]:
+    source, sizes, axis = node.args
+    names = emitter.op("Split", emitter.value(source), emitter.constant(np.array(sizes)), outputs=len(sizes), axis=axis)
+    return list(names)
+
+
+@SHARED.lowers(aten.index_select.default)
+def _index_select(emitter: Emitter, node: Node) -> str:
+    source, axis, index = node.args
+    return str(emitter.op("Gather", emitter.value(source), emitter.value(index), axis=axis))
+
+
+@SHARED.lowers(transom.gated_gelu.default)
+def _gated_gelu(emitter: Emitter, node: Node) -> str:
+    width = int(node.meta["val"].shape[-1])
+    packed, sizes = emitter.value(node.args[0]), emitter.constant(np.array([width, width]))
+    gate, up = emitter.op("Split", packed, sizes, outputs=2, axis=-1)
+    return str(emitter.op("Mul", emitter.op("Gelu", gate, approximate="tanh"), up))
+
+
+@SHARED.lowers(transom.rotary.default)
+def _rotary(emitter: Emitter, node: Node) -> str | None:
+    x, cos, sin, heads_first = node.args
+    tables = [_rotation_table(emitter, table, x.meta["val"].shape[0]) for table in (cos, sin)]
+    if heads_first:
+        return str(emitter.op("RotaryEmbedding", emitter.value(x), *tables))
+    heads = int(x.meta["val"].shape[2])
+    emitter.flat[node] = str(emitter.op("RotaryEmbedding", emitter.flattened(x), *tables, num_heads=heads))
+    return None
+
+
+def _rotation_table(emitter: Emitter, table: Node, batch: Any) -> str:
+    """Cosines or sines [T, H / 2] as [B, T, H / 2]."""
+
+    def make() -> str:
+        shape = emitter.op("Concat", emitter.size(batch), emitter.constant(np.array([1, 1])), axis=0)
+        return str(emitter.op("Expand", emitter.value(table), shape))
+
+    return str(emitter.once(("rotation", table), make))
+
+
+def new_positions(emitter: Emitter, tokens: Any) -> str:
+    """Positions of the new tokens, int64 [T]."""
+
+    def make() -> str:
+        count = emitter.op("Squeeze", emitter.size(tokens))
+        steps = emitter.op("Range", emitter.constant(np.array(0)), count, emitter.constant(np.array(1)))
+        return str(emitter.op("Add", start(emitter), steps))
+
+    return str(emitter.once(("positions", str(tokens)), make))
+
+
+def start(emitter: Emitter) -> str:
+    """Position of the first new token, an int64 scalar."""
+    name = emitter.graph.start
+    return emitter.value(emitter.graph.placeholders()[name]) if name else emitter.constant(np.array(0))
+
+
+INT32 = TensorProto.INT32

@@ -1,0 +1,139 @@
+"""The `onnxruntime` dialect: the fastest operators of ONNX Runtime's CPU provider (1.29 and newer).
+
+Local layers use GroupQueryAttention's windowed cache, which keeps its own order of slots in a buffer of the size that
+`BoundLocalCaches` gave it. Weights keep their [out, in] layout, so that a tied embedding and head share one buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+from transom.export.onnx.emitter import Dialect, Emitter, Table
+from transom.export.onnx.lowerings import INT32, SHARED, start
+from transom.graphs.match import aten
+
+transom = torch.ops.transom
+
+MICROSOFT = "com.microsoft"
+
+# Computes with int8 activations. Without it MatMulNBits falls back to paths that are 200 times slower.
+ACCURACY_LEVEL = 4
+
+TABLE = Table(SHARED)
+
+
+@TABLE.lowers(aten.linear.default)
+def _linear(emitter: Emitter, node: Node) -> str:
+    x, weight = node.args[:2]
+    return str(emitter.op("FusedMatMul", emitter.value(x), emitter.value(weight), domain=MICROSOFT, transB=1))
+
+
+@TABLE.lowers(transom.linear_quantized.default)
+def _linear_quantized(emitter: Emitter, node: Node) -> str:
+    x, codes, scales, zero_points, bits = node.args
+    rows, blocks, width = (int(size) for size in codes.meta["val"].shape)
+    block = width * 8 // bits
+    weights = [emitter.value(part) for part in (codes, scales, zero_points) if part is not None]
+    return str(
+        emitter.op(
+            "MatMulNBits",
+            emitter.value(x),
+            *weights,
+            domain=MICROSOFT,
+            K=blocks * block,
+            N=rows,
+            bits=bits,
+            block_size=block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+    )
+
+
+@TABLE.lowers(transom.embedding_quantized.default)
+def _embedding_quantized(emitter: Emitter, node: Node) -> str:
+    tokens, codes, scales, zero_points, bits = node.args
+    rows, blocks, width = (int(size) for size in codes.meta["val"].shape)
+    # With a third axis, one buffer serves this operator and MatMulNBits.
+    axis = emitter.constant(np.array([2]))
+    grids = [emitter.op("Unsqueeze", emitter.value(part), axis) for part in (scales, zero_points) if part is not None]
+    found = emitter.op(
+        "GatherBlockQuantized",
+        emitter.value(codes),
+        emitter.value(tokens),
+        *grids,
+        domain=MICROSOFT,
+        bits=bits,
+        block_size=width * 8 // bits,
+        gather_axis=0,
+        quantize_axis=2,
+    )
+    return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * width * 8 // bits]))))
+
+
+@TABLE.lowers(transom.rms_norm.default)
+def _rms_norm(emitter: Emitter, node: Node) -> str:
+    x, weight, eps = node.args
+    return str(
+        emitter.op(
+            "SimplifiedLayerNormalization", emitter.value(x), emitter.value(weight), axis=-1, epsilon=eps, stash_type=1
+        )
+    )
+
+
+@TABLE.lowers(transom.add_rms_norm.default)
+def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
+    x, residual, weight, eps = node.args
+    inputs = [emitter.value(value) for value in (x, residual, weight)]
+    names = emitter.op("SkipSimplifiedLayerNormalization", *inputs, domain=MICROSOFT, outputs=4, epsilon=eps)
+    return [names[0], names[3]]
+
+
+@TABLE.lowers(transom.cached_attention.default)
+def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
+    q, k, v, k_cache, v_cache, _, scale, window = node.args
+    batch, tokens, heads, _ = q.meta["val"].shape
+    local: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
+    out, k_out, v_out = emitter.op(
+        "GroupQueryAttention",
+        *(emitter.flattened(value) for value in (q, k, v)),
+        emitter.value(k_cache),
+        emitter.value(v_cache),
+        _last_positions(emitter, batch, tokens),
+        _total_length(emitter, tokens),
+        domain=MICROSOFT,
+        outputs=3,
+        num_heads=int(heads),
+        kv_num_heads=int(k.meta["val"].shape[2]),
+        scale=scale,
+        **local,
+    )
+    for user in node.users:
+        if user.args[1] == 0:
+            emitter.flat[user] = out
+    return [None, k_out, v_out]
+
+
+def _total_length(emitter: Emitter, tokens: Any) -> str:
+    """Positions so far, the new ones included: int32 [1]."""
+
+    def make() -> str:
+        total = emitter.op("Add", start(emitter), emitter.size(tokens))
+        return str(emitter.op("Cast", total, to=INT32))
+
+    return str(emitter.once("total_length", make))
+
+
+def _last_positions(emitter: Emitter, batch: Any, tokens: Any) -> str:
+    """Position of the last new token of every row, int32 [B]."""
+
+    def make() -> str:
+        last = emitter.op("Sub", _total_length(emitter, tokens), emitter.constant(np.array([1], np.int32)))
+        return str(emitter.op("Expand", last, emitter.size(batch)))
+
+    return str(emitter.once("last_positions", make))
+
+
+DIALECT = Dialect(name="onnxruntime", opset=23, ir_version=11, domains={MICROSOFT: 1}, lowerings=TABLE)

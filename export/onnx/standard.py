@@ -1,0 +1,166 @@
+"""The `onnx` dialect: standard operators of opset 24 and nothing else, for any runtime that has them.
+
+Local caches are rings: TensorScatter writes position p into slot p % S, and Attention masks by the position that each
+slot holds. The masks are built once and shared by all layers of a kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch.fx import Node
+from transom.export.onnx.emitter import Dialect, Emitter, Table
+from transom.export.onnx.lowerings import SHARED, new_positions, start
+from transom.graphs.match import aten
+from transom.graphs.quantized import pack, unpack
+from transom.graphs.weight import Weight
+
+transom = torch.ops.transom
+
+TABLE = Table(SHARED)
+
+
+@TABLE.lowers(transom.rms_norm.default)
+def _rms_norm(emitter: Emitter, node: Node) -> str:
+    x, weight, eps = node.args
+    return str(emitter.op("RMSNormalization", emitter.value(x), emitter.value(weight), axis=-1, epsilon=eps))
+
+
+@TABLE.lowers(aten.linear.default)
+def _linear(emitter: Emitter, node: Node) -> str:
+    x, table = node.args[:2]
+    held = emitter.graph.weight_of(table)
+    if held is None or len(table.users) > 1:
+        # A table that an embedding reads too keeps its layout; Gemm reads it transposed, but only with two axes.
+        width, rows = int(x.meta["val"].shape[-1]), int(node.meta["val"].shape[-1])
+        flat = emitter.op("Reshape", emitter.value(x), emitter.constant(np.array([-1, width])))
+        product = emitter.op("Gemm", flat, emitter.value(table), transB=1)
+        shape = emitter.op(
+            "Concat", *(emitter.size(size) for size in x.meta["val"].shape[:-1]), emitter.size(rows), axis=0
+        )
+        return str(emitter.op("Reshape", product, shape))
+    name, weight = held
+    return str(emitter.op("MatMul", emitter.value(x), emitter.initializer(f"{name}.transposed", _transposed(weight))))
+
+
+@TABLE.lowers(transom.linear_quantized.default)
+def _linear_quantized(emitter: Emitter, node: Node) -> str:
+    matrix = _Blocked(emitter, node.args[1:])
+    weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
+    return str(emitter.op("MatMul", emitter.value(node.args[0]), weight))
+
+
+@TABLE.lowers(transom.embedding_quantized.default)
+def _embedding_quantized(emitter: Emitter, node: Node) -> str:
+    """Columns of the head's matrix [K, V], so that both read one buffer."""
+    matrix, tokens = _Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
+    columns = [emitter.op("Gather", name, tokens, axis=1) for name in matrix.inputs()]
+    found = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
+    return str(emitter.op("Transpose", found, perm=[1, 2, 0]))
+
+
+class _Blocked:
+    """A quantised matrix as DequantizeLinear takes it for MatMul: codes [K, N], scales and zero points [K / block, N].
+
+    Runtimes fuse this layout into their quantised products; they do not fuse a transposed one.
+    """
+
+    def __init__(self, emitter: Emitter, parts: Any) -> None:
+        self._emitter = emitter
+        self._codes, self._scales, self._zero_points, self.bits = parts
+        self.rows, self.blocks, width = (int(size) for size in self._codes.meta["val"].shape)
+        self.block = width * 8 // self.bits
+
+    def inputs(self) -> list[str]:
+        """Names of codes, scales and, if the blocks have them, zero points."""
+        scales = self._emitter.graph.weight_of(self._scales)
+        assert scales is not None
+        names = [
+            self._integers(self._codes, self.blocks * self.block),
+            self._emitter.initializer(f"{scales[0]}.transposed", _transposed(scales[1])),
+        ]
+        if self._zero_points is not None:
+            names.append(self._integers(self._zero_points, self.blocks))
+        return names
+
+    def _integers(self, node: Node, columns: int) -> str:
+        """Write codes [N, columns] as [columns, N]; without zero points they become signed."""
+        held = self._emitter.graph.weight_of(node)
+        assert held is not None
+        name, weight = held
+        signed, bits = self._zero_points is None, self.bits
+
+        def rows(packed: torch.Tensor) -> torch.Tensor:
+            codes = unpack(packed.flatten(1) if bits == 4 else packed, bits, columns if bits == 4 else packed.shape[-1])
+            codes = codes.reshape(packed.shape[0], columns)
+            # Subtracting the middle code, in two's complement.
+            return codes - 2 ** (bits - 1) if signed else codes
+
+        plain = _transposed(weight.map_rows(rows, row_shape=(columns,)))
+        if bits == 4:
+            if self.rows % 2:
+                raise ValueError(f"{name}: an odd number of outputs does not pack into bytes of two codes")
+            plain = plain.map_rows(lambda part: pack(part & 15, 4), row_shape=(self.rows // 2,))
+        kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
+        kind = kinds.get((bits, signed), TensorProto.UINT8)
+        return self._emitter.initializer(f"{name}.transposed", plain, kind)
+
+
+def _transposed(weight: Weight) -> Weight:
+    """A matrix [N, K] as [K, N], read in strips of columns so that no block is larger than the strip asked for."""
+    rows, columns = weight.shape
+
+    def read_rows(first: int, last: int) -> torch.Tensor:
+        strip = torch.empty(last - first, rows, dtype=weight.dtype)
+        position = 0
+        for block in weight.blocks():
+            strip[:, position : position + block.shape[0]] = block[:, first:last].T
+            position += block.shape[0]
+        return strip
+
+    return Weight(shape=(columns, rows), dtype=weight.dtype, read_rows=read_rows, origin=weight.origin)
+
+
+@TABLE.lowers(transom.write_cache.default)
+def _write_cache(emitter: Emitter, node: Node) -> str:
+    cache, new, _ = node.args
+    batch, _, slots, _ = cache.meta["val"].shape
+
+    def make() -> str:
+        slot = emitter.op("Mod", start(emitter), emitter.size(slots))
+        return str(emitter.op("Expand", slot, emitter.size(batch)))
+
+    indices = emitter.once(("write_indices", str(slots)), make)
+    return str(emitter.op("TensorScatter", emitter.value(cache), emitter.value(new), indices, mode="circular"))
+
+
+@TABLE.lowers(transom.attention.default)
+def _attention(emitter: Emitter, node: Node) -> str:
+    q, k, v, _, scale, window = node.args
+    tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
+    mask = emitter.once(("mask", str(slots), window), lambda: _mask(emitter, tokens, slots, window))
+    inputs = [emitter.value(value) for value in (q, k, v)]
+    return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
+
+
+def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
+    """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
+    zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
+    positions = new_positions(emitter, tokens)
+    last = emitter.op("Sub", emitter.op("Add", start(emitter), emitter.size(tokens)), one)
+    slot = emitter.op("Range", zero, emitter.op("Squeeze", emitter.size(slots)), one)
+    # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
+    age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))
+    keys = emitter.op("Sub", last, age)
+    distance = emitter.op("Sub", emitter.op("Unsqueeze", positions, emitter.constant(np.array([1]))), keys)
+    seen = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
+    if window:
+        near = emitter.op("Less", distance, emitter.constant(np.array(window)))
+        seen = emitter.op("And", seen, near)
+    return str(seen)
+
+
+DIALECT = Dialect(name="onnx", opset=24, ir_version=11, domains={}, lowerings=TABLE)

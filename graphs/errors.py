@@ -1,0 +1,49 @@
+"""Every error that a user can meet. Each message says what is wrong, where, and what to do."""
+
+
+class TransomError(Exception):
+    """Base of all errors that bad input or a missing part can cause; the CLI turns it into exit code 2."""
+
+
+class ConfigError(TransomError):
+    """A model configuration is unknown, incomplete or contradicts itself."""
+
+
+class CheckpointError(TransomError):
+    """A checkpoint is truncated, corrupt, or does not hold the tensors that the model needs."""
+
+
+class TokenizerError(TransomError):
+    """Tokenizer files are missing or malformed, or a conversation breaks the chat template's rules."""
+
+
+class TraceError(TransomError):
+    """A model could not be traced to a graph."""
+
+
+class InvariantError(TransomError):
+    """A graph breaks the IR's rules, or a pass lied about what it did."""
+
+
+class UnsupportedOpsError(TransomError):
+    """A graph holds operations that the target cannot lower; all of them are named at once."""
+
+
+class QuantizationError(TransomError):
+    """A quantisation scheme is unknown, or cannot hold a tensor."""
+
+
+class ArtifactError(TransomError):
+    """An artifact folder is missing, damaged, or of a version that this library does not read."""
+
+
+class TargetError(TransomError):
+    """A target is unknown, or what it needs to run is not installed."""
+
+
+class ContextLengthError(TransomError):
+    """More tokens were asked for than the artifact's context holds."""
+
+
+class SamplingError(TransomError):
+    """A sampling setting is out of range."""

@@ -1,0 +1,192 @@
+"""What an attention mask means, found by evaluating it.
+
+The part of the graph that makes the mask is cut out and run on concrete sizes and positions that span several windows.
+It is accepted only if it equals a known family at every point of that grid; otherwise nothing is claimed about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+from transom.graphs import ops
+from transom.graphs.graph import Graph, run_nodes
+from transom.graphs.match import aten, is_call
+
+LARGEST_WINDOW = 2**17
+MASKED = -1e4
+"""An additive mask must be 0 where a key is seen, and at most this where it is not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskReading:
+    """What was found: a window in keys (0: every earlier key), or the reason why nothing can be said."""
+
+    window: int | None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Point:
+    start: int
+    tokens: int
+    slots: int
+
+
+def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool) -> MaskReading:
+    """Find the window of a mask.
+
+    Args:
+        graph: The graph that the mask stands in.
+        mask: Node of the mask, broadcastable to [B, N, T, S]: bool (True: seen) or additive.
+        tokens: T as the graph knows it, a number or a symbol.
+        slots: S as the graph knows it.
+        cached: Whether keys stand in a cache's slots (position p in slot p % S) or in their own order (S is T).
+    """
+    inputs = _value_inputs(mask)
+    if unknown := sorted({node.name for node in inputs} - {graph.start}):
+        return MaskReading(window=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
+    span = _span(mask)
+    try:
+        telling = _telling_point(span, tokens, slots, cached=cached)
+        window = _candidate(_evaluate(graph, mask, telling, tokens, slots), telling)
+        for point in (telling, *_grid(span, window, tokens, slots, cached=cached)):
+            seen = _evaluate(graph, mask, point, tokens, slots)
+            if not torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, window)):
+                reason = f"the mask is neither causal nor a causal window: see {point}"
+                return MaskReading(window=None, reason=reason)
+    except _UnreadableMaskError as error:
+        return MaskReading(window=None, reason=str(error))
+    return MaskReading(window=window)
+
+
+class _UnreadableMaskError(Exception):
+    pass
+
+
+def _candidate(seen_TS: torch.Tensor, point: _Point) -> int:
+    """The window that one point suggests; every other point must agree."""
+    keys_S = ops.held_positions(point.start, point.tokens, point.slots)
+    count = int(seen_TS[-1].sum())
+    return 0 if count == int((keys_S >= 0).sum()) else count
+
+
+def _telling_point(span: int, tokens: Any, slots: Any, *, cached: bool) -> _Point:
+    """A long history, so that a window shows."""
+    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
+    if not cached:
+        size = fixed_tokens or 3 * span
+        return _Point(start=0, tokens=size, slots=size)
+    return _Point(start=2 * span, tokens=fixed_tokens or 1, slots=fixed_slots or 3 * span)
+
+
+def _grid(span: int, window: int, tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
+    """Points to compare at: the edges of the window and of the span, and histories that wrap around the slots.
+
+    Sizes that the graph fixes stay as they are.
+    """
+    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
+    edges = sorted({max(1, around + d) for around in (span // 3, window) for d in (-1, 0, 1)} | {1, 2, 5})
+    if not cached:
+        for size in (*edges, span, 3 * window + 5):
+            count = fixed_tokens or size
+            yield _Point(start=0, tokens=count, slots=count)
+        return
+    for width in (fixed_slots or 3 * span, fixed_slots or span + 5):
+        for start in (0, *edges, width - 2, width, width + 3, 3 * width + 1):
+            for count in (1, 5, edges[-1]):
+                yield _Point(start=start, tokens=fixed_tokens or min(count, width), slots=width)
+
+
+def _span(mask: Node) -> int:
+    """Three windows, judging by the largest number that the mask's subgraph mentions."""
+    numbers = [
+        abs(value)
+        for node in _upstream(mask)
+        for value in (*node.args, *node.kwargs.values())
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ]
+    return 3 * int(max([n for n in numbers if n <= LARGEST_WINDOW], default=16) or 16)
+
+
+def _upstream(node: Node) -> list[Node]:
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found[current] = None
+            stack.extend(current.all_input_nodes)
+    return list(found)
+
+
+def _value_inputs(mask: Node) -> list[Node]:
+    """Inputs whose numbers (not only whose sizes) the mask depends on."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    stack = [mask]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                found[node] = None
+        elif not is_call(node, aten.sym_size.int):
+            stack.extend(node.all_input_nodes)
+    return list(found)
+
+
+def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) -> torch.Tensor:
+    """The mask as bool [T, S] at one point of the grid."""
+    try:
+        value = evaluate(graph, mask, {str(tokens): point.tokens, str(slots): point.slots}, point.start)
+    except Exception as error:  # whatever an op raises on sizes it was not traced for
+        raise _UnreadableMaskError(f"the mask cannot be evaluated by itself: {error}") from error
+    if value.dtype != torch.bool:
+        seen, hidden = value == 0, value <= MASKED
+        if not bool((seen | hidden).all()):
+            raise _UnreadableMaskError("the mask adds a bias, it does not only hide keys")
+        value = seen
+    if any(size != 1 for size in value.shape[:-2]):
+        rows = value.flatten(0, -3)
+        if not bool((rows == rows[:1]).all()):
+            raise _UnreadableMaskError("the mask differs between batch rows or heads")
+        value = rows[0]
+    return value.reshape(value.shape[-2:]).expand(point.tokens, point.slots)
+
+
+def evaluate(graph: Graph, node: Node, sizes: Mapping[str, int], start: int) -> torch.Tensor:
+    """Evaluate a node that depends on sizes and on the start position only.
+
+    Args:
+        graph: The graph that the node stands in.
+        node: What to evaluate.
+        sizes: Numbers for the symbols of the inputs' shapes; any other symbol is 1.
+        start: Position of the first new token.
+    """
+    known = {used: _stand_in(used, graph, sizes, start) for used in graph.user_inputs()}
+    value = run_nodes([node], known)[node]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _stand_in(node: Node, graph: Graph, sizes: Mapping[str, int], start: int) -> Any:
+    """A value for an input: the right shape without any memory behind it."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if node.name == graph.start:
+        return torch.tensor(start)
+    shape = [size if isinstance(size, int) else sizes.get(str(size), 1) for size in value.shape]
+    return torch.zeros((), dtype=value.dtype).expand(shape)
+
+
+def depends_on_values(graph: Graph, node: Node) -> bool:
+    """Whether a node depends on any input's numbers other than the start position."""
+    return any(used.name != graph.start for used in _value_inputs(node))

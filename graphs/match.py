@@ -1,0 +1,70 @@
+"""Small helpers for recognising patterns in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+def is_call(value: Any, *targets: Any) -> bool:
+    """Whether `value` is a node that calls one of the targets."""
+    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that uses `node`, or None if there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def skip_casts(value: Any) -> Any:
+    """Walk up through changes of dtype."""
+    while is_call(value, aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+        value = value.args[0]
+    return value
+
+
+def split_scalar(node: Any, *targets: Any) -> tuple[Node, float] | None:
+    """The node and the number of a call such as `mul(x, 2.0)`, in either order; None if it is something else."""
+    if not is_call(node, *targets):
+        return None
+    left, right = node.args[:2]
+    if isinstance(left, Node) and isinstance(right, (int, float)):
+        return left, float(right)
+    if isinstance(right, Node) and isinstance(left, (int, float)):
+        return right, float(left)
+    return None
+
+
+def is_transpose(value: Any, first: int, second: int) -> bool:
+    """Whether `value` swaps exactly these two axes (counted from the front)."""
+    if is_call(value, aten.transpose.int):
+        rank = len(value.meta["val"].shape)
+        return {axis % rank for axis in value.args[1:3]} == {first, second}
+    if is_call(value, aten.permute.default):
+        order = list(range(len(value.args[1])))
+        order[first], order[second] = order[second], order[first]
+        return [axis % len(order) for axis in value.args[1]] == order
+    return False
+
+
+def source_line(node: Node) -> str:
+    """The line of Python that made a node, as "file.py:12: code"; empty if unknown."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
+        return ""
+    _, path, rest = lines[frames[-1]].split('"', 2)
+    number = rest.split(",")[1].removeprefix(" line ")
+    code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+    return f"{path.rsplit('/', 1)[-1]}:{number}: {code}"
+
+
+def layer_path(node: Node) -> str:
+    """Module path of a node in the traced model, such as "layers.3.self_attn"; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")

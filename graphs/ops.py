@@ -1,0 +1,188 @@
+"""Fused operations, each with a reference body, so that a graph runs in eager PyTorch after every pass.
+
+The bodies are the definition: a lowering is right when it gives the same numbers. Axis letters as in the model files;
+a window of 0 means that every earlier key is seen (a global layer).
+"""
+
+from __future__ import annotations
+
+import torch
+from transom.graphs.quantized import dequantize
+
+
+def held_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.Tensor:
+    """Position that each cache slot holds after `tokens` new ones were written, int64 [S]; negative means empty.
+
+    Position p stands in slot p % S, so slot j holds `last - (last - j) % S`.
+    """
+    last = start + tokens - 1
+    return last - (last - torch.arange(slots)) % slots
+
+
+def visible(start: torch.Tensor | int, tokens: int, slots: int, window: int) -> torch.Tensor:
+    """Which slots each new token sees, bool [T, S]: `0 <= key <= position`, and `position - key < window` if local."""
+    keys_S = held_positions(start, tokens, slots)
+    distance_TS = (start + torch.arange(tokens))[:, None] - keys_S
+    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
+    return seen_TS & (distance_TS < window) if window else seen_TS
+
+
+@torch.library.custom_op("transom::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x) * weight` over the last axis, computed in float32 (a `1 + w` norm has its 1 folded in)."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("transom::add_rms_norm", mutates_args=())
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`total = x + residual`; returns `rms_norm(total)` and `total`."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+@add_rms_norm.register_fake
+def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("transom::rotary", mutates_args=())
+def rotary(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + H/2]).
+
+    `x` is [B, N, T, H] if `heads_first`, else [B, T, N, H]; cosines and sines are [T, H / 2].
+    """
+    cos, sin = (cos_TH, sin_TH) if heads_first else (cos_TH[:, None], sin_TH[:, None])
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+@rotary.register_fake
+def _(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("transom::gated_gelu", mutates_args=())
+def gated_gelu(packed: torch.Tensor) -> torch.Tensor:
+    """`gelu_tanh(gate) * up` of a packed projection [..., 2 F] whose first half is the gate."""
+    gate, up = packed.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+@gated_gelu.register_fake
+def _(packed: torch.Tensor) -> torch.Tensor:
+    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
+
+
+@torch.library.custom_op("transom::write_cache", mutates_args=())
+def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Write position p into slot p % S; the new tokens stand at `start`, `start + 1`, and so on."""
+    slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
+    return cache_BKSH.index_copy(2, (start + torch.arange(tokens)) % slots, new_BKTH)
+
+
+@write_cache.register_fake
+def _(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(cache_BKSH)
+
+
+@torch.library.custom_op("transom::attention", mutates_args=())
+def attention(
+    q_BNTH: torch.Tensor,
+    k_BKSH: torch.Tensor,
+    v_BKSH: torch.Tensor,
+    start: torch.Tensor | None,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """Attend over cache slots (or, with `start` None, over the new tokens themselves). Returns [B, N, T, H]."""
+    groups, tokens, slots = q_BNTH.shape[1] // k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+    k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, 1), v_BKSH.repeat_interleave(groups, 1)
+    scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3) * scale).float()
+    seen_TS = visible(0 if start is None else start, tokens, slots, window)
+    weights_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(v_BNSH.dtype)
+    return weights_BNTS @ v_BNSH
+
+
+@attention.register_fake
+def _(
+    q_BNTH: torch.Tensor,
+    k_BKSH: torch.Tensor,
+    v_BKSH: torch.Tensor,
+    start: torch.Tensor | None,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    return q_BNTH.new_empty((*q_BNTH.shape[:3], v_BKSH.shape[3]))
+
+
+@torch.library.custom_op("transom::cached_attention", mutates_args=())
+def cached_attention(
+    q_BTNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    k_cache_BKSH: torch.Tensor,
+    v_cache_BKSH: torch.Tensor,
+    start: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cache write and attention in one: returns [B, T, N, H] and both caches with the new tokens in them."""
+    k_BKSH = write_cache(k_cache_BKSH, k_BTKH.transpose(1, 2), start)
+    v_BKSH = write_cache(v_cache_BKSH, v_BTKH.transpose(1, 2), start)
+    out_BNTH = attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, start, scale, window)
+    return out_BNTH.transpose(1, 2).contiguous(), k_BKSH, v_BKSH
+
+
+@cached_attention.register_fake
+def _(
+    q_BTNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    k_cache_BKSH: torch.Tensor,
+    v_cache_BKSH: torch.Tensor,
+    start: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = q_BTNH.new_empty((*q_BTNH.shape[:3], v_BTKH.shape[3]))
+    return out, torch.empty_like(k_cache_BKSH), torch.empty_like(v_cache_BKSH)
+
+
+@torch.library.custom_op("transom::linear_quantized", mutates_args=())
+def linear_quantized(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """`x @ dequantize(codes).T`; see `graphs.quantized` for the layout of the codes."""
+    return torch.nn.functional.linear(x, dequantize(codes, scales, zero_points, bits).to(x.dtype))
+
+
+@linear_quantized.register_fake
+def _(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.custom_op("transom::embedding_quantized", mutates_args=())
+def embedding_quantized(
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """Rows of the dequantised table, float32 [..., K]."""
+    flat = tokens.flatten()
+    zeros = None if zero_points is None else zero_points[flat]
+    return dequantize(codes[flat], scales[flat], zeros, bits).view(*tokens.shape, -1)
+
+
+@embedding_quantized.register_fake
+def _(
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    return scales.new_empty((*tokens.shape, codes.shape[1] * codes.shape[2] * 8 // bits))

@@ -1,0 +1,92 @@
+"""BoundLocalCaches: strip the growth of local layers' caches.
+
+Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cache is read by attention whose window is
+known.
+Rewrite: a local layer's cache gets `window + chunk - 1` slots, for good. A chunk of `chunk` new tokens overwrites
+that many slots, and its first token still sees the `window - 1` keys before it, so fewer slots would lose keys.
+Skips: global layers; caches that are read by something other than fused attention, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transom.graphs.errors import InvariantError
+from transom.graphs.graph import Graph, fake_mode
+from transom.graphs.match import is_call, layer_path
+from transom.passes.base import Pass
+from transom.passes.fuse_attention import OP as ATTENTION
+from transom.passes.fuse_attention import FuseAttention
+from transom.passes.fuse_cache_writes import OP as WRITE
+from transom.passes.fuse_cache_writes import FuseCacheWrites
+
+
+class BoundLocalCaches(Pass):
+    """Give local layers' caches a fixed number of slots.
+
+    Args:
+        chunk: Largest number of new tokens in one call.
+    """
+
+    after = (FuseAttention, FuseCacheWrites)
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def requires(self, graph: Graph) -> None:
+        """The chunk is positive."""
+        if self.chunk < 1:
+            raise InvariantError(f"a chunk holds at least one token, got {self.chunk}")
+
+    def rewrite(self, graph: Graph) -> int:
+        """Resize the caches of local layers and note every cache's window."""
+        nodes, changes, caches = graph.placeholders(), 0, []
+        for cache in graph.caches:
+            node = nodes[cache.input]
+            window = self._window(node)
+            if window is None:
+                self.skipped.append(
+                    f"{cache.name}: not every reader is attention with a known window, so it still grows"
+                )
+            slots = window + self.chunk - 1 if window else None
+            if slots is not None and cache.slots is None:
+                batch, heads, _, width = node.meta["val"].shape
+                with fake_mode(graph):
+                    node.meta["val"] = node.meta["val"].new_empty((batch, heads, slots, width))
+                node.meta["changed"] = True
+                changes += 1
+            if slots is None or cache.slots is None:
+                cache = dataclasses.replace(cache, window=window or None, slots=slots)
+            caches.append(cache)
+        graph.caches = tuple(caches)
+        return changes
+
+    def ensures(self, graph: Graph) -> None:
+        """No local attention reads a cache that grows, or one too small for its window and chunk."""
+        for node in graph.calls(ATTENTION):
+            write, window = node.args[1], node.args[5]
+            if not window or not is_call(write, WRITE):
+                continue
+            slots = write.args[0].meta["val"].shape[2]
+            if not isinstance(slots, int) or slots < window + self.chunk - 1:
+                raise InvariantError(
+                    f"{layer_path(node)}: {slots} slots for a window of {window} and chunks of {self.chunk}"
+                )
+
+    @staticmethod
+    def _window(cache: torch.fx.Node) -> int | None:
+        """Window of the layer that a cache belongs to; 0 if global, None if some reader is unknown."""
+        windows = set()
+        for write in cache.users:
+            if is_call(write, torch.ops.aten.sym_size.int):
+                continue
+            if not is_call(write, WRITE):
+                return None
+            for reader in write.users:
+                if is_call(reader, ATTENTION):
+                    windows.add(reader.args[5])
+                elif reader.op != "output":
+                    return None
+        return windows.pop() if len(windows) == 1 else None

@@ -1,0 +1,172 @@
+"""FuseAttention: scores, mask, softmax and values become one `transom.attention`.
+
+Precondition: `Canonicalize` has run.
+Rewrite: a softmax over masked scores `q @ k.T * scale`, or `scaled_dot_product_attention` with a mask, whose mask is
+found *by evaluation* to be causal or a causal window. Repeated kv heads are folded in.
+Skips: any other mask, soft-capped scores, dropout: the site stays as it is and is reported. A window is never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.masks import MaskReading, read_mask
+from transom.graphs.match import aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+
+OP = torch.ops.transom.attention.default
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Site:
+    out: Node
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    hidden: bool
+    """Whether a bool mask is True where a key is hidden."""
+    scale: float
+
+
+class FuseAttention(Pass):
+    """Scores, mask, softmax and values become one operation with a window."""
+
+    after = (Canonicalize,)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Fuse every site whose mask could be read."""
+        readings: dict[tuple[Node | None, bool], MaskReading] = {}
+        changes = 0
+        for node in graph.calls_all():
+            site = _match(node)
+            if isinstance(site, str):
+                self.skipped.append(_where(node, site))
+            if not isinstance(site, _Site):
+                continue
+            tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
+            cached = graph.start is not None and tokens != slots
+            key = (site.mask, cached)
+            if key not in readings:
+                readings[key] = _read(graph, site, tokens, slots, cached)
+            reading = readings[key]
+            if reading.window is None:
+                self.skipped.append(_where(node, reading.reason))
+                continue
+            _fuse(graph, site, reading.window, cached)
+            changes += 1
+        return changes
+
+
+def _where(node: Node, reason: str) -> str:
+    return f"{layer_path(node) or node.name}: {reason} [{source_line(node)}]"
+
+
+def _match(node: Node) -> _Site | str | None:
+    """A site, the reason why something like a site is none, or None."""
+    if is_call(node, _SDPA):
+        return _match_sdpa(node)
+    if not is_call(node, aten.matmul.default, aten.bmm.default):
+        return None
+    weights = node.args[0]
+    while is_call(weights, aten.dropout.default):
+        weights = weights.args[0]
+    weights = skip_casts(weights)
+    if not is_call(weights, aten.softmax.int, aten._softmax.default):
+        return None
+    masked = skip_casts(weights.args[0])
+    found = _split_mask(masked)
+    if found is None:
+        return "the softmax has no mask that could be recognised"
+    scores, mask, hidden = found
+    scores, scale = skip_casts(scores), 1.0
+    while (scaled := split_scalar(scores, aten.mul.Tensor, aten.div.Tensor)) is not None:
+        scale *= scaled[1] if scores.target is aten.mul.Tensor else 1 / scaled[1]
+        scores = skip_casts(scaled[0])
+    if not is_call(scores, aten.matmul.default):
+        return f"the scores come from {getattr(scores, 'target', scores)}, not from a product of queries and keys"
+    q, k_transposed = scores.args
+    if not is_transpose(k_transposed, 2, 3):
+        return "the keys are not transposed by a plain transpose of the last two axes"
+    k, v = _unrepeat(k_transposed.args[0], q), _unrepeat(node.args[1], q)
+    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale)
+
+
+def _match_sdpa(node: Node) -> _Site | str:
+    q, k, v, mask, dropout, is_causal, scale, _ = (*node.args, *(None,) * (8 - len(node.args)))
+    mask, dropout = node.kwargs.get("attn_mask", mask), node.kwargs.get("dropout_p", dropout)
+    is_causal, scale = node.kwargs.get("is_causal", is_causal), node.kwargs.get("scale", scale)
+    if dropout:
+        return "attention dropout"
+    if mask is None and not is_causal:
+        return "attention without a mask sees later keys"
+    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    return _Site(out=node, q=q, k=_unrepeat(k, q), v=_unrepeat(v, q), mask=mask, hidden=False, scale=float(scale))
+
+
+def _split_mask(masked: Any) -> tuple[Any, Node, bool] | None:
+    """(scores, mask, whether a bool mask hides) of masked scores."""
+    if is_call(masked, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return masked.args[0], masked.args[1], True
+    if is_call(masked, aten.where.self, aten.where.ScalarOther):
+        return masked.args[1], masked.args[0], False
+    if is_call(masked, aten.add.Tensor) and all(isinstance(side, Node) for side in masked.args[:2]):
+        left, right = masked.args[:2]
+        # The mask is the side with one head for all.
+        if right.meta["val"].dim() < 4 or right.meta["val"].shape[1] == 1:
+            return left, right, False
+        return right, left, False
+    return None
+
+
+def _unrepeat(node: Node, q: Node) -> Node:
+    """Walk up through the repetition of kv heads: every head `N / K` times in a row."""
+    heads = q.meta["val"].shape[1]
+    if is_call(node, aten.repeat_interleave.self_int) and len(node.args) > 2 and node.args[2] == 1:
+        return node.args[0]
+    if is_call(node, aten.reshape.default, aten.view.default) and is_call(node.args[0], aten.expand.default):
+        grown = node.args[0].args[0]
+        if is_call(grown, aten.unsqueeze.default) and grown.args[1] == 2:
+            return grown.args[0]
+        # x[:, :, None, :, :] is traced as slices around the unsqueeze
+        while is_call(grown, aten.slice.Tensor) and grown.meta["val"].shape == grown.args[0].meta["val"].shape:
+            grown = grown.args[0]
+        if is_call(grown, aten.unsqueeze.default) and grown.args[1] == 2:
+            base = grown.args[0]
+            while is_call(base, aten.slice.Tensor) and base.meta["val"].shape == base.args[0].meta["val"].shape:
+                base = base.args[0]
+            if base.meta["val"].dim() == 4 and heads % base.meta["val"].shape[1] == 0:
+                return base
+    return node
+
+
+def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> MaskReading:
+    if site.mask is None:
+        # The is_causal flag lines queries and keys up at the first position.
+        if cached or tokens != slots:
+            return MaskReading(window=None, reason="is_causal over a cache lines positions up at the front")
+        return MaskReading(window=0)
+    mask = site.mask
+    if not (site.hidden and mask.meta["val"].dtype == torch.bool):
+        return read_mask(graph, mask, tokens, slots, cached=cached)
+    if is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
+        return read_mask(graph, mask.args[0], tokens, slots, cached=cached)
+    with graph.fx.inserting_after(mask):
+        seen = graph.call(aten.logical_not.default, (mask,), mask)
+    try:
+        return read_mask(graph, seen, tokens, slots, cached=cached)
+    finally:
+        graph.fx.erase_node(seen)
+
+
+def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
+    start = graph.placeholders()[graph.start] if cached and graph.start is not None else None
+    with graph.fx.inserting_before(site.out):
+        new = graph.call(OP, (site.q, site.k, site.v, start, site.scale, window), site.out)
+    site.out.replace_all_uses_with(new)

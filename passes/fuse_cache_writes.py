@@ -1,0 +1,61 @@
+"""FuseCacheWrites: writing new keys or values into their slots becomes one `transom.write_cache`.
+
+Precondition: `Canonicalize` has run; the graph has caches.
+Rewrite: `index_copy(cache, 2, slots, new)` where the slots are found by evaluation to be `(start + i) % S`.
+Skips: any other placement of tokens in slots, with the reason.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.masks import depends_on_values, evaluate
+from transom.graphs.match import aten
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+
+OP = torch.ops.transom.write_cache.default
+
+
+class FuseCacheWrites(Pass):
+    """Name the write of position p into slot p % S."""
+
+    after = (Canonicalize,)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Replace every recognised write into a cache input."""
+        caches, changes = {cache.input for cache in graph.caches}, 0
+        rings: dict[tuple[Node, str], bool] = {}
+        for node in graph.calls(aten.index_copy.default):
+            cache, axis, index, new = node.args
+            if cache.name not in caches:
+                continue
+            if axis != 2:
+                self.skipped.append(f"{node.name}: writes along axis {axis}, not along the slots")
+                continue
+            key = (index, str(cache.meta["val"].shape[2]))
+            if key not in rings:
+                rings[key] = _is_ring(graph, cache, index, new)
+            if not rings[key]:
+                self.skipped.append(f"{node.name}: does not write position p into slot p % S")
+                continue
+            start = graph.placeholders()[graph.start or ""]
+            with graph.fx.inserting_before(node):
+                fused = graph.call(OP, (cache, new, start), node)
+            node.replace_all_uses_with(fused)
+            changes += 1
+        return changes
+
+
+def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:
+    if graph.start is None or depends_on_values(graph, index):
+        return False
+    slots, tokens = cache.meta["val"].shape[2], new.meta["val"].shape[2]
+    for width in (64,) if not isinstance(slots, int) else (slots,):
+        for start in (0, 1, width - 2, width, 5 * width + 3):
+            for count in (1, 7) if not isinstance(tokens, int) else (tokens,):
+                found = evaluate(graph, index, {str(slots): width, str(tokens): count}, start)
+                if not torch.equal(found, (start + torch.arange(count)) % width):
+                    return False
+    return True

@@ -1,0 +1,63 @@
+"""FuseCachedAttention: cache writes and attention become one `transom.cached_attention`, heads after time.
+
+Precondition: `FuseAttention`, `FuseCacheWrites` and `FuseRotary` have run, and `BoundLocalCaches` if it is in the list.
+Rewrite: attention over two freshly written caches. The transposes that bring heads before time, and back, go away, as
+the fused operation takes [B, T, N, H], the layout in which projections come and go.
+Skips: attention whose keys or values are no cache writes, with the reason.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call, is_transpose, layer_path
+from transom.passes.base import Pass
+from transom.passes.bound_local_caches import BoundLocalCaches
+from transom.passes.fuse_attention import OP as ATTENTION
+from transom.passes.fuse_attention import FuseAttention
+from transom.passes.fuse_cache_writes import OP as WRITE
+from transom.passes.fuse_cache_writes import FuseCacheWrites
+from transom.passes.fuse_rotary import OP as ROTARY
+from transom.passes.fuse_rotary import FuseRotary
+
+OP = torch.ops.transom.cached_attention.default
+
+
+class FuseCachedAttention(Pass):
+    """One operation for writing the caches and attending over them."""
+
+    after = (FuseAttention, FuseCacheWrites, FuseRotary, BoundLocalCaches)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Fuse every attention that reads caches."""
+        changes = 0
+        for node in graph.calls(ATTENTION):
+            q, k_write, v_write, start, scale, window = node.args
+            if not (is_call(k_write, WRITE) and is_call(v_write, WRITE) and start is not None):
+                self.skipped.append(f"{layer_path(node)}: keys or values do not come from a cache")
+                continue
+            with graph.fx.inserting_before(node):
+                heads_last = [_heads_last(graph, value) for value in (q, k_write.args[1], v_write.args[1])]
+                caches = k_write.args[0], v_write.args[0]
+                fused = graph.call(OP, (*heads_last, *caches, start, scale, window), node)
+                out, k_cache, v_cache = (graph.call(operator.getitem, (fused, index), node) for index in range(3))
+                heads_first = graph.call(aten.transpose.int, (out, 1, 2), node)
+            for old in [user for user in node.users if is_transpose(user, 1, 2)]:
+                old.replace_all_uses_with(out)
+            node.replace_all_uses_with(heads_first)
+            k_write.replace_all_uses_with(k_cache)
+            v_write.replace_all_uses_with(v_cache)
+            changes += 1
+        return changes
+
+
+def _heads_last(graph: Graph, value: Node) -> Node:
+    """The value as [B, T, N, H]; a rotation is done in that layout too."""
+    if is_transpose(value, 1, 2):
+        return value.args[0]
+    if is_call(value, ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
+        return graph.call(ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
+    return graph.call(aten.transpose.int, (value, 1, 2), value)

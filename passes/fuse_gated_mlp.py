@@ -1,0 +1,49 @@
+"""FuseGatedMLP: gate and up projection become one linear, followed by `transom.gated_gelu`.
+
+Precondition: `Canonicalize` has run.
+Rewrite: `gelu_tanh(linear(x, gate)) * linear(x, up)` with weights of one shape and no biases.
+Skips: other activations, and projections of different inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call
+from transom.graphs.weight import Weight
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+
+OP = torch.ops.transom.gated_gelu.default
+
+
+class FuseGatedMLP(Pass):
+    """One projection for gate and up."""
+
+    after = (Canonicalize,)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Fuse every gated MLP."""
+        changes = 0
+        for node in graph.calls(aten.mul.Tensor):
+            activated, up = node.args[:2]
+            if not is_call(activated, aten.gelu.default) or activated.kwargs.get("approximate") != "tanh":
+                continue
+            gate = activated.args[0]
+            if not (is_call(gate, aten.linear.default) and is_call(up, aten.linear.default)):
+                continue
+            if len(gate.args) != 2 or len(up.args) != 2 or gate.args[0] is not up.args[0]:
+                continue
+            held = graph.weight_of(gate.args[1]), graph.weight_of(up.args[1])
+            if held[0] is None or held[1] is None or held[0][1].shape != held[1][1].shape:
+                continue
+            (name, gate_weight), (_, up_weight) = held
+            packed = graph.add_weight(
+                name.replace("gate_proj", "gate_up_proj"), Weight.concat([gate_weight, up_weight])
+            )
+            with graph.fx.inserting_before(node):
+                linear = graph.call(aten.linear.default, (gate.args[0], packed), gate)
+                fused = graph.call(OP, (linear,), node)
+            node.replace_all_uses_with(fused)
+            changes += 1
+        return changes

@@ -1,0 +1,87 @@
+"""FuseNorms: the textbook RMSNorm becomes one `transom.rms_norm`, its `1 + w` folded into the weight.
+
+Precondition: `Canonicalize` has run.
+Rewrite: `x * rsqrt(mean(x ** 2) + eps)` over the last axis, times a weight or `1 + weight`.
+Skips: norms over other axes, and scales that are no weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call, skip_casts, split_scalar
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+
+OP = torch.ops.transom.rms_norm.default
+
+
+class FuseNorms(Pass):
+    """RMSNorm as one operation."""
+
+    after = (Canonicalize,)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Fuse every RMSNorm that ends in a product with a weight."""
+        changes = 0
+        for node in graph.calls(aten.mul.Tensor):
+            for normed, scale in (node.args[:2], node.args[1::-1]):
+                found = _match_normalised(skip_casts(normed))
+                weight = _weight(graph, scale) if found else None
+                if found is None or weight is None:
+                    continue
+                x, eps = found
+                with graph.fx.inserting_before(node):
+                    fused = graph.call(OP, (x, weight, eps), node)
+                _cast_back(node, x).replace_all_uses_with(fused)
+                changes += 1
+                break
+        return changes
+
+
+def _match_normalised(node: Any) -> tuple[Node, float] | None:
+    """(x, eps) of `x * rsqrt(mean(x ** 2, -1) + eps)`."""
+    if not is_call(node, aten.mul.Tensor):
+        return None
+    for x, inverse in (node.args[:2], node.args[1::-1]):
+        if not is_call(inverse, aten.rsqrt.default):
+            continue
+        shifted = split_scalar(inverse.args[0], aten.add.Tensor)
+        if shifted is None or not is_call(shifted[0], aten.mean.dim):
+            continue
+        mean, eps = shifted
+        square, axes = mean.args[0], list(mean.args[1])
+        if axes not in ([-1], [x.meta["val"].dim() - 1]) or not is_call(square, aten.pow.Tensor_Scalar):
+            continue
+        if square.args == (x, 2):
+            return skip_casts(x), eps
+    return None
+
+
+def _weight(graph: Graph, scale: Any) -> Node | None:
+    """The norm's weight as one input; `1 + w` becomes a weight of its own."""
+    scale = skip_casts(scale)
+    shifted = split_scalar(scale, aten.add.Tensor)
+    held = graph.weight_of(skip_casts(shifted[0] if shifted else scale))
+    if held is None:
+        return None
+    name, weight = held
+    if shifted is None:
+        return graph.placeholders()[{v: k for k, v in graph.weight_names().items()}[name]]
+    offset = shifted[1]
+    # Float32, whatever the checkpoint's dtype: 1 + w has too few bits in bfloat16.
+    folded = weight.to(torch.float32).map_rows(lambda rows: rows + offset)
+    return graph.add_weight(f"{name}.plus_{offset:g}", folded)
+
+
+def _cast_back(node: Node, x: Node) -> Node:
+    """The node that stands for the norm's result: a cast back to x's dtype, where there is one."""
+    users = list(node.users)
+    dtype = x.meta["val"].dtype
+    if len(users) == 1 and is_call(users[0], aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+        if users[0].meta["val"].dtype == dtype:
+            return users[0]
+    return node

@@ -1,0 +1,66 @@
+"""FuseRotary: the rotation of half-split pairs becomes one `transom.rotary`.
+
+Precondition: `Canonicalize` has run.
+Rewrite: `cat(low * cos - high * sin, high * cos + low * sin)` on the halves of [B, N, T, H], with cosines [T, H / 2].
+Skips: interleaved pairs, partial rotation, and cosines of the full width.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+
+OP = torch.ops.transom.rotary.default
+
+
+class FuseRotary(Pass):
+    """Rotary embedding as one operation."""
+
+    after = (Canonicalize,)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Fuse every rotation."""
+        changes = 0
+        for node in graph.calls(aten.cat.default):
+            found = _match(node)
+            if found is None:
+                continue
+            with graph.fx.inserting_before(node):
+                fused = graph.call(OP, (*found, True), node)
+            node.replace_all_uses_with(fused)
+            changes += 1
+        return changes
+
+
+def _match(node: Node) -> tuple[Node, Node, Node] | None:
+    halves, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if len(halves) != 2 or axis not in (-1, 3) or node.meta["val"].dim() != 4:
+        return None
+    first, second = halves
+    if not is_call(first, aten.sub.Tensor) or not is_call(second, aten.add.Tensor):
+        return None
+    low_cos, high_sin = (_product(side) for side in first.args[:2])
+    high_cos, low_sin = (_product(side) for side in second.args[:2])
+    if None in (low_cos, high_sin, high_cos, low_sin):
+        return None
+    (low, cos), (high, sin) = low_cos, high_sin  # type: ignore[misc]
+    if high_cos != (high, cos) or low_sin != (low, sin) or cos.meta["val"].dim() != 2:
+        return None
+    if not (is_call(low, operator.getitem) and is_call(high, operator.getitem)) or low.args[0] is not high.args[0]:
+        return None
+    split = low.args[0]
+    if not is_call(split, aten.split_with_sizes.default) or (low.args[1], high.args[1]) != (0, 1):
+        return None
+    return split.args[0], cos, sin
+
+
+def _product(node: Any) -> tuple[Node, Node] | None:
+    """(half of a head, cosine or sine) of a product."""
+    return (node.args[0], node.args[1]) if is_call(node, aten.mul.Tensor) else None

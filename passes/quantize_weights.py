@@ -1,0 +1,179 @@
+"""QuantizeWeights: linears and the embedding read block-quantised codes.
+
+Precondition: packing and sharing of weights are done.
+Rewrite: `linear` becomes `transom.linear_quantized`, `embedding` becomes `transom.embedding_quantized`; an embedding
+and a head that share a weight share its codes. Codes that a checkpoint already holds on the scheme's grid are kept as
+they are; others are rounded to nearest, with the range of each asymmetric block searched for the least squared error.
+Skips: linears with a bias.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch.fx import Node
+from transom.graphs.errors import QuantizationError
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten
+from transom.graphs.quantized import pack
+from transom.graphs.schemes import BlockFormat, Scheme
+from transom.graphs.weight import Weight
+from transom.passes.base import Pass
+from transom.passes.fuse_gated_mlp import FuseGatedMLP
+from transom.passes.pack_projections import PackProjections
+from transom.passes.share_embedding import ShareEmbedding
+
+LINEAR = torch.ops.transom.linear_quantized.default
+EMBEDDING = torch.ops.transom.embedding_quantized.default
+
+RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Fractions of a block's range that the search tries; a narrower range clips its ends and rounds the rest more finely."""
+
+ROWS = 2048
+"""Rows quantised at a time."""
+
+
+class QuantizeWeights(Pass):
+    """Weight-only quantisation by a scheme."""
+
+    after = (FuseGatedMLP, PackProjections, ShareEmbedding)
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+
+    def rewrite(self, graph: Graph) -> int:
+        """Quantise every linear and embedding that the scheme covers."""
+        embeddings = graph.calls(aten.embedding.default)
+        tables = {node.args[0] for node in embeddings}
+        changes = 0
+        for node in [*embeddings, *graph.calls(aten.linear.default)]:
+            is_embedding = node.target is aten.embedding.default
+            table = node.args[0] if is_embedding else node.args[1]
+            held = graph.weight_of(table)
+            block_format = self.scheme.embedding if table in tables else self.scheme.linear
+            if held is None or block_format is None:
+                continue
+            if not is_embedding and len(node.args) > 2 and node.args[2] is not None:
+                self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
+                continue
+            quantized = _add_codes(graph, *held, block_format)
+            with graph.fx.inserting_before(node):
+                source = node.args[1] if is_embedding else node.args[0]
+                new = graph.call(EMBEDDING if is_embedding else LINEAR, (source, *quantized, block_format.bits), node)
+            node.replace_all_uses_with(new)
+            changes += 1
+        return changes
+
+
+def _add_codes(graph: Graph, name: str, weight: Weight, fmt: BlockFormat) -> tuple[Node, Node, Node | None]:
+    rows, columns = weight.shape
+    if columns % fmt.block:
+        raise QuantizationError(f"{name} has {columns} columns, which blocks of {fmt.block} do not divide")
+    grid, blocks = _Grid(name, weight, fmt), columns // fmt.block
+
+    def part(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Weight:
+        return Weight(
+            shape=(rows, *shape),
+            dtype=dtype,
+            read_rows=lambda start, stop: grid.read(start, stop)[index],
+            origin=weight.origin,
+        )
+
+    codes = graph.add_weight(f"{name}.codes", part((blocks, fmt.block * fmt.bits // 8), torch.uint8, 0))
+    scales = graph.add_weight(f"{name}.scales", part((blocks,), torch.float32, 1))
+    if fmt.symmetric:
+        return codes, scales, None
+    packed = -(-blocks * fmt.bits // 8)
+    return codes, scales, graph.add_weight(f"{name}.zero_points", part((packed,), torch.uint8, 2))
+
+
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _Grid:
+    """Codes, scales and zero points of one weight, computed by rows.
+
+    The three are written one after the other, so the last few row blocks are kept: without that, the search would be
+    done three times.
+    """
+
+    _recent: OrderedDict[tuple[_Grid, int], _Parts] = OrderedDict()
+    _kept_bytes = 256 * 2**20
+
+    def __init__(self, name: str, weight: Weight, fmt: BlockFormat) -> None:
+        self.name, self.weight, self.format = name, weight, fmt
+
+    def read(self, start: int, stop: int) -> _Parts:
+        """(packed codes, scales, packed zero points) of some rows."""
+        pieces = [self._chunk(low) for low in range(start - start % ROWS, stop, ROWS)]
+        low = start - start % ROWS
+        codes, scales, zeros = (torch.cat(parts)[start - low : stop - low] for parts in zip(*pieces, strict=True))
+        return codes, scales, zeros
+
+    def _chunk(self, low: int) -> _Parts:
+        key = (self, low)
+        if key not in self._recent:
+            self._recent[key] = self._quantize(low, min(low + ROWS, self.weight.shape[0]))
+            while sum(sum(t.nbytes for t in parts) for parts in self._recent.values()) > self._kept_bytes:
+                self._recent.popitem(last=False)
+        return self._recent[key]
+
+    def _quantize(self, start: int, stop: int) -> _Parts:
+        fmt, lattice = self.format, self.weight.lattice
+        if lattice is not None and fmt.symmetric and fmt.bits == 8 and lattice.block == fmt.block:
+            signed, scales = lattice.read_rows(start, stop)
+            codes = (signed.to(torch.int16) + 128).to(torch.uint8).view(stop - start, -1, fmt.block)
+            zeros = torch.empty(stop - start, 0, dtype=torch.uint8)
+        else:
+            rows = self.weight.read_rows(start, stop).float()
+            if not bool(torch.isfinite(rows).all()):
+                raise QuantizationError(
+                    f"{self.name} holds NaN or infinity in rows {start} to {stop}: mend the checkpoint"
+                )
+            codes, scales, zeros = quantize_rows(rows, fmt)
+        return pack(codes, fmt.bits), scales, pack(zeros, fmt.bits)
+
+
+def quantize_rows(rows: torch.Tensor, fmt: BlockFormat) -> _Parts:
+    """Round rows to their blocks' grids.
+
+    Args:
+        rows: float32 [R, K].
+        fmt: The format; `fmt.block` divides K.
+
+    Returns:
+        Unpacked codes uint8 [R, K / block, block], scales float32 [R, K / block], and zero points uint8
+        [R, K / block] ([R, 0] if symmetric).
+    """
+    blocks = rows.view(rows.shape[0], -1, fmt.block)
+    top = 2**fmt.bits - 1
+    if fmt.symmetric:
+        middle = 2 ** (fmt.bits - 1)
+        scales = blocks.abs().amax(-1) / (middle - 1)
+        scales = torch.where(scales == 0, 1.0, scales)
+        codes = (torch.round(blocks / scales[..., None]) + middle).to(torch.uint8)
+        return codes, scales, codes.new_empty(rows.shape[0], 0)
+    # The range holds zero, so that a zero weight stays zero.
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    best: _Parts | None = None
+    least = torch.full_like(low, float("inf"))
+    for fraction in RANGE_FRACTIONS:
+        scales = (high - low) * fraction / top
+        scales = torch.where(scales == 0, 1.0, scales)
+        zeros = torch.round(-low * fraction / scales).clamp(0, top)
+        codes = torch.round(blocks / scales[..., None] + zeros[..., None]).clamp(0, top)
+        error = ((codes - zeros[..., None]) * scales[..., None] - blocks).square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        if best is None:
+            best = codes, scales, zeros
+        else:
+            best = (
+                torch.where(better[..., None], codes, best[0]),
+                torch.where(better, scales, best[1]),
+                torch.where(better, zeros, best[2]),
+            )
+    assert best is not None
+    return best[0].to(torch.uint8), best[1], best[2].to(torch.uint8)

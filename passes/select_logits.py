@@ -1,0 +1,78 @@
+"""SelectLogits: compute logits only where they are wanted.
+
+Precondition: a `decode` graph; it returns `index_select(logits, 1, logit_positions)`.
+Rewrite: moves the selection up through everything that treats each position by itself (head, final norm, residual
+adds, and the last layer's MLP), so that a prefill chunk pays for one row of the vocabulary, not for T rows.
+Skips: whatever mixes positions (attention) or has other uses stops the selection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten, is_call
+from transom.passes.base import Pass
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.fuse_gated_mlp import OP as GATED_GELU
+from transom.passes.fuse_gated_mlp import FuseGatedMLP
+from transom.passes.fuse_norms import OP as RMS_NORM
+from transom.passes.fuse_norms import FuseNorms
+
+# Operations that treat every position by itself, with the arguments that carry positions.
+_BY_POSITION: dict[Any, tuple[int, ...]] = {
+    aten.linear.default: (0,),
+    aten.mul.Tensor: (0, 1),
+    aten.add.Tensor: (0, 1),
+    aten.div.Tensor: (0, 1),
+    aten.tanh.default: (0,),
+    aten.gelu.default: (0,),
+    RMS_NORM: (0,),
+    GATED_GELU: (0,),
+}
+
+
+class SelectLogits(Pass):
+    """Move the selection of positions towards the input."""
+
+    after = (Canonicalize, FuseNorms, FuseGatedMLP)
+
+    def rewrite(self, graph: Graph) -> int:
+        """Hoist the selection step by step; counts the operations that it passed."""
+        changes = 0
+        pending = [node for node in graph.calls(aten.index_select.default) if node.args[1] == 1]
+        while pending:
+            select = pending.pop()
+            source = select.args[0]
+            if not _movable(source, select):
+                continue
+            inner: list[Node] = []
+            args = list(source.args)
+            with graph.fx.inserting_before(source):
+                for position in _BY_POSITION[source.target]:
+                    operand = args[position]
+                    if isinstance(operand, Node) and operand.meta["val"].dim() == source.meta["val"].dim():
+                        chosen = _select(graph, operand, select.args[2])
+                        args[position] = chosen
+                        inner.append(chosen)
+                moved = graph.call(source.target, tuple(args), source)
+            select.replace_all_uses_with(moved)
+            graph.fx.erase_node(select)
+            graph.fx.erase_node(source)
+            pending.extend(node for node in dict.fromkeys(inner) if node not in pending)
+            changes += 1
+        return changes
+
+
+def _movable(source: Any, select: Node) -> bool:
+    if not is_call(source, *_BY_POSITION) or source.kwargs or source.meta["val"].dim() != 3:
+        return False
+    return all(user is select for user in source.users)
+
+
+def _select(graph: Graph, operand: Node, positions: Node) -> Node:
+    for user in operand.users:
+        if is_call(user, aten.index_select.default) and user.args[1:] == (1, positions):
+            return user
+    return graph.call(aten.index_select.default, (operand, 1, positions), operand)

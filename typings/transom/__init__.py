@@ -1,0 +1,1 @@
+../../src/transom/__init__.py
