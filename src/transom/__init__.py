@@ -1,1 +1,57 @@
-"""transom."""
+"""transom: local:global transformers, traced once, lowered to many runtimes, their numbers proved equal.
+
+    model = transom.load("gemma3-270m")
+    artifact = transom.compile(model, target="onnxruntime", quant="int8", out="gemma")
+    session = transom.open("gemma")
+    print(session.tokenizer.decode(list(session.generate("The capital of France is"))))
+
+Importing this package imports no runtime and no torch; each function brings what it needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transom.backends.session import Session
+    from transom.export.compile import Artifact
+    from transom.graphs.graph import Graph
+    from transom.zoo.model import Model
+
+__all__ = ["compile", "load", "open", "trace"]
+__version__ = "0.1.0"
+
+
+def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
+    """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
+    from transom.zoo.model import load as load_model
+
+    return load_model(name_or_path, weights=weights, seed=seed)
+
+
+def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
+    """Trace a model to a graph; see `transom.graphs.trace.trace`."""
+    from transom.export.compile import trace_model
+
+    return trace_model(model, task=task)
+
+
+def compile(model: Model, *, out: str | Path, **options: Any) -> Artifact:
+    """Lower a model to a target and write the artifact; see `transom.export.compile.compile_model`."""
+    from transom.export.compile import compile_model
+
+    return compile_model(model, out=Path(out), **options)
+
+
+def open(folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Session:
+    """Open an artifact to run it, with its tokenizer if it has one; see `transom.backends.opening.open_session`."""
+    from transom.backends.opening import open_session
+    from transom.zoo.tokenizer import Tokenizer
+
+    path = Path(folder)
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    # Hashes are checked before anything in the folder is trusted.
+    session = open_session(path, threads=threads, verify=verify)
+    session.tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
+    return session

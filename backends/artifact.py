@@ -1,0 +1,205 @@
+"""The artifact: a folder that explains itself. Needs no torch.
+
+    model.onnx, model.onnx.data     the payload
+    manifest.json                   what it is, and a hash of every file
+    tokenizer.json                  if the source had a tokenizer
+    generation_config.json          how its makers sample from it
+
+A folder is written under another name and renamed when it is whole, so an interrupted export leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transom.graphs.errors import ArtifactError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+_READ_BYTES = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheRecord:
+    """One cache tensor [batch, heads, slots, width] of an artifact.
+
+    Attributes:
+        name: "cache.LAYER.key" or "cache.LAYER.value".
+        layer: Index of the layer.
+        window: Keys that the layer sees; None for a global layer.
+        slots: Fixed number of slots; None if they grow with the context.
+        heads: Key/value heads.
+        width: Numbers in one head.
+        dtype: "float32" and so on.
+    """
+
+    name: str
+    layer: int
+    window: int | None
+    slots: int | None
+    heads: int
+    width: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is.
+
+    Attributes:
+        target: What it was lowered to.
+        model: The model's configuration.
+        source: Where the weights came from, and their revision.
+        quantization: Name of the scheme.
+        context: Longest sequence, in tokens.
+        chunk: Largest number of new tokens in one call. Local caches hold `window + chunk - 1` slots: the slack
+            of `chunk - 1` is what a chunk of new tokens needs beside the window.
+        vocab_size: Width of the logits.
+        caches: Every cache tensor.
+        stop_ids: Tokens that end a text.
+        bos_id: Token in front of every text.
+        passes: What each pass did.
+        not_done: In plain words, what was left undone.
+        libraries: Versions that made it.
+        files: sha256 and size of every other file.
+    """
+
+    target: str
+    model: Mapping[str, Any]
+    source: Mapping[str, str]
+    quantization: str
+    context: int
+    chunk: int
+    vocab_size: int
+    caches: tuple[CacheRecord, ...]
+    stop_ids: tuple[int, ...]
+    bos_id: int | None
+    passes: Sequence[Mapping[str, Any]]
+    not_done: Sequence[str]
+    libraries: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the version of the format in front."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that takes the name `path` only when the block ends without an error.
+
+    Raises:
+        ArtifactError: If something of that name exists and `overwrite` is off, or its parent cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
+    draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
+    try:
+        yield draft
+        if path.exists():
+            retired = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
+            os.rename(path, retired)
+            os.rename(draft, path)
+            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
+        else:
+            os.rename(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in the folder and write the manifest beside them."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    hashes = _hashes([folder / name for name in names])
+    files = {
+        name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
+        for name, digest in zip(names, hashes, strict=True)
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
+    """Read an artifact's manifest.
+
+    Args:
+        folder: The artifact.
+        verify: Also check size and hash of every file.
+
+    Raises:
+        ArtifactError: If the folder is no artifact, of an unknown version, or not as it was written.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder: export a model to it first (transom export MODEL -o {folder})")
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text())
+        version = data.pop("version")
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
+    if version != VERSION:
+        raise ArtifactError(f"{path} is of version {version}, this transom reads {VERSION}: use a matching transom")
+    try:
+        data["caches"] = tuple(CacheRecord(**record) for record in data["caches"])
+        manifest = Manifest(**{**data, "stop_ids": tuple(data["stop_ids"])})
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is malformed ({error}): export the model again") from error
+    _check_files(folder, manifest, hashes=verify)
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    paths = [folder / name for name in manifest.files]
+    for path, entry in zip(paths, manifest.files.values(), strict=True):
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: export the model again")
+        if path.stat().st_size != entry["bytes"]:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}: export the model again")
+    if hashes:
+        for path, entry, digest in zip(paths, manifest.files.values(), _hashes(paths), strict=True):
+            if digest != entry["sha256"]:
+                raise ArtifactError(f"{path} is not what was exported (its sha256 differs): export the model again")
+
+
+def _hashes(paths: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    # A mapped file would count as resident memory, so it is read through one small buffer a thread.
+    digest = hashlib.sha256()
+    buffer = memoryview(_buffer())
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+_local = threading.local()
+
+
+def _buffer() -> bytearray:
+    if not hasattr(_local, "buffer"):
+        _local.buffer = bytearray(_READ_BYTES)
+    buffer: bytearray = _local.buffer
+    return buffer

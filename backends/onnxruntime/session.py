@@ -1,0 +1,101 @@
+"""ONNX artifacts on ONNX Runtime's CPU provider, caches bound in place. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.session import Float, Session, Tokenizer
+from transom.graphs.errors import ArtifactError, TargetError
+
+MODEL_FILE = "model.onnx"
+MINIMUM = (1, 29)
+
+
+class OnnxRuntimeSession(Session):
+    """An `onnxruntime` or `onnx` artifact.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        tokenizer: Its tokenizer.
+        threads: Threads of the runtime; by default its own choice, one a core.
+
+    Raises:
+        TargetError: If ONNX Runtime is too old.
+        ArtifactError: If it cannot load the model.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, tokenizer: Tokenizer | None = None, threads: int | None = None
+    ) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            caches=manifest.caches,
+            stop_ids=manifest.stop_ids,
+            tokenizer=tokenizer,
+        )
+        self._runtime = _load(folder / MODEL_FILE, threads)
+        self._binding = self._runtime.io_binding()
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+        self._binding.bind_cpu_input("tokens", tokens[None])
+        self._binding.bind_cpu_input("start", np.array(self.position))
+        self._binding.bind_cpu_input("logit_positions", logit_positions)
+        self._binding.bind_output("logits", "cpu")
+        self._runtime.run_with_iobinding(self._binding)
+        logits: Float = self._binding.get_outputs()[self._logits_index].numpy()[0]
+        return logits
+
+    def _allocate(self, slots: int) -> None:
+        self._binding.clear_binding_outputs()
+        for cache in self.caches:
+            old = self._arrays.get(cache.name)
+            if old is None or cache.slots is None:
+                # Pages of zeros take no memory until they are written.
+                new = np.zeros((1, cache.heads, cache.slots or slots, cache.width), cache.dtype)
+                if old is not None:
+                    new[:, :, : old.shape[2]] = old
+                self._arrays[cache.name] = new
+            self._bind(cache)
+        # Outputs come back in the order in which they were bound, and the logits are bound last.
+        self._logits_index = len(self.caches)
+
+    def _bind(self, cache: CacheRecord) -> None:
+        """Let the runtime read and write one buffer in place."""
+        array = self._arrays[cache.name]
+        place: Any = ("cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._binding.bind_input(cache.name, *place)
+        self._binding.bind_output(f"{cache.name}.out", *place)
+
+    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
+        for cache in self.caches:
+            if cache.name in self._arrays:
+                yield cache, self._arrays[cache.name]
+
+
+def _load(path: Path, threads: int | None) -> Any:
+    import onnxruntime
+
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < MINIMUM:
+        raise TargetError(
+            f"ONNX Runtime {onnxruntime.__version__} has no windowed caches: pip install 'onnxruntime>=1.29'"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Otherwise the shared embedding would be folded into a second copy for its other reader.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime raises a dozen classes without a common base
+        raise ArtifactError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error

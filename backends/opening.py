@@ -1,0 +1,32 @@
+"""From an artifact's folder to a session of the right backend. Needs no torch for ONNX artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transom.backends.artifact import read_manifest
+from transom.backends.session import Session, Tokenizer
+from transom.graphs.errors import TargetError
+
+
+def open_session(
+    folder: Path, *, tokenizer: Tokenizer | None = None, threads: int | None = None, verify: bool = True
+) -> Session:
+    """Open an artifact.
+
+    Args:
+        folder: The artifact.
+        tokenizer: Its tokenizer, if text is wanted.
+        threads: Threads of the runtime; by default its own choice.
+        verify: Whether to check the hash of every file.
+
+    Raises:
+        ArtifactError: If the folder is no artifact, or is damaged.
+        TargetError: If this library cannot run its target, or a part is not installed.
+    """
+    manifest = read_manifest(folder, verify=verify)
+    if manifest.target in ("onnxruntime", "onnx"):
+        from transom.backends.onnxruntime.session import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+    raise TargetError(f"{folder} is for the target {manifest.target!r}, which this transom cannot run: update transom")

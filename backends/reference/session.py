@@ -1,0 +1,85 @@
+"""The reference: interprets a graph in PyTorch, in float32 by default. It is what every other backend is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transom.backends.artifact import CacheRecord
+from transom.backends.session import Float, Session, Tokenizer
+from transom.graphs import ops  # noqa: F401 (registers the fused operations)
+from transom.graphs.graph import Graph
+
+
+def cache_records(graph: Graph) -> tuple[CacheRecord, ...]:
+    """What a graph says of its caches, in the form that sessions and manifests use."""
+    nodes = graph.placeholders()
+    records = []
+    for cache in graph.caches:
+        value = nodes[cache.input].meta["val"]
+        records.append(
+            CacheRecord(
+                name=cache.name,
+                layer=cache.layer,
+                window=cache.window,
+                slots=cache.slots,
+                heads=int(value.shape[1]),
+                width=int(value.shape[3]),
+                dtype=str(value.dtype).removeprefix("torch."),
+            )
+        )
+    return tuple(records)
+
+
+class ReferenceSession(Session):
+    """A `decode` graph, at any stage of the passes, run node by node.
+
+    Args:
+        graph: The graph; its weights are read into memory here.
+        context: Longest sequence, in tokens.
+        chunk: Most new tokens in one call; bounded caches must have been made for at least as many.
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, graph: Graph, *, context: int, chunk: int, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(
+            context=context,
+            chunk=chunk,
+            vocab_size=int(graph.output.args[0][0].meta["val"].shape[-1]),
+            caches=cache_records(graph),
+            stop_ids=tokenizer.stop_ids if tokenizer else (),
+            tokenizer=tokenizer,
+        )
+        self._interpreter = torch.fx.Interpreter(graph.module)
+        names, shared = graph.weight_names(), {}
+        for name, weight in graph.weights.items():
+            shared[name] = weight.read()
+        self._inputs: list[torch.Tensor | None] = [
+            shared[names[placeholder]] if placeholder in names else None for placeholder in graph.placeholders()
+        ]
+        self._tensors: list[torch.Tensor] = []
+
+    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+        new = [torch.from_numpy(tokens)[None], torch.tensor(self.position), torch.from_numpy(logit_positions)]
+        given = iter([*new, *self._tensors])
+        inputs = [next(given) if value is None else value for value in self._inputs]
+        with torch.no_grad():
+            logits, *self._tensors = self._interpreter.run(*inputs)
+        found: Float = logits[0].float().numpy()
+        return found
+
+    def _allocate(self, slots: int) -> None:
+        old = self._tensors
+        self._tensors = []
+        for index, cache in enumerate(self.caches):
+            shape = (1, cache.heads, cache.slots or slots, cache.width)
+            tensor = torch.zeros(shape, dtype=getattr(torch, cache.dtype))
+            if old:
+                tensor[:, :, : old[index].shape[2]] = old[index]
+            self._tensors.append(tensor)
+
+    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
+        yield from zip(self.caches, self._tensors, strict=False)

@@ -1,0 +1,216 @@
+"""A session: a model, its caches and a position. What differs between runtimes is one call; all else is here.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transom.backends.artifact import CacheRecord
+from transom.backends.sampling import Sampling
+from transom.graphs.errors import ContextLengthError, TokenizerError
+
+FIRST_SLOTS = 512
+"""Slots that a growing cache starts with; it then doubles, up to the context."""
+
+GREEDY = Sampling()
+
+Float = NDArray[np.float32]
+
+
+class Tokenizer(Protocol):
+    """What a session needs of a tokenizer."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str, bos: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Session(abc.ABC):
+    """Runs a model step by step.
+
+    Attributes:
+        position: Tokens that the caches hold.
+        context: Most tokens that they can hold.
+        chunk: Most new tokens in one call of the runtime.
+        tokenizer: None if the model has none; then prompts are token ids.
+    """
+
+    def __init__(
+        self,
+        *,
+        context: int,
+        chunk: int,
+        vocab_size: int,
+        caches: Sequence[CacheRecord],
+        stop_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.context, self.chunk, self.vocab_size = context, chunk, vocab_size
+        self.caches, self.stop_ids, self.tokenizer = tuple(caches), frozenset(stop_ids), tokenizer
+        self.position = 0
+        self._slots = 0
+
+    @abc.abstractmethod
+    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+        """Run new tokens [T] at `self.position`; returns logits [P, V] of the wanted ones, counted from the first."""
+
+    @abc.abstractmethod
+    def _allocate(self, slots: int) -> None:
+        """Give growing caches `slots` slots and fixed ones what they have; what they held up to now stays."""
+
+    def reset(self) -> None:
+        """Forget all tokens. Memory stays allocated."""
+        self.position = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens at once, in place of growing on the way.
+
+        Raises:
+            ContextLengthError: If that is more than the context.
+        """
+        if tokens > self.context:
+            raise ContextLengthError(
+                f"{tokens} tokens do not fit into a context of {self.context}: shorten the prompt, ask for fewer new "
+                "tokens, or export with a larger --context"
+            )
+        if tokens > self._slots:
+            slots = max(FIRST_SLOTS, 2 ** math.ceil(math.log2(tokens)))
+            self._slots = min(slots, self.context)
+            self._allocate(self._slots)
+
+    def feed(
+        self, tokens: Sequence[int], *, wanted: str = "last", on_chunk: Callable[[int], None] = lambda count: None
+    ) -> Iterator[Float]:
+        """Run tokens after those that the caches hold, chunk by chunk.
+
+        Args:
+            tokens: Ids, at least one.
+            wanted: "last": yields the logits [1, V] of the last token; "all": those of each chunk [T, V].
+            on_chunk: Called with the number of tokens done each time.
+
+        Raises:
+            ContextLengthError: If they do not fit into the context.
+            TokenizerError: If an id is out of the vocabulary, or there is none.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or ids.size == 0:
+            raise TokenizerError("a prompt must hold at least one token: give it some text")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise TokenizerError(f"token ids must lie in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}")
+        self.reserve(self.position + ids.size)
+        for low in range(0, ids.size, self.chunk):
+            part = ids[low : low + self.chunk]
+            last = low + part.size == ids.size
+            positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
+            logits = self._run(part, positions)
+            self.position += part.size
+            on_chunk(part.size)
+            if wanted == "all" or last:
+                yield logits
+
+    def prefill(self, tokens: Sequence[int], *, on_chunk: Callable[[int], None] = lambda count: None) -> Float:
+        """Run tokens after those that the caches hold; returns the logits [V] of the last one.
+
+        Raises:
+            ContextLengthError: If they do not fit into the context.
+            TokenizerError: If an id is out of the vocabulary, or there is none.
+        """
+        *_, logits = self.feed(tokens, on_chunk=on_chunk)
+        return np.asarray(logits[0])
+
+    def decode(self, token: int) -> Float:
+        """Run one token; returns its logits [V]."""
+        return self.prefill([token])
+
+    def logits(self, token_ids: Sequence[int]) -> Float:
+        """Logits of every position of a text, float32 [T, V], from empty caches. For checks: this is large."""
+        self.reset()
+        return np.concatenate(list(self.feed(token_ids, wanted="all")))
+
+    def log_likelihoods(
+        self, token_ids: Sequence[int], *, on_chunk: Callable[[int], None] = lambda count: None
+    ) -> NDArray[np.float64]:
+        """Log probability of every token but the first given those before it, [T - 1], from empty caches."""
+        self.reset()
+        ids, found, position = np.asarray(token_ids), [], 0
+        for logits in self.feed(token_ids, wanted="all", on_chunk=on_chunk):
+            targets = ids[position + 1 : position + 1 + logits.shape[0]]
+            rows = logits[: targets.size].astype(np.float64)
+            top = rows.max(-1)
+            total = np.log(np.exp(rows - top[:, None]).sum(-1)) + top
+            found.append(rows[np.arange(targets.size), targets] - total)
+            position += logits.shape[0]
+        return np.concatenate(found)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            TokenizerError: If it is text and the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise TokenizerError("this model has no tokenizer: give token ids in place of text")
+        return self.tokenizer.encode(prompt)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop_ids: Sequence[int] | None = None,
+        keep: bool = False,
+        on_chunk: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[int]:
+        """Yield new tokens one by one; a stop token ends the stream and is not yielded.
+
+        Args:
+            prompt: Text or token ids.
+            max_new_tokens: At most this many.
+            sampling: How to choose them.
+            stop_ids: Tokens that end the text; by default the model's own.
+            keep: Continue after the tokens that the caches hold, in place of starting afresh.
+            on_chunk: Called with the number of prompt tokens done each time.
+
+        Raises:
+            ContextLengthError: If the prompt and the new tokens do not fit into the context.
+            TokenizerError: If the prompt is empty, or is text and the model has no tokenizer.
+        """
+        if not keep:
+            self.reset()
+        ids = self.encode(prompt)
+        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
+        if max_new_tokens < 1:
+            return
+        # The last new token is never run, so it needs no slot.
+        self.reserve(self.position + len(ids) + max_new_tokens - 1)
+        generator = sampling.generator()
+        logits = self.prefill(ids, on_chunk=on_chunk)
+        for count in range(1, max_new_tokens + 1):
+            token = sampling.choose(logits, generator)
+            if token in stops:
+                return
+            yield token
+            if count < max_new_tokens:
+                logits = self.decode(token)
+
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes of the caches as allocated now: {"local": ..., "global": ...}."""
+        sizes = {"local": 0, "global": 0}
+        for cache, array in self._cache_arrays():
+            sizes["local" if cache.window is not None else "global"] += array.nbytes
+        return sizes
+
+    @abc.abstractmethod
+    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
+        """Every cache with the array that holds it."""

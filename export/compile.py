@@ -1,0 +1,142 @@
+"""From a model to an artifact: trace, rewrite, lower, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transom.backends.artifact import Manifest, new_folder, write_manifest
+from transom.backends.reference.session import cache_records
+from transom.export.onnx import emitter, onnxruntime, standard
+from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.graphs.trace import Task, trace
+from transom.passes.base import Pass
+from transom.passes.pipelines import pipeline
+from transom.zoo.architectures import ARCHITECTURES
+from transom.zoo.model import Model
+
+DIALECTS = {dialect.name: dialect for dialect in (onnxruntime.DIALECT, standard.DIALECT)}
+
+CHUNK = 256
+"""Default for the largest number of new tokens in one call."""
+
+GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+"""What Gemma 3's makers sample with."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (stage, done, total): passes are counted one by one, weights by bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A folder that a session can be opened from."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def trace_model(model: Model, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
+    """Trace a model of the zoo; see `graphs.trace.trace`."""
+    config = model.config
+    return trace(lambda: ARCHITECTURES[config.architecture](config), config, model.weights, task=task, dtype=dtype)
+
+
+def compile_model(
+    model: Model,
+    *,
+    target: str = "onnxruntime",
+    quant: str = "none",
+    context: int | None = None,
+    chunk: int = CHUNK,
+    out: Path,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Artifact:
+    """Lower a model and write the artifact.
+
+    Args:
+        model: What to lower.
+        target: A key of `DIALECTS`.
+        quant: Name of a quantisation scheme.
+        context: Longest sequence, in tokens; by default the model's own.
+        chunk: Largest number of new tokens in one call; local caches need `window + chunk - 1` slots.
+        out: Folder to write; it appears only when it is whole.
+        overwrite: Whether to replace a folder of that name.
+        on_progress: Told of every step.
+
+    Raises:
+        TargetError: If the target is unknown.
+        QuantizationError: If the scheme is unknown, or cannot hold a tensor.
+        ContextLengthError: If the context is longer than the model's.
+        ArtifactError: If `out` exists.
+        UnsupportedOpsError: If the target cannot lower an operation.
+    """
+    if target not in DIALECTS:
+        raise TargetError(f"no target named {target!r}: choose one of {', '.join(DIALECTS)}")
+    config = model.config
+    context = config.context if context is None else context
+    if not 1 <= context <= config.context:
+        raise ContextLengthError(
+            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
+        )
+    chunk = min(chunk, context)
+    passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
+    with new_folder(out, overwrite=overwrite) as folder:
+        on_progress("trace", 0, 1)
+        traced = trace_model(model)
+        on_progress("trace", 1, 1)
+        done: list[Pass] = []
+
+        def on_pass(current: Pass, graph: Graph) -> None:
+            done.append(current)
+            on_progress("passes", len(done), len(passes.passes))
+
+        graph, records = passes.run(traced, on_pass=on_pass)
+        total, written = graph.weight_bytes(), 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal written
+            written += count
+            on_progress("weights", min(written, total), total)
+
+        emitter.write(graph, DIALECTS[target], folder, on_bytes=on_bytes)
+        _write_companions(model, folder)
+        manifest = write_manifest(
+            folder,
+            Manifest(
+                target=target,
+                model=dataclasses.asdict(config),
+                source={"name": model.source, "revision": model.revision},
+                quantization=quant,
+                context=context,
+                chunk=chunk,
+                vocab_size=config.vocab_size,
+                caches=cache_records(graph),
+                stop_ids=model.tokenizer.stop_ids if model.tokenizer else (),
+                bos_id=model.tokenizer.bos_id if model.tokenizer else None,
+                passes=[record.to_json() for record in records],
+                not_done=[f"{record.name}: {reason}" for record in records for reason in record.skipped],
+                libraries=_versions(),
+            ),
+        )
+    return Artifact(folder=out, manifest=manifest)
+
+
+def _write_companions(model: Model, folder: Path) -> None:
+    generation = dict(GEMMA_SAMPLING)
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder)
+        generation |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": list(model.tokenizer.stop_ids)}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    names = ("transom", "torch", "onnx", "onnxruntime")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,123 @@
+"""Weights from a seed, and a writer of checkpoints that never holds one.
+
+Random weights make every size of a model testable: same names, shapes and bytes as the real one, no download. The
+numbers depend on the seed, the tensor's name and the block of rows they stand in, never on how rows are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from transom.graphs.weight import Weight
+from transom.zoo.architectures import tensor_shapes
+from transom.zoo.checkpoints.safetensors import DTYPES
+from transom.zoo.config import DecoderConfig
+from transom.zoo.huggingface import write_config
+
+_BLOCK_VALUES = 1 << 16
+
+
+def random_weights(config: DecoderConfig, seed: int) -> dict[str, Weight]:
+    """Float32 weights drawn from normal distributions, the same on every machine.
+
+    Activations stay of order one: projections have a deviation of fan_in^-0.5, norms 0.1 around their neutral zero. The
+    embedding is small against what the layers add, or every token would predict itself; the last norm makes up for it,
+    so that logits deviate by about 2.5.
+    """
+    return {name: _weight(name, shape, seed) for name, shape in tensor_shapes(config).items()}
+
+
+def write_checkpoint(
+    folder: Path,
+    config: DecoderConfig,
+    weights: Mapping[str, Weight],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write a text-only Hugging Face checkpoint, a block of rows at a time.
+
+    Args:
+        folder: Created if need be.
+        config: Goes to `config.json`.
+        weights: By the names of the module's state dict.
+        dtype: float32, float16 or bfloat16.
+        shard_bytes: Upper bound on a shard's tensors; one larger tensor gets a shard of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder)
+    shards: list[dict[str, Weight]] = [{}]
+    for name, weight in weights.items():
+        held = sum(_bytes(other, dtype) for other in shards[-1].values())
+        if held and held + _bytes(weight, dtype) > shard_bytes:
+            shards.append({})
+        shards[-1][f"model.{name}"] = weight
+    if len(shards) == 1:
+        _write_shard(folder / "model.safetensors", shards[0], dtype)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, shard, dtype)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(_bytes(weight, dtype) for weight in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _weight(name: str, shape: tuple[int, ...], seed: int) -> Weight:
+    width = shape[-1]
+    if name == "norm.weight":
+        mean, deviation = 4.0, 0.1
+    elif len(shape) == 1:
+        mean, deviation = 0.0, 0.1
+    else:
+        mean, deviation = 0.0, (0.5 if name == "embed_tokens.weight" else 1.0) * width**-0.5
+    return Weight(
+        shape=shape,
+        dtype=torch.float32,
+        read_rows=functools.partial(_read_rows, f"{seed}/{name}", shape, mean, deviation),
+        origin=f"random, seed {seed}: {name}",
+    )
+
+
+def _read_rows(key: str, shape: tuple[int, ...], mean: float, deviation: float, start: int, stop: int) -> torch.Tensor:
+    per_row = math.prod(shape[1:])
+    rows = max(1, _BLOCK_VALUES // per_row)
+    out = np.empty((stop - start, per_row), dtype=np.float32)
+    for block in range(start // rows, -(-stop // rows)):
+        low, high = max(start, block * rows), min(stop, (block + 1) * rows)
+        entropy = int.from_bytes(hashlib.sha256(f"{key}/{block}".encode()).digest()[:16], "little")
+        draw = np.random.Generator(np.random.SFC64(entropy)).standard_normal((high - block * rows, per_row), np.float32)
+        np.multiply(draw[low - block * rows :], np.float32(deviation), out=out[low - start : high - start])
+    if mean:
+        out += np.float32(mean)
+    return torch.from_numpy(out.reshape(stop - start, *shape[1:]))
+
+
+def _bytes(weight: Weight, dtype: torch.dtype) -> int:
+    return math.prod(weight.shape) * dtype.itemsize
+
+
+def _write_shard(path: Path, weights: Mapping[str, Weight], dtype: torch.dtype) -> None:
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in weights.items():
+        begin, end = end, end + _bytes(weight, dtype)
+        header[name] = {"dtype": code, "shape": list(weight.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for weight in weights.values():
+            for block in weight.blocks():
+                file.write(block.to(dtype).contiguous().view(torch.uint8).numpy().data)

