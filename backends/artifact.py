@@ -95,6 +95,12 @@ class Manifest:
         return {"version": VERSION, **dataclasses.asdict(self)}
 
 
+def check_absent(path: Path, *, overwrite: bool = False) -> None:
+    """Raise `ArtifactError` if something of that name exists and must not be replaced."""
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder that takes the name `path` only when the block ends without an error.
@@ -102,8 +108,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ArtifactError: If something of that name exists and `overwrite` is off, or its parent cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
+    check_absent(path, overwrite=overwrite)
     draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

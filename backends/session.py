@@ -24,6 +24,13 @@ GREEDY = Sampling()
 Float = NDArray[np.float32]
 
 
+class TokenStream(Protocol):
+    """Decodes ids as they come."""
+
+    def add(self, token: int) -> str: ...
+    def finish(self) -> str: ...
+
+
 class Tokenizer(Protocol):
     """What a session needs of a tokenizer."""
 
@@ -31,6 +38,7 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
     def encode(self, text: str, bos: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def stream(self) -> TokenStream: ...
 
 
 class Session(abc.ABC):

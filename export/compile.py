@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transom.backends.artifact import Manifest, new_folder, write_manifest
@@ -130,7 +131,7 @@ def compile_model(
 
 
 def _write_companions(model: Model, folder: Path) -> None:
-    generation = dict(GEMMA_SAMPLING)
+    generation: dict[str, Any] = dict(GEMMA_SAMPLING)
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
         generation |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": list(model.tokenizer.stop_ids)}

@@ -49,7 +49,7 @@ def check(graph: Graph) -> None:
         if cache.slots is not None and read.shape[2] != cache.slots:
             raise InvariantError(f"{cache.name} declares {cache.slots} slots but was traced with {read.shape[2]}")
     try:
-        graph.program.validate()
+        graph.program.validate()  # type: ignore[no-untyped-call]
     except Exception as error:  # torch's verifiers raise whatever they like
         raise InvariantError(f"torch's verifier rejects the program: {error}") from error
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.node import map_arg
 from transom.graphs.errors import InvariantError
+from transom.graphs.node import Node, is_node
 from transom.graphs.weight import Weight
 
 
@@ -73,28 +74,29 @@ class Graph:
     @property
     def module(self) -> torch.fx.GraphModule:
         """The program's graph module."""
-        return self.program.graph_module
+        module: torch.fx.GraphModule = self.program.graph_module
+        return module
 
     @property
     def fx(self) -> torch.fx.Graph:
         """The program's graph of nodes."""
-        return self.program.graph_module.graph
+        return self.module.graph
 
     @property
-    def output(self) -> torch.fx.Node:
+    def output(self) -> Node:
         """The node that returns."""
         return self.fx.output_node()
 
-    def placeholders(self) -> dict[str, torch.fx.Node]:
+    def placeholders(self) -> dict[str, Node]:
         """Input nodes by name."""
         leading = itertools.takewhile(lambda node: node.op == "placeholder", self.fx.nodes)
         return {node.name: node for node in leading}
 
-    def calls(self, *targets: Any) -> list[torch.fx.Node]:
+    def calls(self, *targets: Any) -> list[Node]:
         """Nodes that call one of the targets, in order of execution."""
         return [node for node in self.fx.nodes if node.op == "call_function" and node.target in targets]
 
-    def calls_all(self) -> list[torch.fx.Node]:
+    def calls_all(self) -> list[Node]:
         """Every node that calls something."""
         return [node for node in self.fx.nodes if node.op == "call_function"]
 
@@ -102,7 +104,7 @@ class Graph:
         """Bytes of all weights, each buffer counted once."""
         return sum({id(weight): weight.bytes for weight in self.weights.values()}.values())
 
-    def user_inputs(self) -> list[torch.fx.Node]:
+    def user_inputs(self) -> list[Node]:
         """Inputs that a caller passes, in order."""
         nodes = self.placeholders()
         specs = self.program.graph_signature.input_specs
@@ -118,12 +120,12 @@ class Graph:
 
     def weight_of(self, node: Any) -> tuple[str, Weight] | None:
         """Name and recipe of the weight that a placeholder holds; None for any other node."""
-        if not isinstance(node, torch.fx.Node) or node.op != "placeholder":
+        if not is_node(node) or node.op != "placeholder":
             return None
         name = self.weight_names().get(node.name)
         return None if name is None else (name, self.weights[name])
 
-    def call(self, target: Any, args: tuple[Any, ...], origin: torch.fx.Node) -> torch.fx.Node:
+    def call(self, target: Any, args: tuple[Any, ...], origin: Node) -> Node:
         """Insert a call before the current insertion point, with its shape known.
 
         Args:
@@ -139,7 +141,7 @@ class Graph:
             node.meta["val"] = target(*map_arg(args, lambda used: used.meta["val"]))
         return node
 
-    def add_weight(self, name: str, weight: Weight) -> torch.fx.Node:
+    def add_weight(self, name: str, weight: Weight) -> Node:
         """Add a weight, or return the node of the one that has that name already."""
         known = {target: placeholder for placeholder, target in self.weight_names().items()}
         nodes = self.placeholders()
@@ -173,7 +175,7 @@ class Graph:
         """Copy the nodes and share the weights: a pass must not double a 27B model."""
         old = self.program
         fx = torch.fx.Graph()
-        env: dict[torch.fx.Node, torch.fx.Node] = {}
+        env: dict[Node, Node] = {}
         for node in old.graph.nodes:
             env[node] = fx.node_copy(node, lambda used: env[used])
         module = torch.fx.GraphModule(old.graph_module, fx)
@@ -223,7 +225,7 @@ def fake_mode(graph: Graph) -> Any:
 
 def refresh(graph: Graph) -> None:
     """Compute again the values of nodes whose inputs changed shape or dtype."""
-    changed: set[torch.fx.Node] = set()
+    changed: set[Node] = set()
     with fake_mode(graph), torch.no_grad():
         for node in graph.fx.nodes:
             if node.op == "placeholder" and node.meta.pop("changed", False):
@@ -239,7 +241,7 @@ def refresh(graph: Graph) -> None:
             node.meta["val"] = value
 
 
-def run_nodes(wanted: Iterable[torch.fx.Node], known: Mapping[torch.fx.Node, Any]) -> dict[torch.fx.Node, Any]:
+def run_nodes(wanted: Iterable[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
     """Evaluate just the nodes that `wanted` needs.
 
     Args:
@@ -249,7 +251,7 @@ def run_nodes(wanted: Iterable[torch.fx.Node], known: Mapping[torch.fx.Node, Any
     Raises:
         KeyError: If an input is needed and not known.
     """
-    values: dict[torch.fx.Node, Any] = dict(known)
+    values: dict[Node, Any] = dict(known)
     stack = list(wanted)
     with torch.no_grad():
         while stack:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Node
 from transom.graphs import ops
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.match import aten, is_call
+from transom.graphs.node import Node
 
 LARGEST_WINDOW = 2**17
 MASKED = -1e4

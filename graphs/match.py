@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
+from transom.graphs.node import Node, is_node
 
 aten = torch.ops.aten
 
 
 def is_call(value: Any, *targets: Any) -> bool:
     """Whether `value` is a node that calls one of the targets."""
-    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+    return is_node(value) and value.op == "call_function" and value.target in targets
 
 
 def only_user(node: Node) -> Node | None:
@@ -32,9 +32,9 @@ def split_scalar(node: Any, *targets: Any) -> tuple[Node, float] | None:
     if not is_call(node, *targets):
         return None
     left, right = node.args[:2]
-    if isinstance(left, Node) and isinstance(right, (int, float)):
+    if is_node(left) and isinstance(right, (int, float)):
         return left, float(right)
-    if isinstance(right, Node) and isinstance(left, (int, float)):
+    if is_node(right) and isinstance(left, (int, float)):
         return right, float(left)
     return None
 

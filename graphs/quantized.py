@@ -4,7 +4,7 @@ A matrix [R, K] is cut into blocks of `block` columns. It is held as
 
     codes        uint8 [R, K / block, block * bits / 8]   two 4-bit codes a byte, the even column in the low half
     scales       float32 [R, K / block]
-    zero_points  uint8 [R, ceil(K / block * bits / 8)], packed like the codes, or None for the middle code 2 ** (bits - 1)
+    zero_points  uint8 [R, ceil(K / block * bits / 8)]    packed like the codes; None: the middle code 2 ** (bits - 1)
 
 and means `(code - zero_point) * scale`. This is the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
 """

@@ -15,6 +15,7 @@ import torch
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.fuse_attention import OP as ATTENTION
 from transom.passes.fuse_attention import FuseAttention
@@ -76,7 +77,7 @@ class BoundLocalCaches(Pass):
                 )
 
     @staticmethod
-    def _window(cache: torch.fx.Node) -> int | None:
+    def _window(cache: Node) -> int | None:
         """Window of the layer that a cache belongs to; 0 if global, None if some reader is unknown."""
         windows = set()
         for write in cache.users:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout, aten.to.device)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
+from transom.graphs.node import is_node
 from transom.passes.base import Pass
 from transom.passes.fuse_norms import OP as RMS_NORM
 from transom.passes.fuse_norms import FuseNorms
@@ -31,7 +31,7 @@ class FuseAddNorms(Pass):
         changes = 0
         for node in graph.calls(RMS_NORM):
             total, weight, eps = node.args
-            if not is_call(total, aten.add.Tensor) or not all(isinstance(side, Node) for side in total.args[:2]):
+            if not is_call(total, aten.add.Tensor) or not all(is_node(side) for side in total.args[:2]):
                 continue
             left, right = total.args[:2]
             if str(left.meta["val"].shape) != str(right.meta["val"].shape) or total.kwargs:

@@ -12,10 +12,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.masks import MaskReading, read_mask
 from transom.graphs.match import aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
+from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 
@@ -99,13 +99,14 @@ def _match(node: Node) -> _Site | str | None:
 
 
 def _match_sdpa(node: Node) -> _Site | str:
-    q, k, v, mask, dropout, is_causal, scale, _ = (*node.args, *(None,) * (8 - len(node.args)))
-    mask, dropout = node.kwargs.get("attn_mask", mask), node.kwargs.get("dropout_p", dropout)
-    is_causal, scale = node.kwargs.get("is_causal", is_causal), node.kwargs.get("scale", scale)
-    if dropout:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    q, k, v, mask, scale = (given.get(name) for name in ("query", "key", "value", "attn_mask", "scale"))
+    if given.get("dropout_p"):
         return "attention dropout"
-    if mask is None and not is_causal:
+    if mask is None and not given.get("is_causal"):
         return "attention without a mask sees later keys"
+    assert q is not None
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     return _Site(out=node, q=q, k=_unrepeat(k, q), v=_unrepeat(v, q), mask=mask, hidden=False, scale=float(scale))
 
@@ -116,7 +117,7 @@ def _split_mask(masked: Any) -> tuple[Any, Node, bool] | None:
         return masked.args[0], masked.args[1], True
     if is_call(masked, aten.where.self, aten.where.ScalarOther):
         return masked.args[1], masked.args[0], False
-    if is_call(masked, aten.add.Tensor) and all(isinstance(side, Node) for side in masked.args[:2]):
+    if is_call(masked, aten.add.Tensor) and all(is_node(side) for side in masked.args[:2]):
         left, right = masked.args[:2]
         # The mask is the side with one head for all.
         if right.meta["val"].dim() < 4 or right.meta["val"].shape[1] == 1:

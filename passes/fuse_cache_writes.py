@@ -8,10 +8,10 @@ Skips: any other placement of tokens in slots, with the reason.
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, is_transpose, layer_path
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import OP as ATTENTION

@@ -34,10 +34,10 @@ class FuseGatedMLP(Pass):
                 continue
             if len(gate.args) != 2 or len(up.args) != 2 or gate.args[0] is not up.args[0]:
                 continue
-            held = graph.weight_of(gate.args[1]), graph.weight_of(up.args[1])
-            if held[0] is None or held[1] is None or held[0][1].shape != held[1][1].shape:
+            gate_held, up_held = graph.weight_of(gate.args[1]), graph.weight_of(up.args[1])
+            if gate_held is None or up_held is None or gate_held[1].shape != up_held[1].shape:
                 continue
-            (name, gate_weight), (_, up_weight) = held
+            (name, gate_weight), (_, up_weight) = gate_held, up_held
             packed = graph.add_weight(
                 name.replace("gate_proj", "gate_up_proj"), Weight.concat([gate_weight, up_weight])
             )

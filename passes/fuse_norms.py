@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, skip_casts, split_scalar
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 

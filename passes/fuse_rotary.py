@@ -11,9 +11,9 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize

@@ -10,12 +10,13 @@ Skips: linears with a bias.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 import torch
-from torch.fx import Node
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 from transom.graphs.quantized import pack
 from transom.graphs.schemes import BlockFormat, Scheme
 from transom.graphs.weight import Weight
@@ -28,7 +29,7 @@ LINEAR = torch.ops.transom.linear_quantized.default
 EMBEDDING = torch.ops.transom.embedding_quantized.default
 
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Fractions of a block's range that the search tries; a narrower range clips its ends and rounds the rest more finely."""
+"""Parts of a block's range that the search tries: a narrower range clips its ends and rounds the rest more finely."""
 
 ROWS = 2048
 """Rows quantised at a time."""
@@ -99,7 +100,7 @@ class _Grid:
     done three times.
     """
 
-    _recent: OrderedDict[tuple[_Grid, int], _Parts] = OrderedDict()
+    _recent: ClassVar[OrderedDict[tuple[_Grid, int], _Parts]] = OrderedDict()
     _kept_bytes = 256 * 2**20
 
     def __init__(self, name: str, weight: Weight, fmt: BlockFormat) -> None:

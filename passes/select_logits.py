@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Node
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
+from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_gated_mlp import OP as GATED_GELU
@@ -52,7 +52,7 @@ class SelectLogits(Pass):
             with graph.fx.inserting_before(source):
                 for position in _BY_POSITION[source.target]:
                     operand = args[position]
-                    if isinstance(operand, Node) and operand.meta["val"].dim() == source.meta["val"].dim():
+                    if is_node(operand) and operand.meta["val"].dim() == source.meta["val"].dim():
                         chosen = _select(graph, operand, select.args[2])
                         args[position] = chosen
                         inner.append(chosen)

@@ -7,8 +7,8 @@ Skips: weights that are equal only by value; comparing 27B numbers is the checkp
 
 from __future__ import annotations
 
-from torch.fx import Node
 from transom.graphs.graph import Graph
+from transom.graphs.node import Node
 from transom.passes.base import Pass
 
 

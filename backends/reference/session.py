@@ -1,4 +1,4 @@
-"""The reference: interprets a graph in PyTorch, in float32 by default. It is what every other backend is held against."""
+"""The reference: a graph interpreted in PyTorch. Every other backend is held against it."""
 
 from __future__ import annotations
 

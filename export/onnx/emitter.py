@@ -17,10 +17,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch.fx import Node
 from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path, source_line
+from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
 ALIGNMENT = 4096

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
-from torch.fx import Node
 from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter, Table
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)
 from transom.graphs.match import aten
+from transom.graphs.node import Node, is_node
 
 transom = torch.ops.transom
 
@@ -23,7 +23,7 @@ def _embedding(emitter: Emitter, node: Node) -> str:
 
 
 def _operand(emitter: Emitter, value: Any, dtype: torch.dtype) -> str:
-    if isinstance(value, Node):
+    if is_node(value):
         return emitter.value(value)
     return emitter.constant(torch.tensor(value, dtype=dtype).numpy())
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Node
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import INT32, SHARED, start
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 
 transom = torch.ops.transom
 
@@ -55,7 +55,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(transom.embedding_quantized.default)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     tokens, codes, scales, zero_points, bits = node.args
-    rows, blocks, width = (int(size) for size in codes.meta["val"].shape)
+    _, blocks, width = (int(size) for size in codes.meta["val"].shape)
     # With a third axis, one buffer serves this operator and MatMulNBits.
     axis = emitter.constant(np.array([2]))
     grids = [emitter.op("Unsqueeze", emitter.value(part), axis) for part in (scales, zero_points) if part is not None]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
-from torch.fx import Node
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import SHARED, new_positions, start
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 from transom.graphs.quantized import pack, unpack
 from transom.graphs.weight import Weight
 

@@ -1,0 +1,132 @@
+"""`transom export` and `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from transom.cli.options import (
+    Folder,
+    Json,
+    Model,
+    Seed,
+    Weights,
+    console,
+    load_model,
+    print_json,
+    progress_console,
+    size,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(export)
+    app.command()(inspect)
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    target: Annotated[str, typer.Option(help="What to lower to: see transom list.")] = "onnxruntime",
+    quant: Annotated[str, typer.Option(help="Weight quantisation: none, int8 or int4.")] = "none",
+    context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder of that name.")] = False,
+    json: Json = False,
+) -> None:
+    """Lower a model to a target and write the artifact."""
+    from transom.backends.artifact import check_absent
+    from transom.export.compile import CHUNK, compile_model
+
+    # What can be refused at once should not wait for the weights.
+    check_absent(out, overwrite=overwrite)
+    loaded = load_model(model, weights, seed)
+    with stage_bars() as on_progress:
+        artifact = compile_model(
+            loaded,
+            target=target,
+            quant=quant,
+            context=context,
+            chunk=chunk or CHUNK,
+            out=out,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    manifest = artifact.manifest
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    if json:
+        print_json({"folder": str(out), "bytes": total, **manifest.to_json()})
+        return
+    console.print(f"{out}: {manifest.target}, {quant}, context {manifest.context:,}, {size(total)}")
+    for line in manifest.not_done:
+        console.print(f"[yellow]not done:[/yellow] {line}", highlight=False, markup=True)
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar a stage, on standard error; silent where that is no terminal."""
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=progress_console, disable=not progress_console.is_terminal) as bars:
+        tasks = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield on_progress
+
+
+def inspect(
+    folder: Folder,
+    verify: Annotated[bool, typer.Option(help="Check the hash of every file.")] = True,
+    json: Json = False,
+) -> None:
+    """Show what an artifact is: its source, caches, passes, files, and what was not done."""
+    from transom.backends.artifact import read_manifest
+
+    manifest = read_manifest(folder, verify=verify)
+    if json:
+        print_json(manifest.to_json())
+        return
+    facts = Table("", "", title=str(folder), show_header=False)
+    facts.add_row("model", f"{manifest.model['name']} from {manifest.source['name']}")
+    facts.add_row("revision", manifest.source["revision"])
+    facts.add_row("target", f"{manifest.target}, {manifest.quantization}")
+    facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
+    for name, entry in manifest.files.items():
+        facts.add_row(name, f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}")
+    console.print(facts)
+    caches = Table("layer", "kind", "window", "slots", "shape", title="Caches (keys; values alike)")
+    for cache in manifest.caches:
+        if cache.name.endswith(".key"):
+            caches.add_row(
+                str(cache.layer),
+                "global" if cache.window is None else "local",
+                str(cache.window or ""),
+                str(cache.slots or f"grow to {manifest.context}"),
+                f"{cache.heads} x slots x {cache.width} {cache.dtype}",
+            )
+    console.print(caches)
+    passes = Table("pass", "changes", "calls", "weights", title="Passes")
+    for record in manifest.passes:
+        calls = f"{record['nodes_before']} → {record['nodes_after']}"
+        sizes = f"{size(record['weight_bytes_before'])} → {size(record['weight_bytes_after'])}"
+        passes.add_row(record["name"], str(record["changes"]), calls, sizes)
+    console.print(passes)
+    for line in manifest.not_done:
+        console.print(f"[yellow]not done:[/yellow] {line}", highlight=False)

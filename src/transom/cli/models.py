@@ -1,0 +1,103 @@
+"""`transom list`, `show` and `plan`: what there is and what it needs. No weights are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from transom.cli.options import Json, Model, Seed, Weights, console, print_json, size
+
+TABLE_CONTEXTS = (512, 4096, 32_768, 131_072)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("list")(list_models)
+    app.command()(show)
+    app.command()(plan)
+
+
+def list_models(json: Json = False) -> None:
+    """List the models and targets that can be named."""
+    from transom.graphs.schemes import SCHEMES
+    from transom.passes.targets import TARGETS
+    from transom.zoo.plan import plan as make_plan
+    from transom.zoo.presets import PRESETS
+
+    rows = [
+        {
+            "name": config.name,
+            "parameters": make_plan(config, context=config.context).parameters,
+            "layers": config.num_layers,
+            "global_layers": config.layer_kinds.count("global"),
+            "window": config.window,
+            "context": config.context,
+        }
+        for config in PRESETS.values()
+    ]
+    if json:
+        print_json({"models": rows, "targets": dict(TARGETS), "schemes": list(SCHEMES)})
+        return
+    table = Table("model", *(("parameters", "layers", "global", "window", "context")), title="Models")
+    for row in rows:
+        table.add_row(str(row["name"]), *(f"{value:,}" for value in list(row.values())[1:]))
+    console.print(table)
+    targets = Table("target", "what it is", title="Targets")
+    for name, text in TARGETS.items():
+        targets.add_row(name, text)
+    console.print(targets)
+    console.print(f"Quantisation: {', '.join(SCHEMES)}")
+
+
+def show(model: Model, weights: Weights = "checkpoint", seed: Seed = 0, json: Json = False) -> None:
+    """Show a model's configuration, layer by layer."""
+    import dataclasses
+
+    from transom.zoo.model import resolve_config
+
+    config = resolve_config(model)
+    data = dataclasses.asdict(config)
+    if json:
+        print_json(data)
+        return
+    table = Table("field", "value", title=config.name)
+    for name, value in data.items():
+        if name == "layer_kinds":
+            value = "".join(kind[0].upper() for kind in value) + "  (L local, G global)"
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def plan(
+    model: Model,
+    context: Annotated[int | None, typer.Option(help="Tokens; by default the model's own context.")] = None,
+    quant: Annotated[str, typer.Option(help="Weight quantisation: none, int8 or int4.")] = "none",
+    cache_dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Tell what a model will need: weights, and caches with and without bounded local layers."""
+    from transom.zoo.model import resolve_config
+    from transom.zoo.plan import plan as make_plan
+
+    config = resolve_config(model)
+
+    def at(tokens: int) -> Any:
+        return make_plan(config, context=tokens, quant=quant, cache_dtype=cache_dtype, batch=batch)
+
+    made = at(config.context if context is None else context)
+    if json:
+        print_json(made.to_json())
+        return
+    console.print(f"[bold]{config.name}[/bold]: {made.parameters:,} parameters, {size(made.weight_bytes)} ({quant})")
+    table = Table("context", "bounded", "global-only", "share", title=f"Cache bytes, {cache_dtype}, batch {batch}")
+    for tokens in sorted({*(c for c in TABLE_CONTEXTS if c <= config.context), made.context}):
+        row = at(tokens)
+        share = row.cache_bytes_bounded / row.cache_bytes_global_only
+        cells = f"{tokens:,}", size(row.cache_bytes_bounded), size(row.cache_bytes_global_only), f"{share:.1%}"
+        table.add_row(*cells)
+    console.print(table)

@@ -1,0 +1,51 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from transom.graphs.errors import CheckpointError
+
+console = Console()
+progress_console = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A preset, a Hugging Face folder, a .gguf file, or a hub id.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An exported artifact.")]
+Weights = Annotated[str, typer.Option(help='"checkpoint", or "random" to need none.')]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
+
+
+def load_model(name: str, weights: str, seed: int) -> Any:
+    """Load a model, with the words that users type.
+
+    Raises:
+        CheckpointError: If `weights` is neither "checkpoint" nor "random".
+    """
+    import transom
+
+    if weights not in ("checkpoint", "random"):
+        raise CheckpointError(f"--weights takes 'checkpoint' or 'random', not {weights!r}")
+    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on standard output, without colours or line wraps."""
+    print(json.dumps(data, indent=1))
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

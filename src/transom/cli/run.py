@@ -1,0 +1,249 @@
+"""`transom run`, `chat` and `bench`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.progress import Progress
+
+from transom.backends.sampling import Sampling
+from transom.backends.session import Session, TokenStream
+from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
+from transom.graphs.errors import TokenizerError
+
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that add up to this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
+SampleSeed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.", min=1)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(run)
+    app.command()(chat)
+    app.command()(bench)
+
+
+def run(
+    folder: Folder,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: SampleSeed = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Continue a text."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    text = _prompt(prompt, prompt_file)
+    session, load_s = _open(folder, threads)
+    ids = session.encode(text)
+    session.reserve(len(ids) + max_new_tokens - 1)
+    meter = _Meter()
+    with _prefill_bar(len(ids), json) as on_chunk:
+        stream = session.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, on_chunk=on_chunk)
+        tokens = list(meter.watch(stream, first_only=True))
+    if not json:
+        console.print(text, end="", style="dim", highlight=False, markup=False)
+    decoder = _stream(session)
+    for token in tokens:
+        _say(decoder.add(token), json)
+    for token in meter.watch(stream):
+        tokens.append(token)
+        _say(decoder.add(token), json)
+    _say(decoder.finish() + "\n", json)
+    report = meter.report(len(ids), len(tokens)) | _memory(session, load_s)
+    if json:
+        print_json({"text": _decode(session, tokens), "tokens": tokens, "prompt_tokens": len(ids), **report})
+        return
+    _summary(report)
+
+
+def bench(
+    folder: Folder,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt to time.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
+    past: Annotated[int, typer.Option(help="Tokens in the caches before decoding; by default the prompt.", min=0)] = 0,
+    repeat: Annotated[int, typer.Option(help="Take the median of this many runs.", min=1)] = 1,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Time prefill and decode on random tokens."""
+    session, load_s = _open(folder, threads)
+    generator = np.random.default_rng(0)
+    past = max(past, prompt_tokens)
+    session.reserve(past + new_tokens)
+    # Control tokens stand at the front of the vocabulary.
+    low = min(300, session.vocab_size // 2)
+    ids = generator.integers(low, session.vocab_size, past + new_tokens).tolist()
+    prefill, decode = [], []
+    for _ in range(repeat):
+        session.reset()
+        began = time.perf_counter()
+        session.prefill(ids[:prompt_tokens])
+        prefill.append(time.perf_counter() - began)
+        if past > prompt_tokens:
+            session.prefill(ids[prompt_tokens:past])
+        began = time.perf_counter()
+        for token in ids[past:]:
+            session.decode(token)
+        decode.append(time.perf_counter() - began)
+    report = {
+        "prompt_tokens": prompt_tokens,
+        "past": past,
+        "new_tokens": new_tokens,
+        "prefill_tokens_per_s": prompt_tokens / float(np.median(prefill)),
+        "decode_tokens_per_s": new_tokens / float(np.median(decode)),
+        **_memory(session, load_s),
+    }
+    print_json(report) if json else _summary(report)
+
+
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="Instructions for the whole conversation.")] = None,
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 64,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    seed: SampleSeed = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with an instruction-tuned model. An empty line, or end of input, ends the conversation."""
+    from transom.zoo.chat import Message, render
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    session, _ = _open(folder, threads)
+    if session.tokenizer is None:
+        raise TokenizerError(f"{folder} has no tokenizer, and a chat is text: export from a source that has one")
+    messages: list[Message] = [Message(role="system", content=system)] if system else []
+    held: list[int] = []
+    while (line := _ask()) is not None:
+        messages.append(Message(role="user", content=line))
+        # The template begins with the text's first token itself.
+        ids = session.tokenizer.encode(render(messages), bos=False)
+        same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+        # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
+        keep = same == len(held) and len(ids) > same
+        new = ids[same:] if keep else ids
+        decoder, answer = _stream(session), []
+        for token in session.generate(new, max_new_tokens=max_new_tokens, sampling=sampling, keep=keep):
+            answer.append(token)
+            _say(decoder.add(token), quiet=False)
+        _say(decoder.finish() + "\n", quiet=False)
+        held = [*ids, *answer][: session.position]
+        messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
+
+
+def _ask() -> str | None:
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    return line.strip() or None
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise TokenizerError("give either --prompt TEXT or --prompt-file FILE")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read the prompt from {prompt_file}: {error}") from error
+
+
+def _open(folder: Path, threads: int | None) -> tuple[Session, float]:
+    import transom
+
+    began = time.perf_counter()
+    session = transom.open(folder, threads=threads)
+    return session, time.perf_counter() - began
+
+
+def _stream(session: Session) -> TokenStream:
+    if session.tokenizer is None:
+        raise TokenizerError("this model has no tokenizer, so its tokens cannot be shown as text")
+    return session.tokenizer.stream()
+
+
+def _decode(session: Session, tokens: list[int]) -> str:
+    return session.tokenizer.decode(tokens) if session.tokenizer else ""
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet and text:
+        print(text, end="", flush=True)
+
+
+@contextmanager
+def _prefill_bar(total: int, quiet: bool) -> Iterator[Any]:
+    """A bar while a long prompt is read."""
+    with Progress(console=progress_console, transient=True, disable=quiet or not progress_console.is_terminal) as bars:
+        task = bars.add_task("prompt", total=total)
+        yield lambda count: bars.advance(task, count)
+
+
+class _Meter:
+    """Times a stream of tokens: up to the first it is prefill, from there on decode."""
+
+    def __init__(self) -> None:
+        self.prefill = self.decode = 0.0
+
+    def watch(self, stream: Iterator[int], *, first_only: bool = False) -> Iterator[int]:
+        while True:
+            began = time.perf_counter()
+            token = next(stream, None)
+            spent = time.perf_counter() - began
+            if first_only:
+                self.prefill = spent
+            elif token is not None:
+                self.decode += spent
+            if token is None:
+                return
+            yield token
+            if first_only:
+                return
+
+    def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        return {
+            "prefill_tokens_per_s": prompt_tokens / self.prefill,
+            "decode_tokens_per_s": (new_tokens - 1) / self.decode if self.decode else None,
+        }
+
+
+def _memory(session: Session, load_s: float) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "cache_bytes": session.cache_bytes(),
+        # Linux counts in KiB, macOS in bytes.
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "load_s": load_s,
+    }
+
+
+def _summary(report: dict[str, Any]) -> None:
+    caches, decode = report["cache_bytes"], report["decode_tokens_per_s"]
+    speed = f"prefill {report['prefill_tokens_per_s']:.0f} tokens/s" + (f", decode {decode:.1f}" if decode else "")
+    memory = f"caches {size(caches['local'])} local + {size(caches['global'])} global"
+    progress_console.print(
+        f"[dim]{speed}, {memory}, peak {size(report['peak_rss_bytes'])}, loaded in {report['load_s']:.1f} s[/dim]",
+        highlight=False,
+    )
