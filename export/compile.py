@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def compile_model(
             written += count
             on_progress("weights", min(written, total), total)
 
-        emitter.write(graph, DIALECTS[target], folder, on_bytes=on_bytes)
+        with _one_thread():
+            emitter.write(graph, DIALECTS[target], folder, on_bytes=on_bytes)
         _write_companions(model, folder)
         manifest = write_manifest(
             folder,
@@ -128,6 +130,17 @@ def compile_model(
             ),
         )
     return Artifact(folder=out, manifest=manifest)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_companions(model: Model, folder: Path) -> None:

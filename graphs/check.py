@@ -40,13 +40,16 @@ def check(graph: Graph) -> None:
             raise InvariantError(f"the input {spec.arg.name} reads weight {spec.target!r}, which has no recipe")
         if tuple(value.shape) != weight.shape:
             raise InvariantError(f"weight {spec.target!r} holds {weight.shape} but was traced as {tuple(value.shape)}")
+        if value.dtype != weight.dtype:
+            raise InvariantError(f"weight {spec.target!r} holds {weight.dtype} but was traced as {value.dtype}")
     for cache, written in zip(graph.caches, returned[len(returned) - len(graph.caches) :], strict=True):
         read = nodes[cache.input].meta["val"]
         if _symbols(read) != _symbols(written.meta["val"]) or read.dtype != written.meta["val"].dtype:
             raise InvariantError(
                 f"{cache.name} goes in as {tuple(read.shape)} and comes out as {tuple(written.meta['val'].shape)}"
             )
-        if cache.slots is not None and read.shape[2] != cache.slots:
+        # As text: comparing a symbol with a number would guess, and keep the guess as a fact.
+        if cache.slots is not None and _symbols(read)[2] != str(cache.slots):
             raise InvariantError(f"{cache.name} declares {cache.slots} slots but was traced with {read.shape[2]}")
     try:
         graph.program.validate()  # type: ignore[no-untyped-call]

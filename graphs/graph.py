@@ -63,11 +63,11 @@ class Graph:
     def from_program(program: ExportedProgram, *, task: str = "foreign") -> Graph:
         """Wrap a program that was exported elsewhere; its tensors become weights."""
         tensors = {**program.state_dict, **program.constants}
-        first: dict[tuple[int, tuple[int, ...]], Weight] = {}
+        first: dict[tuple[Any, ...], Weight] = {}
         weights = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor):
-                same = (tensor.data_ptr(), tuple(tensor.shape))
+                same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
                 weights[name] = first.setdefault(same, Weight.of(tensor.detach(), name))
         return Graph(program=program, weights=weights, task=task)
 

@@ -18,8 +18,13 @@ from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
 
 LARGEST_WINDOW = 2**17
+LARGEST_AREA = 2**26
+"""Entries of the largest mask that is evaluated; beyond that nothing is claimed about a mask."""
+
 MASKED = -1e4
 """An additive mask must be 0 where a key is seen, and at most this where it is not."""
+
+_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +55,11 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
     inputs = _value_inputs(mask)
     if unknown := sorted({node.name for node in inputs} - {graph.start}):
         return MaskReading(window=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
-    span = _span(mask)
+    reach = _reach(mask)
     try:
-        telling = _telling_point(span, tokens, slots, cached=cached)
+        telling = _telling_point(reach, tokens, slots, cached=cached)
         window = _candidate(_evaluate(graph, mask, telling, tokens, slots), telling)
-        for point in (telling, *_grid(span, window, tokens, slots, cached=cached)):
+        for point in (telling, *_grid(reach, window, tokens, slots, cached=cached)):
             seen = _evaluate(graph, mask, point, tokens, slots)
             if not torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, window)):
                 reason = f"the mask is neither causal nor a causal window: see {point}"
@@ -75,42 +80,54 @@ def _candidate(seen_TS: torch.Tensor, point: _Point) -> int:
     return 0 if count == int((keys_S >= 0).sum()) else count
 
 
-def _telling_point(span: int, tokens: Any, slots: Any, *, cached: bool) -> _Point:
+def _telling_point(reach: int, tokens: Any, slots: Any, *, cached: bool) -> _Point:
     """A long history, so that a window shows."""
     fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
     if not cached:
-        size = fixed_tokens or 3 * span
+        size = fixed_tokens or _span(reach)
         return _Point(start=0, tokens=size, slots=size)
-    return _Point(start=2 * span, tokens=fixed_tokens or 1, slots=fixed_slots or 3 * span)
+    return _Point(start=2 * _span(reach), tokens=fixed_tokens or 1, slots=fixed_slots or _span(reach) + reach)
 
 
-def _grid(span: int, window: int, tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
-    """Points to compare at: the edges of the window and of the span, and histories that wrap around the slots.
+def _grid(reach: int, window: int, tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
+    """Points to compare at: the edges of the window and of the reach, and histories that wrap around the slots.
 
     Sizes that the graph fixes stay as they are.
     """
     fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
-    edges = sorted({max(1, around + d) for around in (span // 3, window) for d in (-1, 0, 1)} | {1, 2, 5})
+    edges = sorted({max(1, around + d) for around in (reach, window) for d in (-1, 0, 1)} | {1, 2, 5})
+    span = _span(reach)
     if not cached:
-        for size in (*edges, span, 3 * window + 5):
+        for size in {*edges, span, min(3 * window + 5, span)}:
             count = fixed_tokens or size
             yield _Point(start=0, tokens=count, slots=count)
         return
-    for width in (fixed_slots or 3 * span, fixed_slots or span + 5):
+    for width in (fixed_slots or span + reach, fixed_slots or span + 5):
         for start in (0, *edges, width - 2, width, width + 3, 3 * width + 1):
             for count in (1, 5, edges[-1]):
                 yield _Point(start=start, tokens=fixed_tokens or min(count, width), slots=width)
 
 
-def _span(mask: Node) -> int:
-    """Three windows, judging by the largest number that the mask's subgraph mentions."""
-    numbers = [
-        abs(value)
-        for node in _upstream(mask)
-        for value in (*node.args, *node.kwargs.values())
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ]
-    return 3 * int(max([n for n in numbers if n <= LARGEST_WINDOW], default=16) or 16)
+def _reach(mask: Node) -> int:
+    """The farthest distance at which something can change, judging by the numbers that the mask's subgraph mentions.
+
+    A distance may be compared with a number after it was multiplied or divided, so those factors count as well.
+    """
+    reach, factors = 16.0, 1.0
+    for node in _upstream(mask):
+        for value in (*node.args, *node.kwargs.values()):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) <= LARGEST_WINDOW:
+                continue
+            if is_call(node, *_SCALING):
+                factors *= max(abs(value), 1 / abs(value))
+            else:
+                reach = max(reach, abs(value))
+    return math.ceil(min(reach * factors, LARGEST_WINDOW))
+
+
+def _span(reach: int) -> int:
+    """Three windows; less where that would take gigabytes, but always past the edge."""
+    return max(reach + 5, min(3 * reach, 2048))
 
 
 def _upstream(node: Node) -> list[Node]:
@@ -144,6 +161,8 @@ def _value_inputs(mask: Node) -> list[Node]:
 
 def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) -> torch.Tensor:
     """The mask as bool [T, S] at one point of the grid."""
+    if point.tokens * point.slots > LARGEST_AREA:
+        raise _UnreadableMaskError(f"the mask is too large to be evaluated at {point}")
     try:
         value = evaluate(graph, mask, {str(tokens): point.tokens, str(slots): point.slots}, point.start)
     except Exception as error:  # whatever an op raises on sizes it was not traced for
@@ -158,6 +177,8 @@ def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) 
         if not bool((rows == rows[:1]).all()):
             raise _UnreadableMaskError("the mask differs between batch rows or heads")
         value = rows[0]
+    if any(size not in (1, wanted) for size, wanted in zip(value.shape[-2:], (point.tokens, point.slots), strict=True)):
+        raise _UnreadableMaskError(f"the mask is {list(value.shape[-2:])} where {point} was expected")
     return value.reshape(value.shape[-2:]).expand(point.tokens, point.slots)
 
 

@@ -29,7 +29,7 @@ def skip_casts(value: Any) -> Any:
 
 def split_scalar(node: Any, *targets: Any) -> tuple[Node, float] | None:
     """The node and the number of a call such as `mul(x, 2.0)`, in either order; None if it is something else."""
-    if not is_call(node, *targets):
+    if not is_call(node, *targets) or node.kwargs:  # such as alpha, or a rounding mode
         return None
     left, right = node.args[:2]
     if is_node(left) and isinstance(right, (int, float)):

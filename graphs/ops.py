@@ -186,3 +186,15 @@ def _(
     tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
     return scales.new_empty((*tokens.shape, codes.shape[1] * codes.shape[2] * 8 // bits))
+
+
+# The operations as graphs name them.
+RMS_NORM = torch.ops.transom.rms_norm.default
+ADD_RMS_NORM = torch.ops.transom.add_rms_norm.default
+ROTARY = torch.ops.transom.rotary.default
+GATED_GELU = torch.ops.transom.gated_gelu.default
+WRITE_CACHE = torch.ops.transom.write_cache.default
+ATTENTION = torch.ops.transom.attention.default
+CACHED_ATTENTION = torch.ops.transom.cached_attention.default
+LINEAR_QUANTIZED = torch.ops.transom.linear_quantized.default
+EMBEDDING_QUANTIZED = torch.ops.transom.embedding_quantized.default

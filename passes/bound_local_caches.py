@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from transom.graphs import ops
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
-from transom.passes.fuse_attention import OP as ATTENTION
 from transom.passes.fuse_attention import FuseAttention
-from transom.passes.fuse_cache_writes import OP as WRITE
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 
 
@@ -66,9 +65,9 @@ class BoundLocalCaches(Pass):
 
     def ensures(self, graph: Graph) -> None:
         """No local attention reads a cache that grows, or one too small for its window and chunk."""
-        for node in graph.calls(ATTENTION):
+        for node in graph.calls(ops.ATTENTION):
             write, window = node.args[1], node.args[5]
-            if not window or not is_call(write, WRITE):
+            if not window or not is_call(write, ops.WRITE_CACHE):
                 continue
             slots = write.args[0].meta["val"].shape[2]
             if not isinstance(slots, int) or slots < window + self.chunk - 1:
@@ -83,10 +82,10 @@ class BoundLocalCaches(Pass):
         for write in cache.users:
             if is_call(write, torch.ops.aten.sym_size.int):
                 continue
-            if not is_call(write, WRITE):
+            if not is_call(write, ops.WRITE_CACHE):
                 return None
             for reader in write.users:
-                if is_call(reader, ATTENTION):
+                if is_call(reader, ops.ATTENTION):
                     windows.add(reader.args[5])
                 elif reader.op != "output":
                     return None

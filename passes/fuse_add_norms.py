@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import operator
 
-import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import is_node
 from transom.passes.base import Pass
-from transom.passes.fuse_norms import OP as RMS_NORM
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.select_logits import SelectLogits
-
-OP = torch.ops.transom.add_rms_norm.default
 
 
 class FuseAddNorms(Pass):
@@ -29,7 +26,7 @@ class FuseAddNorms(Pass):
     def rewrite(self, graph: Graph) -> int:
         """Fuse every norm of a residual sum."""
         changes = 0
-        for node in graph.calls(RMS_NORM):
+        for node in graph.calls(ops.RMS_NORM):
             total, weight, eps = node.args
             if not is_call(total, aten.add.Tensor) or not all(is_node(side) for side in total.args[:2]):
                 continue
@@ -37,7 +34,7 @@ class FuseAddNorms(Pass):
             if str(left.meta["val"].shape) != str(right.meta["val"].shape) or total.kwargs:
                 continue
             with graph.fx.inserting_before(total):
-                fused = graph.call(OP, (right, left, weight, eps), node)
+                fused = graph.call(ops.ADD_RMS_NORM, (right, left, weight, eps), node)
                 normed, summed = (graph.call(operator.getitem, (fused, index), node) for index in range(2))
             node.replace_all_uses_with(normed)
             total.replace_all_uses_with(summed)

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import MaskReading, read_mask
 from transom.graphs.match import aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
@@ -19,7 +20,6 @@ from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
 
-OP = torch.ops.transom.attention.default
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -169,5 +169,5 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
 def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
     start = graph.placeholders()[graph.start] if cached and graph.start is not None else None
     with graph.fx.inserting_before(site.out):
-        new = graph.call(OP, (site.q, site.k, site.v, start, site.scale, window), site.out)
+        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, site.scale, window), site.out)
     site.out.replace_all_uses_with(new)

@@ -8,14 +8,13 @@ Skips: any other placement of tokens in slots, with the reason.
 from __future__ import annotations
 
 import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-
-OP = torch.ops.transom.write_cache.default
 
 
 class FuseCacheWrites(Pass):
@@ -42,7 +41,7 @@ class FuseCacheWrites(Pass):
                 continue
             start = graph.placeholders()[graph.start or ""]
             with graph.fx.inserting_before(node):
-                fused = graph.call(OP, (cache, new, start), node)
+                fused = graph.call(ops.WRITE_CACHE, (cache, new, start), node)
             node.replace_all_uses_with(fused)
             changes += 1
         return changes

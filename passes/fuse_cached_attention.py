@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import operator
 
-import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, is_transpose, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
-from transom.passes.fuse_attention import OP as ATTENTION
 from transom.passes.fuse_attention import FuseAttention
-from transom.passes.fuse_cache_writes import OP as WRITE
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.passes.fuse_rotary import OP as ROTARY
 from transom.passes.fuse_rotary import FuseRotary
-
-OP = torch.ops.transom.cached_attention.default
 
 
 class FuseCachedAttention(Pass):
@@ -34,15 +29,15 @@ class FuseCachedAttention(Pass):
     def rewrite(self, graph: Graph) -> int:
         """Fuse every attention that reads caches."""
         changes = 0
-        for node in graph.calls(ATTENTION):
+        for node in graph.calls(ops.ATTENTION):
             q, k_write, v_write, start, scale, window = node.args
-            if not (is_call(k_write, WRITE) and is_call(v_write, WRITE) and start is not None):
+            if not (is_call(k_write, ops.WRITE_CACHE) and is_call(v_write, ops.WRITE_CACHE) and start is not None):
                 self.skipped.append(f"{layer_path(node)}: keys or values do not come from a cache")
                 continue
             with graph.fx.inserting_before(node):
                 heads_last = [_heads_last(graph, value) for value in (q, k_write.args[1], v_write.args[1])]
                 caches = k_write.args[0], v_write.args[0]
-                fused = graph.call(OP, (*heads_last, *caches, start, scale, window), node)
+                fused = graph.call(ops.CACHED_ATTENTION, (*heads_last, *caches, start, scale, window), node)
                 out, k_cache, v_cache = (graph.call(operator.getitem, (fused, index), node) for index in range(3))
                 heads_first = graph.call(aten.transpose.int, (out, 1, 2), node)
             for old in [user for user in node.users if is_transpose(user, 1, 2)]:
@@ -58,6 +53,6 @@ def _heads_last(graph: Graph, value: Node) -> Node:
     """The value as [B, T, N, H]; a rotation is done in that layout too."""
     if is_transpose(value, 1, 2):
         return value.args[0]
-    if is_call(value, ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
-        return graph.call(ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
+    if is_call(value, ops.ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
+        return graph.call(ops.ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
     return graph.call(aten.transpose.int, (value, 1, 2), value)

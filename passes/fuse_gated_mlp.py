@@ -7,14 +7,12 @@ Skips: other activations, and projections of different inputs.
 
 from __future__ import annotations
 
-import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-
-OP = torch.ops.transom.gated_gelu.default
 
 
 class FuseGatedMLP(Pass):
@@ -43,7 +41,7 @@ class FuseGatedMLP(Pass):
             )
             with graph.fx.inserting_before(node):
                 linear = graph.call(aten.linear.default, (gate.args[0], packed), gate)
-                fused = graph.call(OP, (linear,), node)
+                fused = graph.call(ops.GATED_GELU, (linear,), node)
             node.replace_all_uses_with(fused)
             changes += 1
         return changes

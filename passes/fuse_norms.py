@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, skip_casts, split_scalar
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-
-OP = torch.ops.transom.rms_norm.default
 
 
 class FuseNorms(Pass):
@@ -35,7 +34,7 @@ class FuseNorms(Pass):
                     continue
                 x, eps = found
                 with graph.fx.inserting_before(node):
-                    fused = graph.call(OP, (x, weight, eps), node)
+                    fused = graph.call(ops.RMS_NORM, (x, weight, eps), node)
                 _cast_back(node, x).replace_all_uses_with(fused)
                 changes += 1
                 break

@@ -10,14 +10,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-
-OP = torch.ops.transom.rotary.default
 
 
 class FuseRotary(Pass):
@@ -33,7 +31,7 @@ class FuseRotary(Pass):
             if found is None:
                 continue
             with graph.fx.inserting_before(node):
-                fused = graph.call(OP, (*found, True), node)
+                fused = graph.call(ops.ROTARY, (*found, True), node)
             node.replace_all_uses_with(fused)
             changes += 1
         return changes

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.fuse_gated_mlp import OP as GATED_GELU
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
-from transom.passes.fuse_norms import OP as RMS_NORM
 from transom.passes.fuse_norms import FuseNorms
 
 # Operations that treat every position by itself, with the arguments that carry positions.
@@ -28,8 +27,8 @@ _BY_POSITION: dict[Any, tuple[int, ...]] = {
     aten.div.Tensor: (0, 1),
     aten.tanh.default: (0,),
     aten.gelu.default: (0,),
-    RMS_NORM: (0,),
-    GATED_GELU: (0,),
+    ops.RMS_NORM: (0,),
+    ops.GATED_GELU: (0,),
 }
 
 

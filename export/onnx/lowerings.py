@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from onnx import TensorProto
 from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter, Table
-from transom.graphs import ops  # noqa: F401 (registers the fused operations)
+from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node, is_node
-
-transom = torch.ops.transom
 
 SHARED = Table()
 
@@ -89,7 +87,7 @@ def _reshape(emitter: Emitter, node: Node) -> str | None:
     source, shape = node.args[0], node.meta["val"].shape
     if source in emitter.flat and len(shape) == 3:
         return emitter.flat[source]
-    if len(shape) == 4 and all(user.target in (transom.cached_attention.default,) for user in node.users):
+    if len(shape) == 4 and all(user.target in (ops.CACHED_ATTENTION,) for user in node.users):
         emitter.flattened(node)
         return None
     old = source.meta["val"].shape
@@ -120,7 +118,7 @@ def _index_select(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Gather", emitter.value(source), emitter.value(index), axis=axis))
 
 
-@SHARED.lowers(transom.gated_gelu.default)
+@SHARED.lowers(ops.GATED_GELU)
 def _gated_gelu(emitter: Emitter, node: Node) -> str:
     width = int(node.meta["val"].shape[-1])
     packed, sizes = emitter.value(node.args[0]), emitter.constant(np.array([width, width]))
@@ -128,7 +126,7 @@ def _gated_gelu(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Mul", emitter.op("Gelu", gate, approximate="tanh"), up))
 
 
-@SHARED.lowers(transom.rotary.default)
+@SHARED.lowers(ops.ROTARY)
 def _rotary(emitter: Emitter, node: Node) -> str | None:
     x, cos, sin, heads_first = node.args
     tables = [_rotation_table(emitter, table, x.meta["val"].shape[0]) for table in (cos, sin)]

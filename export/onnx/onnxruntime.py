@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import INT32, SHARED, start
+from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-
-transom = torch.ops.transom
 
 MICROSOFT = "com.microsoft"
 
@@ -31,7 +29,7 @@ def _linear(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("FusedMatMul", emitter.value(x), emitter.value(weight), domain=MICROSOFT, transB=1))
 
 
-@TABLE.lowers(transom.linear_quantized.default)
+@TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
     x, codes, scales, zero_points, bits = node.args
     rows, blocks, width = (int(size) for size in codes.meta["val"].shape)
@@ -52,7 +50,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
     )
 
 
-@TABLE.lowers(transom.embedding_quantized.default)
+@TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     tokens, codes, scales, zero_points, bits = node.args
     _, blocks, width = (int(size) for size in codes.meta["val"].shape)
@@ -73,7 +71,7 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * width * 8 // bits]))))
 
 
-@TABLE.lowers(transom.rms_norm.default)
+@TABLE.lowers(ops.RMS_NORM)
 def _rms_norm(emitter: Emitter, node: Node) -> str:
     x, weight, eps = node.args
     return str(
@@ -83,7 +81,7 @@ def _rms_norm(emitter: Emitter, node: Node) -> str:
     )
 
 
-@TABLE.lowers(transom.add_rms_norm.default)
+@TABLE.lowers(ops.ADD_RMS_NORM)
 def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
     x, residual, weight, eps = node.args
     inputs = [emitter.value(value) for value in (x, residual, weight)]
@@ -91,7 +89,7 @@ def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
     return [names[0], names[3]]
 
 
-@TABLE.lowers(transom.cached_attention.default)
+@TABLE.lowers(ops.CACHED_ATTENTION)
 def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
     q, k, v, k_cache, v_cache, _, scale, window = node.args
     batch, tokens, heads, _ = q.meta["val"].shape

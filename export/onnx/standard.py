@@ -13,17 +13,16 @@ import torch
 from onnx import TensorProto
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import SHARED, new_positions, start
+from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.quantized import pack, unpack
 from transom.graphs.weight import Weight
 
-transom = torch.ops.transom
-
 TABLE = Table(SHARED)
 
 
-@TABLE.lowers(transom.rms_norm.default)
+@TABLE.lowers(ops.RMS_NORM)
 def _rms_norm(emitter: Emitter, node: Node) -> str:
     x, weight, eps = node.args
     return str(emitter.op("RMSNormalization", emitter.value(x), emitter.value(weight), axis=-1, epsilon=eps))
@@ -46,14 +45,14 @@ def _linear(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("MatMul", emitter.value(x), emitter.initializer(f"{name}.transposed", _transposed(weight))))
 
 
-@TABLE.lowers(transom.linear_quantized.default)
+@TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
     matrix = _Blocked(emitter, node.args[1:])
     weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
     return str(emitter.op("MatMul", emitter.value(node.args[0]), weight))
 
 
-@TABLE.lowers(transom.embedding_quantized.default)
+@TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Columns of the head's matrix [K, V], so that both read one buffer."""
     matrix, tokens = _Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
@@ -124,7 +123,7 @@ def _transposed(weight: Weight) -> Weight:
     return Weight(shape=(columns, rows), dtype=weight.dtype, read_rows=read_rows, origin=weight.origin)
 
 
-@TABLE.lowers(transom.write_cache.default)
+@TABLE.lowers(ops.WRITE_CACHE)
 def _write_cache(emitter: Emitter, node: Node) -> str:
     cache, new, _ = node.args
     batch, _, slots, _ = cache.meta["val"].shape
@@ -137,7 +136,7 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("TensorScatter", emitter.value(cache), emitter.value(new), indices, mode="circular"))
 
 
-@TABLE.lowers(transom.attention.default)
+@TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
     q, k, v, _, scale, window = node.args
     tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]

@@ -135,8 +135,7 @@ def chat(
     held: list[int] = []
     while (line := _ask()) is not None:
         messages.append(Message(role="user", content=line))
-        # The template begins with the text's first token itself.
-        ids = session.tokenizer.encode(render(messages), bos=False)
+        ids = session.tokenizer.encode(render(messages))
         same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
         keep = same == len(held) and len(ids) > same

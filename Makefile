@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench clean install
+
+help:
+	@echo "make demo    install, compile the real Gemma 3 270M, check it against the reference, generate text"
+	@echo "make test    install, run the tests"
+	@echo "make lint    formatting, types, import contracts"
+	@echo "make bench   speed and quality beside llama.cpp and transformers (builds llama.cpp: minutes)"
+	@echo "make clean   remove the environment and everything that was made"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras, so that installing happens once.
+$(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+install: $(VENV)/.dev-installed
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/python examples/demo.py --out artifacts
+
+test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p transom
+	$(BIN)/mypy tests benchmarks examples
+	PYTHONPATH=typings $(BIN)/lint-imports
+
+bench: $(VENV)/.bench-installed
+	$(BIN)/python -m benchmarks.run --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""Models, graphs and numbers that several tests share. Each tiny model is traced once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transom.export.compile import trace_model
+from transom.graphs.errors import CheckpointError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.passes.base import Pass
+from transom.passes.pipelines import pipeline
+from transom.zoo.model import Model, load
+
+WINDOW = 16
+"""Window of gemma3-tiny."""
+
+CHUNK = 37
+"""More than two of those windows, and divides nothing."""
+
+LENGTH = 10 * WINDOW + 5
+"""Tokens of the shared text: a prefill of several windows and six windows of decode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pass that ran, and a copy of the graph as it left it."""
+
+    ran: Pass
+    graph: Graph
+
+
+def stages_of(traced: Graph, target: str, quant: str = "none") -> list[Stage]:
+    """Every stage of a target's pipeline."""
+    found: list[Stage] = []
+    passes = pipeline(target, chunk=CHUNK, scheme=scheme(quant))
+    passes.run(traced, on_pass=lambda ran, graph: found.append(Stage(ran, graph.clone())))
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """gemma3-tiny: six layers LLGLLG, a window of 16, random weights."""
+    return load("gemma3-tiny")
+
+
+@pytest.fixture(scope="session")
+def traced(tiny: Model) -> Graph:
+    """Its decode graph as traced. Tests must not edit it: clone it first."""
+    return trace_model(tiny)
+
+
+@pytest.fixture(scope="session")
+def scored(tiny: Model) -> Graph:
+    """Its score graph as traced. Tests must not edit it: clone it first."""
+    return trace_model(tiny, task="score")
+
+
+@pytest.fixture(scope="session")
+def stages(traced: Graph) -> list[Stage]:
+    """The decode graph after every pass of the target `onnxruntime`."""
+    return stages_of(traced, "onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def text(tiny: Model) -> list[int]:
+    """A text of random tokens."""
+    ids = torch.randint(0, tiny.config.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    return [int(token) for token in ids]
+
+
+@pytest.fixture(scope="session")
+def text_logits(tiny: Model, text: list[int]) -> NDArray[np.float32]:
+    """What the plain module says of every position of the text, [LENGTH, V], without any cache."""
+    with torch.no_grad():
+        logits_BTV, _ = tiny.eager()(torch.tensor([text]), torch.tensor(0), None)
+    found: NDArray[np.float32] = logits_BTV[0].numpy()
+    return found
+
+
+@pytest.fixture(scope="session")
+def real() -> Model:
+    """The real Gemma 3 270M."""
+    try:
+        return load("gemma3-270m")
+    except CheckpointError as error:
+        pytest.skip(str(error))

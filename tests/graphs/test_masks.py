@@ -1,0 +1,239 @@
+"""Masks are read as what they are: hand-made masks in many spellings, each with the only answer that is right.
+
+All masks of a kind are outputs of one module, so that one export serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from transom.graphs.graph import Graph
+from transom.graphs.masks import MaskReading, read_mask
+
+from tests.case import export
+
+INF = float("inf")
+W = 16
+
+Expected = int | str
+"""A window, or words of the reason why there is none."""
+
+Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(query positions [T, 1], key positions [1, T], token ids [B, T]) -> mask."""
+
+
+def additive(seen: torch.Tensor, least: float = -INF) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill(~seen, least)
+
+
+NEITHER = "neither causal nor a causal window"
+
+# Keys stand in their own order, S is T.
+PLAIN: dict[str, tuple[Plain, Expected]] = {
+    "causal": (lambda i, j, x: j <= i, 0),
+    "causal by tril": (lambda i, j, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(), 0),
+    "causal by triu of -inf": (lambda i, j, x: torch.full((x.shape[1], x.shape[1]), -INF).triu(1), 0),
+    "causal, additive": (lambda i, j, x: additive(j <= i), 0),
+    "causal, least float32": (lambda i, j, x: additive(j <= i, torch.finfo(torch.float32).min), 0),
+    "causal, same for all heads": (lambda i, j, x: (j <= i)[None, None].expand(x.shape[0], 4, -1, -1), 0),
+    "window": (lambda i, j, x: (j <= i) & (i - j < W), W),
+    "window, additive": (lambda i, j, x: additive((j <= i) & (i - j < W)), W),
+    "window by tril and triu": (
+        lambda i, j, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(1 - W),
+        W,
+    ),
+    "window, other side": (lambda i, j, x: (j <= i) & (j > i - W), W),
+    "window - 1 at most": (lambda i, j, x: (j <= i) & (i - j <= W - 1), W),
+    "distance <= W is a window of W + 1": (lambda i, j, x: (j <= i) & (i - j <= W), W + 1),
+    "key >= query - W is a window of W + 1": (lambda i, j, x: (j <= i) & (j >= i - W), W + 1),
+    "distance < W - 1 is a window of W - 1": (lambda i, j, x: (j <= i) & (i - j < W - 1), W - 1),
+    "window of one": (lambda i, j, x: i == j, 1),
+    "window of two": (lambda i, j, x: (j == i) | (j == i - 1), 2),
+    "prime window": (lambda i, j, x: (j <= i) & (i - j < 23), 23),
+    "window from a quotient": (lambda i, j, x: (j <= i) & ((i - j) / 10.0 < 6), 60),
+    # None of these is a causal window.
+    "nothing hidden": (lambda i, j, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), NEITHER),
+    "strictly earlier keys": (lambda i, j, x: j < i, NEITHER),
+    "window without the token itself": (lambda i, j, x: (j < i) & (i - j < W), NEITHER),
+    "later keys": (lambda i, j, x: j >= i, NEITHER),
+    "symmetric window": (lambda i, j, x: (i - j).abs() < W, NEITHER),
+    "chunks": (lambda i, j, x: (j <= i) & (i // W == j // W), NEITHER),
+    "image block": (lambda i, j, x: (j <= i) | ((i >= 4) & (i < 9) & (j >= 4) & (j < 9)), NEITHER),
+    "window and image block": (
+        lambda i, j, x: (i - j < W) & ((j <= i) | ((i >= 4) & (i < 9) & (j >= 4) & (j < 9))),
+        NEITHER,
+    ),
+    "sink": (lambda i, j, x: (j <= i) & ((i - j < W) | (j < 1)), NEITHER),
+    "prefix": (lambda i, j, x: (j <= i) | (j < 10), NEITHER),
+    "dilated": (lambda i, j, x: (j <= i) & ((i - j) % 2 == 0), NEITHER),
+    "local from position 100 on": (lambda i, j, x: (j <= i) & ((i - j < W) | (i < 100)), NEITHER),
+    "global from position 100 on": (lambda i, j, x: (j <= i) & ((i - j < W) | (i >= 100)), NEITHER),
+    "window of a third": (lambda i, j, x: (j <= i) & ((i - j) * 3 < x.shape[1]), NEITHER),
+    "heads differ": (
+        lambda i, j, x: ((j <= i) & (i - j < torch.arange(1, 5)[:, None, None] * W))[None],
+        "differs between batch rows or heads",
+    ),
+    "bias by distance": (lambda i, j, x: additive(j <= i) - 0.125 * (i - j).clamp(min=0), "adds a bias"),
+    "hidden by too little": (lambda i, j, x: additive(j <= i, -100.0), "adds a bias"),
+    "window by token": (
+        lambda i, j, x: (j <= i) & (i - j < W + x[0].sum() * 0),
+        "depends on the values of x",
+    ),
+    "padding": (lambda i, j, x: ((j <= i) & (x[:, None, :] != 0))[:, None], "depends on the values of x"),
+}
+
+
+class PlainMasks(nn.Module):
+    def __init__(self, masks: Mapping[str, tuple[Plain, Expected]]) -> None:
+        super().__init__()
+        self.masks = [make for make, _ in masks.values()]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        positions = torch.arange(x.shape[1])
+        return [mask(positions[:, None], positions[None], x) for mask in self.masks]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Graph:
+    sizes = ({0: Dim("B", max=8), 1: Dim("T", max=4096)},)
+    return export(PlainMasks(PLAIN), torch.ones(2, 29, dtype=torch.int64), dynamic_shapes=sizes)
+
+
+def read_plain(graph: Graph, index: int) -> MaskReading:
+    (x,) = graph.user_inputs()
+    tokens = x.meta["val"].shape[1]
+    return read_mask(graph, graph.output.args[0][index], tokens, tokens, cached=False)
+
+
+def expect(reading: MaskReading, expected: Expected) -> None:
+    if isinstance(expected, str):
+        assert reading.window is None and expected in reading.reason, reading
+    else:
+        assert reading == MaskReading(window=expected), reading
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain(plain: Graph, name: str) -> None:
+    expect(read_plain(plain, list(PLAIN).index(name)), PLAIN[name][1])
+
+
+# Keys stand in a ring's slots: (query positions [T, 1], positions that the slots hold [S], start, slots) -> mask.
+Ring = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
+RING: dict[str, tuple[Ring, Expected]] = {
+    "causal": (lambda i, k, p, s: (k >= 0) & (k <= i), 0),
+    "causal, additive": (lambda i, k, p, s: additive((k >= 0) & (k <= i)), 0),
+    "window": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i - k < W), W),
+    "window, additive, four axes": (lambda i, k, p, s: additive((k >= 0) & (k <= i) & (i - k < W))[None, None], W),
+    "key > query - W": (lambda i, k, p, s: (k >= 0) & (k <= i) & (k > i - W), W),
+    "distance <= W is a window of W + 1": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i - k <= W), W + 1),
+    "empty slots seen": (lambda i, k, p, s: (k <= i) & (i - k < W), NEITHER),
+    "the token itself forgotten": (lambda i, k, p, s: (k >= 0) & (k < i) & (i - k < W), NEITHER),
+    "no ring": (lambda i, k, p, s: torch.arange(s) <= i, NEITHER),
+    "chunks": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i // W == k // W), NEITHER),
+    "chunk of new tokens sees itself": (lambda i, k, p, s: (k >= 0) & ((k <= i) | (k >= p)), NEITHER),
+    "local after the first wrap": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k < W) | (p < s)), NEITHER),
+}
+
+
+class RingMasks(nn.Module):
+    def forward(self, x: torch.Tensor, start: torch.Tensor, cache: torch.Tensor) -> list[torch.Tensor]:
+        slots = cache.shape[2]
+        positions = start + torch.arange(x.shape[1])
+        last = start + x.shape[1] - 1
+        keys = last - (last - torch.arange(slots)) % slots
+        return [mask(positions[:, None], keys, start, slots) for mask, _ in RING.values()]
+
+
+def ring_graph(sizes: Any) -> Graph:
+    graph = export(
+        RingMasks(),
+        torch.ones(2, 7, dtype=torch.int64),
+        torch.tensor(0),
+        torch.zeros(2, 2, 90, 8),
+        dynamic_shapes=sizes,
+    )
+    graph.start = "start"
+    return graph
+
+
+@pytest.fixture(scope="module")
+def rings() -> dict[str, Graph]:
+    tokens, slots = {1: Dim("T", max=4096)}, {2: Dim("S", max=4096)}
+    return {
+        "dynamic": ring_graph((tokens, None, slots)),
+        "static slots": ring_graph((tokens, None, None)),
+        "static": ring_graph(None),
+    }
+
+
+@pytest.mark.parametrize("name", RING)
+@pytest.mark.parametrize("sizes", ["dynamic", "static slots", "static"])
+def test_ring(rings: dict[str, Graph], sizes: str, name: str) -> None:
+    graph = rings[sizes]
+    x, _, cache = graph.user_inputs()
+    mask = graph.output.args[0][list(RING).index(name)]
+    reading = read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True)
+    expect(reading, RING[name][1])
+
+
+# With sizes that the graph fixes, only those sizes count.
+STATIC: dict[str, tuple[Plain, Expected]] = {
+    "causal": (lambda i, j, x: j <= i, 0),
+    "window": (lambda i, j, x: (j <= i) & (i - j < W), W),
+    "window that the size never fills": (lambda i, j, x: (j <= i) & (i - j < 40), 0),
+    "window of W + 1": (lambda i, j, x: (j <= i) & (i - j <= W), W + 1),
+    "chunks": (lambda i, j, x: (j <= i) & (i // W == j // W), NEITHER),
+    "a stored mask": (
+        lambda i, j, x: torch.tensor([[True] * 29] * 29).tril(),
+        "depends on the values of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static(name: str) -> None:
+    graph = export(PlainMasks({name: STATIC[name]}), torch.ones(2, 29, dtype=torch.int64))
+    expect(read_plain(graph, 0), STATIC[name][1])
+
+
+def test_a_window_that_no_number_of_the_graph_names_is_not_overlooked() -> None:
+    """50 blocks of 100 keys: a window of 5,000 that looks causal up to there."""
+    masks: dict[str, tuple[Plain, Expected]] = {"": (lambda i, j, x: (j <= i) & ((i - j) / 100.0 < 50), 5000)}
+    sizes = ({1: Dim("T", max=8192)},)
+    graph = export(PlainMasks(masks), torch.ones(1, 29, dtype=torch.int64), dynamic_shapes=sizes)
+    assert read_plain(graph, 0).window != 0
+
+
+def test_keys_of_unknown_length_are_left_alone() -> None:
+    """A cache that grows by concatenation: S is P + T, which no input's size is."""
+
+    class Concatenated(nn.Module):
+        def forward(self, x: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+            keys = torch.cat((past, x), dim=1).shape[1]
+            queries = torch.arange(x.shape[1]) + past.shape[1]
+            return torch.arange(keys)[None] <= queries[:, None]
+
+    inputs = torch.ones(1, 5), torch.ones(1, 9)
+    graph = export(Concatenated(), *inputs, dynamic_shapes=({1: Dim("T", max=64)}, {1: Dim("P", max=64)}))
+    mask = graph.output.args[0][0]
+    tokens, keys = mask.meta["val"].shape
+    for cached in (False, True):
+        assert read_mask(graph, mask, tokens, keys, cached=cached).window is None
+
+
+@pytest.mark.parametrize("window", [1024, 4096])
+def test_large_windows_need_little_memory(window: int) -> None:
+    """Reading Gemma's largest windows must not allocate a mask of gigabytes."""
+    masks: dict[str, tuple[Plain, Expected]] = {"": (lambda i, j, x: (j <= i) & (i - j < window), window)}
+    sizes = ({1: Dim("T", max=131072)},)
+    graph = export(PlainMasks(masks), torch.ones(1, 29, dtype=torch.int64), dynamic_shapes=sizes)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        expect(read_plain(graph, 0), window)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 2**29

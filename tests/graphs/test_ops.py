@@ -1,0 +1,79 @@
+"""The bodies of fused operations against plain arithmetic, and the formula of ring caches by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transom.graphs import ops
+
+transom = torch.ops.transom
+
+
+@given(
+    start=st.integers(0, 60),
+    tokens=st.integers(1, 12),
+    slots=st.integers(1, 40),
+    window=st.integers(0, 20),
+)
+def test_rings_show_what_a_plain_list_would(start: int, tokens: int, slots: int, window: int) -> None:
+    """Simulate the ring with a dictionary, one token after the other."""
+    held: dict[int, int] = {}
+    for position in range(start + tokens):
+        held[position % slots] = position
+    seen_TS = ops.visible(start, tokens, slots, window)
+    assert seen_TS.shape == (tokens, slots)
+    for row, position in enumerate(range(start, start + tokens)):
+        for slot in range(slots):
+            key = held.get(slot)
+            expected = key is not None and key <= position and (not window or position - key < window)
+            assert bool(seen_TS[row, slot]) == expected, (position, slot)
+    assert bool(seen_TS[-1].any()), "a token always sees itself"
+
+
+@given(window=st.integers(1, 20), chunk=st.integers(1, 12), start=st.integers(0, 100))
+def test_window_and_chunk_less_one_slots_lose_no_key(window: int, chunk: int, start: int) -> None:
+    seen_TS = ops.visible(start, chunk, window + chunk - 1, window)
+    assert seen_TS.sum(-1).tolist() == [min(window, start + row + 1) for row in range(chunk)]
+    if start >= window and chunk > 1:
+        starved = ops.visible(start, chunk, window + chunk - 2, window)
+        assert int(starved[0].sum()) < window, "one slot fewer loses a key: the capacity is tight"
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_attention_is_torchs(window: int) -> None:
+    noise = torch.Generator().manual_seed(0)
+    q_BNTH = torch.randn(2, 4, 7, 8, generator=noise)
+    k_BKTH, v_BKTH = (torch.randn(2, 2, 7, 8, generator=noise) for _ in range(2))
+    mask_TT = torch.ones(7, 7, dtype=torch.bool).tril()
+    if window:
+        mask_TT = mask_TT.triu(1 - window)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q_BNTH, k_BKTH, v_BKTH, mask_TT, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(transom.attention(q_BNTH, k_BKTH, v_BKTH, None, 0.3, window), expected)
+
+
+def test_fake_shapes_are_real_shapes() -> None:
+    """`opcheck` compares each fake body with the real one, also under tracing."""
+    x, weight, start = torch.randn(2, 3, 4, 8), torch.randn(8), torch.tensor(5)
+    table_TH, cache = torch.randn(3, 4), torch.randn(2, 2, 6, 8)
+    new = torch.randn(2, 3, 2, 8)
+    codes = torch.randint(0, 255, (10, 2, 4), dtype=torch.uint8)
+    scales, zeros = torch.rand(10, 2), torch.randint(0, 255, (10, 1), dtype=torch.uint8)
+    calls = (
+        (transom.rms_norm, (x, weight, 1e-6)),
+        (transom.add_rms_norm, (x, x, weight, 1e-6)),
+        (transom.rotary, (x, table_TH, table_TH, False)),
+        (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True)),
+        (transom.gated_gelu, (x,)),
+        (transom.write_cache, (cache, new.transpose(1, 2), start)),
+        (transom.attention, (x.transpose(1, 2), cache, cache, start, 0.5, 4)),
+        (transom.cached_attention, (x, new, new, cache, cache, start, 0.5, 4)),
+        (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, 4)),
+        (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, 8)),
+        (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, 4)),
+    )
+    for op, args in calls:
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
