@@ -151,10 +151,11 @@ class Session(abc.ABC):
         ids, found, position = np.asarray(token_ids), [], 0
         for logits in self.feed(token_ids, wanted="all", on_chunk=on_chunk):
             targets = ids[position + 1 : position + 1 + logits.shape[0]]
-            rows = logits[: targets.size].astype(np.float64)
-            top = rows.max(-1)
-            total = np.log(np.exp(rows - top[:, None]).sum(-1)) + top
-            found.append(rows[np.arange(targets.size), targets] - total)
+            rows = logits[: targets.size]
+            top = rows.max(-1, keepdims=True)
+            # Exponentials in float32, which are fast; only their sum needs more digits.
+            totals = np.exp(rows - top).sum(-1, dtype=np.float64)
+            found.append((rows[np.arange(targets.size), targets] - top[:, 0]).astype(np.float64) - np.log(totals))
             position += logits.shape[0]
         return np.concatenate(found)
 

@@ -23,7 +23,7 @@ class BlockFormat:
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix [rows, columns]: codes, float32 scales, and zero points packed like codes."""
-        blocks = columns // self.block
+        blocks = -(-columns // self.block)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
 

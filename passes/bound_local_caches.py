@@ -34,6 +34,7 @@ class BoundLocalCaches(Pass):
     def __init__(self, chunk: int) -> None:
         super().__init__()
         self.chunk = chunk
+        self._grows: set[str] = set()
 
     def requires(self, graph: Graph) -> None:
         """The chunk is positive."""
@@ -43,13 +44,17 @@ class BoundLocalCaches(Pass):
     def rewrite(self, graph: Graph) -> int:
         """Resize the caches of local layers and note every cache's window."""
         nodes, changes, caches = graph.placeholders(), 0, []
+        windows = {cache.name: self._window(nodes[cache.input]) for cache in graph.caches}
+        # Keys and values of a layer go together, so that slots mean the same in both.
+        unknown = {cache.layer for cache in graph.caches if windows[cache.name] is None}
         for cache in graph.caches:
-            node = nodes[cache.input]
-            window = self._window(node)
-            if window is None:
+            node, window = nodes[cache.input], windows[cache.name]
+            if cache.layer in unknown:
+                reader = "" if window is None else " of the cache beside it"
                 self.skipped.append(
-                    f"{cache.name}: not every reader is attention with a known window, so it still grows"
+                    f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
                 )
+                window = None
             slots = window + self.chunk - 1 if window else None
             if slots is not None and cache.slots is None:
                 batch, heads, _, width = node.meta["val"].shape
@@ -61,13 +66,14 @@ class BoundLocalCaches(Pass):
                 cache = dataclasses.replace(cache, window=window or None, slots=slots)
             caches.append(cache)
         graph.caches = tuple(caches)
+        self._grows = {cache.input for cache in caches if cache.layer in unknown}
         return changes
 
     def ensures(self, graph: Graph) -> None:
-        """No local attention reads a cache that grows, or one too small for its window and chunk."""
+        """No local attention reads a cache that grows unreported, or one too small for its window and chunk."""
         for node in graph.calls(ops.ATTENTION):
             write, window = node.args[1], node.args[5]
-            if not window or not is_call(write, ops.WRITE_CACHE):
+            if not window or not is_call(write, ops.WRITE_CACHE) or write.args[0].name in self._grows:
                 continue
             slots = write.args[0].meta["val"].shape[2]
             if not isinstance(slots, int) or slots < window + self.chunk - 1:

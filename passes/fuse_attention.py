@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.masks import MaskReading, read_mask
+from transom.graphs.masks import MASKED, MaskReading, read_mask
 from transom.graphs.match import aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
@@ -42,7 +42,7 @@ class FuseAttention(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Fuse every site whose mask could be read."""
-        readings: dict[tuple[Node | None, bool], MaskReading] = {}
+        readings: dict[tuple[Any, ...], MaskReading] = {}
         changes = 0
         for node in graph.calls_all():
             site = _match(node)
@@ -52,7 +52,7 @@ class FuseAttention(Pass):
                 continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
             cached = graph.start is not None and tokens != slots
-            key = (site.mask, cached)
+            key = (site.mask, site.hidden, str(tokens), str(slots), cached)
             if key not in readings:
                 readings[key] = _read(graph, site, tokens, slots, cached)
             reading = readings[key]
@@ -80,10 +80,14 @@ def _match(node: Node) -> _Site | str | None:
     weights = skip_casts(weights)
     if not is_call(weights, aten.softmax.int, aten._softmax.default):
         return None
+    if weights.args[1] not in (-1, 3):
+        return "the softmax is not over the keys"
     masked = skip_casts(weights.args[0])
     found = _split_mask(masked)
     if found is None:
         return "the softmax has no mask that could be recognised"
+    if isinstance(found, str):
+        return found
     scores, mask, hidden = found
     scores, scale = skip_casts(scores), 1.0
     while (scaled := split_scalar(scores, aten.mul.Tensor, aten.div.Tensor)) is not None:
@@ -94,7 +98,7 @@ def _match(node: Node) -> _Site | str | None:
     q, k_transposed = scores.args
     if not is_transpose(k_transposed, 2, 3):
         return "the keys are not transposed by a plain transpose of the last two axes"
-    k, v = _unrepeat(k_transposed.args[0], q), _unrepeat(node.args[1], q)
+    k, v = _unrepeat_both(k_transposed.args[0], node.args[1], q)
     return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale)
 
 
@@ -108,22 +112,39 @@ def _match_sdpa(node: Node) -> _Site | str:
         return "attention without a mask sees later keys"
     assert q is not None
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
-    return _Site(out=node, q=q, k=_unrepeat(k, q), v=_unrepeat(v, q), mask=mask, hidden=False, scale=float(scale))
+    k, v = _unrepeat_both(k, v, q)
+    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=False, scale=float(scale))
 
 
-def _split_mask(masked: Any) -> tuple[Any, Node, bool] | None:
-    """(scores, mask, whether a bool mask hides) of masked scores."""
+def _split_mask(masked: Any) -> tuple[Any, Node, bool] | str | None:
+    """(scores, mask, whether a bool mask hides) of masked scores; the reason why not, or None if there is no mask."""
     if is_call(masked, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return masked.args[0], masked.args[1], True
+        scores, mask, fill = masked.args
+        return (scores, mask, True) if _hides(fill) else "the fill of hidden scores is not known to hide them"
     if is_call(masked, aten.where.self, aten.where.ScalarOther):
-        return masked.args[1], masked.args[0], False
-    if is_call(masked, aten.add.Tensor) and all(is_node(side) for side in masked.args[:2]):
+        mask, scores, fill = masked.args
+        return (scores, mask, False) if _hides(fill) else "the fill of hidden scores is not known to hide them"
+    if is_call(masked, aten.add.Tensor) and all(is_node(side) for side in masked.args[:2]) and not masked.kwargs:
         left, right = masked.args[:2]
         # The mask is the side with one head for all.
         if right.meta["val"].dim() < 4 or right.meta["val"].shape[1] == 1:
             return left, right, False
         return right, left, False
     return None
+
+
+def _hides(fill: Any) -> bool:
+    """Whether a number that takes the place of a score leaves nothing of it after the softmax."""
+    if is_call(fill, aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
+        fill = fill.args[0 if fill.target is aten.scalar_tensor.default else 1]
+    return isinstance(fill, (int, float)) and fill <= MASKED
+
+
+def _unrepeat_both(k: Node, v: Node, q: Node) -> tuple[Node, Node]:
+    """Keys and values without their repetition, or as they are if that is recognised in one of them only."""
+    found = _unrepeat(k, q), _unrepeat(v, q)
+    heads = [value.meta["val"].shape[1] for value in found]
+    return found if heads[0] == heads[1] else (k, v)
 
 
 def _unrepeat(node: Node, q: Node) -> Node:
@@ -171,3 +192,5 @@ def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
     with graph.fx.inserting_before(site.out):
         new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, site.scale, window), site.out)
     site.out.replace_all_uses_with(new)
+    # To torch, scaled_dot_product_attention is random (it may drop out), so it would outlive its last user.
+    graph.fx.erase_node(site.out)

@@ -36,9 +36,8 @@ class FuseGatedMLP(Pass):
             if gate_held is None or up_held is None or gate_held[1].shape != up_held[1].shape:
                 continue
             (name, gate_weight), (_, up_weight) = gate_held, up_held
-            packed = graph.add_weight(
-                name.replace("gate_proj", "gate_up_proj"), Weight.concat([gate_weight, up_weight])
-            )
+            joint = name.replace("gate_proj", "gate_up_proj") if "gate_proj" in name else f"{name}.gate_up"
+            packed = graph.add_weight(joint, Weight.concat([gate_weight, up_weight]))
             with graph.fx.inserting_before(node):
                 linear = graph.call(aten.linear.default, (gate.args[0], packed), gate)
                 fused = graph.call(ops.GATED_GELU, (linear,), node)

@@ -29,7 +29,7 @@ class FuseNorms(Pass):
         for node in graph.calls(aten.mul.Tensor):
             for normed, scale in (node.args[:2], node.args[1::-1]):
                 found = _match_normalised(skip_casts(normed))
-                weight = _weight(graph, scale) if found else None
+                weight = _weight(graph, scale, found[0].meta["val"].shape[-1]) if found else None
                 if found is None or weight is None:
                     continue
                 x, eps = found
@@ -60,12 +60,12 @@ def _match_normalised(node: Any) -> tuple[Node, float] | None:
     return None
 
 
-def _weight(graph: Graph, scale: Any) -> Node | None:
-    """The norm's weight as one input; `1 + w` becomes a weight of its own."""
+def _weight(graph: Graph, scale: Any, width: Any) -> Node | None:
+    """The norm's weight [width] as one input; `1 + w` becomes a weight of its own."""
     scale = skip_casts(scale)
     shifted = split_scalar(scale, aten.add.Tensor)
     held = graph.weight_of(skip_casts(shifted[0] if shifted else scale))
-    if held is None:
+    if held is None or held[1].shape != (width,):
         return None
     name, weight = held
     if shifted is None:

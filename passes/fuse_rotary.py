@@ -56,6 +56,12 @@ def _match(node: Node) -> tuple[Node, Node, Node] | None:
     split = low.args[0]
     if not is_call(split, aten.split_with_sizes.default) or (low.args[1], high.args[1]) != (0, 1):
         return None
+    # Both halves, and nothing but them; the fused operation does not broadcast angles.
+    if len(split.args[1]) != 2:
+        return None
+    angles = [str(size) for size in (split.args[0].meta["val"].shape[2], split.args[1][0])]
+    if any([str(size) for size in table.meta["val"].shape] != angles for table in (cos, sin)):
+        return None
     return split.args[0], cos, sin
 
 

@@ -129,16 +129,18 @@ class _Grid:
         fmt, lattice = self.format, self.weight.lattice
         if lattice is not None and fmt.symmetric and fmt.bits == 8 and lattice.block == fmt.block:
             signed, scales = lattice.read_rows(start, stop)
+            self._check_finite(scales, start, stop)
             codes = (signed.to(torch.int16) + 128).to(torch.uint8).view(stop - start, -1, fmt.block)
             zeros = torch.empty(stop - start, 0, dtype=torch.uint8)
         else:
             rows = self.weight.read_rows(start, stop).float()
-            if not bool(torch.isfinite(rows).all()):
-                raise QuantizationError(
-                    f"{self.name} holds NaN or infinity in rows {start} to {stop}: mend the checkpoint"
-                )
+            self._check_finite(rows, start, stop)
             codes, scales, zeros = quantize_rows(rows, fmt)
         return pack(codes, fmt.bits), scales, pack(zeros, fmt.bits)
+
+    def _check_finite(self, values: torch.Tensor, start: int, stop: int) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise QuantizationError(f"{self.name} holds NaN or infinity in rows {start} to {stop}: mend the checkpoint")
 
 
 def quantize_rows(rows: torch.Tensor, fmt: BlockFormat) -> _Parts:

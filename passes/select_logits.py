@@ -51,7 +51,7 @@ class SelectLogits(Pass):
             with graph.fx.inserting_before(source):
                 for position in _BY_POSITION[source.target]:
                     operand = args[position]
-                    if is_node(operand) and operand.meta["val"].dim() == source.meta["val"].dim():
+                    if is_node(operand) and _has_positions(operand, source):
                         chosen = _select(graph, operand, select.args[2])
                         args[position] = chosen
                         inner.append(chosen)
@@ -68,6 +68,12 @@ def _movable(source: Any, select: Node) -> bool:
     if not is_call(source, *_BY_POSITION) or source.kwargs or source.meta["val"].dim() != 3:
         return False
     return all(user is select for user in source.users)
+
+
+def _has_positions(operand: Node, source: Node) -> bool:
+    """Whether an operand has every position of the result, and not one value for all."""
+    shape, full = operand.meta["val"].shape, source.meta["val"].shape
+    return len(shape) == len(full) and str(shape[1]) == str(full[1])
 
 
 def _select(graph: Graph, operand: Node, positions: Node) -> Node:

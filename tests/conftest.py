@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import transom
 from numpy.typing import NDArray
-from transom.export.compile import trace_model
+from transom.export import compile as export_compile
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
@@ -16,14 +17,18 @@ from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
+from tests.artifacts import CHUNK, Export, Exported
+from tests.case import Case
+
 WINDOW = 16
 """Window of gemma3-tiny."""
 
-CHUNK = 37
-"""More than two of those windows, and divides nothing."""
-
 LENGTH = 10 * WINDOW + 5
 """Tokens of the shared text: a prefill of several windows and six windows of decode."""
+
+
+# Tiny tensors gain nothing from threads, and lose tenfold when workers share the cores.
+torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +56,13 @@ def tiny() -> Model:
 @pytest.fixture(scope="session")
 def traced(tiny: Model) -> Graph:
     """Its decode graph as traced. Tests must not edit it: clone it first."""
-    return trace_model(tiny)
+    return Case.of(tiny).graph
 
 
 @pytest.fixture(scope="session")
 def scored(tiny: Model) -> Graph:
     """Its score graph as traced. Tests must not edit it: clone it first."""
-    return trace_model(tiny, task="score")
+    return Case.of(tiny, "score").graph
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +85,26 @@ def text_logits(tiny: Model, text: list[int]) -> NDArray[np.float32]:
         logits_BTV, _ = tiny.eager()(torch.tensor([text]), torch.tensor(0), None)
     found: NDArray[np.float32] = logits_BTV[0].numpy()
     return found
+
+
+@pytest.fixture(scope="session")
+def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Compile the tiny model for (target, quant), each once a session."""
+    done: dict[tuple[str, str], Exported] = {}
+    root = tmp_path_factory.mktemp("artifacts")
+
+    def make(target: str, quant: str) -> Exported:
+        if (target, quant) not in done:
+            graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(traced)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(export_compile, "trace_model", lambda model: traced)
+                artifact = transom.compile(
+                    tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}"
+                )
+            done[target, quant] = Exported(artifact.folder, graph)
+        return done[target, quant]
+
+    return make
 
 
 @pytest.fixture(scope="session")

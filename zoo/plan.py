@@ -11,15 +11,11 @@ import dataclasses
 from typing import Any
 
 from transom.graphs.errors import ConfigError
+from transom.graphs.schemes import BlockFormat, scheme
 from transom.zoo.config import DecoderConfig, LayerKind
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes of one number in the cache."""
-
-QUANTS = ("none", "int8", "int4")
-"""Weight formats: as released (bfloat16); 8 bits; 4 bits with the embedding at 8. Blocks of 32 along the input."""
-
-_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ class Plan:
     Attributes:
         model: Name of the configuration.
         parameters: Numbers in the text decoder; the embedding counts once, as it is also the head.
-        quant: One of `QUANTS`.
+        quant: Name of a scheme; without one, weights stay in bfloat16, as released.
         weight_dtype: What the bulk of the weights is stored as.
         weight_bytes: All weights.
         context: Positions, in tokens.
@@ -84,17 +80,16 @@ def plan(
     Args:
         config: The model.
         context: Positions that the caches must hold, in tokens.
-        quant: One of `QUANTS`.
+        quant: Name of a scheme; without one, weights stay in bfloat16, as released.
         cache_dtype: A key of `CACHE_DTYPES`.
         batch: Sequences held at a time.
 
     Raises:
-        ConfigError: If a size is not positive, or a format is unknown.
+        ConfigError: If a size is not positive, or the cache's dtype is unknown.
+        QuantizationError: If the scheme is unknown.
     """
     if context < 1 or batch < 1:
         raise ConfigError(f"context and batch must be positive, got {context} and {batch}")
-    if quant not in QUANTS:
-        raise ConfigError(f"unknown weight format {quant!r}: choose one of {', '.join(QUANTS)}")
     if cache_dtype not in CACHE_DTYPES:
         raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
     slot_bytes = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_dtype] * batch
@@ -139,15 +134,10 @@ def _weight_bytes(config: DecoderConfig, quant: str) -> int:
     if quant == "none":
         return 2 * parameters(config)
 
-    def int8(outputs: int, inputs: int) -> int:
-        return outputs * (inputs + -(-inputs // _BLOCK) * 4)
+    def stored(block_format: BlockFormat | None, outputs: int, inputs: int) -> int:
+        return 2 * outputs * inputs if block_format is None else block_format.bytes(outputs, inputs)
 
-    def int4(outputs: int, inputs: int) -> int:
-        # Two codes a byte, a float32 scale a block, and the blocks' zero points two a byte.
-        blocks = -(-inputs // _BLOCK)
-        return outputs * (blocks * (_BLOCK // 2) + blocks * 4 + -(-blocks // 2))
-
-    # The embedding stays at 8 bits: every token passes through it twice, as itself and as a logit.
-    bulk = int8 if quant == "int8" else int4
-    linears = sum(bulk(outputs, inputs) for outputs, inputs in _linears(config))
-    return config.num_layers * linears + int8(config.vocab_size, config.hidden_size) + 4 * _norm_values(config)
+    formats = scheme(quant)
+    linears = sum(stored(formats.linear, *shape) for shape in _linears(config))
+    table = stored(formats.embedding, config.vocab_size, config.hidden_size)
+    return config.num_layers * linears + table + 4 * _norm_values(config)

@@ -96,8 +96,6 @@ class Emitter:
     """State of one export: the nodes so far, and the data file that weights stream into."""
 
     def __init__(self, graph: Graph, dialect: Dialect, data: BinaryIO, *, on_bytes: Callable[[int], None]) -> None:
-        if rows := unsupported(graph, dialect):
-            raise UnsupportedOpsError(f"the target {dialect.name!r} cannot lower these operations:\n{rows}")
         self.graph, self.dialect = graph, dialect
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
@@ -284,6 +282,8 @@ def write(
     Raises:
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
+    if rows := unsupported(graph, dialect):
+        raise UnsupportedOpsError(f"the target {dialect.name!r} cannot lower these operations:\n{rows}")
     with open(folder / DATA_FILE, "wb") as data:
         model = Emitter(graph, dialect, data, on_bytes=on_bytes).emit()
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())

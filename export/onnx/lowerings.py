@@ -26,10 +26,19 @@ def _operand(emitter: Emitter, value: Any, dtype: torch.dtype) -> str:
     return emitter.constant(torch.tensor(value, dtype=dtype).numpy())
 
 
+def add_bias(emitter: Emitter, node: Node, product: str) -> str:
+    """The product of a `linear`, with its bias if it has one."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    return product if bias is None else str(emitter.op("Add", product, emitter.value(bias)))
+
+
 def _binary(kind: str) -> Any:
     def lower(emitter: Emitter, node: Node) -> str:
         dtype = node.meta["val"].dtype
-        return str(emitter.op(kind, *(_operand(emitter, value, dtype) for value in node.args[:2])))
+        left, right = (_operand(emitter, value, dtype) for value in node.args[:2])
+        if (alpha := node.kwargs.get("alpha", 1)) != 1:
+            right = emitter.op("Mul", right, _operand(emitter, alpha, dtype))
+        return str(emitter.op(kind, left, right))
 
     return lower
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from transom.export.onnx.emitter import Dialect, Emitter, Table
-from transom.export.onnx.lowerings import INT32, SHARED, start
+from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
@@ -26,7 +26,8 @@ TABLE = Table(SHARED)
 @TABLE.lowers(aten.linear.default)
 def _linear(emitter: Emitter, node: Node) -> str:
     x, weight = node.args[:2]
-    return str(emitter.op("FusedMatMul", emitter.value(x), emitter.value(weight), domain=MICROSOFT, transB=1))
+    product = emitter.op("FusedMatMul", emitter.value(x), emitter.value(weight), domain=MICROSOFT, transB=1)
+    return add_bias(emitter, node, product)
 
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)

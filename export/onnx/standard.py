@@ -6,13 +6,14 @@ slot holds. The masks are built once and shared by all layers of a kind.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from onnx import TensorProto
 from transom.export.onnx.emitter import Dialect, Emitter, Table
-from transom.export.onnx.lowerings import SHARED, new_positions, start
+from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
@@ -35,14 +36,18 @@ def _linear(emitter: Emitter, node: Node) -> str:
     if held is None or len(table.users) > 1:
         # A table that an embedding reads too keeps its layout; Gemm reads it transposed, but only with two axes.
         width, rows = int(x.meta["val"].shape[-1]), int(node.meta["val"].shape[-1])
-        flat = emitter.op("Reshape", emitter.value(x), emitter.constant(np.array([-1, width])))
+        leading = [emitter.size(size) for size in x.meta["val"].shape[:-1]]
+        # Not -1, and zeros mean zero: perhaps no position is wanted.
+        count = functools.reduce(lambda left, right: emitter.op("Mul", left, right), leading)
+        flat = emitter.op("Reshape", emitter.value(x), emitter.op("Concat", count, emitter.size(width), axis=0), allowzero=1)
         product = emitter.op("Gemm", flat, emitter.value(table), transB=1)
-        shape = emitter.op(
-            "Concat", *(emitter.size(size) for size in x.meta["val"].shape[:-1]), emitter.size(rows), axis=0
-        )
-        return str(emitter.op("Reshape", product, shape))
-    name, weight = held
-    return str(emitter.op("MatMul", emitter.value(x), emitter.initializer(f"{name}.transposed", _transposed(weight))))
+        shape = emitter.op("Concat", *leading, emitter.size(rows), axis=0)
+        product = emitter.op("Reshape", product, shape, allowzero=1)
+    else:
+        name, weight = held
+        table_name = emitter.initializer(f"{name}.transposed", _transposed(weight))
+        product = emitter.op("MatMul", emitter.value(x), table_name)
+    return add_bias(emitter, node, product)
 
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)

@@ -17,7 +17,8 @@ from transom.zoo.gemma3 import Gemma3
 from transom.zoo.model import Model
 
 from tests.case import run_graph
-from tests.conftest import CHUNK, WINDOW
+from tests.artifacts import CHUNK
+from tests.conftest import WINDOW
 from tests.tolerances import FP32_LOGITS
 
 

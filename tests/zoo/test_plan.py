@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from transom.graphs.errors import ConfigError
+from transom.graphs.errors import TransomError
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.plan import parameters, plan
 from transom.zoo.presets import PRESETS, preset
@@ -92,5 +92,5 @@ def test_json() -> None:
 
 @pytest.mark.parametrize("wrong", [{"context": 0}, {"batch": 0}, {"quant": "int3"}, {"cache_dtype": "int2"}])
 def test_unknown_formats_are_named(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"int3|int2|positive"):
+    with pytest.raises(TransomError, match=r"int3|int2|positive"):
         plan(preset("gemma3-tiny"), **({"context": 64} | wrong))  # type: ignore[arg-type]

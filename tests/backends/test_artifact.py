@@ -1,0 +1,234 @@
+"""The folder: whole or absent, and every damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transom
+from transom.backends.artifact import MANIFEST, Manifest, new_folder, read_manifest, write_manifest
+from transom.export import compile as export_compile
+from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, TargetError
+from transom.graphs.graph import Graph
+from transom.zoo.model import Model
+
+from tests.artifacts import CHUNK, Export
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model"
+    with new_folder(target) as draft:
+        (draft / "file").write_text("a")
+        assert not target.exists() and draft.parent == target.parent
+    assert (target / "file").read_text() == "a" and names(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: type[BaseException], exists: bool) -> None:
+    target = tmp_path / "model"
+    if exists:
+        target.mkdir()
+        (target / "file").write_text("old")
+    with pytest.raises(error), new_folder(target, overwrite=True) as draft:
+        (draft / "file").write_text("new")
+        raise error
+    assert names(tmp_path) == (["model"] if exists else [])
+    assert not exists or (target / "file").read_text() == "old"
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "file").write_text("old")
+    with pytest.raises(ArtifactError, match="exists already"), new_folder(target):
+        pytest.fail("the block ran")
+    assert names(tmp_path) == ["model"] and (target / "file").read_text() == "old"
+    with new_folder(target, overwrite=True) as draft:
+        (draft / "other").write_text("new")
+        assert (target / "file").read_text() == "old"
+    assert names(tmp_path) == ["model"] and names(target) == ["other"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot write"), new_folder(tmp_path / "file" / "model"):
+        pytest.fail("the block ran")
+
+
+def test_the_manifest_survives_a_round_trip(exported: Export, tiny: Model) -> None:
+    folder = exported("onnxruntime", "int8").folder
+    manifest = read_manifest(folder)
+    assert sorted(manifest.files) == [name for name in names(folder) if name != MANIFEST]
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"} <= set(manifest.files)
+    assert (manifest.target, manifest.quantization, manifest.context, manifest.chunk) == (
+        "onnxruntime", "int8", 512, CHUNK
+    )  # fmt: skip
+    assert manifest.source == {"name": "random", "revision": "seed 0"}
+    assert [cache.slots for cache in manifest.caches[:6]] == [16 + CHUNK - 1] * 4 + [None] * 2
+    assert [cache.window for cache in manifest.caches[:6]] == [16] * 4 + [None] * 2
+    assert manifest.model["name"] == tiny.config.name and manifest.not_done == []
+    again = Manifest(**{**manifest.__dict__})
+    copy = folder.parent / "copy"
+    shutil.copytree(folder, copy)
+    try:
+        assert write_manifest(copy, again) == read_manifest(copy) == manifest
+        assert (copy / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    finally:
+        shutil.rmtree(copy)
+
+
+def change_byte(folder: Path) -> None:
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[12345] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.onnx.data").read_bytes()
+    (folder / "model.onnx.data").write_bytes(data[:-1])
+
+
+def remove(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def edit(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        data = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(change(data)))
+
+    return apply
+
+
+def cut_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:100])
+
+
+def empty(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def binary(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a changed byte": (change_byte, "is not what was exported"),
+    "a truncated file": (truncate, "bytes, not"),
+    "a missing file": (remove, "tokenizer.json is missing"),
+    "a newer version": (edit(lambda data: data | {"version": 2}), "version 2, this transom reads 1"),
+    "no version": (edit(lambda data: {key: data[key] for key in data if key != "version"}), "cannot be read"),
+    "half a manifest": (cut_manifest, "cannot be read"),
+    "no manifest": (empty, "holds no manifest.json"),
+    "a binary manifest": (binary, "cannot be read"),
+    "a list": (edit(lambda data: [data]), "cannot be read"),
+    "a number": (edit(lambda data: 3), "cannot be read"),
+    "an unknown field": (edit(lambda data: data | {"more": 1}), "malformed"),
+    "a missing field": (edit(lambda data: {key: data[key] for key in data if key != "caches"}), "malformed"),
+    "a cache without a name": (edit(lambda data: data | {"caches": [{}]}), "malformed"),
+    "files without hashes": (edit(lambda data: data | {"files": {"model.onnx": {}}}), "malformed"),
+    "files that are a list": (edit(lambda data: data | {"files": ["model.onnx"]}), "malformed"),
+    "no files": (edit(lambda data: data | {"files": None}), "malformed"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_an_artifact_error(name: str, exported: Export, tmp_path: Path) -> None:
+    damage, message = DAMAGES[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    transom.open(folder, threads=1)
+    damage(folder)
+    with pytest.raises(ArtifactError, match=message):
+        transom.open(folder, threads=1)
+
+
+def test_a_changed_byte_goes_unnoticed_only_on_request(exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    change_byte(folder)
+    transom.open(folder, threads=1, verify=False)
+    truncate(folder)
+    with pytest.raises(ArtifactError, match="bytes, not"):
+        transom.open(folder, threads=1, verify=False)
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        transom.open(tmp_path / "nothing")
+
+
+def test_a_payload_that_the_runtime_refuses(exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    (folder / "model.onnx").write_bytes(b"no protobuf")
+    write_manifest(folder, read_manifest_unchecked(folder))
+    with pytest.raises(ArtifactError, match="ONNX Runtime cannot load"):
+        transom.open(folder, threads=1)
+
+
+def read_manifest_unchecked(folder: Path) -> Manifest:
+    data = json.loads((folder / MANIFEST).read_text())
+    data.pop("version")
+    return Manifest(**data | {"caches": ()})
+
+
+def test_a_target_that_nothing_runs(exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    edit(lambda data: data | {"target": "abacus"})(folder)
+    with pytest.raises(TargetError, match="'abacus', which this transom cannot run"):
+        transom.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": "abacus"}, TargetError, "no target named 'abacus'"),
+        ({"quant": "int3"}, QuantizationError, "'int3'"),
+        ({"context": 513}, ContextLengthError, "513"),
+        ({"context": 0}, ContextLengthError, "0"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    tiny: Model, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        transom.compile(tiny, out=tmp_path / "model", **options)
+    assert names(tmp_path) == []
+
+
+def test_a_failing_export_leaves_nothing(
+    tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_compile, "trace_model", lambda model: traced)
+    monkeypatch.setattr(export_compile, "_write_companions", fail)
+    with pytest.raises(KeyboardInterrupt):
+        transom.compile(tiny, out=tmp_path / "model")
+    assert names(tmp_path) == []
+
+
+def test_progress_counts_passes_and_bytes(
+    tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_compile, "trace_model", lambda model: traced)
+    steps: list[tuple[str, int, int]] = []
+    transom.compile(tiny, out=tmp_path / "model", context=64, on_progress=lambda *step: steps.append(step))
+    assert {stage for stage, _, _ in steps} == {"trace", "passes", "weights"}
+    for stage in ("trace", "passes", "weights"):
+        done = [(count, total) for name, count, total in steps if name == stage]
+        assert done == sorted(done) and done[-1][0] == done[-1][1]
+    manifest = read_manifest(tmp_path / "model")
+    assert (manifest.context, manifest.chunk) == (64, 64)

@@ -1,0 +1,187 @@
+"""Both ONNX dialects on the tiny model: the numbers, the files, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx.external_data_helper import uses_external_data
+from torch import nn
+from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE, MODEL_FILE, Table
+from transom.graphs.errors import UnsupportedOpsError
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten
+
+from tests.artifacts import CHUNK, Export
+from tests.case import export
+from tests.conftest import WINDOW
+from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, INT8_ACTIVATIONS
+
+TARGETS = ["onnxruntime", "onnx"]
+LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float_logits_of_every_position(
+    target: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
+) -> None:
+    session = exported(target, "none").session()
+    for length in LENGTHS:
+        found = session.logits(text[:length])
+        assert np.abs(found - text_logits[:length]).max() < FP32_LOGITS, length
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float_decode_far_past_the_window(
+    target: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
+) -> None:
+    session = exported(target, "none").session()
+    for prompt in (1, CHUNK + 2):
+        session.reset()
+        found = [session.prefill(text[:prompt]), *(session.decode(token) for token in text[prompt:])]
+        assert np.abs(np.array(found) - text_logits[prompt - 1 :]).max() < FP32_LOGITS
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantised_logits_differ_by_the_activations_only(
+    target: str, quant: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
+) -> None:
+    """Held against the reference on the very same codes, whose activations are float32."""
+    pair = exported(target, quant)
+    session, expected = pair.session(), pair.reference().logits(text[:101])
+    found = session.logits(text[:100])
+    assert np.sqrt(np.square(found - expected[:100]).mean()) < INT8_ACTIVATIONS
+    assert np.sqrt(np.square(session.decode(text[100]) - expected[100]).mean()) < INT8_ACTIVATIONS
+    assert np.abs(expected - text_logits[:101]).max() > FP32_LOGITS, "nothing was quantised"
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_the_standard_dialect_is_standard(quant: str, exported: Export) -> None:
+    path = exported("onnx", quant).folder / MODEL_FILE
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert {node.domain for node in model.graph.node} == {""}
+    names = [entry.name for entry in model.graph.input]
+    assert names[:3] == ["tokens", "start", "logit_positions"]
+    assert names[3:5] == ["cache.0.key", "cache.0.value"]
+
+
+def test_the_reference_evaluator_of_onnx_agrees(
+    exported: Export, text: list[int], text_logits: NDArray[np.float32]
+) -> None:
+    """onnx's own definition of every operator, past the window, in bounded caches."""
+    pair = exported("onnx", "none")
+    evaluator = onnx.reference.ReferenceEvaluator(str(pair.folder / MODEL_FILE))
+    shapes = [[1, 2, cache.slots or 64, 32] for cache in pair.graph.caches]
+    names = [cache.name for cache in pair.graph.caches]
+    caches, start = [np.zeros(shape, np.float32) for shape in shapes], 0
+    for count in (CHUNK, 1, 3):
+        feeds = {
+            "tokens": np.array([text[start : start + count]]),
+            "start": np.array(start),
+            "logit_positions": np.arange(count),
+            **dict(zip(names, caches, strict=True)),
+        }
+        logits, *caches = evaluator.run(None, feeds)
+        assert np.abs(logits[0] - text_logits[start : start + count]).max() < FP32_LOGITS
+        start += count
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_files(target: str, quant: str, exported: Export) -> None:
+    """One copy of the embedding; every tensor on a page of its own; nothing past the end, nothing twice."""
+    pair = exported(target, quant)
+    model = onnx.load(pair.folder / MODEL_FILE, load_external_data=False)
+    size, ends = (pair.folder / DATA_FILE).stat().st_size, [0]
+    tables = [tensor.name for tensor in model.graph.initializer if np.prod(tensor.dims) == 512 * 64]
+    assert len(tables) == 1 and tables[0].startswith("embed_tokens.weight")
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            offset, length = int(entries["offset"]), int(entries["length"])
+            assert offset % ALIGNMENT == 0 and offset >= ends[-1] and entries["location"] == DATA_FILE
+            ends.append(offset + length)
+        else:
+            assert len(tensor.raw_data) <= emitter.INLINE_BYTES
+    assert ends[-1] == size
+    assert model.ByteSize() < 200_000
+
+
+def test_quantised_bytes_are_those_of_the_scheme(exported: Export) -> None:
+    sizes = {
+        quant: exported("onnxruntime", quant).graph.weight_bytes() for quant in ("none", "int8", "int4")
+    }
+    assert sizes["int4"] < sizes["int8"] < 0.35 * sizes["none"]
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(600, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.sum(-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, standard.DIALECT], ids=lambda dialect: dialect.name)
+def test_all_unsupported_operations_are_named_and_nothing_is_written(
+    dialect: emitter.Dialect, tmp_path: Path
+) -> None:
+    graph: Graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(UnsupportedOpsError) as caught:
+        emitter.write(graph, dialect, tmp_path)
+    first, *lines = str(caught.value).splitlines()
+    assert dialect.name in first
+    assert lines[0].split("[")[0].split() == ["3", "x", "aten.erf.default"]
+    assert sorted(line.split()[2] for line in lines) == [
+        "aten.cumsum.default",
+        "aten.erf.default",
+        "aten.linalg_norm.default",
+        "aten.sum.dim_IntList",
+    ]
+    assert all("test_onnx.py:" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Details(nn.Module):
+    """What is easily dropped: a bias, and the factor of an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(600, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return torch.sub(torch.add(self.linear(x), x, alpha=3), x * x, alpha=2)
+
+
+@pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, standard.DIALECT], ids=lambda dialect: dialect.name)
+def test_biases_and_factors_are_lowered(dialect: emitter.Dialect, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, tokens = Details(), torch.tensor([[3, 599, 0]])
+    emitter.write(export(module, tokens), dialect, tmp_path)
+    session = ort.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    assert np.abs(found - module(tokens).detach().numpy()).max() < FP32_ATTENTION
+
+
+def test_an_operation_is_lowered_once() -> None:
+    table = Table()
+
+    @table.lowers(aten.erf.default)
+    def first(emitter: emitter.Emitter, node: object) -> str:
+        return ""
+
+    with pytest.raises(ValueError, match=r"aten\.erf\.default is lowered by first already"):
+        table.lowers(aten.erf.default)(first)

@@ -1,0 +1,70 @@
+"""The passes on a graph that this project did not write: Hugging Face's own Gemma 3, traced with torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.export import Dim
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten
+from transom.graphs.ops import ATTENTION
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.fuse_attention import FuseAttention
+from transom.passes.fuse_norms import FuseNorms
+from transom.passes.share_embedding import ShareEmbedding
+
+from tests.case import Case, export, run_graph
+from tests.tolerances import FP32_LOGITS
+
+WINDOW, STATIC_LENGTH = 16, 67
+
+
+class Scorer(nn.Module):
+    """The module with one input and one output."""
+
+    def __init__(self, model: transformers.Gemma3ForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
+        return logits
+
+
+def build(implementation: str) -> Scorer:
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        max_position_embeddings=512,
+        attn_implementation=implementation,
+        use_cache=False,
+    )
+    return Scorer(transformers.Gemma3ForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_attention_of_hugging_faces_module_is_fused(implementation: str, dynamic: bool) -> None:
+    module = build(implementation)
+    sizes = ({0: Dim("B", max=8), 1: Dim("T", max=512)},) if dynamic else None
+    graph: Graph = export(module, torch.zeros(2, STATIC_LENGTH, dtype=torch.int64), dynamic_shapes=sizes)
+    case = Case(graph=graph).run(ShareEmbedding(), Canonicalize(), FuseNorms(), FuseAttention())
+    case.expect({ATTENTION: 6, aten.softmax.int: 0, aten.scaled_dot_product_attention.default: 0}).expect_skipped()
+    assert [node.args[5] for node in case.graph.calls(ATTENTION)] == [WINDOW] * 5 + [0]
+    assert {node.args[1].meta["val"].shape[1] for node in case.graph.calls(ATTENTION)} == {2}
+    assert case.records[0].changes == 1, "head and embedding are tied"
+    case.settled()
+    for length in (WINDOW - 1, WINDOW + 1, STATIC_LENGTH) if dynamic else (STATIC_LENGTH,):
+        tokens_BT = torch.randint(0, 99, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = module(tokens_BT)
+        assert (run_graph(case.graph, tokens_BT)[0] - expected).abs().max() < FP32_LOGITS
