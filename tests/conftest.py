@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-import transom
 from numpy.typing import NDArray
 from transom.export import compile as export_compile
 from transom.graphs.errors import CheckpointError
@@ -17,6 +16,7 @@ from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
+import transom
 from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
 

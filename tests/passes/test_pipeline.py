@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import pytest
@@ -111,7 +112,7 @@ def test_records_tell_what_happened(request: pytest.FixtureRequest, target: str,
     assert [record.name for record in records] == seen == [current.name for current in passes.passes]
     assert records[0].nodes_before == len(graph.calls_all())
     assert records[-1].nodes_after == len(result.calls_all())
-    assert all(a.nodes_after == b.nodes_before for a, b in zip(records, records[1:], strict=False))
+    assert all(a.nodes_after == b.nodes_before for a, b in itertools.pairwise(records))
     assert records[0].weight_bytes_before == graph.weight_bytes()
     assert records[-1].weight_bytes_after == result.weight_bytes()
     assert all(set(record.to_json()) >= {"name", "changes", "seconds", "skipped"} for record in records)

@@ -196,8 +196,10 @@ def test_codes_on_another_grid_are_rounded() -> None:
     weight, _, _ = lattice_weight(5000, 64)
     graph.weights["first.weight"] = weight
     quantized, _ = Pipeline([QuantizeWeights(scheme("int4"))]).run(graph)
-    parts = [quantized.weights[f"first.weight.{part}"].read() for part in ("codes", "scales", "zero_points")]
-    assert torch.equal(dequantize(*parts, 4), rounded(weight.read(), FORMATS[1]))
+    codes, scales, zeros = (
+        quantized.weights[f"first.weight.{key}"].read() for key in ("codes", "scales", "zero_points")
+    )
+    assert torch.equal(dequantize(codes, scales, zeros, 4), rounded(weight.read(), FORMATS[1]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

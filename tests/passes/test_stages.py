@@ -19,8 +19,8 @@ from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.model import Model
 
-from tests.case import Case, run_graph
 from tests.artifacts import CHUNK
+from tests.case import Case, run_graph
 from tests.conftest import WINDOW, Stage
 from tests.tolerances import FP32_LOGITS
 
@@ -101,9 +101,7 @@ def test_the_score_graph_keeps_its_numbers(
 def test_every_pass_keeps_two_rows_apart(stages: list[Stage], tiny: Model, text: list[int]) -> None:
     """A batch of two through the graph that all passes have rewritten, in two steps."""
     config, graph, module = tiny.config, stages[-1].graph, tiny.eager()
-    caches = [
-        torch.zeros(2, config.num_kv_heads, cache.slots or 64, config.head_dim) for cache in graph.caches
-    ]
+    caches = [torch.zeros(2, config.num_kv_heads, cache.slots or 64, config.head_dim) for cache in graph.caches]
     tokens_BT = torch.tensor([text[:40], text[40:80]])
     with torch.no_grad():
         expected, _ = module(tokens_BT, torch.tensor(0), None)

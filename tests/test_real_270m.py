@@ -1,0 +1,189 @@
+"""The real Gemma 3 270M, against Hugging Face's implementation with the same float32 weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
+from transom.export.compile import trace_model
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.passes.pipelines import pipeline
+from transom.zoo.model import Model
+
+import transom
+from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
+
+pytestmark = pytest.mark.real
+
+TEXT = Path(__file__).parent / "data" / "text.txt"
+LENGTH, STAGE_LENGTH, CHUNK, WINDOW = 1200, 700, 256, 512
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """A model of this size is worth all cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ids(real: Model) -> list[int]:
+    assert real.tokenizer is not None
+    found = real.tokenizer.encode(TEXT.read_text())
+    assert len(found) >= LENGTH
+    return found[:LENGTH]
+
+
+@pytest.fixture(scope="module")
+def theirs(real: Model) -> Any:
+    """Hugging Face's module with our weights."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, sliding_window=512, max_position_embeddings=32_768,
+        query_pre_attn_scalar=256, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        module = transformers.Gemma3ForCausalLM(config)
+    state = {f"model.{name}": weight.read() for name, weight in real.weights.items()}
+    missing = module.load_state_dict(state, assign=True, strict=False)
+    assert missing.unexpected_keys == [] and set(missing.missing_keys) <= {"lm_head.weight"}
+    module.tie_weights()
+    # Buffers are no part of a checkpoint: rotary frequencies and the embedding's factor are made again.
+    fresh = transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**{**config.to_dict(), "num_hidden_layers": 6, "vocab_size": 8})
+    )
+    buffers = dict(fresh.named_buffers())
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def hidden(theirs: Any, ids: list[int]) -> torch.Tensor:
+    """Their last hidden states [T, D]: logits are made of these, a chunk of rows at a time."""
+    with torch.no_grad():
+        states: torch.Tensor = theirs.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    return states
+
+
+def furthest(session: Session, theirs: Any, hidden: torch.Tensor, ids: list[int]) -> float:
+    """Largest difference from their logits over all positions of a text."""
+    session.reset()
+    worst, low = 0.0, 0
+    for logits in session.feed(ids, wanted="all"):
+        with torch.no_grad():
+            expected = theirs.lm_head(hidden[low : low + len(logits)]).numpy()
+        worst, low = max(worst, float(np.abs(logits - expected).max())), low + len(logits)
+    assert low == len(ids)
+    return worst
+
+
+@pytest.fixture(scope="module")
+def traced_270m(real: Model) -> Graph:
+    return trace_model(real)
+
+
+@pytest.fixture(scope="module")
+def their_text(theirs: Any, ids: list[int]) -> list[int]:
+    """Their greedy continuation of the text."""
+    found = theirs.generate(
+        torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return [int(token) for token in found[0, len(ids) :]]
+
+
+def test_the_plain_module(real: Model, theirs: Any, hidden: torch.Tensor, ids: list[int]) -> None:
+    """All positions at once, as the model file writes it."""
+    module, rows = real.eager(), []
+    module.norm.register_forward_hook(lambda _, inputs, out: rows.append(out[0, :LENGTH]))
+    with torch.no_grad():
+        module(torch.tensor([ids[:STAGE_LENGTH]]), torch.tensor(0), None)
+        for low in range(0, STAGE_LENGTH, CHUNK):
+            ours = torch.nn.functional.linear(rows[0][low : low + CHUNK], module.embed_tokens.weight)
+            expected = theirs.lm_head(hidden[low : min(low + CHUNK, STAGE_LENGTH)])
+            assert (ours - expected).abs().max() < FP32_LOGITS_270M
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_passes(traced_270m: Graph, theirs: Any, hidden: torch.Tensor, ids: list[int]) -> None:
+    """A divergence is found at the pass that made it."""
+    found: dict[str, float] = {}
+
+    def measure(name: str, graph: Graph) -> None:
+        session = ReferenceSession(graph, context=1024, chunk=CHUNK)
+        found[name] = furthest(session, theirs, hidden, ids[:STAGE_LENGTH])
+
+    measure("as traced", traced_270m)
+    pipeline("onnxruntime", chunk=CHUNK, scheme=scheme("none")).run(
+        traced_270m, on_pass=lambda ran, graph: measure(ran.name, graph)
+    )
+    assert {name: worst for name, worst in found.items() if worst > ONNX_LOGITS_270M} == {}
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "onnx"])
+def session_270m(request: pytest.FixtureRequest, real: Model, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    folder = tmp_path_factory.mktemp("real") / request.param
+    transom.compile(real, target=request.param, quant="none", chunk=CHUNK, out=folder)
+    return transom.open(folder)
+
+
+def test_every_position_of_a_text(session_270m: Session, theirs: Any, hidden: torch.Tensor, ids: list[int]) -> None:
+    assert furthest(session_270m, theirs, hidden, ids) < ONNX_LOGITS_270M
+
+
+def test_the_greedy_text_is_theirs(session_270m: Session, ids: list[int], their_text: list[int]) -> None:
+    assert list(session_270m.generate(ids, max_new_tokens=NEW_TOKENS, stop_ids=())) == their_text
+
+
+def test_golden_logits(session_270m: Session) -> None:
+    """Of the float32 weights in the packaged file; see also llama.cpp's, which rounds activations."""
+    assert session_270m.tokenizer is not None
+    assert session_270m.tokenizer.encode("The capital of France is") == [2, 818, 5279, 529, 7001, 563]
+    session_270m.reset()
+    logits = session_270m.prefill([2, 818, 5279, 529, 7001, 563])
+    best: NDArray[np.int64] = np.argsort(-logits)[:3]
+    assert best.tolist() == [506, 496, 9079]
+    assert np.abs(logits[best] - [19.09, 18.55, 18.27]).max() < 0.01
+
+
+def test_cache_bytes_at_32k(session_270m: Session) -> None:
+    """2 * K * H * 4 * (G * T + (L - G) * W), and the slack of a chunk in local layers."""
+    session_270m.reserve(32_768)
+    found, row = session_270m.cache_bytes(), 2 * 256 * 4
+    assert found == {"local": row * 15 * (WINDOW + CHUNK - 1), "global": row * 3 * 32_768}
+    textbook, all_global = row * (3 * 32_768 + 15 * WINDOW), row * 18 * 32_768
+    assert abs(sum(found.values()) / textbook - 1) < 0.15
+    assert sum(found.values()) < 0.2 * all_global
+
+
+@pytest.mark.slow
+def test_3000_tokens_decoded_past_the_window(
+    real: Model, tmp_path_factory: pytest.TempPathFactory, theirs: Any, ids: list[int]
+) -> None:
+    """One token a call through wrapped caches, against one long forward without any cache."""
+    folder = tmp_path_factory.mktemp("real") / "long"
+    transom.compile(real, target="onnxruntime", quant="none", chunk=1, context=4096, out=folder)
+    session, tokens = transom.open(folder), (ids * 3)[:3600]
+    with torch.no_grad():
+        states = theirs.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+    for position, token in enumerate(tokens):
+        logits = session.decode(token)
+        if position % 100 == 99 or position in (510, 511, 512, 513, 1023, 1024):
+            with torch.no_grad():
+                expected = theirs.lm_head(states[position]).numpy()
+            assert np.abs(logits - expected).max() < ONNX_LOGITS_270M, position
