@@ -159,14 +159,16 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         version = data.pop("version")
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
     if version != VERSION:
         raise ArtifactError(f"{path} is of version {version}, this transom reads {VERSION}: use a matching transom")
     try:
         data["caches"] = tuple(CacheRecord(**record) for record in data["caches"])
         manifest = Manifest(**{**data, "stop_ids": tuple(data["stop_ids"])})
-    except (KeyError, TypeError) as error:
+        for entry in manifest.files.values():
+            entry["sha256"], entry["bytes"]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is malformed ({error}): export the model again") from error
     _check_files(folder, manifest, hashes=verify)
     return manifest

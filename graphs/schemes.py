@@ -1,10 +1,14 @@
-"""Quantisation schemes as data: one definition for the pass, the planner and every lowering. Imports nothing."""
+"""Quantisation schemes as data: one definition for the pass, the planner and every lowering. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from transom.graphs.errors import QuantizationError
+
+SMALLEST_BLOCK = 16
+"""Runtimes take powers of two from here on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +17,7 @@ class BlockFormat:
 
     Attributes:
         bits: 4 or 8.
-        block: Columns that share a scale.
+        block: Columns that share a scale, at most; see `fitted`.
         symmetric: Whether the middle code means zero; otherwise each block has a zero point.
     """
 
@@ -21,9 +25,22 @@ class BlockFormat:
     block: int
     symmetric: bool
 
+    def fitted(self, columns: int) -> BlockFormat:
+        """This format with the block halved until it divides the columns.
+
+        Raises:
+            QuantizationError: If not even the smallest block does.
+        """
+        block = self.block
+        while columns % block:
+            block //= 2
+            if block < SMALLEST_BLOCK:
+                raise QuantizationError(f"{columns} columns cannot be cut into blocks of {SMALLEST_BLOCK} or more")
+        return dataclasses.replace(self, block=block)
+
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix [rows, columns]: codes, float32 scales, and zero points packed like codes."""
-        blocks = -(-columns // self.block)
+        blocks = columns // self.fitted(columns).block
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
 
@@ -36,21 +53,35 @@ class Scheme:
         name: What users call it.
         linear: Format of the projections; None keeps them as they are.
         embedding: Format of the embedding and the head, which share one buffer.
+        exceptions: (pattern, format): linears whose weight's name the pattern is found in have that format instead.
     """
 
     name: str
     linear: BlockFormat | None
     embedding: BlockFormat | None
+    exceptions: tuple[tuple[str, BlockFormat], ...] = ()
+
+    def of_linear(self, name: str) -> BlockFormat | None:
+        """Format of the linear whose weight has this name."""
+        found = (fmt for pattern, fmt in self.exceptions if re.search(pattern, name))
+        return next(found, self.linear)
 
 
 _INT8 = BlockFormat(bits=8, block=32, symmetric=True)
+# Every token pays for the whole head. Blocks of 128 make it a fifth faster than blocks of 32, and on the 270M the
+# perplexity is the same to 0.03%.
+_TABLE = BlockFormat(bits=8, block=128, symmetric=True)
+_INT4 = BlockFormat(bits=4, block=32, symmetric=False)
+# Queries, keys and values are a sixth of the projections and the most sensitive part: on the 270M they cause a third
+# of what 4 bits everywhere lose in perplexity.
+_INTO_ATTENTION = r"self_attn\.(q|k|v|qkv)_proj"
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(name="none", linear=None, embedding=None),
-        Scheme(name="int8", linear=_INT8, embedding=_INT8),
-        Scheme(name="int4", linear=BlockFormat(bits=4, block=32, symmetric=False), embedding=_INT8),
+        Scheme(name="int8", linear=_INT8, embedding=_TABLE),
+        Scheme(name="int4", linear=_INT4, embedding=_TABLE, exceptions=((_INTO_ATTENTION, _INT8),)),
     )
 }
 

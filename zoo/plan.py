@@ -115,15 +115,23 @@ def plan(
 
 def parameters(config: DecoderConfig) -> int:
     """Numbers in the text decoder, the tied embedding counted once."""
-    linears = sum(outputs * inputs for outputs, inputs in _linears(config))
+    linears = sum(outputs * inputs for outputs, inputs in _linears(config).values())
     return config.vocab_size * config.hidden_size + config.num_layers * linears + _norm_values(config)
 
 
-def _linears(config: DecoderConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of every projection of one layer."""
+def _linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every projection of one layer, by name."""
     D, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return [(q, D), (kv, D), (kv, D), (D, q), (F, D), (F, D), (D, F)]
+    return {
+        "self_attn.q_proj": (q, D),
+        "self_attn.k_proj": (kv, D),
+        "self_attn.v_proj": (kv, D),
+        "self_attn.o_proj": (D, q),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
 
 
 def _norm_values(config: DecoderConfig) -> int:
@@ -138,6 +146,6 @@ def _weight_bytes(config: DecoderConfig, quant: str) -> int:
         return 2 * outputs * inputs if block_format is None else block_format.bytes(outputs, inputs)
 
     formats = scheme(quant)
-    linears = sum(stored(formats.linear, *shape) for shape in _linears(config))
+    linears = sum(stored(formats.of_linear(name), *shape) for name, shape in _linears(config).items())
     table = stored(formats.embedding, config.vocab_size, config.hidden_size)
     return config.num_layers * linears + table + 4 * _norm_values(config)

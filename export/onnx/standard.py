@@ -39,7 +39,8 @@ def _linear(emitter: Emitter, node: Node) -> str:
         leading = [emitter.size(size) for size in x.meta["val"].shape[:-1]]
         # Not -1, and zeros mean zero: perhaps no position is wanted.
         count = functools.reduce(lambda left, right: emitter.op("Mul", left, right), leading)
-        flat = emitter.op("Reshape", emitter.value(x), emitter.op("Concat", count, emitter.size(width), axis=0), allowzero=1)
+        flat_shape = emitter.op("Concat", count, emitter.size(width), axis=0)
+        flat = emitter.op("Reshape", emitter.value(x), flat_shape, allowzero=1)
         product = emitter.op("Gemm", flat, emitter.value(table), transB=1)
         shape = emitter.op("Concat", *leading, emitter.size(rows), axis=0)
         product = emitter.op("Reshape", product, shape, allowzero=1)

@@ -93,7 +93,7 @@ def test_the_reference_evaluator_of_onnx_agrees(
             "logit_positions": np.arange(count),
             **dict(zip(names, caches, strict=True)),
         }
-        found: list[Any] = evaluator.run(None, feeds)
+        found: Any = evaluator.run(None, feeds)
         logits, *caches = found
         assert np.abs(logits[0] - text_logits[start : start + count]).max() < FP32_LOGITS
         start += count

@@ -66,20 +66,7 @@ def test_rounding_error_is_bounded_by_the_block(fmt: BlockFormat, seed: int, exp
     else:
         # At worst the whole range, rounded once; the zero point's own rounding adds half a step.
         step = (blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)) / (2**fmt.bits - 1)
-        assert (error.square().sum(-1) <= 32 * (step * 1.001).square()).all()
-
-
-@given(fmt=formats, seed=seeds)
-def test_the_search_is_no_worse_than_the_whole_range(fmt: BlockFormat, seed: int) -> None:
-    rows = normal(seed, 4, 64)
-    blocks = rows.view(4, 2, 32)
-    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
-    step = (high - low) / (2**fmt.bits - 1)
-    zero = torch.round(-low / step)
-    whole = (torch.round(blocks / step + zero).clamp(0, 2**fmt.bits - 1) - zero) * step
-    error = (rounded(rows, fmt).view(4, 2, 32) - blocks).square().sum(-1)
-    if not fmt.symmetric:
-        assert (error <= (whole - blocks).square().sum(-1) * 1.0001).all()
+        assert (error <= step[..., None] * 1.001).all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -159,7 +146,7 @@ def test_numbers_that_are_none_are_refused_when_read(bad: float) -> None:
 
 def test_columns_that_blocks_do_not_divide_are_refused() -> None:
     graph, _ = linears(columns=40, rows=8)
-    with pytest.raises(QuantizationError, match=r"first\.weight has 40 columns, which blocks of 32 do not divide"):
+    with pytest.raises(QuantizationError, match=r"first\.weight: 40 columns cannot be cut into blocks of 16"):
         Pipeline([QuantizeWeights(INT8)]).run(graph)
 
 
@@ -225,9 +212,9 @@ def test_embedding_and_head_read_one_set_of_codes(name: str, scored: Graph, tiny
     # The numbers are those of the plain module with rounded weights.
     module = tiny.eager()
     for key, parameter in module.named_parameters():
-        fmt = SCHEMES[name].embedding if key.startswith("embed") else SCHEMES[name].linear
+        fmt = SCHEMES[name].embedding if key.startswith("embed") else SCHEMES[name].of_linear(key)
         if parameter.dim() == 2 and fmt is not None:
-            parameter.data = rounded(parameter.data, fmt)
+            parameter.data = rounded(parameter.data, fmt.fitted(parameter.shape[1]))
     tokens_BT = torch.tensor([text])
     with torch.no_grad():
         expected, _ = module(tokens_BT, torch.tensor(0), None)

@@ -72,12 +72,13 @@ def test_cache_dtype_and_batch_are_factors() -> None:
 
 
 def test_weight_bytes_by_hand() -> None:
-    # gemma3-tiny: 6 layers; D 64, F 96, N*H 128, K*H 64; 512 embedding rows; blocks of 32.
+    # gemma3-tiny: 6 layers; D 64, F 96, N*H 128, K*H 64; 512 embedding rows; blocks of 32, and 64 in the table.
     config = preset("gemma3-tiny")
     norms = 4 * (6 * (4 * 64 + 2 * 32) + 64)
-    int8_embedding = 512 * (64 + 2 * 4)
+    int8_embedding = 512 * (64 + 4)
     int8_layer = (128 + 64 + 64) * (64 + 8) + 64 * (128 + 16) + 2 * 96 * (64 + 8) + 64 * (96 + 12)
-    int4_layer = (128 + 64 + 64) * (32 + 8 + 1) + 64 * (64 + 16 + 2) + 2 * 96 * (32 + 8 + 1) + 64 * (48 + 12 + 2)
+    # Queries, keys and values stay at 8 bits.
+    int4_layer = (128 + 64 + 64) * (64 + 8) + 64 * (64 + 16 + 2) + 2 * 96 * (32 + 8 + 1) + 64 * (48 + 12 + 2)
     assert plan(config, context=1).weight_bytes == 2 * 292_800
     assert plan(config, context=1, quant="int8").weight_bytes == norms + int8_embedding + 6 * int8_layer
     assert plan(config, context=1, quant="int4").weight_bytes == norms + int8_embedding + 6 * int4_layer

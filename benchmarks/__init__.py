@@ -1,0 +1,1 @@
+"""Speed and quality beside other runtimes, in one run: `python -m benchmarks.run --help`."""
