@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from transom.backends.artifact import CacheRecord
 from transom.backends.sampling import Sampling
 from transom.graphs.errors import ContextLengthError, TokenizerError

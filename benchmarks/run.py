@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transom.zoo.model import packaged_gguf
-from transom.zoo.tokenizer import Tokenizer
-
 from benchmarks import text
 from benchmarks.contender import Contender, Setup
 from benchmarks.contenders import BASELINE, CONTENDERS, DEFAULT
 from benchmarks.quiet import OtherCpu, wait_for_quiet
 from benchmarks.report import Results, Row, Timing, draw, render
 from benchmarks.worker import ContenderError, Worker
+from transom.zoo.model import packaged_gguf
+from transom.zoo.tokenizer import Tokenizer
 
 ROOM = 256
 """Slots beyond the longest prompt; decoding may take this many tokens."""

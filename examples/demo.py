@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import transom
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+
+import transom
 from transom.backends.session import Session
 from transom.cli.export import stage_bars
 from transom.cli.options import size
@@ -20,7 +24,7 @@ from transom.zoo.plan import plan
 
 MODEL, CONTEXT, NEW_TOKENS = "gemma3-270m", 4096, 64
 SCHEMES = ("none", "int8", "int4")
-PROMPT = Path(__file__).parent / "prompt.txt"
+PROMPT = (Path(__file__).parent / "prompt.txt").read_text().strip()
 
 console = Console()
 
@@ -29,72 +33,93 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder for the artifacts")
-    out: Path = parser.parse_args().out
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
 
     model = transom.load(MODEL)
     assert model.tokenizer is not None
-    ids = model.tokenizer.encode(PROMPT.read_text())
+    ids = model.tokenizer.encode(PROMPT)
     console.print(
         f"[bold]{MODEL}[/bold]: a prompt of {len(ids)} tokens, more than twice the window of {model.config.window}; "
         "the reference is the plain PyTorch model in float32."
     )
     expected = reference_logits(model, ids)
-    table = Table(
-        "weights", "bytes", "prefill", "decode", "bounded", "global-only", "top-1", "largest difference", title="Result"
-    )
-    sizes = plan(model.config, context=CONTEXT, cache_dtype="fp32")
-    for quant in SCHEMES:
-        folder = out / f"{MODEL}-{quant}"
-        console.rule(f"onnxruntime, {quant}")
-        with stage_bars() as on_progress:
-            compile_model(model, quant=quant, context=CONTEXT, out=folder, overwrite=True, on_progress=on_progress)
-        session = transom.open(folder)
-        prefill, decode = generate(session, ids)
-        caches = session.cache_bytes()
-        agreement, difference = compare(session, ids, expected)
-        table.add_row(
-            quant,
-            size((folder / "model.onnx.data").stat().st_size),
-            f"{prefill:.0f} tokens/s",
-            f"{decode:.0f} tokens/s",
-            size(caches["local"] + caches["global"]),
-            size(sizes.cache_bytes_global_only),
-            f"{agreement:.1%}",
-            f"{difference:.2g}",
-        )
-    console.print(table)
+    rows = [run(model, quant, ids, expected, options.out / f"{MODEL}-{quant}") for quant in SCHEMES]
+    console.print(table(rows))
     console.print(
-        f"Caches as allocated for {CONTEXT:,} tokens of context in float32; 'global-only' is what they take when every "
-        "layer grows.\nTop-1 and the largest difference of logits: against the reference, at every position of the "
-        "prompt."
+        f"Caches as allocated for {CONTEXT:,} tokens in float32; 'unbounded' is what they take when every layer grows, "
+        "as traced.\nAgreement: how often the likeliest token is the reference's, and the largest difference of any "
+        "logit, over all positions of the prompt."
     )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def reference_logits(model: Model, ids: list[int]) -> np.ndarray:
+def run(model: Model, quant: str, ids: list[int], expected: NDArray[np.float32], folder: Path) -> dict[str, Any]:
+    """Compile with one scheme, generate, and compare with the reference."""
+    console.rule(f"onnxruntime, {quant}")
+    with stage_bars() as on_progress:
+        compile_model(model, quant=quant, context=CONTEXT, out=folder, overwrite=True, on_progress=on_progress)
+    session = transom.open(folder)
+    session.reserve(CONTEXT)
+    prefill, decode = generate(session, ids)
+    top1, difference = compare(session, ids, expected)
+    return {
+        "quant": quant,
+        "weight_bytes": (folder / "model.onnx.data").stat().st_size,
+        "cache_bytes": sum(session.cache_bytes().values()),
+        "cache_bytes_unbounded": plan(model.config, context=CONTEXT, cache_dtype="fp32").cache_bytes_global_only,
+        "prefill_tokens_per_s": prefill,
+        "decode_tokens_per_s": decode,
+        "top1_agreement": top1,
+        "max_abs_difference": difference,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The results as people read them."""
+    found = Table(title="Weights, caches, tokens per second, agreement with the reference")
+    for name in ("quant", "weights", "caches", "unbounded", "prefill", "decode", "top-1", "max diff"):
+        found.add_column(name, justify="left" if name == "quant" else "right")
+    for row in rows:
+        found.add_row(
+            row["quant"],
+            size(row["weight_bytes"]),
+            size(row["cache_bytes"]),
+            size(row["cache_bytes_unbounded"]),
+            f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['max_abs_difference']:.1e}",
+        )
+    return found
+
+
+def reference_logits(model: Model, ids: list[int]) -> NDArray[np.float32]:
     """Logits of the plain PyTorch model, float32 [T, V]."""
     with console.status("running the reference"), torch.no_grad():
         logits, _ = model.eager()(torch.tensor([ids]), torch.tensor(0), None)
-    return logits[0].numpy()
+    found: NDArray[np.float32] = logits[0].numpy()
+    return found
 
 
 def generate(session: Session, ids: list[int]) -> tuple[float, float]:
     """Print a continuation; returns tokens per second of prefill and decode."""
     assert session.tokenizer is not None
-    session.reserve(CONTEXT)
     stream, decoder = session.generate(ids, max_new_tokens=NEW_TOKENS, stop_ids=()), session.tokenizer.stream()
     began = time.perf_counter()
-    token = next(stream)
+    tokens = [next(stream)]
     first = time.perf_counter()
-    console.print(f"[dim]… {PROMPT.read_text()[-60:].strip()}[/dim]", end="", highlight=False)
-    print(decoder.add(token), end="", flush=True)
-    count = 0
-    for count, token in enumerate(stream, 1):  # noqa: B007 (counts the tokens after the first)
+    console.print(f"[dim]… {PROMPT[-75:]}[/dim]", end="", highlight=False)
+    print(decoder.add(tokens[0]), end="", flush=True)
+    for token in stream:
+        tokens.append(token)
         print(decoder.add(token), end="", flush=True)
     print(decoder.finish())
-    return len(ids) / (first - began), count / (time.perf_counter() - first)
+    return len(ids) / (first - began), (len(tokens) - 1) / (time.perf_counter() - first)
 
 
-def compare(session: Session, ids: list[int], expected: np.ndarray) -> tuple[float, float]:
+def compare(session: Session, ids: list[int], expected: NDArray[np.float32]) -> tuple[float, float]:
     """Share of positions with the same likeliest token, and the largest difference of logits."""
     same, largest, position = 0, 0.0, 0
     session.reset()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from transom.backends.artifact import Manifest, new_folder, write_manifest
 from transom.backends.reference.session import cache_records
 from transom.export.onnx import emitter, onnxruntime, standard

@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.node import map_arg
+
 from transom.graphs.errors import InvariantError
 from transom.graphs.node import Node, is_node
 from transom.graphs.weight import Weight

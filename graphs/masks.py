@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.match import aten, is_call

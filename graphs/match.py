@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from transom.graphs.node import Node, is_node
 
 aten = torch.ops.aten

@@ -7,6 +7,7 @@ a window of 0 means that every earlier key is seen (a global layer).
 from __future__ import annotations
 
 import torch
+
 from transom.graphs.quantized import dequantize
 
 

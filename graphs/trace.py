@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
+
 from transom.graphs.errors import TraceError
 from transom.graphs.graph import Cache, Graph
 from transom.graphs.weight import Weight

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode

@@ -9,6 +9,7 @@ Skips: random numbers, symbolic sizes, results of more than 1 MiB.
 from __future__ import annotations
 
 import torch
+
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight

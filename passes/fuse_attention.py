@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import MASKED, MaskReading, read_mask

@@ -8,6 +8,7 @@ Skips: any other placement of tokens in slots, with the reason.
 from __future__ import annotations
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate

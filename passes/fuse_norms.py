@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, skip_casts, split_scalar

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from typing import ClassVar
 
 import torch
+
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph

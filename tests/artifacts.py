@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import transom
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.graphs.graph import Graph
-
-import transom
 
 CHUNK = 37
 """Most tokens in one call: more than two windows, and divides nothing."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.export.compile import trace_model
 from transom.graphs.check import check
@@ -19,8 +21,6 @@ from transom.graphs.graph import Graph
 from transom.graphs.trace import Task
 from transom.passes.base import Pass, PassRecord, Pipeline
 from transom.zoo.model import Model
-
-from tests.tolerances import FP32_LOGITS
 
 _traced: dict[tuple[str, str, Task], Graph] = {}
 

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
+import transom
+from tests.artifacts import CHUNK, Export, Exported
+from tests.case import Case
 from transom.export import compile as export_compile
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
@@ -15,10 +19,6 @@ from transom.graphs.schemes import scheme
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
-
-import transom
-from tests.artifacts import CHUNK, Export, Exported
-from tests.case import Case
 
 WINDOW = 16
 """Window of gemma3-tiny."""

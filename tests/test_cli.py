@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transom.zoo.checkpoints.random import random_weights, write_checkpoint
-from transom.zoo.presets import preset
 
 from transom.cli import main
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
+from transom.zoo.presets import preset
 
 Cli = Callable[..., tuple[int, str, str]]
 

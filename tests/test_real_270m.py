@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+
+import transom
+from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.export.compile import trace_model
@@ -19,9 +22,6 @@ from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
-
-import transom
-from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
 
 pytestmark = pytest.mark.real
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from transom.zoo.config import DecoderConfig, Rope
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
 from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import build_empty

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
+
 from transom.graphs.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import read_header
 

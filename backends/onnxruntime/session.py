@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from transom.backends.artifact import CacheRecord, Manifest
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)

@@ -17,9 +17,8 @@ class TransformersEager(Contender):
     """`Gemma3ForCausalLM` with its own cache."""
 
     def prepare(self) -> None:
-        from transom.zoo.checkpoints.random import write_checkpoint
-
         import transom
+        from transom.zoo.checkpoints.random import write_checkpoint
 
         model = transom.load(self.model)
         write_checkpoint(self.folder, model.config, model.weights, dtype=torch.float32)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+
 from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path, source_line

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
+
 from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter, Table
 from transom.graphs import ops
 from transom.graphs.match import aten

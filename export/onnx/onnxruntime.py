@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
 from transom.graphs import ops

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
+
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import transom
+from tests.artifacts import CHUNK, Export
 from transom.backends.artifact import MANIFEST, Manifest, new_folder, read_manifest, write_manifest
 from transom.export import compile as export_compile
 from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, TargetError
 from transom.graphs.graph import Graph
 from transom.zoo.model import Model
-
-import transom
-from tests.artifacts import CHUNK, Export
 
 
 def names(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from transom.backends.sampling import Sampling
 from transom.graphs.errors import SamplingError
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from tests.artifacts import CHUNK, Export, Exported
+from tests.conftest import WINDOW, Stage
+from tests.tolerances import FP32_LOGITS
 from transom.backends import session as session_module
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
 from transom.graphs.errors import ContextLengthError, TokenizerError
-
-from tests.artifacts import CHUNK, Export, Exported
-from tests.conftest import WINDOW, Stage
-from tests.tolerances import FP32_LOGITS
 
 PER_SLOT = 2 * 2 * 32 * 4
 """Bytes of keys and values of one slot of a layer of gemma3-tiny."""

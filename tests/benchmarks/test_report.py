@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
-from transom.zoo.tokenizer import Tokenizer
 
 from benchmarks import text
 from benchmarks.contender import Setup
 from benchmarks.contenders import BASELINE, CONTENDERS, DEFAULT
 from benchmarks.report import Results, Row, Timing, median_seconds, perplexity_change, render, speed_ratio
 from benchmarks.run import Entry, in_turns
+from transom.zoo.tokenizer import Tokenizer
 
 
 def row(name: str, prefill: list[float], decode: list[float], log_likelihoods: list[float]) -> Row:

@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 from torch import nn
-from transom.export.onnx import emitter, onnxruntime, standard
-from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE, MODEL_FILE, Table
-from transom.graphs.errors import UnsupportedOpsError
-from transom.graphs.graph import Graph
-from transom.graphs.match import aten
 
 from tests.artifacts import CHUNK, Export
 from tests.case import export
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, INT8_ACTIVATIONS
+from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE, MODEL_FILE, Table
+from transom.graphs.errors import UnsupportedOpsError
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten
 
 TARGETS = ["onnxruntime", "onnx"]
 LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+from tests.conftest import Stage
 from transom.graphs.check import check
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import aten
 from transom.graphs.weight import Weight
-
-from tests.conftest import Stage
 
 NORM = "layers.0.input_layernorm.weight"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
+from tests.case import export, run_graph
 from transom.graphs.check import check
 from transom.graphs.graph import Graph, refresh
 from transom.graphs.match import aten, is_transpose, layer_path, only_user, source_line, split_scalar
 from transom.graphs.weight import Weight
-
-from tests.case import export, run_graph
 
 
 def test_clone_shares_weights_but_not_nodes(traced: Graph) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
-from transom.graphs.graph import Graph
-from transom.graphs.masks import MaskReading, read_mask
 
 from tests.case import export
+from transom.graphs.graph import Graph
+from transom.graphs.masks import MaskReading, read_mask
 
 INF = float("inf")
 W = 16

@@ -7,6 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from tests.artifacts import CHUNK
+from tests.case import run_graph
+from tests.conftest import WINDOW
+from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.graphs.check import check
 from transom.graphs.errors import TraceError
@@ -15,11 +20,6 @@ from transom.graphs.trace import trace
 from transom.graphs.weight import Weight
 from transom.zoo.gemma3 import Gemma3
 from transom.zoo.model import Model
-
-from tests.artifacts import CHUNK
-from tests.case import run_graph
-from tests.conftest import WINDOW
-from tests.tolerances import FP32_LOGITS
 
 
 def test_decode_graph_is_the_module(traced: Graph, tiny: Model, text: list[int]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from transom.graphs.weight import Lattice, Weight
 
 heights = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
+
+from tests.case import Case, export, run_graph
+from tests.tolerances import FP32_ATTENTION
 from transom.graphs.ops import ATTENTION
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
-
-from tests.case import Case, export, run_graph
-from tests.tolerances import FP32_ATTENTION
 
 INF = float("-inf")
 N, K, H, T, W = 4, 2, 8, 40, 16

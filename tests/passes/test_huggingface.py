@@ -7,6 +7,9 @@ import torch
 import transformers
 from torch import nn
 from torch.export import Dim
+
+from tests.case import Case, export, run_graph
+from tests.tolerances import FP32_LOGITS
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.ops import ATTENTION
@@ -14,9 +17,6 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.share_embedding import ShareEmbedding
-
-from tests.case import Case, export, run_graph
-from tests.tolerances import FP32_LOGITS
 
 WINDOW, STATIC_LENGTH = 16, 67
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import gelu, silu
+
+from tests.case import Case, export, run_graph
+from tests.tolerances import FP32_ATTENTION
 from transom.graphs import ops
 from transom.graphs.graph import Cache, Graph
 from transom.graphs.match import aten
@@ -28,9 +31,6 @@ from transom.passes.pack_projections import PackProjections
 from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.select_logits import SelectLogits
 from transom.passes.share_embedding import ShareEmbedding
-
-from tests.case import Case, export, run_graph
-from tests.tolerances import FP32_ATTENTION
 
 D = 64
 

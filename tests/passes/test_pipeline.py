@@ -6,6 +6,7 @@ import itertools
 from typing import ClassVar
 
 import pytest
+
 from transom.graphs.errors import InvariantError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten

@@ -7,6 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from tests.case import Case, export, run_graph
+from tests.tolerances import FP32_ATTENTION, FP32_LOGITS
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph
@@ -20,9 +23,6 @@ from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
 from transom.passes.quantize_weights import QuantizeWeights, quantize_rows
 from transom.zoo.model import Model
-
-from tests.case import Case, export, run_graph
-from tests.tolerances import FP32_ATTENTION, FP32_LOGITS
 
 FORMATS = [BlockFormat(bits=bits, block=32, symmetric=symmetric) for bits in (4, 8) for symmetric in (True, False)]
 INT8 = scheme("int8")

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
+from tests.artifacts import CHUNK
+from tests.case import Case, run_graph
+from tests.conftest import WINDOW, Stage
+from tests.tolerances import FP32_LOGITS
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.schemes import scheme
@@ -18,11 +23,6 @@ from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.model import Model
-
-from tests.artifacts import CHUNK
-from tests.case import Case, run_graph
-from tests.conftest import WINDOW, Stage
-from tests.tolerances import FP32_LOGITS
 
 transom = torch.ops.transom
 LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5)

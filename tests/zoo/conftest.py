@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.graphs.errors import CheckpointError
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import packaged_gguf
 from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer
-
-from tests.zoo.tiny_gguf import TINY, write_gguf
 
 
 @pytest.fixture(scope="session")

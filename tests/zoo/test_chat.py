@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from transom.graphs.errors import TokenizerError
 from transom.zoo.chat import Message, render
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transom.zoo.gemma3 import Gemma3, LayerCache, visible_keys
-from transom.zoo.model import Model, load
 
 from tests.tolerances import FP32_LOGITS, FP32_LOGITS_270M
+from transom.zoo.gemma3 import Gemma3, LayerCache, visible_keys
+from transom.zoo.model import Model, load
 
 LENGTH = 60
 """More than three windows of gemma3-tiny."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
+
 from transom.graphs.errors import ConfigError
 from transom.zoo.config import DecoderConfig, Rope, tile
 from transom.zoo.huggingface import read_config, write_config

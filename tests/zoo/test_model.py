@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+
 from transom.graphs.errors import CheckpointError, ConfigError
 from transom.zoo.architectures import ARCHITECTURES, tensor_shapes
 from transom.zoo.checkpoints.random import random_weights

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from transom.graphs.errors import TransomError
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.plan import parameters, plan

@@ -10,12 +10,12 @@ import sentencepiece
 import sentencepiece.sentencepiece_model_pb2 as model_pb2
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.graphs.errors import CheckpointError, TokenizerError
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.tokenizer import Tokenizer
-
-from tests.zoo.tiny_gguf import TINY, write_gguf
 
 BYTES = Tokenizer.of_bytes(512)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
 from transom.graphs.weight import Weight
 from transom.zoo.config import DecoderConfig, Rope, tile
 

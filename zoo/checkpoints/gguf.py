@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from transom.graphs.errors import CheckpointError, ConfigError
 from transom.graphs.weight import Lattice, Weight
 from transom.zoo.architectures import tensor_shapes

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
 from transom.graphs.errors import CheckpointError
 
 QUANT_TYPES: dict[int, tuple[str, int, int]] = {

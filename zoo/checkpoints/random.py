@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.safetensors import DTYPES

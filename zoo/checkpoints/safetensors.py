@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes

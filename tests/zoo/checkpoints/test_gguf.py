@@ -8,14 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
+from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.graphs.errors import CheckpointError, ConfigError
 from transom.zoo.checkpoints.gguf import open_gguf, read_config, revision
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import Rope, tile
 from transom.zoo.presets import preset
-
-from tests.zoo.tiny_gguf import TINY, write_gguf
 
 WEIGHTS = random_weights(TINY, 0)
 QUANTISED = {

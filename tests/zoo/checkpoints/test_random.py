@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.presets import preset
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from transom.graphs.errors import CheckpointError
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.checkpoints.safetensors import open_safetensors, revision
