@@ -1,7 +1,7 @@
 """Whether anything else uses the CPUs. Without that no timing is worth printing.
 
 With two threads on two busy CPUs, llama.cpp and PyTorch (OpenMP, whose threads spin while they wait for each other)
-were seen to decode 100 times slower than on quiet ones, ONNX Runtime 3 times: ratios would be pure fiction. Linux
+were once seen to decode about 100 times slower than on quiet ones, ONNX Runtime 3 times: such ratios are fiction. Linux
 only; elsewhere nothing is known, and the report says so.
 """
 

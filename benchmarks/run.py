@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, artifacts: Path) -> Results:
     lengths = sorted(options.lengths)
     needed = max(options.perplexity_tokens, lengths[-1] + options.decode_tokens)
     ids = text.read_tokens(Tokenizer.from_gguf(packaged_gguf()), needed)
-    context = lengths[-1] + ROOM
+    context = max(lengths[-1] + ROOM, options.perplexity_tokens)
     folder = artifacts / f"context-{context}"
     setup = Setup(artifacts=str(folder), context=context, threads=options.threads)
     entries = [Entry(name, setup) for name in options.contenders]
@@ -132,6 +132,7 @@ def measure(options: argparse.Namespace, artifacts: Path) -> Results:
             entry.prepare()
         for number in range(options.rounds):
             for entry in in_turns(entries, number):
+                wait_for_quiet(options.patience)
                 if (seconds := entry.open(ids[0])) is not None:
                     entry.row.load_seconds.append(seconds)
                     say(f"load {entry.row.name}: {seconds:.2f} s")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError
 
@@ -97,6 +98,7 @@ def _load(path: Path, threads: int | None) -> Any:
     # Otherwise the shared embedding would be folded into a second copy for its other reader.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with huge_pages():
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises a dozen classes without a common base
         raise ArtifactError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error

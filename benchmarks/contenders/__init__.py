@@ -22,7 +22,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> (module, options)."""
 
 DEFAULT = [name for name in CONTENDERS if not name.endswith("-noflash")]
-"""Both others with the faster of their two ways of attention."""
+"""The others with flash attention or its like; the `-noflash` ones are there to check which way is faster."""
 
 
 def build(name: str, setup: Setup) -> Contender:
