@@ -96,9 +96,13 @@ class Manifest:
 
 
 def check_absent(path: Path, *, overwrite: bool = False) -> None:
-    """Raise `ArtifactError` if something of that name exists and must not be replaced."""
-    if path.exists() and not overwrite:
+    """Raise `ArtifactError` if something of that name exists and must not be replaced: only an artifact ever may."""
+    if not path.exists():
+        return
+    if not overwrite:
         raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} is not an artifact of transom, so it is not replaced: choose another name")
 
 
 @contextlib.contextmanager
@@ -106,7 +110,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder that takes the name `path` only when the block ends without an error.
 
     Raises:
-        ArtifactError: If something of that name exists and `overwrite` is off, or its parent cannot be written.
+        ArtifactError: If something of that name exists and `overwrite` is off or it is no artifact, or its parent
+            cannot be written.
     """
     check_absent(path, overwrite=overwrite)
     draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
@@ -117,11 +122,12 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
     try:
         yield draft
+        check_absent(path, overwrite=overwrite)
         if path.exists():
             retired = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
             os.rename(path, retired)
             os.rename(draft, path)
-            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
+            shutil.rmtree(retired)
         else:
             os.rename(draft, path)
     finally:

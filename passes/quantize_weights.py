@@ -9,7 +9,6 @@ Skips: linears with a bias.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import ClassVar
 
 import torch
@@ -97,35 +96,50 @@ _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class _Grid:
     """Codes, scales and zero points of one weight, computed by rows.
 
-    The three are written one after the other, so what was computed last is kept: without that, rounding would be
-    done three times.
+    The three are written one after the other. Scales and zero points are small, so those that were found along with
+    the codes are kept, for the weight that was read last; without that, rounding would be done three times.
     """
 
-    _recent: ClassVar[OrderedDict[tuple[_Grid, int], _Parts]] = OrderedDict()
-    _kept_bytes: ClassVar[int] = 0
-    _most_kept_bytes: ClassVar[int] = 256 * 2**20
+    _last: ClassVar[_Grid | None] = None
 
     def __init__(self, name: str, weight: Weight, fmt: BlockFormat) -> None:
         self.name, self.weight, self.format = name, weight, fmt
         self._rows = max(1, BLOCK_NUMBERS // weight.shape[1])
+        self._found: set[int] = set()
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def read(self, start: int, stop: int, part: int) -> torch.Tensor:
         """Packed codes (part 0), scales (1) or packed zero points (2) of some rows."""
-        low = start - start % self._rows
-        # Only what is wanted: a block of scales covers many more rows than a block of codes may.
-        pieces = [self._chunk(first)[part] for first in range(low, stop, self._rows)]
-        return torch.cat(pieces)[start - low : stop - low]
+        if _Grid._last is not self:
+            if _Grid._last is not None:
+                _Grid._last._forget()
+            _Grid._last = self
+        found: torch.Tensor | None = None
+        for low in range(start - start % self._rows, stop, self._rows):
+            piece = self._chunk(low, part)
+            first, last = max(start, low), min(stop, low + piece.shape[0])
+            if found is None:
+                found = piece.new_empty((stop - start, *piece.shape[1:]))
+            found[first - start : last - start] = piece[first - low : last - low]
+        assert found is not None, "no rows were asked for"
+        return found
 
-    def _chunk(self, low: int) -> _Parts:
-        key = (self, low)
-        if key not in self._recent:
-            parts = self._quantize(low, min(low + self._rows, self.weight.shape[0]))
-            self._recent[key] = parts
-            _Grid._kept_bytes += sum(part.nbytes for part in parts)
-            while _Grid._kept_bytes > self._most_kept_bytes:
-                _, old = self._recent.popitem(last=False)
-                _Grid._kept_bytes -= sum(part.nbytes for part in old)
-        return self._recent[key]
+    def _chunk(self, low: int, part: int) -> torch.Tensor:
+        high = min(low + self._rows, self.weight.shape[0])
+        if part and self._kept is not None and low in self._found:
+            return self._kept[part - 1][low:high]
+        parts = self._quantize(low, high)
+        if self._kept is None:
+            # One tensor for all rows: many small ones, kept between larger temporary ones, fragment the heap.
+            scales, zeros = (small.new_empty((self.weight.shape[0], small.shape[1])) for small in parts[1:])
+            self._kept = scales, zeros
+        for kept, small in zip(self._kept, parts[1:], strict=True):
+            kept[low:high] = small
+        self._found.add(low)
+        return parts[part]
+
+    def _forget(self) -> None:
+        self._found, self._kept = set(), None
 
     def _quantize(self, start: int, stop: int) -> _Parts:
         fmt, lattice = self.format, self.weight.lattice

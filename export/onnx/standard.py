@@ -16,6 +16,7 @@ from onnx import TensorProto
 from transom.export.onnx.emitter import Dialect, Emitter, Table
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops
+from transom.graphs.errors import QuantizationError
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.quantized import pack, unpack
@@ -108,7 +109,9 @@ class _Blocked:
         plain = _transposed(weight.map_rows(rows, row_shape=(columns,)))
         if bits == 4:
             if self.rows % 2:
-                raise ValueError(f"{name}: an odd number of outputs does not pack into bytes of two codes")
+                raise QuantizationError(
+                    f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8"
+                )
             plain = plain.map_rows(lambda part: pack(part & 15, 4), row_shape=(self.rows // 2,))
         kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
         kind = kinds.get((bits, signed), TensorProto.UINT8)

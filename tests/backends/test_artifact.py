@@ -38,6 +38,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: type[BaseEx
     if exists:
         target.mkdir()
         (target / "file").write_text("old")
+        (target / MANIFEST).write_text("{}")
     with pytest.raises(error), new_folder(target, overwrite=True) as draft:
         (draft / "file").write_text("new")
         raise error
@@ -52,9 +53,19 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists already"), new_folder(target):
         pytest.fail("the block ran")
     assert names(tmp_path) == ["model"] and (target / "file").read_text() == "old"
+
+
+def test_only_an_artifact_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "thesis.txt").write_text("old")
+    with pytest.raises(ArtifactError, match="not an artifact"), new_folder(target, overwrite=True):
+        pytest.fail("the block ran")
+    assert (target / "thesis.txt").read_text() == "old"
+    (target / MANIFEST).write_text("{}")
     with new_folder(target, overwrite=True) as draft:
         (draft / "other").write_text("new")
-        assert (target / "file").read_text() == "old"
+        assert (target / "thesis.txt").read_text() == "old"
     assert names(tmp_path) == ["model"] and names(target) == ["other"]
 
 

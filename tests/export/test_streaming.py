@@ -48,12 +48,7 @@ print(size, (after - before) * 1024)
 """
 
 
-FRAGMENTED = pytest.mark.xfail(
-    reason="many small blocks of codes, kept between larger temporary ones, fragment glibc's heap", strict=False
-)
-
-
-@pytest.mark.parametrize("quant", ["none", pytest.param("int8", marks=FRAGMENTED)])
+@pytest.mark.parametrize("quant", ["none", "int8"])
 @pytest.mark.parametrize("target", ["onnxruntime", "onnx"])
 def test_a_table_of_600_megabytes(target: str, quant: str) -> None:
     done = subprocess.run(
@@ -61,5 +56,6 @@ def test_a_table_of_600_megabytes(target: str, quant: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     size, grown = map(int, done.stdout.split())
-    assert size > (600e6 if quant == "none" else 170e6)
-    assert grown < 350e6, f"memory grew by {grown / 1e6:.0f} MB while {size / 1e6:.0f} MB were written"
+    assert size > (600e6 if quant == "none" else 150e6)
+    # Six row blocks of 64 MiB: source, codes, their bytes, and for the other layout a strip of columns.
+    assert grown < 6 * 2**26 + 50e6, f"memory grew by {grown / 1e6:.0f} MB while {size / 1e6:.0f} MB were written"
