@@ -64,6 +64,8 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Columns of the head's matrix [K, V], so that both read one buffer."""
     matrix, tokens = _Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
+    if matrix.bits < 8:
+        raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")
     columns = [emitter.op("Gather", name, tokens, axis=1) for name in matrix.inputs()]
     found = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
     return str(emitter.op("Transpose", found, perm=[1, 2, 0]))

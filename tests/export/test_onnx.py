@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 from torch import nn
 
+import transom
 from tests.artifacts import CHUNK, Export
 from tests.case import export
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, INT8_ACTIVATIONS
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE, MODEL_FILE, Table
-from transom.graphs.errors import UnsupportedOpsError
+from transom.graphs.errors import QuantizationError, UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.zoo.model import Model
 
 TARGETS = ["onnxruntime", "onnx"]
 LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
@@ -50,8 +52,10 @@ def test_float_decode_far_past_the_window(
         assert np.abs(np.array(found) - text_logits[prompt - 1 :]).max() < FP32_LOGITS
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "quant"),
+    [*((target, quant) for target in TARGETS for quant in ("int8", "int4")), ("onnxruntime", "int4_table")],
+)
 def test_quantised_logits_differ_by_the_activations_only(
     target: str, quant: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
 ) -> None:
@@ -62,6 +66,12 @@ def test_quantised_logits_differ_by_the_activations_only(
     assert np.sqrt(np.square(found - expected[:100]).mean()) < INT8_ACTIVATIONS
     assert np.sqrt(np.square(session.decode(text[100]) - expected[100]).mean()) < INT8_ACTIVATIONS
     assert np.abs(expected - text_logits[:101]).max() > FP32_LOGITS, "nothing was quantised"
+
+
+def test_standard_onnx_refuses_a_table_of_4_bits(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(QuantizationError, match="8-bit table"):
+        transom.compile(tiny, target="onnx", quant="int4_table", out=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])

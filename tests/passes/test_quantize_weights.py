@@ -222,7 +222,7 @@ def test_embedding_and_head_read_one_set_of_codes(name: str, scored: Graph, tiny
 
 
 def test_an_unknown_scheme_is_named() -> None:
-    with pytest.raises(QuantizationError, match="'int3': choose one of none, int8, int4"):
+    with pytest.raises(QuantizationError, match="'int3': choose one of none, int8, int4, int4_table"):
         scheme("int3")
 
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from transom import __version__
 from transom.cli import export, models, run
 from transom.graphs.errors import TransomError
 
 app = typer.Typer(
     name="transom",
-    help="Local:global transformers, traced once, lowered to many runtimes.",
+    invoke_without_command=True,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Local:global transformers, traced once, lowered to many runtimes."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
 models.register(app)
 export.register(app)
 run.register(app)

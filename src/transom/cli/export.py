@@ -35,7 +35,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     target: Annotated[str, typer.Option(help="What to lower to: see transom list.")] = "onnxruntime",
-    quant: Annotated[str, typer.Option(help="Weight quantisation: none, int8 or int4.")] = "none",
+    quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
     weights: Weights = "checkpoint",

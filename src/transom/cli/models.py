@@ -73,7 +73,7 @@ def show(model: Model, weights: Weights = "checkpoint", seed: Seed = 0, json: Js
 def plan(
     model: Model,
     context: Annotated[int | None, typer.Option(help="Tokens; by default the model's own context.")] = None,
-    quant: Annotated[str, typer.Option(help="Weight quantisation: none, int8 or int4.")] = "none",
+    quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
     cache_dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "bf16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     weights: Weights = "checkpoint",
