@@ -5,7 +5,8 @@
     tokenizer.json                  if the source had a tokenizer
     generation_config.json          how its makers sample from it
 
-A folder is written under another name and renamed when it is whole, so an interrupted export leaves nothing behind.
+A folder is written under another name and renamed when it is whole: what stands under its own name is never half
+made. An export that fails or is interrupted removes its draft; one that is killed leaves a hidden `.NAME.partial-*`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from transom.graphs.errors import ArtifactError
 
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, MODEL_FILE = "manifest.json", "model.onnx"
 _READ_BYTES = 4 * 2**20
 
 
@@ -97,7 +98,7 @@ class Manifest:
 
 def check_absent(path: Path, *, overwrite: bool = False) -> None:
     """Raise `ArtifactError` if something of that name exists and must not be replaced: only an artifact ever may."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     if not overwrite:
         raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
@@ -111,8 +112,9 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ArtifactError: If something of that name exists and `overwrite` is off or it is no artifact, or its parent
-            cannot be written.
+            cannot be written, or the disk is full.
     """
+    path = path.resolve()
     check_absent(path, overwrite=overwrite)
     draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -126,10 +128,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             retired = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
             os.rename(path, retired)
-            os.rename(draft, path)
+            try:
+                os.rename(draft, path)
+            except OSError:
+                os.rename(retired, path)
+                raise
             shutil.rmtree(retired)
         else:
             os.rename(draft, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -174,6 +182,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         manifest = Manifest(**{**data, "stop_ids": tuple(data["stop_ids"])})
         for entry in manifest.files.values():
             entry["sha256"], entry["bytes"]
+        manifest.model["name"], manifest.source["name"], manifest.source["revision"], manifest.files[MODEL_FILE]
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is malformed ({error}): export the model again") from error
     _check_files(folder, manifest, hashes=verify)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
 from transom.backends.sampling import Sampling
-from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.graphs.errors import ContextLengthError, SessionError, TokenizerError
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
@@ -66,6 +66,8 @@ class Session(abc.ABC):
         self.caches, self.stop_ids, self.tokenizer = tuple(caches), frozenset(stop_ids), tokenizer
         self.position = 0
         self._slots = 0
+        self._intact = True
+        self._streams = 0
 
     @abc.abstractmethod
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
@@ -76,8 +78,10 @@ class Session(abc.ABC):
         """Give growing caches `slots` slots and fixed ones what they have; what they held up to now stays."""
 
     def reset(self) -> None:
-        """Forget all tokens. Memory stays allocated."""
+        """Forget all tokens, and end the streams of `generate`. Memory stays allocated."""
         self.position = 0
+        self._intact = True
+        self._streams += 1
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens at once, in place of growing on the way.
@@ -92,11 +96,16 @@ class Session(abc.ABC):
             )
         if tokens > self._slots:
             slots = max(FIRST_SLOTS, 2 ** math.ceil(math.log2(tokens)))
-            self._slots = min(slots, self.context)
-            self._allocate(self._slots)
+            slots = min(slots, self.context)
+            self._allocate(slots)
+            self._slots = slots
 
     def feed(
-        self, tokens: Sequence[int], *, wanted: str = "last", on_chunk: Callable[[int], None] = lambda count: None
+        self,
+        tokens: Sequence[int],
+        *,
+        wanted: Literal["last", "all"] = "last",
+        on_chunk: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Float]:
         """Run tokens after those that the caches hold, chunk by chunk.
 
@@ -108,7 +117,10 @@ class Session(abc.ABC):
         Raises:
             ContextLengthError: If they do not fit into the context.
             TokenizerError: If an id is out of the vocabulary, or there is none.
+            SessionError: If an earlier call was cut short, so that the caches may hold tokens that nobody counted.
         """
+        if not self._intact:
+            raise SessionError("an earlier call was interrupted and left the caches unsettled: call reset() first")
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.ndim != 1 or ids.size == 0:
             raise TokenizerError("a prompt must hold at least one token: give it some text")
@@ -119,8 +131,10 @@ class Session(abc.ABC):
             part = ids[low : low + self.chunk]
             last = low + part.size == ids.size
             positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
+            self._intact = False
             logits = self._run(part, positions)
             self.position += part.size
+            self._intact = True
             on_chunk(part.size)
             if wanted == "all" or last:
                 yield logits
@@ -195,9 +209,12 @@ class Session(abc.ABC):
         Raises:
             ContextLengthError: If the prompt and the new tokens do not fit into the context.
             TokenizerError: If the prompt is empty, or is text and the model has no tokenizer.
+            SessionError: If the session was used for something else between two tokens.
         """
         if not keep:
             self.reset()
+        self._streams += 1
+        stream = self._streams
         ids = self.encode(prompt)
         stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
         if max_new_tokens < 1:
@@ -210,8 +227,11 @@ class Session(abc.ABC):
             token = sampling.choose(logits, generator)
             if token in stops:
                 return
+            held = self.position
             yield token
             if count < max_new_tokens:
+                if (stream, held) != (self._streams, self.position):
+                    raise SessionError("the session was used between two tokens of a stream: finish the stream first")
                 logits = self.decode(token)
 
     def cache_bytes(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch
 from transom.backends.artifact import Manifest, new_folder, write_manifest
 from transom.backends.reference.session import cache_records
 from transom.export.onnx import emitter, onnxruntime, standard
-from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.errors import ContextLengthError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.graphs.trace import Task, trace
@@ -31,7 +31,9 @@ CHUNK = 256
 """Default for the largest number of new tokens in one call."""
 
 GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-"""What Gemma 3's makers sample with."""
+"""What Gemma 3's makers sample with, for sources that do not say."""
+
+GENERATION = "generation_config.json"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage, done, total): passes are counted one by one, weights by bytes."""
@@ -81,8 +83,6 @@ def compile_model(
         ArtifactError: If `out` exists.
         UnsupportedOpsError: If the target cannot lower an operation.
     """
-    if target not in DIALECTS:
-        raise TargetError(f"no target named {target!r}: choose one of {', '.join(DIALECTS)}")
     config = model.config
     context = config.context if context is None else context
     if not 1 <= context <= config.context:
@@ -90,7 +90,7 @@ def compile_model(
             f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )
     chunk = min(chunk, context)
-    passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
+    passes, libraries = pipeline(target, chunk=chunk, scheme=scheme(quant)), _versions()
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
         traced = trace_model(model)
@@ -127,7 +127,7 @@ def compile_model(
                 bos_id=model.tokenizer.bos_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
                 not_done=[f"{record.name}: {reason}" for record in records for reason in record.skipped],
-                libraries=_versions(),
+                libraries=libraries,
             ),
         )
     return Artifact(folder=out, manifest=manifest)
@@ -146,12 +146,22 @@ def _one_thread() -> Iterator[None]:
 
 def _write_companions(model: Model, folder: Path) -> None:
     generation: dict[str, Any] = dict(GEMMA_SAMPLING)
+    source = Path(model.source) / GENERATION
+    if source.is_file():
+        with contextlib.suppress(ValueError):
+            generation = json.loads(source.read_text())
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
         generation |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": list(model.tokenizer.stop_ids)}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:
-    names = ("transom", "torch", "onnx", "onnxruntime")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in ("transom", "torch", "onnx")}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"

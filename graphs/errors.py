@@ -45,5 +45,9 @@ class ContextLengthError(TransomError):
     """More tokens were asked for than the artifact's context holds."""
 
 
+class SessionError(TransomError):
+    """A session's caches do not hold what the caller goes on from."""
+
+
 class SamplingError(TransomError):
     """A sampling setting is out of range."""

@@ -16,11 +16,6 @@ def is_call(value: Any, *targets: Any) -> bool:
     return is_node(value) and value.op == "call_function" and value.target in targets
 
 
-def only_user(node: Node) -> Node | None:
-    """The one node that uses `node`, or None if there are several or none."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def skip_casts(value: Any) -> Any:
     """Walk up through changes of dtype."""
     while is_call(value, aten.to.dtype, aten._to_copy.default, aten.type_as.default):

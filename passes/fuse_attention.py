@@ -52,7 +52,7 @@ class FuseAttention(Pass):
             if not isinstance(site, _Site):
                 continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
-            cached = graph.start is not None and tokens != slots
+            cached = graph.start is not None and str(tokens) != str(slots)
             key = (site.mask, site.hidden, str(tokens), str(slots), cached)
             if key not in readings:
                 readings[key] = _read(graph, site, tokens, slots, cached)
@@ -112,6 +112,8 @@ def _match_sdpa(node: Node) -> _Site | str:
     if mask is None and not given.get("is_causal"):
         return "attention without a mask sees later keys"
     assert q is not None
+    if q.meta["val"].dim() != 4:
+        return "queries without axes for batch and heads"
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     k, v = _unrepeat_both(k, v, q)
     return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=False, scale=float(scale))
@@ -172,7 +174,7 @@ def _unrepeat(node: Node, q: Node) -> Node:
 def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> MaskReading:
     if site.mask is None:
         # The is_causal flag lines queries and keys up at the first position.
-        if cached or tokens != slots:
+        if cached or str(tokens) != str(slots):
             return MaskReading(window=None, reason="is_causal over a cache lines positions up at the front")
         return MaskReading(window=0)
     mask = site.mask

@@ -182,6 +182,6 @@ def quantize_rows(rows: torch.Tensor, fmt: BlockFormat) -> _Parts:
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     scales = (high - low) / top
     scales = torch.where(scales == 0, 1.0, scales)
-    zeros = torch.round(-low / scales)
+    zeros = torch.round(-low / scales).clamp(0, top)
     codes = torch.round(blocks / scales[..., None] + zeros[..., None]).clamp(0, top)
     return codes.to(torch.uint8), scales, zeros.to(torch.uint8)

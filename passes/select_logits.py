@@ -67,6 +67,10 @@ class SelectLogits(Pass):
 def _movable(source: Any, select: Node) -> bool:
     if not is_call(source, *_BY_POSITION) or source.kwargs or source.meta["val"].dim() != 3:
         return False
+    # What broadcasts over positions must do so visibly: a matrix [T, D] could be either.
+    operands = [source.args[position] for position in _BY_POSITION[source.target]]
+    if any(is_node(operand) and operand.meta["val"].dim() == 2 for operand in operands):
+        return False
     return all(user is select for user in source.users)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError
 
-MODEL_FILE = "model.onnx"
 MINIMUM = (1, 29)
 
 
@@ -28,7 +28,7 @@ class OnnxRuntimeSession(Session):
         threads: Threads of the runtime; by default its own choice, one a core.
 
     Raises:
-        TargetError: If ONNX Runtime is too old.
+        TargetError: If ONNX Runtime is missing or too old.
         ArtifactError: If it cannot load the model.
     """
 
@@ -57,15 +57,18 @@ class OnnxRuntimeSession(Session):
         return logits
 
     def _allocate(self, slots: int) -> None:
-        self._binding.clear_binding_outputs()
+        arrays = dict(self._arrays)
         for cache in self.caches:
-            old = self._arrays.get(cache.name)
+            old = arrays.get(cache.name)
             if old is None or cache.slots is None:
                 # Pages of zeros take no memory until they are written.
                 new = np.zeros((1, cache.heads, cache.slots or slots, cache.width), cache.dtype)
                 if old is not None:
                     new[:, :, : old.shape[2]] = old
-                self._arrays[cache.name] = new
+                arrays[cache.name] = new
+        self._binding.clear_binding_outputs()
+        self._arrays = arrays
+        for cache in self.caches:
             self._bind(cache)
         # Outputs come back in the order in which they were bound, and the logits are bound last.
         self._logits_index = len(self.caches)
@@ -84,10 +87,12 @@ class OnnxRuntimeSession(Session):
 
 
 def _load(path: Path, threads: int | None) -> Any:
-    import onnxruntime
-
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if version < MINIMUM:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetError(f"running this artifact needs ONNX Runtime ({error}): pip install onnxruntime") from None
+    major, minor = re.findall(r"\d+", onnxruntime.__version__)[:2]
+    if (int(major), int(minor)) < MINIMUM:
         raise TargetError(
             f"ONNX Runtime {onnxruntime.__version__} has no windowed caches: pip install 'onnxruntime>=1.29'"
         )

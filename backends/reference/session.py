@@ -73,14 +73,14 @@ class ReferenceSession(Session):
         return found
 
     def _allocate(self, slots: int) -> None:
-        old = self._tensors
-        self._tensors = []
+        old, grown = self._tensors, []
         for index, cache in enumerate(self.caches):
             shape = (1, cache.heads, cache.slots or slots, cache.width)
             tensor = torch.zeros(shape, dtype=getattr(torch, cache.dtype))
             if old:
                 tensor[:, :, : old[index].shape[2]] = old[index]
-            self._tensors.append(tensor)
+            grown.append(tensor)
+        self._tensors = grown
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
         yield from zip(self.caches, self._tensors, strict=False)

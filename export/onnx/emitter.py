@@ -18,6 +18,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from transom.backends.artifact import MODEL_FILE
 from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path, source_line
@@ -30,7 +31,7 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the model file."""
 
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+DATA_FILE = f"{MODEL_FILE}.data"
 
 ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,

@@ -49,9 +49,8 @@ def open(folder: str | Path, *, threads: int | None = None, verify: bool = True)
     from transom.backends.opening import open_session
     from transom.zoo.tokenizer import Tokenizer
 
-    path = Path(folder)
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    # Hashes are checked before anything in the folder is trusted.
-    session = open_session(path, threads=threads, verify=verify)
-    session.tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
+    # The tokenizer is read after the session, which checks the hashes of all files first.
+    session = open_session(Path(folder), threads=threads, verify=verify)
+    if (Path(folder) / "tokenizer.json").is_file():
+        session.tokenizer = Tokenizer.from_folder(Path(folder))
     return session

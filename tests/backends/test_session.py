@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transom.backends import session as session_module
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
-from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.graphs.errors import ContextLengthError, SessionError, TokenizerError
 
 PER_SLOT = 2 * 2 * 32 * 4
 """Bytes of keys and values of one slot of a layer of gemma3-tiny."""
@@ -220,3 +221,48 @@ def test_generating_from_an_artifact_needs_no_torch(artifact: Exported) -> None:
     )
     assert done.stdout.strip() == "3", done.stderr
     assert Path(artifact.folder).is_dir()
+
+
+def test_a_call_cut_short_must_be_followed_by_a_reset(
+    exported: Export, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = exported("onnxruntime", "none").session()
+    expected = session.prefill(text[:9])
+    run = type(session)._run
+
+    def interrupted(self: Session, *args: Any) -> Any:
+        run(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(session), "_run", interrupted)
+        session.decode(text[9])
+    with pytest.raises(SessionError, match="reset"):
+        session.decode(text[9])
+    session.reset()
+    np.testing.assert_array_equal(session.prefill(text[:9]), expected)
+
+
+def test_two_streams_do_not_mix(exported: Export, text: list[int]) -> None:
+    session = exported("onnxruntime", "none").session()
+    first = session.generate(text[:9], max_new_tokens=5, stop_ids=())
+    second = session.generate(text[9:18], max_new_tokens=5, stop_ids=())
+    next(first)
+    next(second)
+    with pytest.raises(SessionError, match="between two tokens"):
+        next(first)
+    next(second)
+    session.decode(text[0])
+    with pytest.raises(SessionError, match="between two tokens"):
+        next(second)
+
+
+def test_room_that_could_not_be_made_is_not_counted(
+    exported: Export, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = exported("onnxruntime", "none").session()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(np, "zeros", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
+        session.reserve(100)
+    assert session.cache_bytes() == {"local": 0, "global": 0}
+    session.prefill(text[:100])

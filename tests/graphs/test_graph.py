@@ -8,7 +8,7 @@ from torch import nn
 from tests.case import export, run_graph
 from transom.graphs.check import check
 from transom.graphs.graph import Graph, refresh
-from transom.graphs.match import aten, is_transpose, layer_path, only_user, source_line, split_scalar
+from transom.graphs.match import aten, is_transpose, layer_path, source_line, split_scalar
 from transom.graphs.weight import Weight
 
 
@@ -110,4 +110,3 @@ def test_matching_helpers() -> None:
     (x,) = graph.user_inputs()
     assert split_scalar(doubled, aten.mul.Tensor) == (x, 2.0)
     assert split_scalar(scaled, aten.add.Tensor) is None, "alpha multiplies the number"
-    assert only_user(x) is None and only_user(doubled) is graph.output

@@ -2,7 +2,7 @@
 
 What the format leaves to convention, and where it differs from the released checkpoints:
     - Norm weights are stored as 1 + w.
-    - The pattern of layers (LLLLLG), the local layers' theta and the 27B's attention scale are not stored.
+    - The local layers' theta and the 27B's attention scale are not stored, the pattern of layers (LLLLLG) seldom.
     - Rope scaling concerns global layers only.
 """
 
@@ -24,7 +24,7 @@ from transom.graphs.errors import CheckpointError, ConfigError
 from transom.graphs.weight import Lattice, Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, Header, TensorInfo, read_header
-from transom.zoo.config import DecoderConfig, Rope, tile
+from transom.zoo.config import DecoderConfig, LayerKind, Rope, tile
 
 _ARCHITECTURES = ("gemma3",)
 _TENSORS = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
@@ -100,30 +100,43 @@ def read_config(header: Header) -> DecoderConfig:
         raise ConfigError(f"{path}: {architecture}.rope.scaling.type is {scaling!r}: only none and linear are known")
     num_layers, hidden_size, num_heads = value("block_count"), value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length")
+    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern", 6)
     if value("attention.value_length", head_dim) != head_dim:
         raise ConfigError(f"{path}: keys and values differ in length: such attention is not supported")
-    return DecoderConfig(
-        name=path.stem,
-        architecture=str(architecture),
-        vocab_size=header.tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden_size,
-        intermediate_size=value("feed_forward_length"),
-        num_heads=num_heads,
-        num_kv_heads=value("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        layer_kinds=tile("LLLLLG", num_layers),
-        window=value("attention.sliding_window"),
-        rope_local=Rope(theta=value("rope.freq_base_swa", 1e4)),
-        rope_global=Rope(
-            theta=value("rope.freq_base", 1e6),
-            factor=value("rope.scaling.factor") if scaling == "linear" else 1.0,
-        ),
-        # Only the 27B, known by its 62 layers, scales by the width per query head (168) and not by head_dim.
-        attention_scale=(hidden_size / num_heads if num_layers == 62 else head_dim) ** -0.5,
-        norm_eps=value("attention.layer_norm_rms_epsilon"),
-        context=value("context_length"),
-        logit_softcap=value("final_logit_softcapping", 0.0) or None,
-    )
+    try:
+        return DecoderConfig(
+            name=path.stem,
+            architecture=str(architecture),
+            vocab_size=header.tensors["token_embd.weight"].shape[0],
+            hidden_size=hidden_size,
+            intermediate_size=value("feed_forward_length"),
+            num_heads=num_heads,
+            num_kv_heads=value("attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            layer_kinds=_layer_kinds(path, pattern, num_layers),
+            window=value("attention.sliding_window"),
+            rope_local=Rope(theta=value("rope.freq_base_swa", 1e4)),
+            rope_global=Rope(
+                theta=value("rope.freq_base", 1e6),
+                factor=value("rope.scaling.factor") if scaling == "linear" else 1.0,
+            ),
+            # Only the 27B, known by its 62 layers, scales by the width per query head (168) and not by head_dim.
+            attention_scale=(hidden_size / num_heads if num_layers == 62 else head_dim) ** -0.5,
+            norm_eps=value("attention.layer_norm_rms_epsilon"),
+            context=value("context_length"),
+            logit_softcap=value("final_logit_softcapping", 0.0) or None,
+        )
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: its metadata does not make a model ({error}): convert the model again") from error
+
+
+def _layer_kinds(path: Path, pattern: Any, num_layers: int) -> tuple[LayerKind, ...]:
+    """Kinds from the metadata: every n-th layer is global, or whether each layer is local. Most files say nothing."""
+    if isinstance(pattern, list) and len(pattern) == num_layers and all(isinstance(flag, bool) for flag in pattern):
+        return tuple("local" if flag else "global" for flag in pattern)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        return tile("L" * (pattern - 1) + "G", num_layers)
+    raise ConfigError(f"{path}: sliding_window_pattern is {pattern!r}, which does not fit {num_layers} layers")
 
 
 def revision(path: Path) -> str:

@@ -1,12 +1,13 @@
-"""The command line. Exit codes: 0 done, 1 a check failed, 2 bad input or a missing part."""
+"""The command line. Exit codes: 0 done, 2 bad input or a missing part; 1 is kept for checks that fail."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from transom import __version__
 from transom.cli import export, models, run
@@ -41,12 +42,13 @@ def main() -> None:
     try:
         app()
     except TransomError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_plain(error)}", highlight=False)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _plain(error: TransomError) -> str:
-    # Square brackets in a message are no markup.
-    return str(error).replace("[", r"\[")
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+    sys.exit(2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -66,9 +67,9 @@ def export(
     if json:
         print_json({"folder": str(out), "bytes": total, **manifest.to_json()})
         return
-    console.print(f"{out}: {manifest.target}, {quant}, context {manifest.context:,}, {size(total)}")
+    console.print(f"{escape(str(out))}: {manifest.target}, {quant}, context {manifest.context:,}, {size(total)}")
     for line in manifest.not_done:
-        console.print(f"[yellow]not done:[/yellow] {line}", highlight=False, markup=True)
+        console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)
 
 
 @contextmanager
@@ -103,8 +104,8 @@ def inspect(
     if json:
         print_json(manifest.to_json())
         return
-    facts = Table("", "", title=str(folder), show_header=False)
-    facts.add_row("model", f"{manifest.model['name']} from {manifest.source['name']}")
+    facts = Table("", "", title=escape(str(folder)), show_header=False)
+    facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
     facts.add_row("revision", manifest.source["revision"])
     facts.add_row("target", f"{manifest.target}, {manifest.quantization}")
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
@@ -129,4 +130,4 @@ def inspect(
         passes.add_row(record["name"], str(record["changes"]), calls, sizes)
     console.print(passes)
     for line in manifest.not_done:
-        console.print(f"[yellow]not done:[/yellow] {line}", highlight=False)
+        console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from transom.cli.options import Json, Model, Seed, Weights, console, print_json, size
+from transom.cli.options import Json, Model, Seed, Weights, check_weights, console, print_json, size
 
 TABLE_CONTEXTS = (512, 4096, 32_768, 131_072)
 
@@ -40,7 +41,7 @@ def list_models(json: Json = False) -> None:
     if json:
         print_json({"models": rows, "targets": dict(TARGETS), "schemes": list(SCHEMES)})
         return
-    table = Table("model", *(("parameters", "layers", "global", "window", "context")), title="Models")
+    table = Table("model", "parameters", "layers", "global", "window", "context", title="Models")
     for row in rows:
         table.add_row(str(row["name"]), *(f"{value:,}" for value in list(row.values())[1:]))
     console.print(table)
@@ -57,12 +58,13 @@ def show(model: Model, weights: Weights = "checkpoint", seed: Seed = 0, json: Js
 
     from transom.zoo.model import resolve_config
 
+    check_weights(weights)
     config = resolve_config(model)
     data = dataclasses.asdict(config)
     if json:
         print_json(data)
         return
-    table = Table("field", "value", title=config.name)
+    table = Table("field", "value", title=escape(config.name))
     for name, value in data.items():
         if name == "layer_kinds":
             value = "".join(kind[0].upper() for kind in value) + "  (L local, G global)"
@@ -84,6 +86,7 @@ def plan(
     from transom.zoo.model import resolve_config
     from transom.zoo.plan import plan as make_plan
 
+    check_weights(weights)
     config = resolve_config(model)
 
     def at(tokens: int) -> Any:
@@ -93,7 +96,9 @@ def plan(
     if json:
         print_json(made.to_json())
         return
-    console.print(f"[bold]{config.name}[/bold]: {made.parameters:,} parameters, {size(made.weight_bytes)} ({quant})")
+    console.print(
+        f"[bold]{escape(config.name)}[/bold]: {made.parameters:,} parameters, {size(made.weight_bytes)} ({quant})"
+    )
     table = Table("context", "bounded", "global-only", "share", title=f"Cache bytes, {cache_dtype}, batch {batch}")
     for tokens in sorted({*(c for c in TABLE_CONTEXTS if c <= config.context), made.context}):
         row = at(tokens)
@@ -101,3 +106,8 @@ def plan(
         cells = f"{tokens:,}", size(row.cache_bytes_bounded), size(row.cache_bytes_global_only), f"{share:.1%}"
         table.add_row(*cells)
     console.print(table)
+    console.print(
+        "Weights without a scheme count as released, in bfloat16, and local layers as their bare window. An artifact "
+        "computes in float32, and its local layers hold window + chunk - 1 slots: transom inspect tells what it has.",
+        style="dim",
+    )

@@ -32,9 +32,14 @@ def load_model(name: str, weights: str, seed: int) -> Any:
     """
     import transom
 
+    check_weights(weights)
+    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed)
+
+
+def check_weights(weights: str) -> None:
+    """Raise `CheckpointError` if `weights` is neither "checkpoint" nor "random"."""
     if weights not in ("checkpoint", "random"):
         raise CheckpointError(f"--weights takes 'checkpoint' or 'random', not {weights!r}")
-    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed)
 
 
 def print_json(data: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json as json_module
 import resource
 import sys
 import time
@@ -12,7 +14,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.markup import escape
 from rich.progress import Progress
+from rich.table import Table
 
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
@@ -51,24 +55,26 @@ def run(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     text = _prompt(prompt, prompt_file)
     session, load_s = _open(folder, threads)
+    decoder = _stream(folder, session)
     ids = session.encode(text)
     session.reserve(len(ids) + max_new_tokens - 1)
     meter = _Meter()
     with _prefill_bar(len(ids), json) as on_chunk:
         stream = session.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, on_chunk=on_chunk)
-        tokens = list(meter.watch(stream, first_only=True))
+        first = list(meter.watch(stream, first_only=True))
     if not json:
         console.print(text, end="", style="dim", highlight=False, markup=False)
-    decoder = _stream(session)
-    for token in tokens:
-        _say(decoder.add(token), json)
-    for token in meter.watch(stream):
+    tokens: list[int] = []
+    pieces: list[str] = []
+    for token in itertools.chain(first, meter.watch(stream)):
         tokens.append(token)
-        _say(decoder.add(token), json)
-    _say(decoder.finish() + "\n", json)
+        pieces.append(decoder.add(token))
+        _say(pieces[-1], json)
+    pieces.append(decoder.finish())
+    _say(pieces[-1] + "\n", json)
     report = meter.report(len(ids), len(tokens)) | _memory(session, load_s)
     if json:
-        print_json({"text": _decode(session, tokens), "tokens": tokens, "prompt_tokens": len(ids), **report})
+        print_json({"text": "".join(pieces), "tokens": tokens, "prompt_tokens": len(ids), **report})
         return
     _summary(report)
 
@@ -110,16 +116,25 @@ def bench(
         "decode_tokens_per_s": new_tokens / float(np.median(decode)),
         **_memory(session, load_s),
     }
-    print_json(report) if json else _summary(report)
+    if json:
+        print_json(report)
+        return
+    table = Table("measure", "value", title=f"{escape(str(folder))}, random tokens")
+    table.add_row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s, prompt of {prompt_tokens:,}")
+    table.add_row("decode", f"{report['decode_tokens_per_s']:.1f} tokens/s, {new_tokens:,} after {past:,}")
+    table.add_row("caches", " + ".join(f"{size(count)} {kind}" for kind, count in report["cache_bytes"].items()))
+    table.add_row("peak memory", size(report["peak_rss_bytes"]))
+    table.add_row("load", f"{load_s:.2f} s")
+    console.print(table)
 
 
 def chat(
     folder: Folder,
     system: Annotated[str | None, typer.Option(help="Instructions for the whole conversation.")] = None,
     max_new_tokens: MaxNew = 512,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 64,
-    top_p: TopP = 0.95,
+    temperature: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="By default what the artifact says.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
     min_p: MinP = 0.0,
     seed: SampleSeed = None,
     threads: Threads = None,
@@ -127,10 +142,17 @@ def chat(
     """Talk with an instruction-tuned model. An empty line, or end of input, ends the conversation."""
     from transom.zoo.chat import Message, render
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     session, _ = _open(folder, threads)
-    if session.tokenizer is None:
-        raise TokenizerError(f"{folder} has no tokenizer, and a chat is text: export from a source that has one")
+    made_for = _generation(folder)
+    sampling = Sampling(
+        temperature=made_for.get("temperature", 1.0) if temperature is None else temperature,
+        top_k=made_for.get("top_k", 0) if top_k is None else top_k,
+        top_p=made_for.get("top_p", 1.0) if top_p is None else top_p,
+        min_p=min_p,
+        seed=seed,
+    )
+    _stream(folder, session)
+    assert session.tokenizer is not None
     messages: list[Message] = [Message(role="system", content=system)] if system else []
     held: list[int] = []
     while (line := _ask()) is not None:
@@ -140,13 +162,24 @@ def chat(
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
         keep = same == len(held) and len(ids) > same
         new = ids[same:] if keep else ids
-        decoder, answer = _stream(session), []
-        for token in session.generate(new, max_new_tokens=max_new_tokens, sampling=sampling, keep=keep):
+        decoder, answer = _stream(folder, session), []
+        # A conversation may fill the context; only when not one token more fits is it over.
+        room = max(1, min(max_new_tokens, session.context - len(ids) + 1))
+        for token in session.generate(new, max_new_tokens=room, sampling=sampling, keep=keep):
             answer.append(token)
             _say(decoder.add(token), quiet=False)
         _say(decoder.finish() + "\n", quiet=False)
         held = [*ids, *answer][: session.position]
         messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """How the model's makers sample from it."""
+    try:
+        found: dict[str, Any] = json_module.loads((folder / "generation_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _ask() -> str | None:
@@ -177,14 +210,10 @@ def _open(folder: Path, threads: int | None) -> tuple[Session, float]:
     return session, time.perf_counter() - began
 
 
-def _stream(session: Session) -> TokenStream:
+def _stream(folder: Path, session: Session) -> TokenStream:
     if session.tokenizer is None:
-        raise TokenizerError("this model has no tokenizer, so its tokens cannot be shown as text")
+        raise TokenizerError(f"{folder} has no tokenizer, so it cannot read text: export from a source that has one")
     return session.tokenizer.stream()
-
-
-def _decode(session: Session, tokens: list[int]) -> str:
-    return session.tokenizer.decode(tokens) if session.tokenizer else ""
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -102,6 +102,29 @@ def test_27b_scales_by_width_per_head(tmp_path: Path) -> None:
     assert open_gguf(path)[0] == config
 
 
+@pytest.mark.parametrize("pattern", [3, [True, True, False, True, True, False, True]])
+def test_a_stated_pattern_counts(tiny_gguf: Path, pattern: object) -> None:
+    header = read_header(tiny_gguf)
+    header.metadata["gemma3.attention.sliding_window_pattern"] = pattern
+    assert read_config(header).layer_kinds == tile("LLG", 7)
+
+
+@pytest.mark.parametrize("pattern", [0, "LLG", [True, False]])
+def test_a_pattern_that_fits_nothing_is_refused(tiny_gguf: Path, pattern: object) -> None:
+    header = read_header(tiny_gguf)
+    header.metadata["gemma3.attention.sliding_window_pattern"] = pattern
+    with pytest.raises(ConfigError, match="sliding_window_pattern"):
+        read_config(header)
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention.key_length", 0), ("block_count", 1.5)])
+def test_metadata_that_makes_no_model(tiny_gguf: Path, key: str, value: float) -> None:
+    header = read_header(tiny_gguf)
+    header.metadata[f"gemma3.{key}"] = value
+    with pytest.raises(ConfigError):
+        read_config(header)
+
+
 def test_without_rope_scaling(tmp_path: Path) -> None:
     plain = dataclasses.replace(TINY, rope_global=Rope(theta=1e6))
     path = write_gguf(tmp_path / "tiny.gguf", plain, WEIGHTS)
