@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# More for the benchmark, such as BENCH="--rounds 3".
+BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test lint bench clean install
@@ -37,7 +39,7 @@ lint: $(VENV)/.dev-installed
 	PYTHONPATH=typings $(BIN)/lint-imports
 
 bench: $(VENV)/.bench-installed
-	$(BIN)/python -m benchmarks.run --out benchmarks/results
+	$(BIN)/python -m benchmarks.run --out benchmarks/results $(BENCH)
 
 clean:
 	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
