@@ -55,7 +55,7 @@ def test_plan_contract(cli: Cli) -> None:
     assert plan["parameters"] == 268_098_176
     assert plan["context"] == 32768
     assert plan["cache_dtype"] == "bf16"
-    # Section 6 of the memory tables: 3,072 bytes a token in global layers, 7,864,320 in local ones.
+    # 3 global layers of 1,024 bytes a token; 15 local ones that hold 512 tokens each.
     assert plan["cache_bytes_bounded"] == 3072 * 32768 + 7_864_320
     assert plan["cache_bytes_global_only"] == 18_432 * 32768
     assert plan["weight_bytes"] == 2 * plan["parameters"]
