@@ -2,13 +2,12 @@
 
 Precondition: none.
 Rewrite: drops assertions, changes of dtype that change nothing, copies and aliases that a graph of values does not
-need; turns `reshape` and `_unsafe_view` into `view` where the sizes allow it, `chunk` into `split_with_sizes`.
+need; turns `_unsafe_view` into `reshape`, `chunk` and `split` into `split_with_sizes`.
 Skips: nothing; what it does not know stays.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from transom.graphs.graph import Graph
@@ -74,9 +73,3 @@ def _replace(graph: Graph, node: Node, target: Any, args: Any) -> bool:
     node.replace_all_uses_with(new)
     graph.fx.erase_node(node)
     return True
-
-
-def pieces(node: Node) -> list[Node | None]:
-    """The `getitem` users of a node that returns several values, in order; None where one is not used."""
-    found: dict[int, Node] = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
-    return [found.get(index) for index in range(len(node.meta["val"]))]

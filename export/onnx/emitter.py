@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -267,7 +267,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def write(
     graph: Graph, dialect: Dialect, folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None
-) -> Sequence[str]:
+) -> None:
     """Write `model.onnx` and `model.onnx.data`.
 
     Peak memory is a few row blocks, however large the model is.
@@ -278,9 +278,6 @@ def write(
         folder: Where; it exists.
         on_bytes: Called with the number of weight bytes written each time.
 
-    Returns:
-        Names of the files written.
-
     Raises:
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
@@ -289,4 +286,3 @@ def write(
     with open(folder / DATA_FILE, "wb") as data:
         model = Emitter(graph, dialect, data, on_bytes=on_bytes).emit()
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    return MODEL_FILE, DATA_FILE
