@@ -1,9 +1,10 @@
 """The artifact: a folder that explains itself. Needs no torch.
 
-    model.onnx, model.onnx.data     the payload
+    model.onnx, model.onnx.data     the payload, of an ONNX target
     manifest.json                   what it is, and a hash of every file
     tokenizer.json                  if the source had a tokenizer
     generation_config.json          how its makers sample from it
+    validation.json                 its numeric certificate, once `transom validate` has written it
 
 A folder is written under another name and renamed when it is whole: what stands under its own name is never half
 made. An export that fails or is interrupted removes its draft; one that is killed leaves a hidden `.NAME.partial-*`.
@@ -26,7 +27,7 @@ from typing import Any
 
 from transom.graphs.errors import ArtifactError
 
-VERSION = 1
+VERSION = 2
 MANIFEST, MODEL_FILE = "manifest.json", "model.onnx"
 _READ_BYTES = 4 * 2**20
 
@@ -55,6 +56,15 @@ class CacheRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TapRecord:
+    """One intermediate value that the artifact returns after its results; see `graphs.graph.Tap`."""
+
+    name: str
+    layer: int | None
+    op: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What an artifact is.
 
@@ -63,11 +73,16 @@ class Manifest:
         model: The model's configuration.
         source: Where the weights came from, and their revision.
         quantization: Name of the scheme.
+        dtype: What it computes in.
         context: Longest sequence, in tokens.
-        chunk: Largest number of new tokens in one call. Local caches hold `window + chunk - 1` slots: the slack
-            of `chunk - 1` is what a chunk of new tokens needs beside the window.
+        chunk: Largest number of new tokens in one call. Where a runtime writes the caches before it attends, local
+            caches hold `window + chunk - 1` slots: what a chunk overwrites must not be in a window any more.
         vocab_size: Width of the logits.
         caches: Every cache tensor.
+        taps: Intermediate values that are returned too.
+        payload: File that a session opens first.
+        details: What the session of this target must know beside.
+        tpu: For an artifact compiled for a TPU: {"topology", "libtpu", "programs": {NAME: sizes and costs}}.
         stop_ids: Tokens that end a text.
         bos_id: Token in front of every text.
         passes: What each pass did.
@@ -80,15 +95,20 @@ class Manifest:
     model: Mapping[str, Any]
     source: Mapping[str, str]
     quantization: str
+    dtype: str
     context: int
     chunk: int
     vocab_size: int
     caches: tuple[CacheRecord, ...]
+    taps: tuple[TapRecord, ...]
+    payload: str
+    details: Mapping[str, Any]
     stop_ids: tuple[int, ...]
     bos_id: int | None
     passes: Sequence[Mapping[str, Any]]
     not_done: Sequence[str]
     libraries: Mapping[str, str]
+    tpu: Mapping[str, Any] | None = None
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -179,10 +199,11 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         raise ArtifactError(f"{path} is of version {version}, this transom reads {VERSION}: use a matching transom")
     try:
         data["caches"] = tuple(CacheRecord(**record) for record in data["caches"])
+        data["taps"] = tuple(TapRecord(**record) for record in data["taps"])
         manifest = Manifest(**{**data, "stop_ids": tuple(data["stop_ids"])})
         for entry in manifest.files.values():
             entry["sha256"], entry["bytes"]
-        manifest.model["name"], manifest.source["name"], manifest.source["revision"], manifest.files[MODEL_FILE]
+        manifest.model["name"], manifest.source["name"], manifest.source["revision"], manifest.files[manifest.payload]
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is malformed ({error}): export the model again") from error
     _check_files(folder, manifest, hashes=verify)

@@ -1,4 +1,4 @@
-"""From an artifact's folder to a session of the right backend. Needs no torch for ONNX artifacts."""
+"""From an artifact's folder to a session of the right backend. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,4 +29,12 @@ def open_session(
         from transom.backends.onnxruntime.session import OnnxRuntimeSession
 
         return OnnxRuntimeSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+    if manifest.target == "xla":
+        from transom.backends.xla.session import XlaSession
+
+        return XlaSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+    if manifest.target == "tvm":
+        from transom.backends.tvm.session import TvmSession
+
+        return TvmSession(folder, manifest, tokenizer=tokenizer, threads=threads)
     raise TargetError(f"{folder} is for the target {manifest.target!r}, which this transom cannot run: update transom")

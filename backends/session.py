@@ -50,6 +50,7 @@ class Session(abc.ABC):
         context: Most tokens that they can hold.
         chunk: Most new tokens in one call of the runtime.
         tokenizer: None if the model has none; then prompts are token ids.
+        tapped: What the taps of the artifact said in the last call of the runtime, by name; empty without taps.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Session(abc.ABC):
         self.context, self.chunk, self.vocab_size = context, chunk, vocab_size
         self.caches, self.stop_ids, self.tokenizer = tuple(caches), frozenset(stop_ids), tokenizer
         self.position = 0
+        self.tapped: dict[str, NDArray[Any]] = {}
         self._slots = 0
         self._intact = True
         self._streams = 0

@@ -7,25 +7,24 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from transom.backends.artifact import Manifest, new_folder, write_manifest
-from transom.backends.reference.session import cache_records
-from transom.export.onnx import emitter, onnxruntime, standard
-from transom.graphs.errors import ContextLengthError
+from transom.backends.reference.session import cache_records, tap_records
+from transom.export.exporter import Request, exporter
+from transom.graphs.errors import ContextLengthError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.graphs.trace import Task, trace
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import pipeline
+from transom.passes.targets import TARGETS
 from transom.zoo.architectures import ARCHITECTURES
 from transom.zoo.model import Model
-
-DIALECTS = {dialect.name: dialect for dialect in (onnxruntime.DIALECT, standard.DIALECT)}
 
 CHUNK = 256
 """Default for the largest number of new tokens in one call."""
@@ -36,7 +35,7 @@ GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0
 GENERATION = "generation_config.json"
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with (stage, done, total): passes are counted one by one, weights by bytes."""
+"""Called with (stage, done, total): passes and programs are counted one by one, weights by bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,10 @@ def compile_model(
     quant: str = "none",
     context: int | None = None,
     chunk: int = CHUNK,
+    dtype: str | None = None,
+    topology: str | None = None,
+    cpu: str | None = None,
+    before: Sequence[Pass] = (),
     out: Path,
     overwrite: bool = False,
     on_progress: OnProgress = lambda stage, done, total: None,
@@ -68,16 +71,20 @@ def compile_model(
 
     Args:
         model: What to lower.
-        target: A key of `DIALECTS`.
+        target: A key of `passes.targets.TARGETS`.
         quant: Name of a quantisation scheme.
         context: Longest sequence, in tokens; by default the model's own.
-        chunk: Largest number of new tokens in one call; local caches need `window + chunk - 1` slots.
+        chunk: Largest number of new tokens in one call.
+        dtype: What to compute in: "float32" or "bfloat16"; by default the target's first.
+        topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
+        cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
+        before: Passes to run before the target's own, such as `AddTaps`.
         out: Folder to write; it appears only when it is whole.
         overwrite: Whether to replace a folder of that name.
         on_progress: Told of every step.
 
     Raises:
-        TargetError: If the target is unknown.
+        TargetError: If the target is unknown, lacks what is asked of it, or needs a library that is not installed.
         QuantizationError: If the scheme is unknown, or cannot hold a tensor.
         ContextLengthError: If the context is longer than the model's.
         ArtifactError: If `out` exists.
@@ -90,10 +97,12 @@ def compile_model(
             f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )
     chunk = min(chunk, context)
-    passes, libraries = pipeline(target, chunk=chunk, scheme=scheme(quant)), _versions()
+    passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
+    passes, write = Pipeline([*before, *passes.passes]), exporter(target)
+    dtype = _check_options(target, dtype, topology=topology, cpu=cpu)
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
-        traced = trace_model(model)
+        traced = trace_model(model, dtype=getattr(torch, dtype))
         on_progress("trace", 1, 1)
         done: list[Pass] = []
 
@@ -109,8 +118,17 @@ def compile_model(
             written += count
             on_progress("weights", min(written, total), total)
 
+        request = Request(
+            target=target,
+            context=context,
+            chunk=chunk,
+            topology=topology,
+            cpu=cpu,
+            on_bytes=on_bytes,
+            on_program=lambda done, count: on_progress("programs", done, count),
+        )
         with _one_thread():
-            emitter.write(graph, DIALECTS[target], folder, on_bytes=on_bytes)
+            lowered = write(graph, folder, request)
         _write_companions(model, folder)
         manifest = write_manifest(
             folder,
@@ -119,15 +137,23 @@ def compile_model(
                 model=dataclasses.asdict(config),
                 source={"name": model.source, "revision": model.revision},
                 quantization=quant,
+                dtype=dtype,
                 context=context,
                 chunk=chunk,
                 vocab_size=config.vocab_size,
-                caches=cache_records(graph),
+                caches=lowered.caches or cache_records(graph),
+                taps=tap_records(graph),
+                payload=lowered.payload,
+                details=lowered.details,
+                tpu=lowered.tpu,
                 stop_ids=model.tokenizer.stop_ids if model.tokenizer else (),
                 bos_id=model.tokenizer.bos_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
-                not_done=[f"{record.name}: {reason}" for record in records for reason in record.skipped],
-                libraries=libraries,
+                not_done=[
+                    *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
+                    *lowered.not_done,
+                ],
+                libraries=_versions(lowered.libraries),
             ),
         )
     return Artifact(folder=out, manifest=manifest)
@@ -156,8 +182,20 @@ def _write_companions(model: Model, folder: Path) -> None:
     (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in ("transom", "torch", "onnx")}}
+def _check_options(target: str, dtype: str | None, **given: str | None) -> str:
+    """The dtype to compute in, if the target has it and takes all that is asked of it."""
+    able = TARGETS[target]
+    if dtype is not None and dtype not in able.dtypes:
+        raise TargetError(f"the target {target!r} computes in {' or '.join(able.dtypes)}, not in {dtype!r}")
+    for option in sorted(name for name, value in given.items() if value is not None and name not in able.options):
+        takers = ", ".join(name for name, other in TARGETS.items() if option in other.options)
+        raise TargetError(f"the target {target!r} takes no {option}: only {takers} does")
+    return dtype or able.dtypes[0]
+
+
+def _versions(libraries: Sequence[str]) -> dict[str, str]:
+    names = ("transom", "torch", *libraries)
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
 def _version(name: str) -> str:

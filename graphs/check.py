@@ -43,7 +43,8 @@ def check(graph: Graph) -> None:
             raise InvariantError(f"weight {spec.target!r} holds {weight.shape} but was traced as {tuple(value.shape)}")
         if value.dtype != weight.dtype:
             raise InvariantError(f"weight {spec.target!r} holds {weight.dtype} but was traced as {value.dtype}")
-    for cache, written in zip(graph.caches, returned[len(returned) - len(graph.caches) :], strict=True):
+    written_caches = returned[len(returned) - len(graph.caches) - len(graph.taps) : len(returned) - len(graph.taps)]
+    for cache, written in zip(graph.caches, written_caches, strict=True):
         read = nodes[cache.input].meta["val"]
         if _symbols(read) != _symbols(written.meta["val"]) or read.dtype != written.meta["val"].dtype:
             raise InvariantError(

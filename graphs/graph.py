@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.node import map_arg
 
 from transom.graphs.errors import InvariantError
@@ -42,6 +42,21 @@ class Cache:
     slots: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tap:
+    """An intermediate value that the graph returns beside its results, so that runs can be compared step by step.
+
+    Attributes:
+        name: "tap.SITE", such as "tap.layers.3.self_attn.q_norm".
+        layer: Index of the layer; None before the first and after the last.
+        op: What computed the value: "embedding", "norm", "projection", "rope", "attention" and so on.
+    """
+
+    name: str
+    layer: int | None
+    op: str
+
+
 @dataclasses.dataclass(kw_only=True)
 class Graph:
     """A traced program.
@@ -51,7 +66,8 @@ class Graph:
         weights: Every parameter and buffer by the program's name for it.
         task: "decode" or "score"; "foreign" for a program traced elsewhere.
         start: Name of the placeholder with the position of the first new token, or None.
-        caches: Cache inputs, in the order of the program's last outputs.
+        caches: Cache inputs, in the order of the outputs that follow the logits.
+        taps: Intermediate values, in the order of the program's last outputs.
     """
 
     program: ExportedProgram
@@ -59,6 +75,7 @@ class Graph:
     task: str
     start: str | None = None
     caches: tuple[Cache, ...] = ()
+    taps: tuple[Tap, ...] = ()
 
     @staticmethod
     def from_program(program: ExportedProgram, *, task: str = "foreign") -> Graph:
@@ -158,6 +175,15 @@ class Graph:
         self.program.state_dict[name] = node.meta["val"]
         self.weights[name] = weight
         return node
+
+    def add_tap(self, tap: Tap, node: Node) -> None:
+        """Return one more value. Passes that replace the node replace it here too, so a tap outlives them."""
+        returned = list(self.output.args[0])
+        self.output.args = ([*returned, node],)
+        self.program.graph_signature.output_specs.append(
+            OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), None)
+        )
+        self.taps = (*self.taps, tap)
 
     def drop_dead_code(self) -> None:
         """Remove calls nobody uses, then weights nobody reads."""

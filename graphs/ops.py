@@ -104,10 +104,16 @@ def attention(
     window: int,
 ) -> torch.Tensor:
     """Attend over cache slots (or, with `start` None, over the new tokens themselves). Returns [B, N, T, H]."""
-    groups, tokens, slots = q_BNTH.shape[1] // k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+    seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window)
+    return _attend(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale)
+
+
+def _attend(
+    q_BNTH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, seen_TS: torch.Tensor, scale: float
+) -> torch.Tensor:
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, 1), v_BKSH.repeat_interleave(groups, 1)
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3) * scale).float()
-    seen_TS = visible(0 if start is None else start, tokens, slots, window)
     weights_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(v_BNSH.dtype)
     return weights_BNTS @ v_BNSH
 
@@ -135,10 +141,26 @@ def cached_attention(
     scale: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cache write and attention in one: returns [B, T, N, H] and both caches with the new tokens in them."""
-    k_BKSH = write_cache(k_cache_BKSH, k_BTKH.transpose(1, 2), start)
-    v_BKSH = write_cache(v_cache_BKSH, v_BTKH.transpose(1, 2), start)
-    out_BNTH = attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, start, scale, window)
+    """Cache write and attention in one: returns [B, T, N, H] and both caches with the new tokens in them.
+
+    The new tokens attend over the caches as they were and over each other; then the last of them are written. So a
+    local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees.
+    """
+    k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
+    positions_T = start + torch.arange(tokens)
+    keys_J = torch.cat((held_positions(start, 0, slots), positions_T))
+    distance_TJ = positions_T[:, None] - keys_J
+    seen_TJ = (keys_J >= 0) & (distance_TJ >= 0)
+    if window:
+        seen_TJ &= distance_TJ < window
+    k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
+    out_BNTH = _attend(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
+    kept = min(tokens, slots)
+    k_BKSH, v_BKSH = (
+        write_cache(old, new[:, :, tokens - kept :], start + tokens - kept)
+        for old, new in ((k_cache_BKSH, k_BKTH), (v_cache_BKSH, v_BKTH))
+    )
     return out_BNTH.transpose(1, 2).contiguous(), k_BKSH, v_BKSH
 
 

@@ -3,7 +3,8 @@
 Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cache is read by attention whose window is
 known.
 Rewrite: a local layer's cache gets `window + chunk - 1` slots, for good. A chunk of `chunk` new tokens overwrites
-that many slots, and its first token still sees the `window - 1` keys before it, so fewer slots would lose keys.
+that many slots, and its first token still sees the `window - 1` keys before it, so fewer slots would lose keys. If
+`FuseCachedAttention` has run, `window` slots are enough: the fused operation attends before it writes.
 Skips: global layers; caches that are read by something other than fused attention, with the reason.
 """
 
@@ -56,7 +57,7 @@ class BoundLocalCaches(Pass):
                     f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
                 )
                 window = None
-            slots = window + self.chunk - 1 if window else None
+            slots = window + self._slack(node) if window else None
             if slots is not None and cache.slots is None:
                 batch, heads, _, width = node.meta["val"].shape
                 with fake_mode(graph):
@@ -70,14 +71,22 @@ class BoundLocalCaches(Pass):
         self._grows = {cache.input for cache in caches if cache.layer in unknown}
         return changes
 
+    def _slack(self, cache: Node) -> int:
+        """Slots beside the window: those that a chunk overwrites before its first token has attended."""
+        return 0 if any(is_call(user, ops.CACHED_ATTENTION) for user in cache.users) else self.chunk - 1
+
     def ensures(self, graph: Graph) -> None:
         """No local attention reads a cache that grows unreported, or one too small for its window and chunk."""
-        for node in graph.calls(ops.ATTENTION):
-            write, window = node.args[1], node.args[5]
-            if not window or not is_call(write, ops.WRITE_CACHE) or write.args[0].name in self._grows:
+        for node in graph.calls(ops.ATTENTION, ops.CACHED_ATTENTION):
+            fused = node.target is ops.CACHED_ATTENTION
+            window = node.args[7 if fused else 5]
+            cache = node.args[3] if fused else node.args[1]
+            if not fused and is_call(cache, ops.WRITE_CACHE):
+                cache = cache.args[0]
+            if not window or cache.op != "placeholder" or cache.name in self._grows:
                 continue
-            slots = write.args[0].meta["val"].shape[2]
-            if not isinstance(slots, int) or slots < window + self.chunk - 1:
+            slots = cache.meta["val"].shape[2]
+            if not isinstance(slots, int) or slots < window + self._slack(cache):
                 raise InvariantError(
                     f"{layer_path(node)}: {slots} slots for a window of {window} and chunks of {self.chunk}"
                 )
@@ -88,6 +97,9 @@ class BoundLocalCaches(Pass):
         windows = set()
         for write in cache.users:
             if is_call(write, torch.ops.aten.sym_size.int):
+                continue
+            if is_call(write, ops.CACHED_ATTENTION):
+                windows.add(write.args[7])
                 continue
             if not is_call(write, ops.WRITE_CACHE):
                 return None

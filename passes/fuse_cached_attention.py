@@ -1,6 +1,7 @@
 """FuseCachedAttention: cache writes and attention become one `transom.cached_attention`, heads after time.
 
-Precondition: `FuseAttention`, `FuseCacheWrites` and `FuseRotary` have run, and `BoundLocalCaches` if it is in the list.
+Precondition: `FuseAttention`, `FuseCacheWrites` and `FuseRotary` have run. Where `BoundLocalCaches` ran before, local
+caches have `window + chunk - 1` slots; where it follows, `window`, as the fused operation attends before it writes.
 Rewrite: attention over two freshly written caches. The transposes that bring heads before time, and back, go away, as
 the fused operation takes [B, T, N, H], the layout in which projections come and go.
 Skips: attention whose keys or values are no cache writes, with the reason.
@@ -15,7 +16,6 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, is_transpose, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
-from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.passes.fuse_rotary import FuseRotary
@@ -24,7 +24,7 @@ from transom.passes.fuse_rotary import FuseRotary
 class FuseCachedAttention(Pass):
     """One operation for writing the caches and attending over them."""
 
-    after = (FuseAttention, FuseCacheWrites, FuseRotary, BoundLocalCaches)
+    after = (FuseAttention, FuseCacheWrites, FuseRotary)
 
     def rewrite(self, graph: Graph) -> int:
         """Fuse every attention that reads caches."""
@@ -54,5 +54,9 @@ def _heads_last(graph: Graph, value: Node) -> Node:
     if is_transpose(value, 1, 2):
         return value.args[0]
     if is_call(value, ops.ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
-        return graph.call(ops.ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
+        turned = graph.call(ops.ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
+        value.replace_all_uses_with(
+            graph.call(aten.transpose.int, (turned, 1, 2), value), delete_user_cb=lambda user: user.op == "output"
+        )
+        return turned
     return graph.call(aten.transpose.int, (value, 1, 2), value)

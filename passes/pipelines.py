@@ -57,7 +57,42 @@ def _onnx(chunk: int, scheme: Scheme) -> list[Pass]:
     ]
 
 
-PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx}
+def _xla(chunk: int, scheme: Scheme) -> list[Pass]:
+    return [
+        Canonicalize(),
+        ShareEmbedding(),
+        FuseAttention(),
+        FuseCacheWrites(),
+        FuseNorms(),
+        FuseRotary(),
+        SelectLogits(),
+        # Fused first: then a window of slots is enough for chunks of any length.
+        FuseCachedAttention(),
+        BoundLocalCaches(chunk),
+        FoldConstants(),
+        QuantizeWeights(scheme),
+    ]
+
+
+def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
+    return [
+        Canonicalize(),
+        ShareEmbedding(),
+        FuseAttention(),
+        FuseCacheWrites(),
+        FuseNorms(),
+        FuseRotary(),
+        FuseGatedMLP(),
+        PackProjections(),
+        SelectLogits(),
+        BoundLocalCaches(chunk),
+        FoldConstants(),
+        QuantizeWeights(scheme),
+        FuseCachedAttention(),
+    ]
+
+
+PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx, "xla": _xla, "tvm": _tvm}
 
 
 def pipeline(target: str, *, chunk: int, scheme: Scheme) -> Pipeline:

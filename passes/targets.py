@@ -1,8 +1,39 @@
-"""Targets by name, in words. Imports nothing, so that a command line can list them at once."""
+"""Targets by name, and what they can do. Imports nothing heavy, so that a command line can list them at once."""
 
 from __future__ import annotations
 
-TARGETS: dict[str, str] = {
-    "onnxruntime": "ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)",
-    "onnx": "standard ONNX of opset 24, for any runtime that has it",
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What can be asked of a target.
+
+    Attributes:
+        text: The target in words.
+        extra: The extra of this package that brings what it needs; None if nothing more is needed.
+        dtypes: What it can compute in; the first one is the default.
+        options: Export options that only some targets take: "topology", "cpu".
+    """
+
+    text: str
+    extra: str | None = None
+    dtypes: tuple[str, ...] = ("float32",)
+    options: frozenset[str] = frozenset()
+
+
+TARGETS: dict[str, Target] = {
+    "onnxruntime": Target(text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)"),
+    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it"),
+    "xla": Target(
+        text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
+        extra="xla",
+        dtypes=("float32", "bfloat16"),
+        options=frozenset({"topology"}),
+    ),
+    "tvm": Target(
+        text="machine code made by Apache TVM, for this CPU or for another one with --cpu",
+        extra="tvm",
+        options=frozenset({"cpu"}),
+    ),
 }

@@ -97,7 +97,7 @@ def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactor
         if (target, quant) not in done:
             graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(traced)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export_compile, "trace_model", lambda model: traced)
+                patch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
                 artifact = transom.compile(
                     tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}"
                 )

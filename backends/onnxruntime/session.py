@@ -46,15 +46,19 @@ class OnnxRuntimeSession(Session):
         self._runtime = _load(folder / MODEL_FILE, threads)
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._taps = [tap.name for tap in manifest.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         self._binding.bind_cpu_input("tokens", tokens[None])
         self._binding.bind_cpu_input("start", np.array(self.position))
         self._binding.bind_cpu_input("logit_positions", logit_positions)
-        self._binding.bind_output("logits", "cpu")
+        for name in ("logits", *self._taps):
+            self._binding.bind_output(name, "cpu")
         self._runtime.run_with_iobinding(self._binding)
-        logits: Float = self._binding.get_outputs()[self._logits_index].numpy()[0]
-        return logits
+        logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
+        self.tapped = dict(zip(self._taps, taps, strict=True))
+        found: Float = logits[0]
+        return found
 
     def _allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord
+from transom.backends.artifact import CacheRecord, TapRecord
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)
 from transom.graphs.graph import Graph
@@ -33,6 +33,11 @@ def cache_records(graph: Graph) -> tuple[CacheRecord, ...]:
             )
         )
     return tuple(records)
+
+
+def tap_records(graph: Graph) -> tuple[TapRecord, ...]:
+    """A graph's taps, in the form that manifests use."""
+    return tuple(TapRecord(name=tap.name, layer=tap.layer, op=tap.op) for tap in graph.taps)
 
 
 class ReferenceSession(Session):
@@ -62,13 +67,16 @@ class ReferenceSession(Session):
             shared[names[placeholder]] if placeholder in names else None for placeholder in graph.placeholders()
         ]
         self._tensors: list[torch.Tensor] = []
+        self._taps = [tap.name for tap in graph.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         new = [torch.from_numpy(tokens)[None], torch.tensor(self.position), torch.from_numpy(logit_positions)]
         given = iter([*new, *self._tensors])
         inputs = [next(given) if value is None else value for value in self._inputs]
         with torch.no_grad():
-            logits, *self._tensors = self._interpreter.run(*inputs)
+            logits, *rest = self._interpreter.run(*inputs)
+        self._tensors, taps = rest[: len(self.caches)], rest[len(self.caches) :]
+        self.tapped = {name: value.float().numpy() for name, value in zip(self._taps, taps, strict=True)}
         found: Float = logits[0].float().numpy()
         return found
 

@@ -128,9 +128,13 @@ class Emitter:
         self._scope = ""
         returned = self.graph.output.args[0]
         names = ["logits", *(f"{cache.name}.out" for cache in self.graph.caches)]
-        for name, node in zip(names, returned, strict=True):
+        for name, node in zip(names, returned, strict=False):
             self._rename(self.value(node), name)
             outputs.append(self._describe(name, node.meta["val"]))
+        for tap, node in zip(self.graph.taps, returned[len(names) :], strict=True):
+            # Several taps may show one value, and an output has one name.
+            self._rename(self.op("Identity", self.value(node)), tap.name)
+            outputs.append(self._describe(tap.name, node.meta["val"]))
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self.dialect.opset)]
         opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]

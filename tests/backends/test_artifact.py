@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a changed byte": (change_byte, "is not what was exported"),
     "a truncated file": (truncate, "bytes, not"),
     "a missing file": (remove, "tokenizer.json is missing"),
-    "a newer version": (edit(lambda data: data | {"version": 2}), "version 2, this transom reads 1"),
+    "a newer version": (edit(lambda data: data | {"version": 3}), "version 3, this transom reads 2"),
     "no version": (edit(lambda data: {key: data[key] for key in data if key != "version"}), "cannot be read"),
     "half a manifest": (cut_manifest, "cannot be read"),
     "no manifest": (empty, "holds no manifest.json"),
@@ -224,7 +224,7 @@ def test_a_failing_export_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_compile, "trace_model", lambda model: traced)
+    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
     monkeypatch.setattr(export_compile, "_write_companions", fail)
     with pytest.raises(KeyboardInterrupt):
         transom.compile(tiny, out=tmp_path / "model")
@@ -234,7 +234,7 @@ def test_a_failing_export_leaves_nothing(
 def test_progress_counts_passes_and_bytes(
     tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_compile, "trace_model", lambda model: traced)
+    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
     steps: list[tuple[str, int, int]] = []
     transom.compile(tiny, out=tmp_path / "model", context=64, on_progress=lambda *step: steps.append(step))
     assert {stage for stage, _, _ in steps} == {"trace", "passes", "weights"}

@@ -39,6 +39,13 @@ def export(
     quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32, or bfloat16 for xla.")] = None,
+    topology: Annotated[
+        str | None, typer.Option(help="For xla: compile ahead of time for these TPUs, such as v5e:2x2.")
+    ] = None,
+    cpu: Annotated[
+        str | None, typer.Option(help="For tvm: processor to make code for, such as aarch64; by default this one.")
+    ] = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder of that name.")] = False,
@@ -58,6 +65,9 @@ def export(
             quant=quant,
             context=context,
             chunk=chunk or CHUNK,
+            dtype=dtype,
+            topology=topology,
+            cpu=cpu,
             out=out,
             overwrite=overwrite,
             on_progress=on_progress,
@@ -107,7 +117,7 @@ def inspect(
     facts = Table("", "", title=escape(str(folder)), show_header=False)
     facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
     facts.add_row("revision", manifest.source["revision"])
-    facts.add_row("target", f"{manifest.target}, {manifest.quantization}")
+    facts.add_row("target", f"{manifest.target}, {manifest.quantization}, {manifest.dtype}")
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
     for name, entry in manifest.files.items():
         facts.add_row(name, f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}")

@@ -39,15 +39,15 @@ def list_models(json: Json = False) -> None:
         for config in PRESETS.values()
     ]
     if json:
-        print_json({"models": rows, "targets": dict(TARGETS), "schemes": list(SCHEMES)})
+        print_json({"models": rows, "targets": {name: t.text for name, t in TARGETS.items()}, "schemes": list(SCHEMES)})
         return
     table = Table("model", "parameters", "layers", "global", "window", "context", title="Models")
     for row in rows:
         table.add_row(str(row["name"]), *(f"{value:,}" for value in list(row.values())[1:]))
     console.print(table)
     targets = Table("target", "what it is", title="Targets")
-    for name, text in TARGETS.items():
-        targets.add_row(name, text)
+    for name, target in TARGETS.items():
+        targets.add_row(name, target.text)
     console.print(targets)
     console.print(f"Quantisation: {', '.join(SCHEMES)}")
 
