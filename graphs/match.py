@@ -23,6 +23,15 @@ def skip_casts(value: Any) -> Any:
     return value
 
 
+def cast_back(node: Node, x: Node) -> Node:
+    """The node that stands for a result of x's dtype: a cast of `node` back to it, where there is one."""
+    users = list(node.users)
+    if len(users) == 1 and is_call(users[0], aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+        if users[0].meta["val"].dtype == x.meta["val"].dtype:
+            return users[0]
+    return node
+
+
 def split_scalar(node: Any, *targets: Any) -> tuple[Node, float] | None:
     """The node and the number of a call such as `mul(x, 2.0)`, in either order; None if it is something else."""
     if not is_call(node, *targets) or node.kwargs:  # such as alpha, or a rounding mode

@@ -6,9 +6,25 @@ a window of 0 means that every earlier key is seen (a global layer).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 from transom.graphs.quantized import dequantize
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+BODIES: dict[Any, Callable[..., Any]] = {}
+"""Reference body of every fused operation, by the operation as graphs name it."""
+
+_bodies: list[Callable[..., Any]] = []
+
+
+def _body(function: _Function) -> _Function:
+    """Note the body before it becomes an operation, which only the dispatcher can call."""
+    _bodies.append(function)
+    return function
 
 
 def held_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.Tensor:
@@ -29,6 +45,7 @@ def visible(start: torch.Tensor | int, tokens: int, slots: int, window: int) -> 
 
 
 @torch.library.custom_op("transom::rms_norm", mutates_args=())
+@_body
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x / rms(x) * weight` over the last axis, computed in float32 (a `1 + w` norm has its 1 folded in)."""
     x32 = x.float()
@@ -41,6 +58,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.library.custom_op("transom::add_rms_norm", mutates_args=())
+@_body
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,14 +73,16 @@ def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float)
 
 
 @torch.library.custom_op("transom::rotary", mutates_args=())
+@_body
 def rotary(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool) -> torch.Tensor:
     """Rotate the pairs (x[i], x[i + H/2]).
 
-    `x` is [B, N, T, H] if `heads_first`, else [B, T, N, H]; cosines and sines are [T, H / 2].
+    `x` is [B, N, T, H] if `heads_first`, else [B, T, N, H]; cosines and sines are [T, H / 2], and the sums are taken in
+    their dtype.
     """
     cos, sin = (cos_TH, sin_TH) if heads_first else (cos_TH[:, None], sin_TH[:, None])
     low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
 @rotary.register_fake
@@ -71,6 +91,7 @@ def _(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: 
 
 
 @torch.library.custom_op("transom::gated_gelu", mutates_args=())
+@_body
 def gated_gelu(packed: torch.Tensor) -> torch.Tensor:
     """`gelu_tanh(gate) * up` of a packed projection [..., 2 F] whose first half is the gate."""
     gate, up = packed.chunk(2, dim=-1)
@@ -83,6 +104,7 @@ def _(packed: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("transom::write_cache", mutates_args=())
+@_body
 def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """Write position p into slot p % S; the new tokens stand at `start`, `start + 1`, and so on."""
     slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
@@ -95,6 +117,7 @@ def _(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> 
 
 
 @torch.library.custom_op("transom::attention", mutates_args=())
+@_body
 def attention(
     q_BNTH: torch.Tensor,
     k_BKSH: torch.Tensor,
@@ -131,6 +154,7 @@ def _(
 
 
 @torch.library.custom_op("transom::cached_attention", mutates_args=())
+@_body
 def cached_attention(
     q_BTNH: torch.Tensor,
     k_BTKH: torch.Tensor,
@@ -153,7 +177,7 @@ def cached_attention(
     distance_TJ = positions_T[:, None] - keys_J
     seen_TJ = (keys_J >= 0) & (distance_TJ >= 0)
     if window:
-        seen_TJ &= distance_TJ < window
+        seen_TJ = seen_TJ & (distance_TJ < window)
     k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
     out_BNTH = _attend(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
     kept = min(tokens, slots)
@@ -180,6 +204,7 @@ def _(
 
 
 @torch.library.custom_op("transom::linear_quantized", mutates_args=())
+@_body
 def linear_quantized(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
@@ -195,6 +220,7 @@ def _(
 
 
 @torch.library.custom_op("transom::embedding_quantized", mutates_args=())
+@_body
 def embedding_quantized(
     tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
@@ -221,3 +247,5 @@ ATTENTION = torch.ops.transom.attention.default
 CACHED_ATTENTION = torch.ops.transom.cached_attention.default
 LINEAR_QUANTIZED = torch.ops.transom.linear_quantized.default
 EMBEDDING_QUANTIZED = torch.ops.transom.embedding_quantized.default
+
+BODIES |= {getattr(torch.ops.transom, function.__name__).default: function for function in _bodies}

@@ -36,7 +36,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Ten
     block = codes.shape[2] * 8 // bits
     values = unpack(codes, bits, block).float()
     if zero_points is None:
-        values -= 2 ** (bits - 1)
+        values = values - 2 ** (bits - 1)
     else:
-        values -= unpack(zero_points, bits, blocks).float()[..., None]
+        values = values - unpack(zero_points, bits, blocks).float()[..., None]
     return (values * scales[..., None]).view(rows, blocks * block)

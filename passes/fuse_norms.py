@@ -13,7 +13,7 @@ import torch
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.match import aten, is_call, skip_casts, split_scalar
+from transom.graphs.match import aten, cast_back, is_call, skip_casts, split_scalar
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
@@ -36,7 +36,7 @@ class FuseNorms(Pass):
                 x, eps = found
                 with graph.fx.inserting_before(node):
                     fused = graph.call(ops.RMS_NORM, (x, weight, eps), node)
-                _cast_back(node, x).replace_all_uses_with(fused)
+                cast_back(node, x).replace_all_uses_with(fused)
                 changes += 1
                 break
         return changes
@@ -76,12 +76,3 @@ def _weight(graph: Graph, scale: Any, width: Any) -> Node | None:
     folded = weight.to(torch.float32).map_rows(lambda rows: rows + offset)
     return graph.add_weight(f"{name}.plus_{offset:g}", folded)
 
-
-def _cast_back(node: Node, x: Node) -> Node:
-    """The node that stands for the norm's result: a cast back to x's dtype, where there is one."""
-    users = list(node.users)
-    dtype = x.meta["val"].dtype
-    if len(users) == 1 and is_call(users[0], aten.to.dtype, aten._to_copy.default, aten.type_as.default):
-        if users[0].meta["val"].dtype == dtype:
-            return users[0]
-    return node

@@ -2,7 +2,7 @@
 
 Precondition: `Canonicalize` has run.
 Rewrite: `cat(low * cos - high * sin, high * cos + low * sin)` on the halves of [B, N, T, H], with cosines [T, H / 2].
-Skips: interleaved pairs, partial rotation, and cosines of the full width.
+Skips: interleaved pairs, partial rotation, cosines of the full width, and results of another dtype than the input's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.match import aten, is_call
+from transom.graphs.match import aten, cast_back, is_call, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
@@ -30,9 +30,13 @@ class FuseRotary(Pass):
             found = _match(node)
             if found is None:
                 continue
+            rotated = cast_back(node, found[0])
+            if rotated.meta["val"].dtype != found[0].meta["val"].dtype:
+                self.skipped.append(f"{layer_path(node)}: the rotation changes {found[0]}'s dtype")
+                continue
             with graph.fx.inserting_before(node):
                 fused = graph.call(ops.ROTARY, (*found, True), node)
-            node.replace_all_uses_with(fused)
+            rotated.replace_all_uses_with(fused)
             changes += 1
         return changes
 

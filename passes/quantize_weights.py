@@ -61,6 +61,8 @@ class QuantizeWeights(Pass):
             source = node.args[1] if is_embedding else node.args[0]
             with graph.fx.inserting_before(node):
                 new = graph.call(operation, (source, *quantized, block_format.bits), node)
+                if new.meta["val"].dtype != node.meta["val"].dtype:  # looked-up rows are float32
+                    new = graph.call(aten.to.dtype, (new, node.meta["val"].dtype), node)
             node.replace_all_uses_with(new)
             changes += 1
         return changes

@@ -44,9 +44,9 @@ def rotation(positions_T: torch.Tensor, rope: Rope, head_dim: int) -> tuple[torc
 
 
 def rotate(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + H/2]) of every head."""
+    """Rotate the pairs (x[i], x[i + H/2]) of every head, computed in float32."""
     low, high = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((low * cos_TH - high * sin_TH, high * cos_TH + low * sin_TH), dim=-1)
+    return torch.cat((low * cos_TH - high * sin_TH, high * cos_TH + low * sin_TH), dim=-1).type_as(x_BNTH)
 
 
 def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
