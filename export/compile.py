@@ -63,6 +63,7 @@ def compile_model(
     topology: str | None = None,
     cpu: str | None = None,
     before: Sequence[Pass] = (),
+    traced: Graph | None = None,
     out: Path,
     overwrite: bool = False,
     on_progress: OnProgress = lambda stage, done, total: None,
@@ -79,6 +80,7 @@ def compile_model(
         topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
         before: Passes to run before the target's own, such as `AddTaps`.
+        traced: What `trace_model` made of this model in this dtype, to save doing it again; left as it is.
         out: Folder to write; it appears only when it is whole.
         overwrite: Whether to replace a folder of that name.
         on_progress: Told of every step.
@@ -99,10 +101,11 @@ def compile_model(
     chunk = min(chunk, context)
     passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
     passes, write = Pipeline([*before, *passes.passes]), exporter(target)
-    dtype = _check_options(target, dtype, topology=topology, cpu=cpu)
+    dtype = _check_options(target, quant, dtype, topology=topology, cpu=cpu)
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
-        traced = trace_model(model, dtype=getattr(torch, dtype))
+        if traced is None:
+            traced = trace_model(model, dtype=getattr(torch, dtype))
         on_progress("trace", 1, 1)
         done: list[Pass] = []
 
@@ -182,9 +185,11 @@ def _write_companions(model: Model, folder: Path) -> None:
     (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
 
-def _check_options(target: str, dtype: str | None, **given: str | None) -> str:
+def _check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:
     """The dtype to compute in, if the target has it and takes all that is asked of it."""
     able = TARGETS[target]
+    if scheme(quant).has_float8 and not able.float8:
+        raise TargetError(f"the target {target!r} holds no 8-bit floats, which {quant!r} asks for: choose int8 or int4")
     if dtype is not None and dtype not in able.dtypes:
         raise TargetError(f"the target {target!r} computes in {' or '.join(able.dtypes)}, not in {dtype!r}")
     for option in sorted(name for name, value in given.items() if value is not None and name not in able.options):

@@ -2,9 +2,11 @@
 
 A matrix [R, K] is cut into blocks of `block` columns. It is held as
 
-    codes        uint8 [R, K / block, block * bits / 8]   two 4-bit codes a byte, the even column in the low half
+    codes        uint8 [R, K / block, block * bits / 8]   two 4-bit codes a byte, the even column in the low half;
+                                                          or float8_e4m3fn [R, K / block, block]
     scales       float32 [R, K / block]
-    zero_points  uint8 [R, ceil(K / block * bits / 8)]    packed like the codes; None: the middle code 2 ** (bits - 1)
+    zero_points  uint8 [R, ceil(K / block * bits / 8)]    packed like the codes; None: the middle code 2 ** (bits - 1),
+                                                          and 0 for floats
 
 and means `(code - zero_point) * scale`. This is the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
 """
@@ -35,8 +37,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Ten
     rows, blocks = scales.shape
     block = codes.shape[2] * 8 // bits
     values = unpack(codes, bits, block).float()
-    if zero_points is None:
-        values = values - 2 ** (bits - 1)
-    else:
-        values = values - unpack(zero_points, bits, blocks).float()[..., None]
+    if not codes.is_floating_point():
+        middle = 2 ** (bits - 1) if zero_points is None else unpack(zero_points, bits, blocks).float()[..., None]
+        values = values - middle
     return (values * scales[..., None]).view(rows, blocks * block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Literal
 
 from transom.graphs.errors import QuantizationError
 
@@ -13,17 +14,20 @@ SMALLEST_BLOCK = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockFormat:
-    """How a matrix is cut into blocks of integers.
+    """How a matrix is cut into blocks of narrow numbers.
 
     Attributes:
         bits: 4 or 8.
         block: Columns that share a scale, at most; see `fitted`.
         symmetric: Whether the middle code means zero; otherwise each block has a zero point.
+        number: What a code is: an integer, or an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point
+            Specification 1.0), which has no zero point.
     """
 
     bits: int
     block: int
     symmetric: bool
+    number: Literal["integer", "float8_e4m3fn"] = "integer"
 
     def fitted(self, columns: int) -> BlockFormat:
         """This format with the block halved until it divides the columns.
@@ -61,6 +65,12 @@ class Scheme:
     embedding: BlockFormat | None
     exceptions: tuple[tuple[str, BlockFormat], ...] = ()
 
+    @property
+    def has_float8(self) -> bool:
+        """Whether any weight becomes 8-bit floats, which not every target can hold."""
+        formats = (self.linear, self.embedding, *(fmt for _, fmt in self.exceptions))
+        return any(fmt is not None and fmt.number == "float8_e4m3fn" for fmt in formats)
+
     def of_linear(self, name: str) -> BlockFormat | None:
         """Format of the linear whose weight has this name."""
         found = (fmt for pattern, fmt in self.exceptions if re.search(pattern, name))
@@ -73,6 +83,7 @@ _INT8 = BlockFormat(bits=8, block=32, symmetric=True)
 _TABLE = BlockFormat(bits=8, block=128, symmetric=True)
 _TABLE4 = BlockFormat(bits=4, block=32, symmetric=True)
 _INT4 = BlockFormat(bits=4, block=32, symmetric=False)
+_FP8 = BlockFormat(bits=8, block=128, symmetric=True, number="float8_e4m3fn")
 # Queries, keys and values are a sixth of the projections and the most sensitive part: on the 270M they cause a third
 # of what 4 bits everywhere lose in perplexity.
 _INTO_ATTENTION = r"self_attn\.(q|k|v|qkv)_proj"
@@ -85,6 +96,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(name="int4", linear=_INT4, embedding=_TABLE, exceptions=((_INTO_ATTENTION, _INT8),)),
         # The smallest: worth it where the table is most of the model and memory is what counts.
         Scheme(name="int4_table", linear=_INT4, embedding=_TABLE4, exceptions=((_INTO_ATTENTION, _INT8),)),
+        Scheme(name="fp8", linear=_FP8, embedding=_TABLE),
     )
 }
 

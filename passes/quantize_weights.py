@@ -26,6 +26,8 @@ from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
 from transom.passes.share_embedding import ShareEmbedding
 
+FLOAT8 = torch.float8_e4m3fn
+
 BLOCK_NUMBERS = 2**18
 """Numbers quantised at a time: 1 MiB of float32 stays in a core's cache, which made rounding 3 times faster."""
 
@@ -84,7 +86,8 @@ def _add_codes(graph: Graph, name: str, weight: Weight, fmt: BlockFormat) -> tup
             origin=weight.origin,
         )
 
-    codes = graph.add_weight(f"{name}.codes", part((blocks, fmt.block * fmt.bits // 8), torch.uint8, 0))
+    code_dtype = torch.uint8 if fmt.number == "integer" else FLOAT8
+    codes = graph.add_weight(f"{name}.codes", part((blocks, fmt.block * fmt.bits // 8), code_dtype, 0))
     scales = graph.add_weight(f"{name}.scales", part((blocks,), torch.float32, 1))
     if fmt.symmetric:
         return codes, scales, None
@@ -145,7 +148,8 @@ class _Grid:
 
     def _quantize(self, start: int, stop: int) -> _Parts:
         fmt, lattice = self.format, self.weight.lattice
-        if lattice is not None and fmt.symmetric and fmt.bits == 8 and lattice.block == fmt.block:
+        integer = fmt.number == "integer"
+        if lattice is not None and integer and fmt.symmetric and fmt.bits == 8 and lattice.block == fmt.block:
             signed, scales = lattice.read_rows(start, stop)
             self._check_finite(scales, start, stop)
             codes = (signed.to(torch.int16) + 128).to(torch.uint8).view(stop - start, -1, fmt.block)
@@ -169,11 +173,15 @@ def quantize_rows(rows: torch.Tensor, fmt: BlockFormat) -> _Parts:
         fmt: The format; `fmt.block` divides K.
 
     Returns:
-        Unpacked codes uint8 [R, K / block, block], scales float32 [R, K / block], and zero points uint8
+        Unpacked codes uint8 or float8_e4m3fn [R, K / block, block], scales float32 [R, K / block], and zero points uint8
         [R, K / block] ([R, 0] if symmetric).
     """
     blocks = rows.view(rows.shape[0], -1, fmt.block)
     top = 2**fmt.bits - 1
+    if fmt.number == "float8_e4m3fn":
+        scales = blocks.abs().amax(-1) / torch.finfo(FLOAT8).max
+        scales = torch.where(scales == 0, 1.0, scales)
+        return (blocks / scales[..., None]).to(FLOAT8), scales, torch.empty(rows.shape[0], 0, dtype=torch.uint8)
     if fmt.symmetric:
         middle = 2 ** (fmt.bits - 1)
         scales = blocks.abs().amax(-1) / (middle - 1)

@@ -13,12 +13,14 @@ class Target:
         text: The target in words.
         extra: The extra of this package that brings what it needs; None if nothing more is needed.
         dtypes: What it can compute in; the first one is the default.
+        float8: Whether it can hold weights of 8-bit floats.
         options: Export options that only some targets take: "topology", "cpu".
     """
 
     text: str
     extra: str | None = None
     dtypes: tuple[str, ...] = ("float32",)
+    float8: bool = False
     options: frozenset[str] = frozenset()
 
 
@@ -29,6 +31,7 @@ TARGETS: dict[str, Target] = {
         text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
         dtypes=("float32", "bfloat16"),
+        float8=True,
         options=frozenset({"topology"}),
     ),
     "tvm": Target(

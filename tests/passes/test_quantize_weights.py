@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import nn
 
+from tests.artifacts import CHUNK
 from tests.case import Case, export, run_graph
-from tests.tolerances import FP32_ATTENTION, FP32_LOGITS
+from tests.tolerances import FP8_WEIGHTS, FP32_ATTENTION, FP32_LOGITS
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph
@@ -21,6 +24,7 @@ from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
+from transom.passes.pipelines import pipeline
 from transom.passes.quantize_weights import QuantizeWeights, quantize_rows
 from transom.zoo.model import Model
 
@@ -67,6 +71,20 @@ def test_rounding_error_is_bounded_by_the_block(fmt: BlockFormat, seed: int, exp
         # At worst the whole range, rounded once; the zero point's own rounding adds half a step.
         step = (blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)) / (2**fmt.bits - 1)
         assert (error <= step[..., None] * 1.001).all()
+
+
+@given(seed=seeds, exponent=st.integers(-20, 20))
+def test_floats_of_8_bits_keep_four_digits(seed: int, exponent: int) -> None:
+    fmt = BlockFormat(bits=8, block=32, symmetric=True, number="float8_e4m3fn")
+    rows = normal(seed, 3, 96) * 2.0**exponent
+    rows[1, 32:64] = 0
+    codes, scales, zeros = quantize_rows(rows, fmt)
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == (3, 3, 32) and zeros.shape == (3, 0)
+    found = dequantize(codes, scales, None, 8)
+    # Half a step is a sixteenth of a normal number, or half of the smallest subnormal one, 2 ** -9.
+    bound = torch.maximum(rows.abs() / 16, scales.repeat_interleave(32, 1) * 2.0**-10) * 1.001
+    assert ((found - rows).abs() <= bound).all()
+    assert (found[1, 32:64] == 0).all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -229,3 +247,12 @@ def test_an_unknown_scheme_is_named() -> None:
 def test_nothing_is_quantised_by_none(scored: Graph) -> None:
     Case(graph=scored).run(QuantizeWeights(scheme("none"))).expect_changes(0)
     assert Scheme(name="x", linear=None, embedding=None) != scheme("none")
+
+
+def test_a_graph_with_8_bit_floats(tiny: Model, text: list[int], text_logits: NDArray[np.float32]) -> None:
+    case = Case.of(tiny).run(*pipeline("xla", chunk=CHUNK, scheme=scheme("fp8")).passes)
+    assert {weight.dtype for name, weight in case.graph.weights.items() if name.endswith("_proj.weight.codes")} == {
+        torch.float8_e4m3fn
+    }
+    found = case.session(chunk=CHUNK).logits(text)
+    assert 0 < np.sqrt(np.square(found - text_logits).mean()) < FP8_WEIGHTS
