@@ -85,10 +85,12 @@ def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseGatedMLP(),
         PackProjections(),
         SelectLogits(),
+        # Fused first: then a window of slots is enough for chunks of any length.
+        FuseCachedAttention(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         QuantizeWeights(scheme),
-        FuseCachedAttention(),
+        FuseAddNorms(),
     ]
 
 

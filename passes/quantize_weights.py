@@ -173,8 +173,8 @@ def quantize_rows(rows: torch.Tensor, fmt: BlockFormat) -> _Parts:
         fmt: The format; `fmt.block` divides K.
 
     Returns:
-        Unpacked codes uint8 or float8_e4m3fn [R, K / block, block], scales float32 [R, K / block], and zero points uint8
-        [R, K / block] ([R, 0] if symmetric).
+        Unpacked codes uint8 or float8_e4m3fn [R, K / block, block], scales float32 [R, K / block], and zero points
+        uint8 [R, K / block] ([R, 0] if symmetric).
     """
     blocks = rows.view(rows.shape[0], -1, fmt.block)
     top = 2**fmt.bits - 1

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
+DATA = ("transom/py.typed", "transom/validation/prompt.txt", "transom/validation/report.css")
+"""What the wheel holds beside modules: the text that validation reads, and the style of its report."""
+
 
 def folder_of(package: str) -> Path:
     """Where a package's modules stand, by the longest entry of package-dir that fits."""
@@ -66,7 +69,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_the_wheel_holds_every_module(wheel: set[str]) -> None:
-    expected = {"transom/py.typed"}
+    expected = set(DATA)
     for package in SETUPTOOLS["packages"]:
         expected |= {f"{package.replace('.', '/')}/{path.name}" for path in folder_of(package).glob("*.py")}
     assert expected <= wheel
@@ -76,7 +79,7 @@ def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     version = PYPROJECT["project"]["version"]
     assert tops == {"transom", f"transom-{version}.dist-info"}
-    assert not [name for name in wheel if name.startswith("transom/") and not name.endswith((".py", "py.typed"))]
+    assert not [name for name in wheel if name.startswith("transom/") and not name.endswith(".py") and name not in DATA]
 
 
 def test_versions_agree() -> None:

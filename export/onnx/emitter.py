@@ -19,9 +19,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from transom.backends.artifact import MODEL_FILE
+from transom.export.lowering import require_supported
 from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
-from transom.graphs.match import aten, is_call, layer_path, source_line
+from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -65,33 +66,6 @@ class Dialect:
     ir_version: int
     domains: Mapping[str, int]
     lowerings: Mapping[Any, Lowering]
-
-
-class Table(dict[Any, Lowering]):
-    """Lowerings by operation; registering one twice is an error."""
-
-    def lowers(self, *targets: Any) -> Callable[[Lowering], Lowering]:
-        """Register a function as the lowering of some operations."""
-
-        def register(function: Lowering) -> Lowering:
-            for target in targets:
-                if target in self:
-                    raise ValueError(f"{target} is lowered by {self[target].__name__} already")
-                self[target] = function
-            return function
-
-        return register
-
-
-def unsupported(graph: Graph, dialect: Dialect) -> str:
-    """Every operation that the dialect lacks, a line each with its count and one source line; empty if none."""
-    known = {*dialect.lowerings, operator.getitem}
-    missing = [node for node in graph.calls_all() if node.target not in known]
-    first = {node.target: node for node in reversed(missing)}
-    return "\n".join(
-        f"  {count:4d} x {target} [{source_line(first[target]) or first[target].name}]"
-        for target, count in Counter(node.target for node in missing).most_common()
-    )
 
 
 class Emitter:
@@ -285,8 +259,7 @@ def write(
     Raises:
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
-    if rows := unsupported(graph, dialect):
-        raise UnsupportedOpsError(f"the target {dialect.name!r} cannot lower these operations:\n{rows}")
+    require_supported(graph, dialect.lowerings, dialect.name)
     with open(folder / DATA_FILE, "wb") as data:
         model = Emitter(graph, dialect, data, on_bytes=on_bytes).emit()
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())

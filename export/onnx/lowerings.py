@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter, Table
+from transom.export.lowering import Table
+from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node, is_node

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from transom.export.onnx.emitter import Dialect, Emitter, Table
+from transom.export.lowering import Table
+from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
 from transom.graphs import ops
 from transom.graphs.match import aten

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from transom.export.onnx.emitter import Dialect, Emitter, Table
+from transom.export.lowering import Table
+from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError

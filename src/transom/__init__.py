@@ -10,6 +10,7 @@ Importing this package imports no runtime and no torch; each function brings wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from transom.backends.session import Session
     from transom.export.compile import Artifact
     from transom.graphs.graph import Graph
+    from transom.validation.result import Validation
+    from transom.validation.sources import Source
+    from transom.validation.verdict import Verdict
     from transom.zoo.model import Model
 
-__all__ = ["compile", "load", "open", "trace"]
+__all__ = ["bisect", "compile", "load", "open", "trace", "validate"]
 __version__ = "0.1.0"
 
 
@@ -54,3 +58,17 @@ def open(folder: str | Path, *, threads: int | None = None, verify: bool = True)
     if (Path(folder) / "tokenizer.json").is_file():
         session.tokenizer = Tokenizer.from_folder(Path(folder))
     return session
+
+
+def validate(model_or_dirs: str | Path | Model | Sequence[str | Path | Model], **options: Any) -> Validation:
+    """Hold targets or artifacts against the plain module; see `transom.validation.validate.validate_sources`."""
+    from transom.validation.validate import validate_sources
+
+    return validate_sources(model_or_dirs, **options)
+
+
+def bisect(a: Source, b: Source, **options: Any) -> Verdict:
+    """Find the first layer and operation where two runs of one model differ; see `transom.validation.bisect.bisect`."""
+    from transom.validation.bisect import bisect as find
+
+    return find(a, b, **options)

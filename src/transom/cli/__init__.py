@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import export, models, run
+from transom.cli import bisect, export, models, run, validate
 from transom.graphs.errors import TransomError
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ def common(
 models.register(app)
 export.register(app)
 run.register(app)
+validate.register(app)
+bisect.register(app)
 
 
 def main() -> None:

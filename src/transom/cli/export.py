@@ -48,12 +48,14 @@ def export(
     ] = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
+    taps: Annotated[bool, typer.Option("--taps", help="Return intermediate values too, for transom bisect.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder of that name.")] = False,
     json: Json = False,
 ) -> None:
     """Lower a model to a target and write the artifact."""
     from transom.backends.artifact import check_absent
     from transom.export.compile import CHUNK, compile_model
+    from transom.passes.add_taps import AddTaps
 
     # What can be refused at once should not wait for the weights.
     check_absent(out, overwrite=overwrite)
@@ -68,6 +70,7 @@ def export(
             dtype=dtype,
             topology=topology,
             cpu=cpu,
+            before=[AddTaps()] if taps else (),
             out=out,
             overwrite=overwrite,
             on_progress=on_progress,
@@ -109,16 +112,18 @@ def inspect(
 ) -> None:
     """Show what an artifact is: its source, caches, passes, files, and what was not done."""
     from transom.backends.artifact import read_manifest
+    from transom.validation.certificate import read_certificate
 
-    manifest = read_manifest(folder, verify=verify)
+    manifest, certificate = read_manifest(folder, verify=verify), read_certificate(folder)
     if json:
-        print_json(manifest.to_json())
+        print_json({**manifest.to_json(), "certificate": certificate.to_json()})
         return
     facts = Table("", "", title=escape(str(folder)), show_header=False)
     facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
     facts.add_row("revision", manifest.source["revision"])
     facts.add_row("target", f"{manifest.target}, {manifest.quantization}, {manifest.dtype}")
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
+    facts.add_row("validation", escape(certificate.describe()))
     for name, entry in manifest.files.items():
         facts.add_row(name, f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}")
     console.print(facts)

@@ -1,0 +1,27 @@
+"""The one pair of Apache TVM packages that works together: other pairs crash while they are imported or compile."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from transom.graphs.errors import TargetError
+
+PAIR = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+"""Version by distribution."""
+
+INSTALL = "pip install 'transom[tvm]'"
+
+
+def require(*distributions: str) -> None:
+    """Check versions without importing anything.
+
+    Raises:
+        TargetError: If one of the distributions is missing, or of another version.
+    """
+    for name in distributions:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise TargetError(f"the target 'tvm' needs {name} {PAIR[name]}, which is missing: {INSTALL}") from None
+        if found != PAIR[name]:
+            raise TargetError(f"the target 'tvm' needs {name} {PAIR[name]}, not {found}: {INSTALL}")

@@ -1,0 +1,125 @@
+"""StableHLO programs on XLA, through jax. Needs no torch.
+
+Caches are static: those of global layers have the whole context from the start. Every call gives them up and gets them
+back, so XLA writes into the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
+from transom.backends.xla.runtime import CACHES, load_jax
+from transom.graphs.errors import ArtifactError
+
+
+class XlaSession(Session):
+    """An `xla` artifact, on jax's first device: a CPU, unless JAX_PLATFORMS says otherwise.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        tokenizer: Its tokenizer.
+        threads: Threads of XLA on a CPU; see `runtime.load_jax`.
+
+    Raises:
+        TargetError: If jax is not installed.
+        ArtifactError: If jax cannot read the programs, or the weights are damaged.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, tokenizer: Tokenizer | None = None, threads: int | None = None
+    ) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            caches=manifest.caches,
+            stop_ids=manifest.stop_ids,
+            tokenizer=tokenizer,
+        )
+        self._jax = load_jax(threads)
+        details = manifest.details
+        self._made = f"jax {details['jax']} on {details['date']}"
+        self._programs = {
+            entry["tokens"]: self._program(folder / entry["file"]) for entry in details["programs"].values()
+        }
+        self._tap_axes: dict[str, dict[str, int]] = {tap.name: details["tap_axes"][tap.name] for tap in manifest.taps}
+        parameters = {
+            name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
+            for name, entry in details["parameters"].items()
+        }
+        self._parameters = read_parameters(folder / WEIGHTS_FILE, parameters, self._jax.device_put)
+        self._compiled: dict[tuple[int, int], Any] = {}
+        self._arrays: list[Any] = []
+
+    def _program(self, path: Path) -> Any:
+        import jax.export
+
+        try:
+            return jax.export.deserialize(bytearray(path.read_bytes()))
+        except Exception as error:  # of several classes, by what is wrong
+            raise self._unreadable(path.name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> ArtifactError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return ArtifactError(
+            f"jax {self._jax.__version__} cannot read {name}, made by {self._made} ({reason}): export the model again"
+        )
+
+    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+        count = tokens.size
+        length = min(length for length in self._programs if length >= count)
+        # Only these two numbers of positions, so that no more programs need compiling.
+        wanted = 1 if logit_positions.size <= 1 else length
+        padded, positions = np.zeros((1, length), np.int32), np.zeros(wanted, np.int32)
+        padded[0, :count], positions[: logit_positions.size] = tokens, logit_positions
+        if not self._arrays:
+            self._arrays = self._zeros()
+        arguments = (padded, np.int32(self.position), np.int32(count), positions)
+        run = self._executable(length, wanted, arguments)
+        # A call that is cut short takes the caches with it.
+        caches, self._arrays = self._arrays, []
+        logits, self._arrays, taps = run(self._parameters, caches, *arguments)
+        self.tapped = {
+            name: self._cut(np.asarray(tap), axes, count, logit_positions.size)
+            for (name, axes), tap in zip(self._tap_axes.items(), taps, strict=True)
+        }
+        found: Float = np.asarray(logits)[0, : logit_positions.size].astype(np.float32)
+        return found
+
+    def _executable(self, length: int, wanted: int, arguments: tuple[Any, ...]) -> Any:
+        """The program for so many tokens and positions, compiled when it is first needed."""
+        if (length, wanted) not in self._compiled:
+            # Only the caller's donation lets XLA reuse the memory of the caches.
+            try:
+                program = self._jax.jit(self._programs[length].call, donate_argnums=(CACHES,))
+                self._compiled[length, wanted] = program.lower(self._parameters, self._arrays, *arguments).compile()
+            except Exception as error:  # the compiler's errors have no common base
+                raise self._unreadable(f"the program for {length} tokens", error) from error
+        return self._compiled[length, wanted]
+
+    def _cut(self, tap: NDArray[Any], axes: dict[str, int], tokens: int, positions: int) -> Float:
+        """A tap without its padding."""
+        for kind, count in (("tokens", tokens), ("positions", positions)):
+            if kind in axes:
+                tap = np.take(tap, np.arange(count), axes[kind])
+        return tap.astype(np.float32)
+
+    def _allocate(self, slots: int) -> None:
+        if not self._arrays:
+            self._arrays = self._zeros()
+
+    def _zeros(self) -> list[Any]:
+        zeros, numpy = self._jax.numpy.zeros, self._jax.numpy
+        return [zeros((1, cache.heads, cache.slots, cache.width), getattr(numpy, cache.dtype)) for cache in self.caches]
+
+    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
+        yield from zip(self.caches, self._arrays, strict=False)

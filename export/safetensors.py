@@ -1,0 +1,68 @@
+"""Writes weights as one safetensors file, block by block: peak memory is a few row blocks, however large the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from transom.graphs.weight import Weight
+
+ALIGNMENT = 64
+"""Offset of tensors in the file, in bytes, so that a runtime can use a mapped file as it stands."""
+
+NAMES: dict[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def stored_names(weights: Mapping[str, Weight]) -> dict[str, str]:
+    """Name in the file by the graph's name: weights that share a recipe stand there once."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
+
+
+def write(weights: Mapping[str, Weight], path: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Write every weight once.
+
+    The format has no gaps, so tensors whose size is no multiple of `ALIGNMENT` come last, where they cannot push
+    others off it; a reader must copy those that stand behind one.
+
+    Args:
+        weights: By name.
+        path: File to write.
+        on_bytes: Called with the number of bytes written each time.
+    """
+    stored = {name: weights[name] for name in dict.fromkeys(stored_names(weights).values())}
+    stored = dict(sorted(stored.items(), key=lambda item: item[1].bytes % ALIGNMENT != 0))
+    with open(path, "wb") as file:
+        file.write(_header(stored))
+        for weight in stored.values():
+            for block in weight.blocks():
+                raw = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+                file.write(raw.data)
+                on_bytes(raw.nbytes)
+
+
+def _header(stored: Mapping[str, Weight]) -> bytes:
+    entries, offset = {}, 0
+    for name, weight in stored.items():
+        entries[name] = {
+            "dtype": NAMES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [offset, offset + weight.bytes],
+        }
+        offset += weight.bytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,201 @@
+"""Writes a graph as functions of TVM's Relax, with kernels of our own: no operation is left to a default schedule.
+
+Values keep no batch axis, as sessions run one text at a time: [B, T] is held as a vector [T], [B, T, ...] as a matrix
+of T rows. So changes of view cost nothing, and every kernel sees rows.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tvm import relax, tirx
+
+from transom.export.safetensors import stored_names
+from transom.export.tvm.kernels.tile import Tile
+from transom.graphs.errors import UnsupportedOpsError
+from transom.graphs.graph import Graph
+from transom.graphs.match import layer_path
+from transom.graphs.node import Node
+
+Lowering = Callable[["Emitter", Node], Any]
+"""Emits the calls for one node and returns its value, or a list of values if it has several."""
+
+
+class Emitter:
+    """State of one function while it is written.
+
+    Args:
+        graph: What to lower.
+        lowerings: Lowering by exact operation.
+        builder: Holds the module that functions and kernels go to.
+        kernels: Kernels that the module holds already; shared by its functions.
+        tile: Sizes of the innermost loops.
+        tokens: New tokens in a call: a number, or None if it is symbolic.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        lowerings: Mapping[Any, Lowering],
+        builder: relax.BlockBuilder,
+        kernels: dict[Any, Any],
+        tile: Tile,
+        tokens: int | None,
+    ) -> None:
+        self.graph, self.tile, self.builder = graph, tile, builder
+        self._lowerings, self._kernels = lowerings, kernels
+        self._values: dict[Node, Any] = {}
+        ids, _, wanted, *caches = (node.meta["val"] for node in graph.user_inputs())
+        self._batch = str(ids.shape[0])
+        self._sizes: dict[str, Any] = {
+            str(ids.shape[1]): tokens or tirx.Var("tokens", "int64"),
+            str(wanted.shape[0]): tokens or tirx.Var("positions", "int64"),
+            **{str(cache.shape[2]): tirx.Var("slots", "int64") for cache in caches if is_symbol(cache.shape[2])},
+        }
+
+    def emit(self, name: str, chunk: int) -> None:
+        """Add the function to the module.
+
+        Its inputs are the new tokens [T], their start [], the wanted positions [P], the caches, and every stored
+        weight; it returns logits [P, V], the caches, and the taps as they are held.
+
+        Args:
+            name: Of the function.
+            chunk: Most new tokens in one call; memory is planned for as many.
+        """
+        held = self.graph.weight_names()
+        stored = stored_names(self.graph.weights)
+        inputs = [self._input(node) for node in self.graph.user_inputs()]
+        weights: dict[str, Any] = {}
+        for placeholder, node in self.graph.placeholders().items():
+            if placeholder in held:
+                key = stored[held[placeholder]]
+                if key not in weights:
+                    weights[key] = self._input(node)
+                self._values[node] = weights[key]
+        parameters = [*inputs, *(weights[key] for key in parameter_names(self.graph))]
+        bounds = {"tokens": chunk, "positions": chunk}
+        with self.builder.function(name, parameters, attrs={"tir_var_upper_bound": bounds}):
+            with self.builder.dataflow():
+                for node in self.graph.calls_all():
+                    self._values[node] = self._lower(node)
+                results = [self.value(node) for node in self.graph.output.args[0]]
+                returned = self.builder.emit_output(relax.Tuple(results))
+            self.builder.emit_func_output(returned)
+
+    def _lower(self, node: Node) -> Any:
+        if node.target is operator.getitem:
+            return self._values[node.args[0]][node.args[1]]
+        return self._lowerings[node.target](self, node)
+
+    def _input(self, node: Node) -> Any:
+        value = node.meta["val"]
+        found = relax.Var(node.name, relax.TensorType(self.shape(node), dtype_name(value.dtype)))
+        self._values[node] = found
+        return found
+
+    def value(self, node: Node) -> Any:
+        """A node's value."""
+        return self._values[node]
+
+    def size(self, symbol: Any) -> Any:
+        """A size: a number, or the symbol of one."""
+        if not is_symbol(symbol):
+            return int(symbol)
+        if str(symbol) == self._batch:
+            return 1
+        if str(symbol) not in self._sizes:
+            raise UnsupportedOpsError(f"no input has the size {symbol}: the target 'tvm' cannot compute it")
+        return self._sizes[str(symbol)]
+
+    def is_batched(self, node: Node) -> bool:
+        """Whether a value has a batch axis, which is dropped."""
+        shape = node.meta["val"].shape
+        return len(shape) > 1 and str(shape[0]) == self._batch
+
+    def shape(self, node: Node) -> list[Any]:
+        """A value's shape as it is held."""
+        sizes = self._whole(node)
+        if not self.is_batched(node):
+            return sizes
+        if len(sizes) == 4 and any(node.name == cache.input for cache in self.graph.caches):
+            return sizes
+        return [sizes[1], math.prod(sizes[2:])] if len(sizes) > 2 else sizes[1:]
+
+    def _whole(self, node: Node) -> list[Any]:
+        return [self.size(size) for size in node.meta["val"].shape]
+
+    def width(self, node: Node) -> int:
+        """Numbers in a row of a value that is held as a matrix."""
+        return int(self.shape(node)[1])
+
+    def is_single(self, node: Node) -> bool:
+        """Whether a value is known to have one row."""
+        return isinstance(self.shape(node)[0], int) and self.shape(node)[0] == 1
+
+    def refuse(self, node: Node, reason: str) -> UnsupportedOpsError:
+        """An error about a use of an operation that the kernels do not cover."""
+        return UnsupportedOpsError(
+            f"the target 'tvm' cannot lower {node.target} at {layer_path(node) or node.name}: {reason}"
+        )
+
+    def call(
+        self,
+        key: Any,
+        make: Callable[[], Any],
+        inputs: Sequence[Any],
+        *outputs: Sequence[Any],
+        in_place: Sequence[int] = (),
+    ) -> list[Any]:
+        """Call a kernel of our own.
+
+        Args:
+            key: Equal keys share a kernel.
+            make: Makes the kernel; its parameters are the inputs, then the outputs.
+            inputs: Values.
+            outputs: Shapes of new float32 outputs.
+            in_place: Indices of inputs that it writes; they follow the outputs in what is returned.
+        """
+        if key not in self._kernels:
+            self._kernels[key] = self.builder.add_func(make(), str(key[0]))
+        types = [relax.TensorType(list(shape), "float32") for shape in outputs]
+        types += [relax.TensorType(inputs[index].ty.shape, inputs[index].ty.dtype) for index in in_place]
+        kernel, given = self._kernels[key], list(inputs)
+        if in_place:
+            places = [*(-1 for _ in outputs), *in_place]
+            found = self.builder.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(given), places, types))
+        else:
+            found = self.builder.emit(relax.op.call_tir(kernel, given, types if len(types) > 1 else types[0]))
+        if len(types) == 1:
+            return [found]
+        return [self.builder.emit(relax.TupleGetItem(found, index)) for index in range(len(types))]
+
+
+def parameter_names(graph: Graph) -> list[str]:
+    """Names of the stored weights, in the order in which functions take them."""
+    stored, held = stored_names(graph.weights), graph.weight_names()
+    return list(dict.fromkeys(stored[held[name]] for name in graph.placeholders() if name in held))
+
+
+def tap_shapes(graph: Graph) -> dict[str, list[int]]:
+    """Shape of every tap as the graph has it, tokens as -1, by name."""
+    taps = graph.output.args[0][1 + len(graph.caches) :]
+    batch = str(graph.user_inputs()[0].meta["val"].shape[0])
+    return {
+        tap.name: [(1 if str(size) == batch else -1) if is_symbol(size) else size for size in node.meta["val"].shape]
+        for tap, node in zip(graph.taps, taps, strict=True)
+    }
+
+
+def is_symbol(size: Any) -> bool:
+    """Whether a size is known only when the graph runs."""
+    return not isinstance(size, int)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in TVM's words."""
+    return str(dtype).removeprefix("torch.")

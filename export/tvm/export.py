@@ -1,0 +1,49 @@
+"""The exporter of the target "tvm": a shared library and a file of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
+from transom.backends.tvm.compat import PAIR
+from transom.export import safetensors
+from transom.export.exporter import Lowered, Request
+from transom.export.lowering import require_supported
+from transom.export.tvm import compat  # noqa: F401 (checks versions before anything of TVM is imported)
+from transom.export.tvm.build import write_library
+from transom.export.tvm.emitter import parameter_names, tap_shapes
+from transom.export.tvm.lowerings import TABLE
+from transom.export.tvm.processor import processor
+from transom.graphs.graph import Graph
+
+
+def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+    """Write `model.so` and `params.safetensors`.
+
+    Args:
+        graph: A `decode` graph that the target's passes have rewritten.
+        folder: Where; it exists.
+        request: What is asked for.
+
+    Raises:
+        UnsupportedOpsError: Naming every operation that the target cannot lower.
+        TargetError: If the processor is unknown, or nothing here can link for it.
+    """
+    require_supported(graph, TABLE, request.target)
+    made_for = processor(request.cpu)
+    request.on_program(0, 1)
+    write_library(graph, made_for, folder / LIBRARY, chunk=request.chunk)
+    request.on_program(1, 1)
+    safetensors.write(graph.weights, folder / PARAMETERS, on_bytes=request.on_bytes)
+    return Lowered(
+        payload=LIBRARY,
+        libraries=tuple(PAIR),
+        details={
+            "machine": made_for.machine,
+            "triple": made_for.triple,
+            "cpu": made_for.cpu,
+            "needs": list(made_for.needs),
+            "parameters": parameter_names(graph),
+            "tap_shapes": tap_shapes(graph),
+        },
+    )

@@ -1,0 +1,222 @@
+"""Attention over a ring of cached keys and the new ones, and the write that follows it, as one kernel.
+
+Only keys that a token sees are visited: a local layer's cost does not grow with the text. The cached part and the new
+part are walked in blocks, with a running maximum and sum (Rabe and Staats, arXiv:2112.05682), so memory is one block's
+scores. The new keys and values are written into the caches in place once every token has attended.
+
+Axes: M new tokens, N query heads, K key heads, R = N / K, S slots, H numbers of a head.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from transom.export.tvm.kernels.arithmetic import exponential, lane_sum
+from transom.export.tvm.kernels.tile import Tile, divisor
+
+BLOCK = 64
+"""Keys whose scores are held at once."""
+
+EMPTY = -1e30
+"""Score of a key that is not there: its exponential is zero, and it has no NaNs."""
+
+
+def cached(buffer: Any, head: Any, index: Any, column: Any) -> Any:
+    """A number of a cache [1, K, S, H]; `index` may be up to one round of the ring too large."""
+    slots = buffer.shape[2]
+    return buffer[0, head, T.if_then_else(index >= slots, index - slots, index), column]
+
+
+def fresh(h: int) -> Any:
+    """Reads numbers of new keys or values [M, K * H]."""
+    return lambda buffer, head, index, column: buffer[index, head * h + column]
+
+
+@T.inline
+def visit(  # type: ignore[no-untyped-def]
+    number, Q, K, V, row, head, first, count, scale, scores, top, total, out, groups, h, lanes, strip, keys
+):
+    """Attend over `count` keys from `first` on; `number` reads K and V."""
+    shift = T.alloc_buffer((groups,), "float32", scope="local")
+    best = T.alloc_buffer((groups, lanes), "float32", scope="local")
+    for block in T.serial((count + T.int64(BLOCK - 1)) // T.int64(BLOCK)):
+        for group in T.unroll(groups):
+            for step in T.unroll(BLOCK // lanes):
+                for lane in T.vectorized(lanes):
+                    scores[group, step * lanes + lane] = T.float32(EMPTY)
+        for quad in T.serial((T.min(count - block * BLOCK, T.int64(BLOCK)) + T.int64(keys - 1)) // T.int64(keys)):
+            products = T.alloc_buffer((groups * keys, lanes), "float32", scope="local")
+            for item in T.unroll(groups * keys):
+                for lane in T.vectorized(lanes):
+                    products[item, lane] = T.float32(0)
+            for step in T.serial(h // lanes):
+                for group in T.unroll(groups):
+                    for key in T.unroll(keys):
+                        for lane in T.vectorized(lanes):
+                            products[group * keys + key, lane] = products[group * keys + key, lane] + Q[
+                                row, (head * groups + group) * h + step * lanes + lane
+                            ] * number(
+                                K,
+                                head,
+                                first + T.min(block * BLOCK + quad * keys + key, count - 1),
+                                step * lanes + lane,
+                            )
+            for group in T.unroll(groups):
+                for key in T.unroll(keys):
+                    if block * BLOCK + quad * keys + key < count:
+                        scores[group, quad * keys + key] = lane_sum(products, group * keys + key, lanes) * T.float32(
+                            scale
+                        )
+        for group in T.unroll(groups):
+            for lane in T.vectorized(lanes):
+                best[group, lane] = scores[group, lane]
+            for step in T.serial(BLOCK // lanes):
+                for lane in T.vectorized(lanes):
+                    best[group, lane] = T.max(best[group, lane], scores[group, step * lanes + lane])
+            shift[group] = top[group]
+            for lane in T.unroll(lanes):
+                top[group] = T.max(top[group], best[group, lane])
+            shift[group] = exponential(shift[group] - top[group])
+            for lane in T.vectorized(lanes):
+                best[group, lane] = T.float32(0)
+            for step in T.serial(BLOCK // lanes):
+                for lane in T.vectorized(lanes):
+                    scores[group, step * lanes + lane] = exponential(scores[group, step * lanes + lane] - top[group])
+                    best[group, lane] = best[group, lane] + scores[group, step * lanes + lane]
+            total[group] = total[group] * shift[group] + lane_sum(best, group, lanes)
+        for wide in T.serial(h // (strip * lanes)):
+            sums = T.alloc_buffer((groups * strip, lanes), "float32", scope="local")
+            for group in T.unroll(groups):
+                for item in T.unroll(strip):
+                    for lane in T.vectorized(lanes):
+                        sums[group * strip + item, lane] = (
+                            out[group, (wide * strip + item) * lanes + lane] * shift[group]
+                        )
+            for key in T.serial(T.min(count - block * BLOCK, T.int64(BLOCK))):
+                for group in T.unroll(groups):
+                    for item in T.unroll(strip):
+                        for lane in T.vectorized(lanes):
+                            sums[group * strip + item, lane] = sums[group * strip + item, lane] + scores[
+                                group, key
+                            ] * number(V, head, first + block * BLOCK + key, (wide * strip + item) * lanes + lane)
+            for group in T.unroll(groups):
+                for item in T.unroll(strip):
+                    for lane in T.vectorized(lanes):
+                        out[group, (wide * strip + item) * lanes + lane] = sums[group * strip + item, lane]
+
+
+def cached_attention(
+    heads: int, key_heads: int, h: int, window: int, scale: float, tile: Tile, *, single: bool = False
+) -> Any:
+    """Queries [M, N * H], keys and values [M, K * H], caches [1, K, S, H], start [] -> output [M, N * H].
+
+    Args:
+        heads: N.
+        key_heads: K.
+        h: H.
+        window: Keys that a token sees, at most S; 0 for all.
+        scale: Factor of the scores.
+        tile: Sizes of the innermost loops.
+        single: Whether M is 1.
+    """
+    groups, lanes = heads // key_heads, divisor(h, tile.lanes)
+    # Half of the registers accumulate, the rest is for what they are made of.
+    keys = divisor(4, max(1, tile.registers // 2 // groups))
+    strip = divisor(h // lanes, keys)
+    new = fresh(h)
+    reach = window or 2**62
+    loop = T.serial if single and key_heads == 1 else T.parallel
+
+    @T.prim_func(private=True, s_tir=True)
+    def cached_attention_rows(
+        q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, o: T.handle
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        s = T.int64()
+        Q = T.match_buffer(q, (m, heads * h), "float32")
+        K = T.match_buffer(k, (m, key_heads * h), "float32")
+        V = T.match_buffer(v, (m, key_heads * h), "float32")
+        K_cache = T.match_buffer(kc, (1, key_heads, s, h), "float32")
+        V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
+        start = T.match_buffer(p, (), "int64")
+        output = T.match_buffer(o, (m, heads * h), "float32")
+        for task in loop(m * key_heads):
+            # Threads get runs of tasks, and later tokens see more: early and late ones take turns.
+            row = T.alloc_buffer((1,), "int64", scope="local")
+            row[0] = task // key_heads
+            row[0] = T.if_then_else(row[0] % 2 == 0, row[0] // 2, m - 1 - row[0] // 2)
+            first = T.alloc_buffer((1,), "int64", scope="local")
+            first[0] = T.max(start[()] + row[0] - T.int64(reach) + 1, T.int64(0))
+            scores = T.alloc_buffer((groups, BLOCK), "float32", scope="local")
+            top = T.alloc_buffer((groups,), "float32", scope="local")
+            total = T.alloc_buffer((groups,), "float32", scope="local")
+            out = T.alloc_buffer((groups, h), "float32", scope="local")
+            for group in T.unroll(groups):
+                top[group] = T.float32(EMPTY)
+                total[group] = T.float32(0)
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        out[group, step * lanes + lane] = T.float32(0)
+            visit(
+                cached,
+                Q,
+                K_cache,
+                V_cache,
+                row[0],
+                task % key_heads,
+                T.truncmod(first[0], s),
+                start[()] - first[0],
+                scale,
+                scores,
+                top,
+                total,
+                out,
+                groups,
+                h,
+                lanes,
+                strip,
+                keys,
+            )
+            visit(
+                new,
+                Q,
+                K,
+                V,
+                row[0],
+                task % key_heads,
+                T.max(first[0] - start[()], T.int64(0)),
+                row[0] + 1 - T.max(first[0] - start[()], T.int64(0)),
+                scale,
+                scores,
+                top,
+                total,
+                out,
+                groups,
+                h,
+                lanes,
+                strip,
+                keys,
+            )
+            for group in T.unroll(groups):
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        output[row[0], (task % key_heads * groups + group) * h + step * lanes + lane] = (
+                            out[group, step * lanes + lane] / total[group]
+                        )
+        for head in T.serial(key_heads):
+            for item in T.serial(T.min(m, s)):
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        K_cache[0, head, T.truncmod(start[()] + m - 1 - item, s), step * lanes + lane] = K[
+                            m - 1 - item, head * h + step * lanes + lane
+                        ]
+                        V_cache[0, head, T.truncmod(start[()] + m - 1 - item, s), step * lanes + lane] = V[
+                            m - 1 - item, head * h + step * lanes + lane
+                        ]
+
+    return cached_attention_rows

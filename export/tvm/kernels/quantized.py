@@ -1,0 +1,249 @@
+"""Products with block-quantised weights, and rows of block-quantised tables; `graphs.quantized` has the layout.
+
+Axes: M rows, N columns of the result, K columns of x, G blocks of a row, B codes of a block. Codes become float32 on
+the way into the multiplication: activations are never rounded.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.script import tirx as T
+
+from transom.export.tvm.kernels.arithmetic import lane_sum
+from transom.export.tvm.kernels.matmul import PANEL_DEPTH, multiply_panel, panel_shape
+from transom.export.tvm.kernels.tile import Tile, divisor, part
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A quantised matrix.
+
+    Attributes:
+        n: Rows of the matrix.
+        blocks: Blocks of a row.
+        block: Codes of a block.
+        bits: 4 or 8.
+        symmetric: Whether the middle code means zero; otherwise there are zero points.
+    """
+
+    n: int
+    blocks: int
+    block: int
+    bits: int
+    symmetric: bool
+
+    @property
+    def k(self) -> int:
+        """Columns of the matrix."""
+        return self.blocks * self.block
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a block's codes."""
+        return self.block * self.bits // 8
+
+    @property
+    def zeros(self) -> tuple[int, ...]:
+        """Shape of the zero points; without them, kernels are called with the codes once more in their place."""
+        if self.symmetric:
+            return self.n, self.blocks, self.bytes
+        return self.n, -(-self.blocks * self.bits // 8)
+
+    def zero(self, zeros: Any, row: Any, block: Any) -> Any:
+        """Code that means zero, float32; `zeros` may be anything if there are no zero points."""
+        if self.symmetric:
+            return T.float32(2 ** (self.bits - 1))
+        if self.bits == 8:
+            return T.Cast("float32", zeros[row, block])
+        shift = T.Cast("uint8", (block % 2) * 4)
+        return T.Cast("float32", (zeros[row, block // 2] >> shift) & T.uint8(15))
+
+
+def low(code: Any) -> Any:
+    """The even column of a byte of 4-bit codes, float32."""
+    return T.Cast("float32", T.Cast("int32", code & T.uint8(15)))
+
+
+def high(code: Any) -> Any:
+    """The odd column of a byte of 4-bit codes, float32."""
+    return T.Cast("float32", T.Cast("int32", code >> T.uint8(4)))
+
+
+def whole(code: Any) -> Any:
+    """An 8-bit code, float32."""
+    return T.Cast("float32", T.Cast("int32", code))
+
+
+def vector_product(codes: Codes, tile: Tile) -> Any:
+    """X [1, K], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> Y [1, N]."""
+    return _halves_product(codes, tile) if codes.bits == 4 else _bytes_product(codes, tile)
+
+
+def _bytes_product(codes: Codes, tile: Tile) -> Any:
+    n, k, blocks, block, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.zeros
+    # One row at a time reads memory in order; four at a time took a third longer.
+    rows, lanes = 1, divisor(block, 4 * tile.lanes)
+    steps = block // lanes
+
+    @T.prim_func(private=True, s_tir=True)
+    def linear_bytes_row(x: T.handle, c: T.handle, s: T.handle, z: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        X = T.match_buffer(x, (1, k), "float32")
+        C = T.match_buffer(c, (n, blocks, block), "uint8")
+        S = T.match_buffer(s, (n, blocks), "float32")
+        Z = T.match_buffer(z, zeros, "uint8")
+        Y = T.match_buffer(y, (1, n), "float32")
+        for group in T.parallel(n // rows):
+            total = T.alloc_buffer((rows, lanes), "float32", scope="local")
+            inner = T.alloc_buffer((rows, lanes), "float32", scope="local")
+            for row in T.unroll(rows):
+                for lane in T.vectorized(lanes):
+                    total[row, lane] = T.float32(0)
+            for part_ in T.serial(blocks):
+                for row in T.unroll(rows):
+                    for lane in T.vectorized(lanes):
+                        inner[row, lane] = T.float32(0)
+                for step in T.unroll(steps):
+                    for row in T.unroll(rows):
+                        for lane in T.vectorized(lanes):
+                            inner[row, lane] = inner[row, lane] + X[0, part_ * block + step * lanes + lane] * (
+                                whole(C[group * rows + row, part_, step * lanes + lane])
+                                - codes.zero(Z, group * rows + row, part_)
+                            )
+                for row in T.unroll(rows):
+                    for lane in T.vectorized(lanes):
+                        total[row, lane] = total[row, lane] + inner[row, lane] * S[group * rows + row, part_]
+            for row in T.unroll(rows):
+                Y[0, group * rows + row] = lane_sum(total, row, lanes)
+
+    return linear_bytes_row
+
+
+def _halves_product(codes: Codes, tile: Tile) -> Any:
+    n, k, blocks, size, zeros = codes.n, codes.k, codes.blocks, codes.bytes, codes.zeros
+    rows, lanes = divisor(n, 4), divisor(size, tile.lanes)
+    steps = size // lanes
+
+    @T.prim_func(private=True, s_tir=True)
+    def linear_halves_row(x: T.handle, c: T.handle, s: T.handle, z: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        X = T.match_buffer(x, (1, k), "float32")
+        C = T.match_buffer(c, (n, blocks, size), "uint8")
+        S = T.match_buffer(s, (n, blocks), "float32")
+        Z = T.match_buffer(z, zeros, "uint8")
+        Y = T.match_buffer(y, (1, n), "float32")
+        # Even and odd columns apart, as the two halves of a byte need them.
+        even = T.alloc_buffer((k // 2,), "float32", scope="global")
+        odd = T.alloc_buffer((k // 2,), "float32", scope="global")
+        for column in T.serial(k // 2):
+            even[column] = X[0, column * 2]
+            odd[column] = X[0, column * 2 + 1]
+        for group in T.parallel(n // rows):
+            total = T.alloc_buffer((rows, lanes), "float32", scope="local")
+            inner = T.alloc_buffer((rows, lanes), "float32", scope="local")
+            for row in T.unroll(rows):
+                for lane in T.vectorized(lanes):
+                    total[row, lane] = T.float32(0)
+            for part_ in T.serial(blocks):
+                for row in T.unroll(rows):
+                    for lane in T.vectorized(lanes):
+                        inner[row, lane] = T.float32(0)
+                for step in T.unroll(steps):
+                    for row in T.unroll(rows):
+                        for lane in T.vectorized(lanes):
+                            inner[row, lane] = (
+                                inner[row, lane]
+                                + even[part_ * size + step * lanes + lane]
+                                * (
+                                    low(C[group * rows + row, part_, step * lanes + lane])
+                                    - codes.zero(Z, group * rows + row, part_)
+                                )
+                                + odd[part_ * size + step * lanes + lane]
+                                * (
+                                    high(C[group * rows + row, part_, step * lanes + lane])
+                                    - codes.zero(Z, group * rows + row, part_)
+                                )
+                            )
+                for row in T.unroll(rows):
+                    for lane in T.vectorized(lanes):
+                        total[row, lane] = total[row, lane] + inner[row, lane] * S[group * rows + row, part_]
+            for row in T.unroll(rows):
+                Y[0, group * rows + row] = lane_sum(total, row, lanes)
+
+    return linear_halves_row
+
+
+@T.inline
+def unpack_block(codes, C, S, Z, row, block, out, out_row, out_column):  # type: ignore[no-untyped-def]
+    """Numbers of one block, into `out[out_row, out_column:]`."""
+    if codes.bits == 8:
+        for column in T.vectorized(codes.block):
+            out[out_row, out_column + column] = (whole(C[row, block, column]) - codes.zero(Z, row, block)) * S[
+                row, block
+            ]
+    else:
+        for column in T.vectorized(codes.bytes):
+            out[out_row, out_column + column * 2] = (low(C[row, block, column]) - codes.zero(Z, row, block)) * S[
+                row, block
+            ]
+            out[out_row, out_column + column * 2 + 1] = (high(C[row, block, column]) - codes.zero(Z, row, block)) * S[
+                row, block
+            ]
+
+
+def matrix_product(codes: Codes, tile: Tile) -> Any:
+    """X [M, K], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> Y [M, N]."""
+    n, k, blocks, block, size, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.bytes, codes.zeros
+    vectors, lanes = panel_shape(n, tile)
+    width, rows = vectors * lanes, tile.rows
+    depth = part(k, PANEL_DEPTH, block)
+    layer_blocks = depth // block
+
+    @T.prim_func(private=True, s_tir=True)
+    def linear_codes_rows(x: T.handle, c: T.handle, s: T.handle, z: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, k), "float32")
+        C = T.match_buffer(c, (n, blocks, size), "uint8")
+        S = T.match_buffer(s, (n, blocks), "float32")
+        Z = T.match_buffer(z, zeros, "uint8")
+        Y = T.match_buffer(y, (m, n), "float32")
+        for column in T.parallel(n // width):
+            panel = T.alloc_buffer((depth, width), "float32", scope="global")
+            numbers = T.alloc_buffer((width, block), "float32", scope="global")
+            for layer in T.serial(k // depth):
+                for part_ in T.serial(layer_blocks):
+                    for row in T.serial(width):
+                        unpack_block(
+                            codes, C, S, Z, column * width + row, layer * layer_blocks + part_, numbers, row, 0
+                        )
+                    for step in T.serial(block):
+                        for row in T.vectorized(width):
+                            panel[part_ * block + step, row] = numbers[row, step]
+                multiply_panel(X, panel, Y, m, column, layer, depth, rows, vectors, lanes)
+
+    return linear_codes_rows
+
+
+def table_rows(codes: Codes) -> Any:
+    """Tokens int64 [M], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> rows [M, K]."""
+    n, k, blocks, block, size, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.bytes, codes.zeros
+
+    @T.prim_func(private=True, s_tir=True)
+    def embedding_codes(tokens: T.handle, c: T.handle, s: T.handle, z: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        tokens_M = T.match_buffer(tokens, (m,), "int64")
+        C = T.match_buffer(c, (n, blocks, size), "uint8")
+        S = T.match_buffer(s, (n, blocks), "float32")
+        Z = T.match_buffer(z, zeros, "uint8")
+        Y = T.match_buffer(y, (m, k), "float32")
+        for row in T.serial(m):
+            for part_ in T.serial(blocks):
+                unpack_block(codes, C, S, Z, tokens_M[row], part_, Y, row, part_ * block)
+
+    return embedding_codes

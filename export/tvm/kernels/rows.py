@@ -1,0 +1,154 @@
+"""Operations that treat every new token by itself: norms, rotations, the gated activation, rows of a table.
+
+Axes: M rows (tokens), K numbers of a row, N heads, H numbers of a head.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from transom.export.tvm.kernels.arithmetic import exponential
+from transom.export.tvm.kernels.tile import Tile, divisor
+
+GELU_FACTOR, GELU_CUBE = 0.7978845608028654, 0.044715
+"""tanh's argument in the approximate GELU is `GELU_FACTOR * (x + GELU_CUBE * x ** 3)`."""
+
+
+@T.inline
+def normalize(X, W, Y, row, first, eps, h, lanes):  # type: ignore[no-untyped-def]
+    """One norm over the `h` numbers of a row from `first` on."""
+    squares = T.alloc_buffer((lanes,), "float32", scope="local")
+    factor = T.alloc_buffer((1,), "float32", scope="local")
+    for lane in T.vectorized(lanes):
+        squares[lane] = T.float32(0)
+    for step in T.serial(h // lanes):
+        for lane in T.vectorized(lanes):
+            squares[lane] = squares[lane] + X[row, first + step * lanes + lane] * X[row, first + step * lanes + lane]
+    factor[0] = T.float32(0)
+    for lane in T.unroll(lanes):
+        factor[0] = factor[0] + squares[lane]
+    factor[0] = T.float32(1) / T.sqrt(factor[0] / T.float32(h) + T.float32(eps))
+    for step in T.serial(h // lanes):
+        for lane in T.vectorized(lanes):
+            Y[row, first + step * lanes + lane] = (
+                X[row, first + step * lanes + lane] * factor[0] * W[step * lanes + lane]
+            )
+
+
+def rms_norm(heads: int, h: int, eps: float, tile: Tile) -> Any:
+    """X [M, N * H], weight [H] -> Y [M, N * H], each head by itself."""
+    lanes = divisor(h, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def rms_norm_rows(x: T.handle, w: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, heads * h), "float32")
+        W = T.match_buffer(w, (h,), "float32")
+        Y = T.match_buffer(y, (m, heads * h), "float32")
+        for row in T.serial(m):
+            for head in T.serial(heads):
+                normalize(X, W, Y, row, head * h, eps, h, lanes)
+
+    return rms_norm_rows
+
+
+def add_rms_norm(h: int, eps: float, tile: Tile) -> Any:
+    """X [M, H], residual [M, H], weight [H] -> norm of the sum [M, H], sum [M, H]."""
+    lanes = divisor(h, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def add_rms_norm_rows(x: T.handle, r: T.handle, w: T.handle, y: T.handle, t: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, h), "float32")
+        R = T.match_buffer(r, (m, h), "float32")
+        W = T.match_buffer(w, (h,), "float32")
+        Y = T.match_buffer(y, (m, h), "float32")
+        total = T.match_buffer(t, (m, h), "float32")
+        for row in T.serial(m):
+            for step in T.serial(h // lanes):
+                for lane in T.vectorized(lanes):
+                    total[row, step * lanes + lane] = X[row, step * lanes + lane] + R[row, step * lanes + lane]
+            normalize(total, W, Y, row, 0, eps, h, lanes)
+
+    return add_rms_norm_rows
+
+
+def rotary(heads: int, h: int, tile: Tile) -> Any:
+    """X [M, N * H], cosines and sines [M, H / 2] -> Y [M, N * H]: the pairs (x[i], x[i + H / 2]) turned."""
+    half = h // 2
+    lanes = divisor(half, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def rotary_rows(x: T.handle, c: T.handle, s: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, heads * h), "float32")
+        C = T.match_buffer(c, (m, half), "float32")
+        S = T.match_buffer(s, (m, half), "float32")
+        Y = T.match_buffer(y, (m, heads * h), "float32")
+        for row in T.serial(m):
+            for head in T.serial(heads):
+                for step in T.serial(half // lanes):
+                    for lane in T.vectorized(lanes):
+                        Y[row, head * h + step * lanes + lane] = (
+                            X[row, head * h + step * lanes + lane] * C[row, step * lanes + lane]
+                            - X[row, head * h + half + step * lanes + lane] * S[row, step * lanes + lane]
+                        )
+                        Y[row, head * h + half + step * lanes + lane] = (
+                            X[row, head * h + half + step * lanes + lane] * C[row, step * lanes + lane]
+                            + X[row, head * h + step * lanes + lane] * S[row, step * lanes + lane]
+                        )
+
+    return rotary_rows
+
+
+def gelu(x: Any) -> Any:
+    """`gelu_tanh(x)`: as `(1 + tanh(u)) / 2` is `1 / (1 + exp(-2 u))`, one exponential does."""
+    inner = (x + T.float32(GELU_CUBE) * x * x * x) * T.float32(-2 * GELU_FACTOR)
+    return x / (T.float32(1) + exponential(inner))
+
+
+def gated_gelu(k: int, tile: Tile, *, single: bool = False) -> Any:
+    """Gates and values side by side [M, 2 K] -> gelu_tanh(gate) * value [M, K]; `single` if M is 1."""
+    # Waking threads takes longer than one row.
+    loop = T.serial if single else T.parallel
+    lanes = divisor(k, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def gated_gelu_rows(x: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, 2 * k), "float32")
+        Y = T.match_buffer(y, (m, k), "float32")
+        for row in loop(m):
+            for step in T.serial(k // lanes):
+                for lane in T.vectorized(lanes):
+                    Y[row, step * lanes + lane] = gelu(X[row, step * lanes + lane]) * X[row, k + step * lanes + lane]
+
+    return gated_gelu_rows
+
+
+def table_rows(k: int, tile: Tile) -> Any:
+    """Indices int64 [M], table [any, K] -> rows [M, K]."""
+    lanes = divisor(k, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def select_rows(index: T.handle, w: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        size = T.int64()
+        index_M = T.match_buffer(index, (m,), "int64")
+        W = T.match_buffer(w, (size, k), "float32")
+        Y = T.match_buffer(y, (m, k), "float32")
+        for row in T.serial(m):
+            for step in T.serial(k // lanes):
+                for lane in T.vectorized(lanes):
+                    Y[row, step * lanes + lane] = W[index_M[row], step * lanes + lane]
+
+    return select_rows

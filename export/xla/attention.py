@@ -1,0 +1,246 @@
+"""Attention over ring caches in jax: `transom::cached_attention` for a fixed number of new tokens.
+
+Position p of a ring of S slots stands in slot p % S. What is live is only known at run time, so each path reads the
+least that a static program can:
+
+- One new token: it is written with one `dynamic_update_slice`, which happens in place when the caches are donated, and
+  then attends over the ring, if that is long by blocks of slots.
+- Local layers, many tokens: old and new keys are laid out by position, and each block of queries sees one slice of
+  `window + block` keys.
+- Global layers, many tokens: written first, then an online softmax over blocks of slots (FlashAttention's;
+  arXiv 2205.14135).
+
+Blocks past the last valid token and slots past the last live one are never visited: loops end at run time.
+Axis letters as in the model files, and G: query heads that share one kv head; J: keys of a block; E: keys by position.
+
+What a TPU v5e's compiler says of one layer, 2,048 new tokens, bfloat16, caches donated (bytes beside arguments and
+results; estimated time, where loop bodies are counted by hand):
+
+    heads, window, slots           all scores at once     banded, all blocks    this file
+    N4 K1 H256, local, W 512       0, 429 us              0, 237 us             0, 290 us
+    N8 K4 H256, local, W 1024      192 MiB, 1,144 us      128 MiB, 1,081 us     0, 970 us
+    N4 K1 H256, global, S 32768    1,088 MiB, 5,602 us                          0, 0.4 ms at the context's start
+    N8 K4 H256, global, S 32768    2,180 MiB, 10,862 us                         0
+
+The banded form computes padding too, which this one skips. One token over 32,768 slots: 139 us in one piece, 50 us in
+blocks when all are live. On one CPU core: 495 ms in one piece, 27 ms in blocks of 4,096 with 500 positions live.
+Pallas' splash kernel is not used: it needs its mask at compile time, so a cache's live slots would have to be hidden
+by segments and visited all the same; it runs on a TPU only, so the programs for CPU and TPU would part; and it has no
+time estimate by which it could be shown to be better without a TPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+QUERY_BLOCK = 256
+KEY_BLOCK = 1024
+DECODE_BLOCK = 2048
+
+HIDDEN = -1e30
+"""Score of a key that is not seen; finite, so that a row without keys gives no NaN."""
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_cache_BKSH: jax.Array,
+    v_cache_BKSH: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    *,
+    scale: float,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attend over the caches as they were and the new tokens; then write the last of these into the caches.
+
+    Args:
+        q_BTNH: Queries; N is a multiple of K.
+        k_BTKH: Keys of the new tokens.
+        v_BTKH: Values of the new tokens.
+        k_cache_BKSH: Keys; a local layer needs S >= `window`, a global one S >= `start + count`.
+        v_cache_BKSH: Values.
+        start: Position of the first new token, an int32 scalar.
+        count: How many of the new tokens are real, an int32 scalar from 1 to T; the rest is padding, whose rows of the
+            result mean nothing and which is never written.
+        scale: What scores are multiplied by.
+        window: Keys that a token sees, itself included; 0 for all.
+
+    Returns:
+        Attention [B, T, N, H] and both caches.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, S = k_cache_BKSH.shape[1:3]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    if T == 1:
+        slot = start % S
+        k_cache_BKSH = jax.lax.dynamic_update_slice_in_dim(k_cache_BKSH, k_BKTH, slot, 2)
+        v_cache_BKSH = jax.lax.dynamic_update_slice_in_dim(v_cache_BKSH, v_BKTH, slot, 2)
+        out_BKGTH = _decode(q_BKGTH, k_cache_BKSH, v_cache_BKSH, start, scale, window)
+    elif window:
+        k_BKEH, v_BKEH = _by_position(k_cache_BKSH, k_BKTH, start), _by_position(v_cache_BKSH, v_BKTH, start)
+        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, count, scale, window)
+        k_cache_BKSH, v_cache_BKSH = _last(k_BKEH, S, start, count), _last(v_BKEH, S, start, count)
+    else:
+        k_cache_BKSH = _write(k_cache_BKSH, k_BKTH, start, count)
+        v_cache_BKSH = _write(v_cache_BKSH, v_BKTH, start, count)
+        out_BKGTH = _causal(q_BKGTH, k_cache_BKSH, v_cache_BKSH, start, count, scale)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), k_cache_BKSH, v_cache_BKSH
+
+
+class _Softmax(NamedTuple):
+    """State of an online softmax, float32.
+
+    Attributes:
+        top: Largest score [B, K, G, T].
+        total: Sum of weights [B, K, G, T].
+        out: Weighted sum of values [B, K, G, T, H].
+    """
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    @staticmethod
+    def empty(q_BKGTH: jax.Array) -> _Softmax:
+        zero_BKGTH = jnp.zeros(q_BKGTH.shape, jnp.float32)
+        return _Softmax(zero_BKGTH[..., 0] + HIDDEN, zero_BKGTH[..., 0], zero_BKGTH)
+
+    def over(
+        self, q_BKGTH: jax.Array, k_BKJH: jax.Array, v_BKJH: jax.Array, seen_TJ: jax.Array, scale: float
+    ) -> _Softmax:
+        """The state after more keys; `seen_TJ` may have one row for all queries."""
+        scores = jnp.einsum("bkgth,bkjh->bkgtj", q_BKGTH, k_BKJH, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(seen_TJ, scores, HIDDEN)
+        top = jnp.maximum(self.top, scores.max(-1))
+        weights, fade = jnp.exp(scores - top[..., None]), jnp.exp(self.top - top)
+        more = jnp.einsum("bkgtj,bkjh->bkgth", weights.astype(v_BKJH.dtype), v_BKJH, preferred_element_type=jnp.float32)
+        return _Softmax(top, self.total * fade + weights.sum(-1), self.out * fade[..., None] + more)
+
+    def result(self, dtype: jnp.dtype) -> jax.Array:
+        return (self.out / self.total[..., None]).astype(dtype)
+
+
+def _slice(x_BKSH: jax.Array, begin: jax.Array | int, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_BKSH, begin, size, 2)
+
+
+def _decode(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, scale: float, window: int
+) -> jax.Array:
+    """One token over a ring that already holds it."""
+    slots = k_BKSH.shape[2]
+
+    def block(state: _Softmax, begin: jax.Array | int, size: int) -> _Softmax:
+        """Slots that the block before this one has seen, as the last block overlaps it, are not seen again."""
+        first = jnp.minimum(begin, slots - size)
+        slots_J = first + jnp.arange(size)
+        distance_J = (start - slots_J) % slots
+        seen_J = (distance_J <= start) & (slots_J >= begin)
+        if window and window < slots:
+            seen_J &= distance_J < window
+        return state.over(q_BKGTH, _slice(k_BKSH, first, size), _slice(v_BKSH, first, size), seen_J[None], scale)
+
+    state = _Softmax.empty(q_BKGTH)
+    if slots <= DECODE_BLOCK:
+        return block(state, 0, slots).result(q_BKGTH.dtype)
+    live = jnp.minimum(start + 1, slots)
+    blocks = (live + DECODE_BLOCK - 1) // DECODE_BLOCK
+    state = jax.lax.fori_loop(0, blocks, lambda i, state: block(state, i * DECODE_BLOCK, DECODE_BLOCK), state)
+    return state.result(q_BKGTH.dtype)
+
+
+def _by_position(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array) -> jax.Array:
+    """The ring's keys in the order of their positions, then the new ones: index e is position `start - S + e`."""
+    slots = cache_BKSH.shape[2]
+    return jnp.concatenate((jnp.roll(cache_BKSH, -(start % slots), 2), new_BKTH), 2)
+
+
+def _last(x_BKEH: jax.Array, slots: int, start: jax.Array, count: jax.Array) -> jax.Array:
+    """The ring after `count` new tokens, from keys by position: its last slots, each at its place."""
+    return jnp.roll(_slice(x_BKEH, count, slots), (start + count) % slots, 2)
+
+
+def _blocked(x_BKGTH: jax.Array, size: int) -> jax.Array:
+    """Pad the tokens to a multiple of the block's size."""
+    return jnp.pad(x_BKGTH, ((0, 0),) * 3 + ((0, -x_BKGTH.shape[3] % size), (0, 0)))
+
+
+def _banded(
+    q_BKGTH: jax.Array,
+    k_BKEH: jax.Array,
+    v_BKEH: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    scale: float,
+    window: int,
+) -> jax.Array:
+    """Blocks of queries, each over the keys from one window before it to its end."""
+    tokens = q_BKGTH.shape[3]
+    slots = k_BKEH.shape[2] - tokens
+    size = min(QUERY_BLOCK, tokens)
+    before = min(window, slots)
+    q_BKGTH = _blocked(q_BKGTH, size)
+    padding = ((0, 0), (0, 0), (0, q_BKGTH.shape[3] - tokens), (0, 0))
+    k_BKEH, v_BKEH = jnp.pad(k_BKEH, padding), jnp.pad(v_BKEH, padding)
+    keys_J = jnp.arange(before + size) - before
+    distance_TJ = jnp.arange(size)[:, None] - keys_J
+    in_band_TJ = (distance_TJ >= 0) & (distance_TJ < window)
+
+    def block(i: jax.Array, out_BKGTH: jax.Array) -> jax.Array:
+        first = i * size
+        q = jax.lax.dynamic_slice_in_dim(q_BKGTH, first, size, 3)
+        k, v = (_slice(x, first + slots - before, before + size) for x in (k_BKEH, v_BKEH))
+        seen_TJ = in_band_TJ & (start + first + keys_J >= 0)
+        scores = jnp.einsum("bkgth,bkjh->bkgtj", q, k, preferred_element_type=jnp.float32) * scale
+        weights = jax.nn.softmax(jnp.where(seen_TJ, scores, HIDDEN), -1).astype(v.dtype)
+        out = jnp.einsum("bkgtj,bkjh->bkgth", weights, v)
+        return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, out, first, 3)
+
+    blocks = (count + size - 1) // size
+    return jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(q_BKGTH))[:, :, :, :tokens]
+
+
+def _causal(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, count: jax.Array, scale: float
+) -> jax.Array:
+    """Blocks of queries over a cache that already holds them, a block of live slots at a time."""
+    tokens, slots = q_BKGTH.shape[3], k_BKSH.shape[2]
+    size, width = min(QUERY_BLOCK, tokens), min(KEY_BLOCK, slots)
+    q_BKGTH = _blocked(q_BKGTH, size)
+
+    def block(i: jax.Array, out_BKGTH: jax.Array) -> jax.Array:
+        q = jax.lax.dynamic_slice_in_dim(q_BKGTH, i * size, size, 3)
+        positions_T = start + i * size + jnp.arange(size)
+
+        def over(j: jax.Array, state: _Softmax) -> _Softmax:
+            # The last block may overlap the one before it; slots seen there are not seen again.
+            first = jnp.minimum(j * width, slots - width)
+            slots_J = first + jnp.arange(width)
+            seen_TJ = (slots_J <= positions_T[:, None]) & (slots_J >= j * width)
+            return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, scale)
+
+        live = jnp.minimum(start + (i + 1) * size, slots)
+        state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q))
+        return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, state.result(q.dtype), i * size, 3)
+
+    blocks = (count + size - 1) // size
+    return jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(q_BKGTH))[:, :, :, :tokens]
+
+
+def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """Write the first `count` tokens into one run of slots, in place; what stood beside them there stays."""
+    slots = cache_BKSH.shape[2]
+    new_BKTH = new_BKTH[:, :, :slots]
+    tokens = new_BKTH.shape[2]
+    begin = jnp.minimum(start, slots - tokens)
+    index_T = begin - start + jnp.arange(tokens)
+    valid_T = (index_T >= 0) & (index_T < count)
+    moved_BKTH = jnp.roll(new_BKTH, start - begin, 2)
+    kept_BKTH = jnp.where(valid_T[:, None], moved_BKTH, _slice(cache_BKSH, begin, tokens))
+    return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, kept_BKTH, begin, 2)

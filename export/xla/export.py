@@ -1,0 +1,133 @@
+"""The exporter of the target `xla`: one StableHLO program for each number of new tokens, and the weights beside them.
+
+Programs have static shapes, and take the weights as arguments. Prompts are cut into chunks, and the last one is padded
+to the smallest program that it fits into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from transom.backends.reference.session import cache_records
+from transom.backends.xla.parameters import WEIGHTS_FILE
+from transom.backends.xla.runtime import CACHES, load_jax
+from transom.export.exporter import Lowered, Request
+from transom.export.lowering import require_supported
+from transom.export.xla import weights
+from transom.export.xla.interpreter import step
+from transom.export.xla.lowerings import TABLE
+from transom.export.xla.topology import Program, compile_programs
+from transom.graphs.graph import Graph
+
+PLATFORMS = ("cpu", "tpu")
+
+SMALLEST_PREFILL = 8
+"""Shorter prompts are padded to at least this, in place of having programs of their own."""
+
+
+def lengths(chunk: int) -> list[int]:
+    """Numbers of new tokens that get a program: 1, then the chunk and its quarters."""
+    found = {1, chunk}
+    while chunk > 4 * SMALLEST_PREFILL:
+        chunk = -(-chunk // 4)
+        found.add(chunk)
+    return sorted(found)
+
+
+def program_name(tokens: int) -> str:
+    """What the program for so many new tokens is called."""
+    return "decode" if tokens == 1 else f"prefill_{tokens}"
+
+
+def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+    """Write `weights.safetensors` and a `.jaxexport` file a program.
+
+    Raises:
+        UnsupportedOpsError: Naming every operation that has no lowering.
+        TargetError: If the topology is unknown, or the TPU compiler is not installed.
+    """
+    require_supported(graph, TABLE, request.target)
+    load_jax()
+    records = tuple(dataclasses.replace(cache, slots=cache.slots or request.context) for cache in cache_records(graph))
+    parameters = weights.parameters(graph)
+    run = step(graph, weights.stored_names(graph))
+    shapes = {
+        name: jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(parameter.dtype))
+        for name, parameter in parameters.items()
+    }
+    caches = [
+        jax.ShapeDtypeStruct((1, cache.heads, cache.slots, cache.width), jnp.dtype(cache.dtype)) for cache in records
+    ]
+    sizes = lengths(request.chunk)
+    count = len(sizes) * (2 if request.topology else 1)
+    tpu = None
+    if request.topology:
+        programs = [
+            Program(
+                name=program_name(tokens), function=run, parameters=shapes, caches=caches, inputs=_inputs(tokens, (1,))
+            )
+            for tokens in sizes
+        ]
+        tpu = compile_programs(programs, request.topology, on_program=lambda done, _: request.on_program(done, count))
+    donating = jax.jit(run, donate_argnums=(CACHES,))
+    for index, tokens in enumerate(sizes):
+        positions = (1,) if tokens == 1 else jax.export.symbolic_shape("P", constraints=(f"P <= {tokens}",))
+        exported = jax.export.export(donating, platforms=PLATFORMS)(shapes, caches, *_inputs(tokens, positions))
+        (folder / f"{program_name(tokens)}.jaxexport").write_bytes(exported.serialize())
+        request.on_program(count - len(sizes) + index + 1, count)
+    weights.write(graph, folder / WEIGHTS_FILE, on_bytes=request.on_bytes)
+    today = datetime.date.today().isoformat()
+    return Lowered(
+        payload=f"{program_name(1)}.jaxexport",
+        libraries=("jax", "jaxlib", "ml-dtypes"),
+        caches=records,
+        tpu=tpu,
+        details={
+            "programs": {
+                program_name(tokens): {"file": f"{program_name(tokens)}.jaxexport", "tokens": tokens}
+                for tokens in sizes
+            },
+            "parameters": {name: dataclasses.asdict(parameter) for name, parameter in parameters.items()},
+            "tap_axes": _tap_axes(graph),
+            "platforms": list(PLATFORMS),
+            "jax": jax.__version__,
+            "date": today,
+        },
+        not_done=(
+            f"the programs were made by jax {jax.__version__} on {today}; jax promises to read them for six months, "
+            "with versions no more than three weeks older: after that, run the same export again",
+        ),
+    )
+
+
+def _inputs(tokens: int, positions: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of what a program takes after parameters and caches; see `interpreter.Step`."""
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    return (
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        number,
+        number,
+        jax.ShapeDtypeStruct(positions, jnp.int32),
+    )
+
+
+def _tap_axes(graph: Graph) -> dict[str, dict[str, int]]:
+    """The axis of every tap that has an entry a token, or a wanted position: there padding is to be cut off."""
+    tokens, _, logit_positions, *_ = graph.user_inputs()
+    sizes = {
+        "tokens": str(tokens.meta["val"].shape[1]),
+        "positions": str(logit_positions.meta["val"].shape[0]),
+    }
+    tapped = graph.output.args[0][1 + len(graph.caches) :]
+    shapes = [[str(size) for size in node.meta["val"].shape] for node in tapped]
+    return {
+        tap.name: {kind: shape.index(size) for kind, size in sizes.items() if size in shape}
+        for tap, shape in zip(graph.taps, shapes, strict=True)
+    }

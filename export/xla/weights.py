@@ -1,0 +1,71 @@
+"""Writes the weights, and says how the programs take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom.backends.xla.parameters import Parameter
+from transom.export import safetensors
+from transom.graphs import ops
+from transom.graphs.graph import Graph
+from transom.graphs.weight import Weight
+
+
+def stored_names(graph: Graph) -> dict[str, str]:
+    """Name in the file by the graph's name: weights that share a buffer stand there once."""
+    return safetensors.stored_names(graph.weights)
+
+
+def parameters(graph: Graph) -> dict[str, Parameter]:
+    """How the programs take every stored weight; for the layouts of quantised ones see `narrow`."""
+    names, found = stored_names(graph), {}
+    for name, weight in _stored(graph).items():
+        found[name] = Parameter(
+            dtype=str(weight.dtype).removeprefix("torch."), held=weight.shape, axes=tuple(range(len(weight.shape)))
+        )
+    tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
+    for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
+        _, codes, scales, zero_points, bits = node.args
+        rows, blocks = (int(size) for size in scales.meta["val"].shape)
+        block = int(codes.meta["val"].shape[2]) * 8 // bits
+        signed, table = zero_points is None, codes in tables
+        numbers: dict[str, Any] = {"dtype": f"{'int' if signed else 'uint'}{bits}", "packed": bits == 4}
+        numbers["middle"] = 2 ** (bits - 1) if signed else 0
+        if codes.meta["val"].is_floating_point():
+            numbers = {"dtype": str(codes.meta["val"].dtype).removeprefix("torch.")}
+        arranged = {
+            codes: {"held": (rows, blocks * block), "axes": (0, 1), **numbers}
+            if table
+            else {"held": (rows, blocks, block), "axes": (1, 2, 0), **numbers},
+            scales: {"held": (rows, blocks), "axes": (1, 0), "dtype": "float32"},
+            zero_points: {"held": (rows, blocks), "axes": (1, 0), **numbers},
+        }
+        for part, how in arranged.items():
+            if part is not None:
+                held = graph.weight_of(part)
+                assert held is not None, f"{node}: {part} is no weight"
+                found[names[held[0]]] = Parameter(**how)
+    return found
+
+
+def write(graph: Graph, path: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Write every weight once; see `safetensors.write`.
+
+    Args:
+        graph: Whose weights.
+        path: File to write.
+        on_bytes: Called with the number of bytes written each time.
+    """
+    safetensors.write(_stored(graph), path, on_bytes=on_bytes)
+
+
+def _stored(graph: Graph) -> dict[str, Weight]:
+    # jax has no 64-bit integers unless asked for.
+    return {
+        name: graph.weights[name].to(torch.int32) if graph.weights[name].dtype == torch.int64 else graph.weights[name]
+        for name in dict.fromkeys(stored_names(graph).values())
+    }

@@ -1,0 +1,223 @@
+"""AddTaps: the graph also returns the values at the borders of its operations, so that runs can be compared there.
+
+Precondition: a graph as it was traced. Passes that replace a node replace it among the outputs too, so taps that are
+there from the start outlive every fusion.
+Rewrite: taps after the embedding, every norm, projection and rotation, attention (what the output projection reads),
+the MLP's product of gate and up, and every residual add, in the order of execution. Names are module paths.
+Skips: gate and up projections (a fusion makes one linear of them; their product tells enough), and the head: its logits
+are returned anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
+norm run at every position; all other passes do what they do without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from transom.graphs import ops
+from transom.graphs.errors import InvariantError
+from transom.graphs.graph import Graph, Tap
+from transom.graphs.match import aten, is_call, layer_path, skip_casts, source_line, split_scalar
+from transom.graphs.node import Node, is_node
+from transom.passes.base import Pass
+
+_FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED_GELU, ops.CACHED_ATTENTION)
+_SDPA = aten.scaled_dot_product_attention.default
+_ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+# What rearranges numbers, or repeats them for another head, and computes nothing.
+_LAYOUT = (
+    aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default,
+    aten.expand.default, aten.slice.Tensor, aten.repeat_interleave.self_int, aten.clone.default,
+    aten.contiguous.default, aten.alias.default,
+)  # fmt: skip
+_WRAPPERS = re.compile(r"^(?:L\['self']|model|language_model)?\.")
+
+_Site = tuple[Node, str, str]
+"""The node, the name of its site and what computes it."""
+
+
+class AddTaps(Pass):
+    """Return intermediate values beside the results."""
+
+    def requires(self, graph: Graph) -> None:
+        """Nothing is fused yet."""
+        if not graph.taps and (fused := graph.calls(*_FUSED)):
+            raise InvariantError(f"AddTaps must run first, but the graph holds {fused[0].target} already")
+
+    def rewrite(self, graph: Graph) -> int:
+        """Tap every site that is found; none if the graph has taps.
+
+        Raises:
+            InvariantError: If a site has no module path to be named after, or two sites have one name.
+        """
+        if graph.taps:
+            return 0
+        sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph)]
+        sites += [*_attentions(graph, {node for node, _, _ in sites}), *_residuals(graph, sites)]
+        order = {node: index for index, node in enumerate(graph.fx.nodes)}
+        names: dict[str, Node] = {}
+        for node, name, op in sorted(sites, key=lambda site: order[site[0]]):
+            if name in names:
+                both = f"{names[name].name} and {node.name}"
+                raise InvariantError(f"both {both} would be the tap {name!r}: give each a module of its own")
+            names[name] = node
+            layer = re.search(r"layers\.(\d+)", name)
+            graph.add_tap(Tap(name=f"tap.{name}", layer=int(layer[1]) if layer else None, op=op), node)
+        return len(names)
+
+
+def _path(node: Node, path: str = "") -> str:
+    """Module path of a node, or a given one, less what wraps the decoder."""
+    path = path or layer_path(node)
+    while (shorter := _WRAPPERS.sub("", path)) != path:
+        path = shorter
+    if not path:
+        where = source_line(node) or node.name
+        raise InvariantError(f"there is no module path to name a tap after at {where}: export a module of modules")
+    return path
+
+
+def _only_user(node: Node, *targets: Any) -> Node | None:
+    """The one call that reads a node, if it calls one of the targets; sizes and assertions do not count."""
+    readers = [user for user in node.users if not is_call(user, aten._assert_tensor_metadata.default)]
+    readers = [user for user in readers if not is_call(user, aten.sym_size.int)]
+    return readers[0] if len(readers) == 1 and is_call(readers[0], *targets) else None
+
+
+def _embeddings(graph: Graph) -> Iterator[_Site]:
+    for node in graph.calls(aten.embedding.default):
+        scaled = _only_user(node, aten.mul.Tensor)
+        is_scaled = scaled is not None and all(side is node or _is_number(side) for side in scaled.args[:2])
+        yield scaled if is_scaled else node, _path(node), "embedding"
+
+
+def _is_number(side: Any) -> bool:
+    return not is_node(side) or (isinstance(side.meta["val"], torch.Tensor) and side.meta["val"].dim() == 0)
+
+
+def _norms(graph: Graph) -> Iterator[_Site]:
+    """From the reciprocal root on: the product with x, the product with the weight, the cast back."""
+    for inverse in graph.calls(aten.rsqrt.default):
+        node = _only_user(inverse, aten.mul.Tensor)
+        if node is None:
+            continue
+        path = _path(inverse)
+        # A weight is as wide as the model; what else the norm's result is multiplied with has positions too.
+        while (user := _only_user(node, aten.mul.Tensor, *_CASTS)) is not None:
+            others = [side for side in user.args[:2] if is_node(side) and side is not node]
+            is_weight = any(side.meta["val"].dim() < 2 for side in others)
+            if user.target is aten.mul.Tensor and not (is_weight and _path(user) == path):
+                break
+            if user.target is not aten.mul.Tensor and _path(user) != path:
+                break
+            node = user
+        yield node, path, "norm"
+
+
+def _projections(graph: Graph) -> Iterator[_Site]:
+    tables = [node.args[0].meta["val"].shape[0] for node in graph.calls(aten.embedding.default)]
+    for node in graph.calls(aten.linear.default):
+        held = graph.weight_of(node.args[1])
+        if held is None or held[1].shape[0] in tables or _feeds_gate(node):
+            continue
+        yield node, _path(node, held[0].removesuffix(".weight")), "projection"
+
+
+def _feeds_gate(linear: Node) -> bool:
+    """Whether a projection is the gate or the up of a gated MLP."""
+    return any(
+        is_call(user, *_ACTIVATIONS) or (is_call(user, aten.mul.Tensor) and _is_gated(user)) for user in linear.users
+    )
+
+
+def _is_gated(product: Node) -> bool:
+    return any(is_call(skip_casts(side), *_ACTIVATIONS) for side in product.args[:2])
+
+
+def _activations(graph: Graph) -> Iterator[_Site]:
+    for node in graph.calls(aten.mul.Tensor):
+        if _is_gated(node):
+            yield node, f"{_path(node)}.activation", "activation"
+
+
+def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:
+    for node in graph.calls(aten.softmax.int, aten._softmax.default, _SDPA):
+        if node.target is _SDPA:
+            out, (q, k) = node, node.args[:2]
+        else:
+            product = _upwards(node.args[0], lambda value: is_call(value, aten.matmul.default, aten.bmm.default))
+            out = _downwards(node, *_CASTS, aten.dropout.default, until=(aten.matmul.default, aten.bmm.default))
+            if product is None or out is None:
+                continue
+            q, k = product.args
+        path = _path(node)
+        for name, operand in (("q_rope", q), ("k_rope", k)):
+            rotated = _before_layout(operand)
+            if rotated not in tapped and _before_layout(rotated, *_CASTS) not in tapped:
+                yield rotated, f"{path}.{name}", "rope"
+        projection = _downwards(out, *_CASTS, *_LAYOUT, until=(aten.linear.default,))
+        yield (out if projection is None else projection.args[0]), f"{path}.attention", "attention"
+
+
+def _upwards(value: Any, wanted: Any) -> Node | None:
+    """The first operand that is wanted, upwards through masks, scales and casts."""
+    while is_node(value) and value.op == "call_function":
+        if wanted(value):
+            return value
+        if value.target in (aten.where.self, aten.where.ScalarOther):
+            value = value.args[1]
+        else:
+            value = value.args[0]
+    return None
+
+
+def _downwards(node: Node, *through: Any, until: tuple[Any, ...]) -> Node | None:
+    while (user := _only_user(node, *through, *until)) is not None:
+        if user.target in until:
+            return user
+        node = user
+    return None
+
+
+def _before_layout(value: Node, *through: Any) -> Node:
+    """What a query or key was before it was scaled, cached, repeated and laid out for the scores."""
+    while True:
+        if is_call(value, *_LAYOUT, *through):
+            value = value.args[0]
+        elif (scaled := split_scalar(value, aten.mul.Tensor, aten.div.Tensor)) is not None:
+            value = scaled[0]
+        elif is_call(value, aten.index_copy.default):
+            value = value.args[3]
+        else:
+            return value
+
+
+def _residuals(graph: Graph, sites: list[_Site]) -> Iterator[_Site]:
+    """The stream from the embedding on: every add of something of its shape continues it."""
+    starts = [node for node, _, op in sites if op == "embedding"]
+    stream = starts[0] if starts else None
+    counts: dict[str, int] = {}
+    while stream is not None:
+        shape, following = str(stream.meta["val"].shape), None
+        for node in _readers(stream):
+            if is_call(node, aten.add.Tensor) and all(is_node(side) for side in node.args[:2]):
+                if all(str(side.meta["val"].shape) == shape for side in node.args[:2]):
+                    following = node
+                    path = _path(node)
+                    counts[path] = counts.get(path, 0) + 1
+                    yield node, f"{path}.residual.{counts[path]}", "residual"
+                    break
+        stream = following
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a node, itself or after a cast."""
+    for user in node.users:
+        if is_call(user, *_CASTS):
+            yield from _readers(user)
+        else:
+            yield user

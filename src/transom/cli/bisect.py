@@ -1,0 +1,78 @@
+"""`transom bisect`: the first layer and operation where two runs of one model differ."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from transom.cli.options import Json, Seed, Weights, check_weights, console, load_model, print_json
+from transom.graphs.errors import TargetError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(bisect)
+
+
+_SOURCE = 'An artifact\'s folder, a target, TARGET@PASS, "reference" (the graph as traced) or "eager" (the module).'
+
+
+def bisect(
+    a: Annotated[str | None, typer.Argument(metavar="A", help=_SOURCE)] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help=_SOURCE)] = None,
+    model: Annotated[str | None, typer.Option(help="What to run; by default the model of a folder.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="In place of A and B: find the first pass at fault."),
+    ] = None,
+    quant: Annotated[str, typer.Option(help="Weight quantisation of what has to be made first.")] = "none",
+    length: Annotated[int | None, typer.Option(help="Tokens of the prompt; by default past the wrap.", min=1)] = None,
+    chunk: Annotated[int | None, typer.Option(help="Most tokens in a call; by default past the window.", min=1)] = None,
+    decode: Annotated[int | None, typer.Option(help="Tokens to decode one by one after it.", min=1)] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Share of a position's largest value up to which values agree.", min=0)
+    ] = None,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Find the first layer and operation whose output differs while its inputs agree. Exit code 1 if there is one."""
+    check_weights(weights)
+    if (stages is None) == (a is None or b is None):
+        raise TargetError("give two things to compare, A and B, or --stages TARGET")
+    if stages is not None and (a is not None or model is None):
+        raise TargetError("--stages TARGET needs --model, and neither A nor B")
+    from transom.validation.bisect import bisect as find
+    from transom.validation.bisect import bisect_stages
+
+    loaded: Any = None if model is None else load_model(model, weights, seed)
+    sizes = {"length": length, "chunk": chunk, "decode": decode}
+    if stages is not None:
+        verdict = bisect_stages(stages, model=loaded, quant=quant, share=tolerance, **sizes)
+    else:
+        verdict = find(a, b, model=loaded, quant=quant, share=tolerance, **sizes)  # type: ignore[arg-type]
+    if json:
+        print_json(verdict.to_json())
+    elif not verdict.diverged:
+        console.print(
+            f"no divergence: {verdict.compared} values agree, the farthest within {verdict.relative:.1e} of its size "
+            f"(tolerance {verdict.tolerance:.0e}); logits differ by {verdict.max_abs:.1e} at most"
+        )
+    else:
+        place = "outside of the layers" if verdict.layer is None else f"layer {verdict.layer}"
+        console.print(f"[red]diverged[/red] at {place}, {verdict.op} ({escape(str(verdict.tap))})", highlight=False)
+        console.print(f"  cause: {escape(verdict.cause)}", highlight=False)
+        if verdict.stage is not None:
+            console.print(f"  stage: {escape(verdict.stage)}", highlight=False)
+        blamed = {"a": a, "b": b, None: None}[verdict.side]
+        if stages is None and blamed is not None:
+            console.print(f"  at fault: {escape(blamed)}", highlight=False)
+        console.print(
+            f"  from position {verdict.position} on, {verdict.positions} in all; {verdict.max_abs:.3g} at most, "
+            f"{verdict.relative:.1e} of the value's size (tolerance {verdict.tolerance:.0e})",
+            highlight=False,
+        )
+    if verdict.diverged:
+        raise typer.Exit(1)

@@ -1,0 +1,138 @@
+"""`transom validate`: the same prompts through every target, held against the plain module."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Seed, Threads, Weights, check_weights, console, print_json, size
+from transom.graphs.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from transom.validation.result import TargetResult, Validation
+
+ModelOrDirs = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL_OR_DIR...", help="A model, to compile for the targets; exported artifacts of it."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(validate)
+
+
+def validate(
+    model_or_dirs: ModelOrDirs,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Names with commas between: reference, and those of transom list; by default all installed."),
+    ] = None,
+    quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
+    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32, or bfloat16 for xla.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest sequence; by default enough for four windows.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Largest number of new tokens in one call; by default 1.5 windows.", min=1)
+    ] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to read; by default one of ours.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the artifacts, as DIR/TARGET.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model of the artifacts; by default their manifests tell.")
+    ] = None,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    threads: Threads = None,
+    layers: Annotated[
+        bool | None,
+        typer.Option(
+            "--layers/--no-layers",
+            help="Also compare every step of every layer, which compiles again; by default for --html.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE; - prints them.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
+) -> None:
+    """Hold every target against the plain module: logits, tokens, cache bytes. Exit code 1 if one fails."""
+    from transom.validation.report import render
+    from transom.validation.validate import validate_sources
+
+    check_weights(weights)
+    for path in (json_file, html):
+        if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+            # A long run should not end at a folder that is not there.
+            raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
+    with stage_bars() as on_progress:
+        found = validate_sources(
+            model_or_dirs,
+            targets=None if targets is None else [name.strip() for name in targets.split(",")],
+            quant=quant,
+            dtype=dtype,
+            context=context,
+            chunk=chunk,
+            text=text,
+            out=out,
+            model=model,
+            weights="random" if weights == "random" else "checkpoint",
+            seed=seed,
+            threads=threads,
+            layers=html is not None if layers is None else layers,
+            on_progress=on_progress,
+        )
+    if html is not None:
+        html.write_text(render(found), encoding="utf-8")
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    if str(json_file) == "-":
+        print_json(found.to_json())
+    else:
+        _show(found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _show(found: Validation) -> None:
+    prompt = found.prompt
+    console.print(
+        f"[bold]{escape(found.model)}[/bold], {prompt['tokens']:,} tokens of {escape(str(prompt['source']))}, against "
+        "the plain module in float32",
+        highlight=False,
+    )
+    table = Table(title="Largest differences over all lengths", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("target", "verdict", "max abs", "max rel", "KL max", "top-1", "diverges", "caches"):
+        table.add_column(name, justify="left" if name in ("target", "verdict") else "right", no_wrap=True)
+    for name, result in found.targets.items():
+        table.add_row(*_row(name, result))
+    console.print(table)
+    for name, result in found.targets.items():
+        lengths = ", ".join(f"{run.length:,}" for run in result.prefills)
+        console.print(
+            f"[dim]{escape(name)}: {result.quant}, {result.dtype}, chunks of {result.chunk:,}, a window of "
+            f"{result.window:,}, prompts of {lengths}; {result.seconds:.1f} s[/dim]",
+            highlight=False,
+        )
+    for name, reason in found.not_run.items():
+        console.print(f"[yellow]not run:[/yellow] {name}: {escape(reason)}", highlight=False)
+    for name, result in found.targets.items():
+        for failure in result.failures:
+            console.print(f"[red]{escape(name)}:[/red] {escape(failure)}", highlight=False, soft_wrap=True)
+
+
+def _row(name: str, result: TargetResult) -> tuple[str, ...]:
+    return (
+        escape(name),
+        "[green]pass[/green]" if result.passed else "[red]FAIL[/red]",
+        f"{result.worst('max_abs'):.1e}",
+        f"{result.worst('max_rel'):.1e}",
+        f"{result.worst('kl_max'):.1e}",
+        f"{result.top1_agreement:.2%}",
+        "never" if result.first_divergence is None else f"at {result.first_divergence}",
+        size(result.caches.local),
+    )

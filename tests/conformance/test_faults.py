@@ -1,0 +1,137 @@
+"""Every planted fault turns the suite red, and the bisection finds where it was planted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conformance.adapters import StageRuntime, traced
+from tests.conformance.cases import CASES
+from tests.conformance.eager import EagerRuntime, EagerSession
+from tests.conformance.faults import (
+    CASE,
+    CONFIG_FAULTS,
+    GRAPH_FAULTS,
+    IMAGE_FAULTS,
+    WINDOW,
+    SpoiltStageRuntime,
+)
+from tests.conformance.runner import Report, run_suite
+from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
+from transom.graphs.graph import Graph
+from transom.passes.add_taps import AddTaps
+from transom.passes.base import Pipeline
+from transom.passes.bound_local_caches import BoundLocalCaches
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.fuse_attention import FuseAttention
+from transom.passes.fuse_cache_writes import FuseCacheWrites
+from transom.validation.bisect import Context, bisect, bisect_stages, compare
+from transom.validation.recording import Call, Recording, record
+from transom.zoo.model import load
+
+LONG = ("decode_far", "mixed_chunks")
+CHUNK = 2 * WINDOW + 5
+# A chunk longer than two windows, a short one and two tokens one by one: enough to tell these faults apart.
+LENGTH, DECODE = CHUNK + 3, 2
+
+
+def loud(report: Report, case: str) -> bool:
+    """Whether a case's logits are wrong by far more than rounding can be."""
+    worst = max(difference for (name, _), difference in report.differences.items() if name == case)
+    return worst > CONFORMANCE_FAULT and any(f.kind == "logits" and f.case == case for f in report.findings)
+
+
+@pytest.mark.parametrize("name", GRAPH_FAULTS)
+def test_a_spoilt_graph_turns_the_suite_red(name: str, suite: dict[str, Path]) -> None:
+    fault = GRAPH_FAULTS[name]
+    report = run_suite(SpoiltStageRuntime(name, fault), [suite[CASE]], tolerance=CONFORMANCE_LOGITS, schedules=LONG)
+    assert report.red() == [CASE]
+    assert loud(report, CASE), str(report)
+    assert {finding.kind for finding in report.findings} == ({"logits", "cache"} if fault.bytes_too else {"logits"})
+
+
+@pytest.fixture(scope="module")
+def tapped(suite: dict[str, Path]) -> Graph:
+    """The right graph, with taps."""
+    graph, _ = Pipeline([AddTaps(), *StageRuntime("onnx").passes(CHUNK)]).run(traced(suite[CASE])[1])
+    return graph
+
+
+@pytest.mark.parametrize("name", GRAPH_FAULTS)
+def test_the_bisection_names_layer_and_operation(name: str, suite: dict[str, Path], tapped: Graph) -> None:
+    fault, (model, graph) = GRAPH_FAULTS[name], traced(suite[CASE])
+    spoilt, _ = Pipeline([AddTaps(), *SpoiltStageRuntime(name, fault).passes(CHUNK)]).run(graph)
+    verdict = bisect(tapped, spoilt, model=model, chunk=CHUNK, length=LENGTH, decode=DECODE)
+    assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, fault.op, "b"), verdict
+
+
+def test_the_bisection_finds_no_fault_where_none_is(suite: dict[str, Path], tapped: Graph) -> None:
+    other, _ = Pipeline([AddTaps(), *StageRuntime("xla").passes(CHUNK)]).run(traced(suite[CASE])[1])
+    assert not bisect(tapped, other, model=traced(suite[CASE])[0], chunk=CHUNK, length=LENGTH, decode=DECODE).diverged
+
+
+def test_the_bisection_names_the_pass(suite: dict[str, Path]) -> None:
+    fault = GRAPH_FAULTS["cache of window slots"]
+    # Every stage is run, so the pipeline is cut short.
+    shortest = [Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(CHUNK)]
+    verdict = bisect_stages(
+        fault.plant(shortest), model=traced(suite[CASE])[0], chunk=CHUNK, length=LENGTH, decode=DECODE
+    )
+    assert (verdict.stage, verdict.layer, verdict.op) == (fault.make().name, fault.layer, fault.op), verdict
+
+
+@pytest.mark.parametrize("name", CONFIG_FAULTS)
+def test_a_wrong_configuration_turns_the_right_cases_red(name: str, suite: dict[str, Path]) -> None:
+    change, cases = CONFIG_FAULTS[name]
+    others = [case.name for case in CASES if case.name not in cases][:2]
+    folders = [suite[case] for case in (*cases, *others)]
+    report = run_suite(EagerRuntime(name, config=change), folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG)
+    assert set(report.red()) == set(cases), str(report)
+    assert all(loud(report, case) for case in cases)
+
+
+def test_every_case_is_turned_red_by_some_fault() -> None:
+    red = {case for _, cases in CONFIG_FAULTS.values() for case in cases}
+    assert {case.name for case in CASES} == red
+
+
+@pytest.mark.parametrize("name", IMAGE_FAULTS)
+def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path]) -> None:
+    fault = IMAGE_FAULTS[name]
+    report = run_suite(
+        EagerRuntime(name, visible=fault.visible, cut=fault.cut),
+        [suite["image_blocks"], suite["softcap"]],
+        tolerance=CONFORMANCE_LOGITS,
+    )
+    assert report.red() == ["image_blocks"]
+    assert loud(report, "image_blocks"), str(report)
+
+
+def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequence[int]) -> Recording:
+    """Taps of the case with images, cut as given."""
+    inputs = np.load(suite["image_blocks"] / "inputs.npz")
+    session.blocks = torch.from_numpy(inputs["blocks"])
+    starts = np.cumsum([0, *sizes[:-1]])
+    calls = [Call(start=int(start), count=size) for start, size in zip(starts, sizes, strict=True)]
+    return record(session, calls, inputs["tokens"].tolist())
+
+
+@pytest.mark.parametrize("name", [name for name, fault in IMAGE_FAULTS.items() if fault.layer is not None])
+def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite: dict[str, Path]) -> None:
+    fault = IMAGE_FAULTS[name]
+    inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), load(suite["image_blocks"])
+    sizes = [15, 12, 2, *[1] * 30]
+    right, wrong = (
+        images_recorded(suite, EagerSession(model, chunk=21, context=inputs["tokens"].size, **rule), sizes)
+        for rule in ({}, {"visible": fault.visible})
+    )
+    (images,) = ([case.images for case in CASES if case.images],)
+    context = Context(config=model.config, weights=model.weights, tokens=inputs["tokens"].tolist(), blocks=images[0])
+    assert not compare(right, right, context).diverged
+    verdict = compare(right, wrong, context)
+    assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, "mask", "b"), verdict
+    assert verdict.position == fault.position

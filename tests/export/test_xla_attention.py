@@ -1,0 +1,140 @@
+"""Attention of the target `xla` against the reference body, however ring, chunk and window lie."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import WINDOW
+from tests.tolerances import BF16_ATTENTION, FP32_ATTENTION
+from transom.graphs import ops
+
+jax = pytest.importorskip("jax")
+jax.config.update("jax_platforms", "cpu")
+attention = pytest.importorskip("transom.export.xla.attention")
+
+B, N, K, H = 2, 4, 2, 8
+SCALE = 0.3
+
+LENGTHS = (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, and a last one that is not whole, in arrays of a few dozen slots."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 6)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 14)
+    monkeypatch.setattr(attention, "DECODE_BLOCK", 17)
+
+
+def _arrays(tokens: int, slots: int, seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, tokens, N, H), (B, tokens, K, H), (B, tokens, K, H), (B, K, slots, H), (B, K, slots, H))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def _run(program: Any, arrays: list[torch.Tensor], start: int, count: int) -> list[NDArray[np.float32]]:
+    given = [jax.numpy.asarray(array.float().numpy(), str(array.dtype).removeprefix("torch.")) for array in arrays]
+    return [np.asarray(found, np.float32) for found in program(*given, np.int32(start), np.int32(count))]
+
+
+def _reference(arrays: list[torch.Tensor], start: int, count: int, window: int) -> list[NDArray[np.float32]]:
+    q, k, v, *caches = arrays
+    found = ops.cached_attention(q[:, :count], k[:, :count], v[:, :count], *caches, torch.tensor(start), SCALE, window)
+    return [value.float().numpy() for value in found]
+
+
+def _program(window: int) -> Any:
+    return jax.jit(functools.partial(attention.cached_attention, scale=SCALE, window=window))
+
+
+def _compare(
+    program: Any, arrays: list[torch.Tensor], start: int, count: int, window: int, tolerance: float = FP32_ATTENTION
+) -> None:
+    (out, *caches), (wanted, *wanted_caches) = (
+        _run(program, arrays, start, count),
+        _reference(arrays, start, count, window),
+    )
+    case = f"start {start}, {count} of {arrays[0].shape[1]} tokens"
+    np.testing.assert_allclose(out[:, :count], wanted, atol=tolerance, rtol=0, err_msg=case)
+    assert np.isfinite(out).all(), case
+    for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
+        np.testing.assert_array_equal(cache, wanted_cache, err_msg=case)
+
+
+def _counts(tokens: int) -> list[int]:
+    return sorted({1, (tokens + 1) // 2, max(1, tokens - 1), tokens})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots"),
+    [*((tokens, WINDOW) for tokens in LENGTHS), (1, WINDOW + 7), (WINDOW, WINDOW + 7), (2 * WINDOW, WINDOW + 7)],
+)
+def test_local_attention_is_the_reference_body(tokens: int, slots: int) -> None:
+    """Any start, also far past the ring's wrap; chunks shorter and longer than the window; padding at the end."""
+    program = _program(WINDOW)
+    for start in (0, 1, WINDOW - 1, WINDOW, WINDOW + 1, slots, 3 * WINDOW + 5, 1000):
+        for count in _counts(tokens):
+            _compare(program, _arrays(tokens, slots, start), start, count, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots"), [*((tokens, 3 * WINDOW + 5) for tokens in LENGTHS), (20, 5 * WINDOW), (64, 3 * WINDOW + 5)]
+)
+def test_global_attention_is_the_reference_body(tokens: int, slots: int) -> None:
+    """Any start up to the cache's end, also with padding that would not fit into the cache."""
+    program = _program(0)
+    for start in (0, 1, WINDOW, slots - tokens, slots - (tokens + 1) // 2, slots - 1):
+        for count in _counts(tokens):
+            if 0 <= start <= slots - count:
+                _compare(program, _arrays(tokens, slots, start), start, count, 0)
+
+
+@pytest.mark.parametrize("window", [WINDOW, 0])
+def test_a_chunked_prefill_and_a_long_decode_go_on_from_each_other(window: int) -> None:
+    """Caches that our own programs wrote, chunks of changing length, then decode over three wraps of the ring."""
+    slots = window or 6 * WINDOW
+    caches = [np.zeros((B, K, slots, H), np.float32)] * 2
+    wanted_caches, start = [torch.zeros(B, K, slots, H)] * 2, 0
+    programs = {tokens: _program(window) for tokens in (1, WINDOW + 4)}
+    for count in (WINDOW + 4, 7, WINDOW, *[1] * (3 * WINDOW)):
+        tokens = 1 if count == 1 else WINDOW + 4
+        arrays = _arrays(tokens, slots, start)[:3]
+        out, *caches = _run(programs[tokens], [*arrays, *map(torch.tensor, caches)], start, count)
+        wanted, *rest = _reference([*arrays, *wanted_caches], start, count, window)
+        np.testing.assert_allclose(out[:, :count], wanted, atol=FP32_ATTENTION, rtol=0, err_msg=str(start))
+        wanted_caches, start = [torch.tensor(cache) for cache in rest], start + count
+
+
+@pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
+def test_bfloat16_adds_up_in_float32(tokens: int, slots: int, window: int) -> None:
+    arrays = _arrays(tokens, slots, 3, torch.bfloat16)
+    exact = _reference([array.float() for array in arrays], 40, tokens, window)[0]
+    found = _run(_program(window), arrays, 40, tokens)[0]
+    np.testing.assert_allclose(found, exact, atol=BF16_ATTENTION, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
+def test_what_hidden_slots_hold_does_not_matter(tokens: int, slots: int, window: int) -> None:
+    """A fresh cache's slots and the padding may hold anything that is finite."""
+    arrays = _arrays(tokens, slots, 5)
+    count = max(1, tokens - 4)
+    found = _run(_program(window), arrays, 0, count)[0]
+    for array in arrays[3:]:
+        array += 1e4
+    for array in arrays[1:3]:
+        array[:, count:] += 1e4
+    np.testing.assert_array_equal(_run(_program(window), arrays, 0, count)[0][:, :count], found[:, :count])
+
+
+@pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
+def test_donated_caches_come_back_in_the_same_memory(tokens: int, slots: int, window: int) -> None:
+    program = jax.jit(functools.partial(attention.cached_attention, scale=SCALE, window=window), donate_argnums=(3, 4))
+    given = [array.numpy() for array in _arrays(tokens, slots, 0)]
+    memory = program.lower(*given, np.int32(0), np.int32(tokens)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(cache.nbytes for cache in given[3:])

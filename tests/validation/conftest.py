@@ -1,0 +1,64 @@
+"""Runs of the command line and one good validation, shared by the tests of validate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from transom.cli import main
+from transom.graphs.graph import Graph
+from transom.validation import candidates
+from transom.validation.result import Validation
+from transom.validation.validate import validate_sources
+from transom.zoo.model import Model
+
+Cli = Callable[..., tuple[int, str, str]]
+
+TARGETS = ("reference", "onnxruntime", "onnx")
+
+
+@pytest.fixture
+def traced_once(traced: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations of gemma3-tiny take the graph that other tests traced."""
+    monkeypatch.setattr(candidates, "trace_model", lambda model, dtype: traced)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], traced_once: None) -> Cli:
+    """Run `transom ARGS`; returns (exit code, standard output, standard error)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["transom", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "400")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def good(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Validation, Path]]:
+    """gemma3-tiny on all targets of these tests, and the folder that holds its artifacts. Copy what you change."""
+    out = tmp_path_factory.mktemp("validated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "trace_model", lambda model, dtype: traced)
+        yield validate_sources(tiny, targets=TARGETS, out=out, threads=1, layers=True), out
+
+
+def parsed(path: Path) -> dict[str, object]:
+    """A JSON file without NaN, which JSON does not have."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path} holds {constant}")
+
+    found: dict[str, object] = json.loads(path.read_text(), parse_constant=refuse)
+    return found

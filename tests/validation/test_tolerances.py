@@ -1,0 +1,154 @@
+"""Tolerances let rounding through and stop what is wrong; schedules and chunks meet the edges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import WINDOW
+from transom.backends.artifact import CacheRecord
+from transom.graphs.errors import ContextLengthError, TargetError
+from transom.validation.compare import Differences, compare
+from transom.validation.judge import judge
+from transom.validation.lengths import default_chunk, default_context, schedule
+from transom.validation.oracle import Reading
+from transom.validation.tolerances import BFLOAT16, FLOAT32, INT8, Tolerance, tolerance
+from transom.zoo.architectures import build_empty
+from transom.zoo.config import DecoderConfig
+from transom.zoo.gemma3 import Gemma3
+from transom.zoo.model import Model
+
+LENGTH = 4 * WINDOW
+
+
+def module_of(model: Model, config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Gemma3:
+    """The model's weights under another configuration or in another dtype."""
+    module = build_empty(config)
+    state = {name: weight.read().to(dtype) for name, weight in model.weights.items()}
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def differences(model: Model, module: Gemma3, text: Sequence[int]) -> Differences:
+    """A module against the oracle."""
+    expected = Reading(model.eager(), text)
+    found = Reading(module, text).logits(0, len(text)).float().numpy()
+    return compare(found, expected.logits, 0)
+
+
+@pytest.mark.parametrize("bound", [FLOAT32, INT8, BFLOAT16], ids=["float32", "int8", "bfloat16"])
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
+def test_a_window_that_is_off_by_one_does_not_pass(tiny: Model, text: list[int], bound: Tolerance, window: int) -> None:
+    module = module_of(tiny, dataclasses.replace(tiny.config, window=window))
+    found = differences(tiny, module, text[:LENGTH])
+    first = min(window, WINDOW)
+    assert found.relative[:first].max() < FLOAT32.relative
+    failures = judge("prefill", found, bound)
+    assert failures, f"{found.relative.max():.2e} of the largest logit, KL {found.kl.max():.2e}"
+    if bound is FLOAT32:
+        assert f"from position {first} on" in failures[0]
+
+
+def test_bfloat16_passes_as_bfloat16_and_not_as_float32(tiny: Model, text: list[int]) -> None:
+    found = differences(tiny, module_of(tiny, tiny.config, torch.bfloat16), text[:LENGTH])
+    assert judge("prefill", found, BFLOAT16) == []
+    assert judge("prefill", found, FLOAT32) != []
+
+
+def test_which_tolerance_is_whose() -> None:
+    assert tolerance("onnxruntime", dtype="float32", quant="none") is FLOAT32
+    assert tolerance("onnxruntime", dtype="float32", quant="int4") is INT8
+    # Dequantised weights times float32 activations: the oracle's own products.
+    assert tolerance("reference", dtype="float32", quant="int4") is FLOAT32
+    assert tolerance("xla", dtype="bfloat16", quant="none") is BFLOAT16
+    with pytest.raises(TargetError, match="float64"):
+        tolerance("xla", dtype="float64", quant="none")
+    for bound in (FLOAT32, BFLOAT16, INT8):
+        assert bound.reason
+
+
+def made(**arrays: Sequence[float]) -> Differences:
+    """Differences of 40 positions that pass, but for the first values given."""
+    held = {"max_abs": 0.0, "magnitude": 10.0, "kl": 0.0, "gap": 0.0}
+    full = {name: np.full(40, value) for name, value in held.items()}
+    for name, values in arrays.items():
+        full[name][: len(values)] = values
+    return Differences(first=100, **full)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (made(max_abs=[0, 0, 1e-3]), "logits differ from position 102 on, by 1.0e-04 of the largest"),
+        (made(max_abs=[float("nan")]), "logits differ from position 100 on"),
+        (made(kl=[0, 1e-4]), "KL is 1.0e-04 nats at position 101"),
+        (made(kl=[5e-6] * 40), "mean KL is 5.0e-06"),
+        (made(gap=[0, 0, 0, 0.1]), "from position 103 on, at 1 of 40 positions; these are no ties"),
+        (made(gap=[float("nan")]), "from position 100 on"),
+        (made(gap=[1e-5] * 4), "top-1 agreement is 90.0%"),
+    ],
+)
+def test_every_bound_can_fail_alone(found: Differences, words: str) -> None:
+    failures = judge("prefill", found, FLOAT32)
+    assert failures and all(line.startswith("a prompt of 140: ") for line in failures)
+    assert any(words in line for line in failures), failures
+
+
+def test_ties_are_no_disagreement() -> None:
+    assert judge("prefill", made(gap=[2e-4]), FLOAT32) == []
+    assert judge("prefill", made(), FLOAT32) == []
+    assert judge("decode", made(gap=[1e-5] * 4), FLOAT32) == []
+
+
+def test_compare_by_hand() -> None:
+    expected = torch.tensor([[0.0, 1.0, -4.0], [2.0, 1.0, 0.0]])
+    found = np.array([[0.0, 1.5, -4.0], [1.0, 2.0, 0.0]], np.float32)
+    differences = compare(found, lambda first, stop: expected[first - 5 : stop - 5], 5)
+    assert differences.first == 5
+    assert differences.max_abs.tolist() == [0.5, 1.0]
+    assert differences.relative.tolist() == [0.125, 0.5]
+    assert differences.gap.tolist() == [0.0, 1.0]
+    p, q = expected[1].softmax(-1), torch.from_numpy(found[1]).softmax(-1)
+    assert differences.kl[1] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+
+
+def cache(slots: int | None) -> CacheRecord:
+    return CacheRecord(
+        name="cache.0.key", layer=0, window=512 if slots else None, slots=slots, heads=1, width=4, dtype="float32"
+    )
+
+
+def test_schedules() -> None:
+    plans = schedule(window=512, context=4096, caches=[cache(512 + 255), cache(None)])
+    assert plans.prompts == (511, 512, 513, 1024, 1541, 2051)
+    # The window, one turn of the ring and a second one.
+    assert plans.decodes == ((508, 516), (763, 771), (1530, 1538))
+    assert (plans.continued, plans.new_tokens, plans.longest) == (1541, 32, 2051)
+    # A ring of bare windows wraps at the window itself.
+    assert schedule(window=512, context=4096, caches=[cache(512)]).decodes == ((508, 516), (1020, 1028))
+
+
+@pytest.mark.parametrize("context", [2, 15, 16, 17, 40, 53, 66, 67])
+def test_schedules_fit_the_context(context: int) -> None:
+    plans = schedule(window=16, context=context, caches=[cache(39)])
+    assert plans.longest == min(context, 67)
+    assert all(0 < first < stop <= plans.longest for first, stop in plans.decodes)
+    # The last new token is never run.
+    assert plans.new_tokens >= 1 and plans.continued + plans.new_tokens - 1 <= context
+
+
+def test_a_context_without_room() -> None:
+    with pytest.raises(ContextLengthError, match="--context"):
+        schedule(window=16, context=1, caches=[])
+
+
+def test_defaults_cross_the_window_in_one_call() -> None:
+    assert default_chunk(512, 4096) == 768
+    assert default_chunk(512, 600) == 600
+    assert default_context(512, 32_768) == 4096
+    assert default_context(16, 512) == 128
+    assert default_context(512, 1024) == 1024

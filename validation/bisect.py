@@ -1,0 +1,272 @@
+"""Where two runs of one model part: the first layer and operation whose output differs while its inputs agree.
+
+    verdict = bisect("onnxruntime", "onnx", model="gemma3-270m")
+    verdict = bisect("reference", "xla@FuseAttention", model="gemma3-tiny")
+    verdict = bisect(good_graph, faulty_graph, model=model)          # graphs that AddTaps has run on
+    verdict = bisect_stages("xla", model=model)                      # the first pass that changes numbers
+    verdict = bisect_stages([..., Fault(), ...], model=model)        # a pipeline of one's own
+
+Both runs go side by side, call by call, and only the sizes of their differences are kept: all values of a large model
+would take gigabytes. If they part, they run once more to record the first site that differs and its inputs, and
+`divergence` tests known causes on those numbers. `compare` does the same on recordings, whatever made them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from transom.backends.artifact import Manifest
+from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
+from transom.export.compile import trace_model
+from transom.graphs import ops
+from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.passes.add_taps import AddTaps
+from transom.passes.base import Pass, Pipeline
+from transom.passes.pipelines import PIPELINES, pipeline
+from transom.validation.context import Context
+from transom.validation.divergence import agreement, compare, differences, explain, first_divergent
+from transom.validation.prompt import make_prompt
+from transom.validation.recording import Call, plan_calls, record, steps
+from transom.validation.sites import site
+from transom.validation.sources import Source, manifest_of, open_source, rebuilt, reference_graph, stage_graph, tapped
+from transom.validation.tolerances import FLOAT32, TAPS, tolerance
+from transom.validation.verdict import Verdict
+from transom.zoo.model import Model, load
+
+__all__ = ["Context", "Verdict", "bisect", "bisect_stages", "compare", "explain"]
+
+SURPLUS = 128
+"""Tokens that a chunk has beyond the window, at most: the taps of a large model take a megabyte a token."""
+
+LOWERING = "lowering"
+"""The stage of a fault that no pass has brought in."""
+
+
+def bisect(
+    a: Source,
+    b: Source,
+    *,
+    model: Model | str | None = None,
+    quant: str = "none",
+    length: int | None = None,
+    chunk: int | None = None,
+    decode: int | None = None,
+    share: float | None = None,
+) -> Verdict:
+    """Find the first site where two runs of one model differ.
+
+    Args:
+        a: "reference" (the graph as traced), "eager" (the module as written), a target, TARGET@PASS (the graph after
+            that pass, interpreted), an artifact's folder, a graph with taps, or an open session with taps.
+        b: The other run.
+        model: The model, or what `zoo.model.load` takes; by default that of an artifact.
+        quant: Quantisation scheme, for what has to be made first; by default that of an artifact.
+        length: Tokens of the prompt; by default so many that decoding passes the wrap of a ring of slots.
+        chunk: Most tokens in a call; by default more than two windows, or that of an artifact.
+        decode: Tokens to decode one by one after the prompt.
+        share: Share of a position's largest value up to which values agree; by default what the targets can do.
+
+    Raises:
+        TargetError: If a target or pass is unknown, or no model is given.
+        ArtifactError: If a folder is no artifact, or the runs cannot be compared.
+        ContextLengthError: If the prompt and the decoded tokens do not fit into the context.
+    """
+    manifests = [manifest_of(source) for source in (a, b)]
+    known = [manifest for manifest in manifests if manifest is not None]
+    quant = known[0].quantization if known and quant == "none" else quant
+    loaded = _model(model, known)
+    plan = _plan(loaded, quant, [*known, *(s for s in (a, b) if isinstance(s, Session))], length, chunk, decode)
+    shares = [_share(source, manifest, quant) for source, manifest in zip((a, b), manifests, strict=True)]
+    context = dataclasses.replace(plan.context, tolerance=max(shares) if share is None else share)
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(plan.open(source)) for source in (a, b))
+        verdict = _bisect(first, second, plan.calls, context)
+    bare = [manifest is not None and not manifest.taps for manifest in manifests]
+    if verdict.diverged and any(bare):
+        verdict = _with_taps(verdict, (a, b), manifests, plan, context)
+    if not verdict.diverged or verdict.side is None:
+        return verdict
+    blamed, other = (a, b) if verdict.side == "a" else (b, a)
+    return dataclasses.replace(verdict, stage=_stage(blamed, other, plan, context))
+
+
+def bisect_stages(
+    target: str | Sequence[Pass],
+    *,
+    model: Model | str,
+    quant: str = "none",
+    length: int | None = None,
+    chunk: int | None = None,
+    decode: int | None = None,
+    share: float | None = None,
+) -> Verdict:
+    """Find the first pass of a pipeline that changes numbers, and where.
+
+    Every stage is interpreted and compared with the graph as traced; from the pass on that quantises, with the numbers
+    that the codes mean.
+
+    Args:
+        target: A target, or passes of one's own.
+        model: The model, or what `zoo.model.load` takes.
+        quant: Quantisation scheme.
+        length: As for `bisect`.
+        chunk: As for `bisect`; passes of one's own must have been made for as many.
+        decode: As for `bisect`.
+        share: As for `bisect`.
+
+    Raises:
+        TargetError: If the target is unknown.
+    """
+    loaded = _model(model, [])
+    plan = _plan(loaded, quant, [], length, chunk, decode)
+    passes = pipeline(target, chunk=plan.chunk, scheme=scheme(quant)).passes if isinstance(target, str) else target
+    context = dataclasses.replace(plan.context, tolerance=TAPS if share is None else share)
+    traced, verdict = tapped(plan.traced), None
+    stages: list[tuple[str, Graph]] = []
+
+    def on_pass(ran: Pass, graph: Graph) -> None:
+        stages.append((ran.name, graph.clone()))
+
+    _, records = Pipeline([ran for ran in passes if not isinstance(ran, AddTaps)]).run(traced, on_pass=on_pass)
+    for (name, graph), done in zip(stages, records, strict=True):
+        if not done.changes:
+            continue
+        is_quantized = bool(graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
+        right = reference_graph(traced, quant if is_quantized else "none")
+        meant = dataclasses.replace(context, quant=quant if is_quantized else "none")
+        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, meant)
+        if verdict.diverged:
+            return dataclasses.replace(verdict, stage=name)
+    if verdict is None:
+        raise TargetError("no pass of the list changes anything: there is nothing to compare")
+    return verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is run."""
+
+    model: Model
+    chunk: int
+    calls: tuple[Call, ...]
+    context: Context
+
+    @property
+    def total(self) -> int:
+        return self.calls[-1].start + self.calls[-1].count
+
+    @functools.cached_property
+    def traced(self) -> Graph:
+        return trace_model(self.model)
+
+    def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
+        quant = self.context.quant
+        return open_source(source, self.model, self.traced, quant=quant, context=self.total, chunk=self.chunk)
+
+    def interpret(self, graph: Graph) -> Session:
+        return ReferenceSession(graph, context=self.total, chunk=self.chunk)
+
+
+def _model(model: Model | str | None, manifests: Sequence[Manifest]) -> Model:
+    if isinstance(model, Model):
+        return model
+    if model is not None:
+        return load(model)
+    if not manifests:
+        raise TargetError("targets alone do not say what to run: name a model (--model)")
+    source = manifests[0].source
+    if source["name"] == "random":
+        seed = int(source["revision"].removeprefix("seed "))
+        return load(manifests[0].model["name"], weights="random", seed=seed)
+    return load(source["name"])
+
+
+def _plan(
+    model: Model,
+    quant: str,
+    bounded: Sequence[Manifest | Session],
+    length: int | None,
+    chunk: int | None,
+    decode: int | None,
+) -> _Plan:
+    """Fit the calls into the smallest chunk and context of what is there already."""
+    window = model.config.window
+    wanted = min(2 * window, window + SURPLUS) + 5 if chunk is None else chunk
+    chunk = min([wanted, model.config.context, *(each.chunk for each in bounded)])
+    calls = plan_calls(window=window, chunk=chunk, length=length, decode=decode)
+    total = calls[-1].start + calls[-1].count
+    if total > (room := min([model.config.context, *(each.context for each in bounded)])):
+        raise ContextLengthError(f"{total} tokens do not fit into a context of {room}: give a shorter --length")
+    tokens = make_prompt(model, total, None).ids[:total]
+    context = Context(config=model.config, weights=model.weights, tokens=tokens, quant=quant)
+    return _Plan(model=model, chunk=chunk, calls=calls, context=context)
+
+
+def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
+    """Up to which share a source's values agree with exact ones."""
+    if manifest is not None:
+        allowed = tolerance(manifest.target, dtype=manifest.dtype, quant=manifest.quantization)
+    elif isinstance(source, str) and source in PIPELINES:
+        allowed = tolerance(source, dtype="float32", quant=quant)
+    else:
+        return TAPS
+    return TAPS if allowed is FLOAT32 else allowed.relative
+
+
+def _bisect(a: Session, b: Session, calls: Sequence[Call], context: Context) -> Verdict:
+    runs = zip(steps(a, calls, context.tokens), steps(b, calls, context.tokens), strict=True)
+    found = differences(runs)
+    first = first_divergent(found, context.tolerance)
+    if first is None:
+        return agreement(found, context.tolerance)
+    where = site(first.tap, context.config.num_layers)
+    names = {where.tap, *where.inputs}
+    again_a, again_b = (record(session, calls, context.tokens, names) for session in (a, b))
+    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(found))
+
+
+def _with_taps(
+    verdict: Verdict, sources: Sequence[Source], manifests: Sequence[Manifest | None], plan: _Plan, context: Context
+) -> Verdict:
+    """Logits of artifacts without taps differ: look into them by making them again with taps."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(source: Source, manifest: Manifest | None) -> Session:
+            is_bare = manifest is not None and not manifest.taps
+            return stack.enter_context(rebuilt(manifest, plan.model) if is_bare and manifest else plan.open(source))
+
+        first, second = (opened(source, manifest) for source, manifest in zip(sources, manifests, strict=True))
+        again = _bisect(first, second, plan.calls, context)
+    if again.diverged:
+        return again
+    cause = (
+        "the logits differ, but not those of the same artifacts made again with taps: a folder holds something else "
+        "than this version exports; export it again with --taps"
+    )
+    return dataclasses.replace(verdict, op="logits", layer=None, cause=cause, side=None)
+
+
+def _stage(blamed: Source, other: Source, plan: _Plan, context: Context) -> str | None:
+    """The first pass after which a target's graph, interpreted, differs from the other run as the target does."""
+    if not isinstance(blamed, str) or blamed.partition("@")[0] not in PIPELINES:
+        return None
+    target, _, last = blamed.partition("@")
+    passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
+    names = [current.name for current in passes]
+    names = names[: names.index(last) + 1] if last else names
+    traced, guilty = tapped(plan.traced), None
+    with plan.open(other) as right:
+        for name in reversed(names):
+            if context.quant != "none" and name == "QuantizeWeights":
+                break
+            stage = plan.interpret(stage_graph(traced, passes, name, target))
+            if not _bisect(right, stage, plan.calls, context).diverged:
+                break
+            guilty = name
+    return guilty or LOWERING

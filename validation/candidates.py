@@ -1,0 +1,178 @@
+"""What is validated: the reference, a model compiled for a target, or an artifact that somebody exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.opening import open_session
+from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
+from transom.export.compile import compile_model, trace_model
+from transom.export.exporter import exporter
+from transom.graphs.errors import TargetError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.passes.base import Pass, Pipeline
+from transom.passes.pipelines import PIPELINES
+from transom.passes.targets import TARGETS
+from transom.zoo.model import Model
+
+REFERENCE = "reference"
+REFERENCE_PIPELINE = "onnx"
+"""Whose rewritten graph the reference interprets: the passes that all targets share, before any fused attention."""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How targets are compiled.
+
+    Attributes:
+        quant: Name of a scheme.
+        dtype: What to compute in; by default each target's first.
+        context: Longest sequence.
+        chunk: Most new tokens in one call.
+        threads: Of the runtimes; by default their own choice.
+        out: Folder that keeps the artifacts, one a target; None removes them.
+    """
+
+    quant: str
+    dtype: str | None
+    context: int
+    chunk: int
+    threads: int | None = None
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something to validate.
+
+    Attributes:
+        name: What to call it in the results.
+        target: "reference" or a key of `passes.targets.TARGETS`.
+        settings: What it is, or will be, compiled with.
+        folder: The artifact, if it exists or will be kept.
+        exported: Whether the artifact exists already.
+    """
+
+    name: str
+    target: str
+    settings: Settings
+    folder: Path | None = None
+    exported: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.settings.dtype or (TARGETS[self.target].dtypes[0] if self.target in TARGETS else "float32")
+
+
+def check_targets(names: list[str]) -> None:
+    """Raise `TargetError` for a target that is unknown, given twice, or whose library is missing."""
+    known = (REFERENCE, *TARGETS)
+    for name in names:
+        if name not in known:
+            raise TargetError(f"no target named {name!r}: choose one of {', '.join(known)}")
+        if names.count(name) > 1:
+            raise TargetError(f"the target {name!r} is given twice: name it once")
+        if name != REFERENCE:
+            exporter(name)
+
+
+def installed_targets(dtype: str | None) -> tuple[list[str], dict[str, str]]:
+    """All targets that can run here, and why the others cannot."""
+    found, missing = [REFERENCE], {}
+    for name, target in TARGETS.items():
+        try:
+            exporter(name)
+        except TargetError as error:
+            missing[name] = str(error)
+            continue
+        if dtype is not None and dtype not in target.dtypes:
+            missing[name] = f"it computes in {' or '.join(target.dtypes)}, not in {dtype}"
+        else:
+            found.append(name)
+    return found, missing
+
+
+class Opener:
+    """Opens candidates of one model, which is traced once for all of them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._traced: dict[str, Graph] = {}
+
+    def traced(self, dtype: str = "float32") -> Graph:
+        """The model's `decode` graph; passes leave it as it is."""
+        if dtype not in self._traced:
+            self._traced[dtype] = trace_model(self.model, dtype=getattr(torch, dtype))
+        return self._traced[dtype]
+
+    @contextmanager
+    def open(
+        self, candidate: Candidate, on_progress: OnProgress, before: Sequence[Pass] | None = None
+    ) -> Iterator[Session]:
+        """A session, compiled first if need be; what was compiled for it alone is removed at the end.
+
+        Args:
+            candidate: What to open.
+            on_progress: Told of the steps of compiling.
+            before: Passes to run before the target's own; an artifact that exists is left aside for a new one.
+        """
+        settings = candidate.settings
+        if candidate.target == REFERENCE:
+            yield self._reference(candidate, before or ())
+            return
+        if candidate.exported and candidate.folder is not None and before is None:
+            yield open_session(candidate.folder, threads=settings.threads)
+            return
+        with tempfile.TemporaryDirectory(prefix="transom-validate-", ignore_cleanup_errors=True) as scratch:
+            kept = candidate.folder if before is None else None
+            folder = Path(scratch) / candidate.target if kept is None else kept
+            compile_model(
+                self.model,
+                target=candidate.target,
+                quant=settings.quant,
+                dtype=settings.dtype,
+                context=settings.context,
+                chunk=settings.chunk,
+                before=before or (),
+                traced=self.traced(candidate.dtype),
+                out=folder,
+                on_progress=on_progress,
+            )
+            # What was written a moment ago need not be hashed again.
+            yield open_session(folder, threads=settings.threads, verify=False)
+
+    def _reference(self, candidate: Candidate, before: Sequence[Pass]) -> ReferenceSession:
+        settings = candidate.settings
+        passes = PIPELINES[REFERENCE_PIPELINE](settings.chunk, scheme(settings.quant))
+        graph, _ = Pipeline([*before, *passes]).run(self.traced(candidate.dtype))
+        return ReferenceSession(graph, context=settings.context, chunk=settings.chunk)
+
+
+def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Manifest]:
+    """An artifact as it stands.
+
+    Raises:
+        ArtifactError: If the folder is no artifact, or is damaged.
+    """
+    manifest = read_manifest(folder)
+    settings = Settings(
+        quant=manifest.quantization,
+        dtype=manifest.dtype,
+        context=manifest.context,
+        chunk=manifest.chunk,
+        threads=threads,
+    )
+    candidate = Candidate(name=manifest.target, target=manifest.target, settings=settings, folder=folder, exported=True)
+    return candidate, manifest

@@ -1,0 +1,93 @@
+"""The certificate: `validation.json` beside an artifact's manifest, and whether it still speaks of that artifact.
+
+Needs no torch. The manifest names a hash of every other file, and the certificate names the manifest's: so it holds
+for exactly the bytes that were validated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from transom.backends.artifact import MANIFEST
+from transom.graphs.errors import ArtifactError
+
+CERTIFICATE = "validation.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a folder's certificate says.
+
+    Attributes:
+        state: "none"; "valid"; "stale": it was given to another manifest; "damaged": it cannot be read.
+        passed: The verdict; None unless it could be read.
+        date: When it was given; None unless it could be read.
+    """
+
+    state: Literal["none", "valid", "stale", "damaged"]
+    passed: bool | None = None
+    date: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """A line for people."""
+        if self.state == "none":
+            return "not validated"
+        if self.state == "damaged":
+            return f"{CERTIFICATE} cannot be read: run transom validate again"
+        verdict = "passed" if self.passed else "failed"
+        if self.state == "stale":
+            return f"{verdict} on {self.date}, but the manifest has changed since: run transom validate again"
+        return f"{verdict} on {self.date}"
+
+
+def write_certificate(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write a certificate for an artifact as it is now; a reader sees the old one or the new one, never a part.
+
+    Args:
+        folder: The artifact.
+        content: Plain data; needs "passed" and "date".
+
+    Raises:
+        ArtifactError: If the folder cannot be written.
+    """
+    draft = folder / f".{CERTIFICATE}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        data = {"version": VERSION, "manifest_sha256": _manifest_hash(folder), **content}
+        draft.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        os.replace(draft, folder / CERTIFICATE)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder / CERTIFICATE}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """What an artifact's certificate says, and whether it is this artifact's."""
+    path = folder / CERTIFICATE
+    if not path.exists():
+        return Certificate(state="none")
+    try:
+        data = json.loads(path.read_text())
+        passed, date, version = bool(data["passed"]), str(data["date"]), data["version"]
+        same = data["manifest_sha256"] == _manifest_hash(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Certificate(state="damaged")
+    if version != VERSION:
+        return Certificate(state="damaged")
+    return Certificate(state="valid" if same else "stale", passed=passed, date=date)
+
+
+def _manifest_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()

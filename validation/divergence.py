@@ -1,0 +1,253 @@
+"""Compare recorded taps in the order of execution, and find out why the first one differs.
+
+Needs no runtime: recordings may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from transom.graphs.errors import ArtifactError
+from transom.validation.context import Context
+from transom.validation.evidence import Evidence, Hypothesis
+from transom.validation.hypotheses import hypotheses
+from transom.validation.recording import Call, Float, Recording, positions_of
+from transom.validation.sites import LOGITS, Site, site
+from transom.validation.verdict import Verdict
+
+UNEXPLAINED = 0.1
+"""A cause is accepted if it leaves at most this share of the difference unexplained."""
+
+EXACT = 1e-5
+"""Predictions this close are all as good as each other: the simplest cause, which stands first, is taken."""
+
+Side = Literal["a", "b"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far two runs are apart at one tap, [rows] each; infinite where a value is not a number."""
+
+    tap: str
+    absolute: NDArray[np.float64]
+    relative: NDArray[np.float64]
+
+    @staticmethod
+    def between(tap: str, a: Float, b: Float) -> Difference:
+        """Compare two values [rows, ...]; a row is judged by its own largest value.
+
+        Raises:
+            ArtifactError: If their shapes differ.
+        """
+        if a.shape != b.shape:
+            raise ArtifactError(f"{tap} is {a.shape} in one run and {b.shape} in the other: compare runs of one model")
+        flat_a, flat_b = (value.reshape(len(value), -1).astype(np.float64) for value in (a, b))
+        with np.errstate(invalid="ignore"):
+            absolute = np.abs(flat_a - flat_b)
+        # Infinities of one sign are equal, and their difference is not a number.
+        absolute = np.nan_to_num(np.where(flat_a == flat_b, 0, absolute), nan=np.inf, posinf=np.inf).max(1)
+        size = np.nan_to_num(np.maximum(np.abs(flat_a), np.abs(flat_b)), nan=0, posinf=0).max(1)
+        # Sums that cancel leave small values with the noise of large ones.
+        size = np.maximum(size, 0.1 * np.median(size))
+        return Difference(tap=tap, absolute=absolute, relative=absolute / np.maximum(size, np.finfo(np.float32).tiny))
+
+    @staticmethod
+    def join(parts: Sequence[Difference]) -> Difference:
+        """The same tap over several calls."""
+        return Difference(
+            tap=parts[0].tap,
+            absolute=np.concatenate([part.absolute for part in parts]),
+            relative=np.concatenate([part.relative for part in parts]),
+        )
+
+
+def differences(runs: Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]]) -> list[Difference]:
+    """Compare two runs that go side by side, call by call; only numbers about the differences are kept.
+
+    Taps that only one of the runs has are left out.
+
+    Raises:
+        ArtifactError: If the runs have no tap in common, or one of them has another shape.
+    """
+    parts: dict[str, list[Difference]] = {}
+    for a, b in runs:
+        for name, value in a.items():
+            if name in b:
+                parts.setdefault(name, []).append(Difference.between(name, value, b[name]))
+    if not parts:
+        raise ArtifactError("the two runs have no tap in common: compare runs of one model")
+    return [Difference.join(found) for found in parts.values()]
+
+
+def first_divergent(found: Sequence[Difference], tolerance: float) -> Difference | None:
+    """The first tap, in order of execution, that differs: all before it agree, so its inputs do."""
+    return next((difference for difference in found if difference.relative.max() > tolerance), None)
+
+
+def agreement(found: Sequence[Difference], tolerance: float) -> Verdict:
+    """The verdict on two runs that do not part."""
+    logits = [difference for difference in found if difference.tap == LOGITS]
+    agreeing = "no value differs beyond the tolerance"
+    return Verdict(
+        diverged=False,
+        max_abs=max((float(difference.absolute.max()) for difference in logits), default=0.0),
+        relative=max(float(difference.relative.max()) for difference in found),
+        cause=agreeing if len(found) > len(logits) else f"{agreeing}, but without taps only logits were compared",
+        compared=len(found),
+        tolerance=tolerance,
+    )
+
+
+def compare(a: Recording, b: Recording, context: Context) -> Verdict:
+    """Find the first site where two recordings differ, and the cause that reproduces it.
+
+    Args:
+        a: One run, such as the reference.
+        b: Another run of the same calls and tokens.
+        context: The model; causes are tested against its configuration and weights.
+
+    Raises:
+        ArtifactError: If the runs are not of the same calls, or have no tap in common.
+    """
+    if a.calls != b.calls:
+        raise ArtifactError("the two runs were not made of the same calls: record both with one plan")
+    found = differences([(a.values, b.values)])
+    first = first_divergent(found, context.tolerance)
+    if first is None:
+        return agreement(found, context.tolerance)
+    verdict = explain(site(first.tap, context.config.num_layers), first, a, b, context)
+    return dataclasses.replace(verdict, compared=len(found))
+
+
+def explain(where: Site, difference: Difference, a: Recording, b: Recording, context: Context) -> Verdict:
+    """Test every known cause on the numbers of a site.
+
+    Args:
+        where: The first site that differs.
+        difference: By how much.
+        a: A run: the taps of the site and of its inputs, at least.
+        b: The other run.
+        context: The model.
+    """
+    share, size = (_largest(values) for values in (difference.relative, difference.absolute))
+    differs = difference.relative > context.tolerance
+    side, tried = _test(where, {"a": a, "b": b}, differs, context)
+    positions = positions_of(where.tap, a.calls)[differs]
+    pattern = describe_positions(positions, positions_of(where.tap, a.calls), a.calls, context.config.window)
+    accepted = [trial for trial in tried if trial.error < UNEXPLAINED * share]
+    if accepted:
+        best = min(accepted, key=lambda trial: (not trial.everywhere, max(trial.error, EXACT)))
+        op, cause = best.hypothesis.op, best.hypothesis.cause
+        cause = cause if best.everywhere else f"{cause}, but {pattern}"
+    else:
+        op = where.op if where.op != "attention" else "softmax" if len(positions) > 0.9 * len(differs) else "mask"
+        cause = f"none of {len(tried)} known causes reproduces the difference, which shows {pattern}"
+    if broken := int((~np.isfinite(difference.absolute)).sum()):
+        cause += f"; {broken} positions hold values that are no numbers"
+    ranked = sorted(tried, key=lambda trial: trial.error)[:5]
+    return Verdict(
+        diverged=True,
+        layer=where.layer,
+        op=op,
+        max_abs=size,
+        relative=share,
+        cause=cause,
+        tap=where.tap,
+        side=side,
+        position=int(positions.min()),
+        positions=len(positions),
+        hypotheses=tuple((trial.hypothesis.cause, trial.error) for trial in ranked if np.isfinite(trial.error)),
+        tolerance=context.tolerance,
+    )
+
+
+def _largest(values: NDArray[np.float64]) -> float:
+    """The largest finite number; where there is none, the largest that a float32 can be."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    return float(finite.max(initial=0.0)) or float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Trial:
+    hypothesis: Hypothesis
+    error: float
+    """Largest error of the prediction, as a share, at the rows that differ."""
+    everywhere: bool
+    """Whether the prediction is right at the other rows too."""
+
+
+def _test(
+    where: Site, runs: Mapping[Side, Recording], differs: NDArray[np.bool_], context: Context
+) -> tuple[Side | None, list[_Trial]]:
+    """Which run is at fault, and how well every hypothesis predicts its numbers."""
+    evidence = {side: _evidence(where, run, context) for side, run in runs.items()}
+    known = {side: found for side, found in evidence.items() if found is not None}
+    if not known:
+        return None, []
+    candidates = {side: list(hypotheses(found)) for side, found in known.items()}
+    errors = {side: _errors(candidates[side][0], known[side], differs)[0] for side in known}
+    side = max(known, key=lambda name: (errors[name], name))
+    blamed = side if len(known) > 1 and errors[side] > 5 * min(errors.values()) else None
+    trials = []
+    for hypothesis in candidates[side][1:]:
+        error, elsewhere = _errors(hypothesis, known[side], differs)
+        trials.append(_Trial(hypothesis=hypothesis, error=error, everywhere=elsewhere <= 2 * context.tolerance))
+    return blamed, trials
+
+
+def _errors(hypothesis: Hypothesis, evidence: Evidence, differs: NDArray[np.bool_]) -> tuple[float, float]:
+    """Largest error of a prediction where the runs differ, and elsewhere."""
+    found, predicted = evidence.output.numpy(), hypothesis.predict().numpy()
+    relative = Difference.between(evidence.site.tap, found, predicted).relative
+    # A token that sees no key at all may give anything.
+    defined = np.isfinite(predicted).reshape(len(predicted), -1).all(1)
+    if not (differs & defined).any():
+        return np.inf, np.inf
+    return float(relative[differs & defined].max()), float(relative[~differs & defined].max(initial=0.0))
+
+
+def _evidence(where: Site, run: Recording, context: Context) -> Evidence | None:
+    """What a hypothesis may use; None if a value that the site is computed from was not recorded."""
+    if (not where.inputs and where.op != "embedding") or any(name not in run.values for name in where.inputs):
+        return None
+    rows = [run.positions(LOGITS) if where.op == "logits" else slice(None) for _ in where.inputs]
+    return Evidence(
+        site=where,
+        inputs=tuple(torch.from_numpy(run.values[name][row]) for name, row in zip(where.inputs, rows, strict=True)),
+        output=torch.from_numpy(run.values[where.tap]),
+        calls=tuple((call.start, call.count) for call in run.calls),
+        context=context,
+    )
+
+
+def describe_positions(
+    differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[Call], window: int
+) -> str:
+    """In words, where two runs differ.
+
+    Args:
+        differing: Positions that differ.
+        every: Positions that were compared.
+        calls: The calls of the runs.
+        window: Keys that a local layer sees.
+    """
+    first = int(differing.min())
+    if len(differing) > 0.9 * len(every):
+        return f"from position {first} on"
+    holding = [
+        next(call for call in calls if call.start <= position < call.start + call.count) for position in differing
+    ]
+    if all(call.count == 1 for call in holding):
+        return f"only where tokens are decoded one by one, from position {first} on"
+    offsets = [int(position) - call.start for position, call in zip(differing, holding, strict=True)]
+    if all(call.start for call in holding) and max(offsets) < window:
+        return f"only at the first tokens of a later call, from position {first} on"
+    if first >= window - 1:
+        return f"only past the window of {window} keys, from position {first} on"
+    return f"at {len(differing)} of {len(every)} positions, from {first} on"

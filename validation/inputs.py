@@ -1,0 +1,91 @@
+"""What a user named: a model, exported artifacts, or both; and the one model that they all are of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transom.backends.artifact import MANIFEST, Manifest
+from transom.graphs.errors import ConfigError
+from transom.validation.candidates import Candidate, artifact_candidate
+from transom.zoo.model import Model, load
+
+_SEED = re.compile(r"seed (\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What to validate.
+
+    Attributes:
+        model: The model.
+        artifacts: Those that exist already.
+        compiles: Whether a model was named, to be compiled for the targets.
+    """
+
+    model: Model
+    artifacts: tuple[Candidate, ...]
+    compiles: bool
+
+
+def read_inputs(
+    named: str | Path | Model | Sequence[str | Path | Model],
+    *,
+    model: str | None,
+    weights: Literal["checkpoint", "random"],
+    seed: int,
+    threads: int | None,
+) -> Inputs:
+    """Tell models and artifacts apart, and load the model.
+
+    Raises:
+        ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
+        ArtifactError: If an artifact is damaged.
+    """
+    parts = [named] if isinstance(named, (str, Path, Model)) else list(named)
+    models = [part for part in parts if isinstance(part, Model) or not (Path(part) / MANIFEST).is_file()]
+    folders = list(
+        dict.fromkeys(Path(part) for part in parts if not isinstance(part, Model) and (Path(part) / MANIFEST).is_file())
+    )
+    if not parts or len(models) + (model is not None) > 1:
+        raise ConfigError("give one model, or artifacts, or one model and artifacts of it")
+    opened = [artifact_candidate(folder, threads) for folder in folders]
+    chosen = models[0] if models else model
+    if chosen is not None:
+        loaded = chosen if isinstance(chosen, Model) else load(str(chosen), weights=weights, seed=seed)
+    else:
+        loaded = _model_of(opened[0][1], folders[0])
+    for folder, (_, manifest) in zip(folders, opened, strict=True):
+        _check_same(loaded, manifest, folder)
+    return Inputs(model=loaded, artifacts=tuple(made for made, _ in opened), compiles=bool(models))
+
+
+def _model_of(manifest: Manifest, folder: Path) -> Model:
+    """The model that an artifact was made from, found again by what its manifest says."""
+    source, revision = manifest.source["name"], manifest.source["revision"]
+    try:
+        if source == "random" and (found := _SEED.fullmatch(revision)):
+            return load(manifest.model["name"], weights="random", seed=int(found[1]))
+        return load(source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} was made from {source!r}, which is not found ({error}): name it with --model"
+        ) from None
+
+
+def _check_same(model: Model, manifest: Manifest, folder: Path) -> None:
+    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(model.config)))
+    theirs = dict(manifest.model)
+    if differing := sorted(key for key in config if key != "name" and config[key] != theirs.get(key)):
+        raise ConfigError(
+            f"{folder} is not of {model.config.name}: {', '.join(differing)} differ; name its model with --model"
+        )
+    if model.revision != manifest.source["revision"]:
+        raise ConfigError(
+            f"{folder} was made from revision {manifest.source['revision']} of {manifest.source['name']}, the model "
+            f"at hand is {model.revision}: export it again, or name its model with --model"
+        )

@@ -1,0 +1,104 @@
+"""Verdicts, in plain words: what is wrong, where, and by how much."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from transom.backends.artifact import CacheRecord
+from transom.backends.session import Session
+from transom.validation.compare import Array, Differences
+from transom.validation.result import CacheResult
+from transom.validation.tolerances import Tolerance
+from transom.zoo.config import DecoderConfig
+from transom.zoo.plan import CACHE_DTYPES, plan
+
+PLAN_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
+"""The plan's names of what caches hold."""
+
+
+def judge(kind: str, found: Differences, bound: Tolerance) -> list[str]:
+    """Why a run fails; empty if it passes. What is not a number fails.
+
+    Args:
+        kind: "prefill" or "decode".
+        found: All its positions.
+        bound: What it is held to.
+    """
+    length = found.first + len(found.kl)
+    where = f"a prompt of {length}" if kind == "prefill" else f"decoding {found.first} to {length - 1}"
+    failures = []
+    if bad := _beyond(found.relative, bound.relative, found.first):
+        position, value, count = bad
+        failures.append(
+            f"{where}: logits differ from position {position} on, by {value:.1e} of the largest; "
+            f"{bound.relative:.0e} is allowed, {count} of {len(found.kl)} positions are beyond it"
+        )
+    if bad := _beyond(found.kl, bound.kl_max, found.first):
+        position, value, _ = bad
+        failures.append(f"{where}: KL is {value:.1e} nats at position {position}, {bound.kl_max:.0e} is allowed")
+    if not (mean := found.kl.mean()) <= bound.kl_mean:
+        failures.append(f"{where}: mean KL is {mean:.1e} nats, {bound.kl_mean:.0e} is allowed")
+    if bad := _beyond(found.gap / np.maximum(found.magnitude, 1e-30), bound.tie, found.first):
+        position, _, count = bad
+        failures.append(
+            f"{where}: another token is the likeliest from position {position} on, at {count} of {len(found.kl)} "
+            "positions; these are no ties"
+        )
+    # Of a few decoded positions, one tie would be a large share.
+    if kind == "prefill" and not (share := float((found.gap == 0).mean())) >= bound.top1 - 1 / len(found.gap):
+        failures.append(f"{where}: top-1 agreement is {share:.1%}, {bound.top1:.0%} is required")
+    return failures
+
+
+def _beyond(values: Array, limit: float, first: int) -> tuple[int, float, int] | None:
+    """Position of the first value beyond a limit, the largest value, and how many are; None if all are within."""
+    bad = ~(values <= limit)
+    return (first + int(bad.argmax()), float(values.max()), int(bad.sum())) if bad.any() else None
+
+
+def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheResult, list[str]]:
+    """Bytes of the caches as allocated against the slots that the artifact promises and those that a window needs.
+
+    Args:
+        session: With `tokens` tokens in its caches, or with more before.
+        config: The model's configuration.
+        tokens: Length of the longest prompt.
+    """
+    found, failures = session.cache_bytes(), []
+    most = config.window + session.chunk - 1
+    local = [cache for cache in session.caches if config.layer_window(cache.layer) is not None]
+    for cache in local:
+        if cache.window is None or cache.slots is None:
+            failures.append(f"{cache.name}: layer {cache.layer} is local, but its cache grows with the context")
+        elif cache.slots > most:
+            failures.append(
+                f"{cache.name}: {cache.slots} slots, a window of {config.window} and chunks of {session.chunk} need "
+                f"{most} at most"
+            )
+    expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache in local)
+    per_token = sum(_slot_bytes(cache) for cache in session.caches if config.layer_window(cache.layer) is None)
+    # A session counts a cache without a window as global; that was said above.
+    if all(cache.window is not None for cache in local):
+        if found["local"] != expected:
+            failures.append(
+                f"caches of local layers take {found['local']:,} bytes after {tokens} tokens, the manifest's slots "
+                f"come to {expected:,}"
+            )
+        if not per_token * tokens <= found["global"] <= per_token * session.context:
+            failures.append(
+                f"caches of global layers take {found['global']:,} bytes after {tokens} tokens, at {per_token:,} a "
+                f"token and a context of {session.context:,}"
+            )
+    dtype = PLAN_NAMES[session.caches[0].dtype]
+    bare = plan(config, context=session.context, cache_dtype=dtype).layers
+    return CacheResult(
+        local=found["local"],
+        global_=found["global"],
+        local_manifest=expected,
+        local_window=sum(layer.bytes for layer in bare if layer.kind == "local"),
+        unbounded=sum(_slot_bytes(cache) for cache in local) * session.context,
+    ), failures
+
+
+def _slot_bytes(cache: CacheRecord) -> int:
+    return cache.heads * cache.width * CACHE_DTYPES[PLAN_NAMES[cache.dtype]]

@@ -1,0 +1,65 @@
+"""Where along the depth a target's numbers leave the reference's: every tapped value of one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from transom.passes.add_taps import AddTaps
+from transom.validation.candidates import REFERENCE, Candidate, OnProgress, Opener
+from transom.validation.recording import Call, steps
+from transom.validation.result import LayerResult
+from transom.validation.sites import LOGITS, op_of, site
+
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Stands for the largest of values that are all zero."""
+
+
+def compare_layers(
+    candidate: Candidate, opener: Opener, text: Sequence[int], on_progress: OnProgress
+) -> tuple[LayerResult, ...]:
+    """Compile a target again with taps, and run it beside the reference, call by call, on a prompt of 3W+5.
+
+    Args:
+        candidate: The target; also an exported artifact is compiled again, with its own settings.
+        opener: Of its model.
+        text: Token ids.
+        on_progress: Told of the steps of compiling, and of positions.
+
+    Returns:
+        One record a tap, in the order of execution.
+    """
+    settings, config = candidate.settings, opener.model.config
+    length = min(3 * config.window + 5, settings.context, len(text))
+    starts = range(0, length, settings.chunk)
+    calls = [Call(start=start, count=min(settings.chunk, length - start)) for start in starts]
+    reference = dataclasses.replace(candidate, name=REFERENCE, target=REFERENCE, folder=None, exported=False)
+    worst: dict[str, tuple[float, float]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        on_progress(f"{candidate.name} layers: {stage}", done, total)
+
+    with ExitStack() as stack:
+        pair = [stack.enter_context(opener.open(part, progress, [AddTaps()])) for part in (reference, candidate)]
+        runs = [steps(session, calls, text) for session in pair]
+        for call, expected, found in zip(calls, *runs, strict=True):
+            for name, value in expected.items():
+                before, largest = worst.get(name, (0.0, SMALLEST))
+                # numpy's maximum keeps a NaN.
+                difference = np.maximum(before, np.abs(found[name] - value).max())
+                worst[name] = float(difference), float(np.maximum(largest, np.abs(value).max()))
+            progress("positions", call.start + call.count, length)
+    return tuple(
+        LayerResult(
+            name=name.removeprefix("tap."),
+            layer=site(name, config.num_layers).layer,
+            op=op_of(name),
+            max_abs=difference,
+            max_rel=difference / magnitude,
+        )
+        for name, (difference, magnitude) in worst.items()
+        if name != LOGITS
+    )

@@ -1,0 +1,80 @@
+"""Which prompts to run: window bugs show at the window's edges, where a ring of slots wraps, and past both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from transom.backends.artifact import CacheRecord
+from transom.graphs.errors import ContextLengthError
+
+NEW_TOKENS = 32
+"""Tokens of the greedy continuation."""
+
+AROUND = 4
+"""Tokens decoded one by one before a boundary, and again after it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What a target is run on.
+
+    Attributes:
+        prompts: Lengths to prefill from empty caches, rising. Every position of the longest is compared, and of the
+            others those of their last call.
+        decodes: Spans (first, last + 1) of positions that are decoded one by one after a prefill of `first` tokens.
+        continued: Length of the prompt whose greedy continuation is compared.
+        new_tokens: Tokens of that continuation.
+    """
+
+    prompts: tuple[int, ...]
+    decodes: tuple[tuple[int, int], ...]
+    continued: int
+    new_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of text that are needed."""
+        return self.prompts[-1]
+
+
+def default_chunk(window: int, context: int) -> int:
+    """A chunk longer than the window, so that a single call crosses it."""
+    return min(window + window // 2, context)
+
+
+def default_context(window: int, most: int) -> int:
+    """A context that holds the longest prompt and its continuation, rounded up to a power of two."""
+    needed = 4 * window + 3 + NEW_TOKENS
+    return min(most, 1 << (needed - 1).bit_length())
+
+
+def schedule(*, window: int, context: int, caches: Sequence[CacheRecord]) -> Schedule:
+    """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
+
+    Args:
+        window: Keys that a local layer sees.
+        context: Most tokens that the target takes.
+        caches: Its caches, whose rings wrap at their numbers of slots.
+
+    Raises:
+        ContextLengthError: If the context is too short for any comparison.
+    """
+    if context < 2:
+        raise ContextLengthError(f"a context of {context} leaves nothing to compare: export with a larger --context")
+    wanted = (window - 1, window, window + 1, 2 * window, 3 * window + 5, 4 * window + 3)
+    prompts = tuple(sorted({min(length, context) for length in wanted if length > 0}))
+    rings = {cache.slots for cache in caches if cache.window is not None and cache.slots is not None}
+    boundaries = sorted({window, *(slots * turn for slots in rings for turn in (1, 2))})
+    decodes = [
+        (max(boundary - AROUND, 1), boundary + AROUND)
+        for boundary in boundaries
+        if boundary + AROUND <= prompts[-1] and boundary > 1
+    ]
+    continued = max(1, min(3 * window + 5, context - NEW_TOKENS + 1))
+    return Schedule(
+        prompts=prompts,
+        decodes=tuple(decodes),
+        continued=continued,
+        new_tokens=min(NEW_TOKENS, context - continued + 1),
+    )

@@ -1,0 +1,186 @@
+"""One target, run through a schedule and held against the oracle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from transom.backends.session import Session
+from transom.graphs.errors import ArtifactError
+from transom.validation.candidates import Candidate
+from transom.validation.compare import Differences, compare, divergence
+from transom.validation.judge import judge, weigh
+from transom.validation.lengths import Schedule, schedule
+from transom.validation.oracle import Oracle, Reading
+from transom.validation.result import LengthResult, TargetResult
+from transom.validation.tolerances import tolerance
+from transom.zoo.config import DecoderConfig
+
+
+class Found(NamedTuple):
+    """One run: its differences, and the time that the target took."""
+
+    kind: str
+    differences: Differences
+    seconds: float
+    kl_unquantized: float | None = None
+
+
+def measure(
+    session: Session,
+    candidate: Candidate,
+    config: DecoderConfig,
+    oracle: Oracle,
+    text: Sequence[int],
+    *,
+    unquantized: Reading | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TargetResult:
+    """Run all lengths, the continuation, and weigh the caches.
+
+    Args:
+        session: The target, opened.
+        candidate: What it is.
+        config: The model's configuration.
+        oracle: Of the same quantisation; it has read `text`.
+        text: Token ids, as many as the longest prompt takes.
+        unquantized: The unquantised oracle's reading of the text.
+        on_progress: Called with (positions done, positions to do).
+    """
+    if session.vocab_size != config.vocab_size:
+        raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
+    bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
+    plans = schedule(window=config.window, context=session.context, caches=session.caches)
+    total, done = _positions(plans), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    found = []
+    for length in plans.prompts:
+        whole = length == plans.longest
+        beside = unquantized if whole else None
+        found.append(_prefill(session, oracle, text[:length], advance, beside, whole=whole))
+    found += [_decode(session, oracle, text, span, advance) for span in plans.decodes]
+    began = time.perf_counter()
+    prompt = list(text[: plans.continued])
+    new = list(session.generate(prompt, max_new_tokens=plans.new_tokens, stop_ids=()))
+    seconds = time.perf_counter() - began
+    advance(plans.continued + plans.new_tokens)
+    diverged = _first_divergence(oracle, prompt, new, bound.tie)
+    longest = found[len(plans.prompts) - 1]
+    caches, failures = weigh(session, config, plans.longest)
+    failures = [*(line for run in found for line in judge(run.kind, run.differences, bound)), *failures]
+    if diverged is not None:
+        failures.append(
+            f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
+        )
+    return TargetResult(
+        target=candidate.target,
+        folder=str(candidate.folder) if candidate.folder else None,
+        quant=candidate.settings.quant,
+        dtype=candidate.dtype,
+        context=session.context,
+        chunk=session.chunk,
+        window=config.window,
+        slots=tuple(sorted({c.slots for c in session.caches if c.window is not None and c.slots is not None})),
+        tolerance=bound,
+        lengths=tuple(_result(run) for run in found),
+        new_tokens=plans.new_tokens,
+        first_divergence=diverged,
+        kl_unquantized=longest.kl_unquantized,
+        caches=caches,
+        failures=tuple(failures),
+        by_position=tuple(float(value) for value in longest.differences.relative),
+        seconds=sum(run.seconds for run in found) + seconds,
+    )
+
+
+def _positions(plans: Schedule) -> int:
+    return sum(plans.prompts) + sum(stop for _, stop in plans.decodes) + plans.continued + plans.new_tokens
+
+
+def _prefill(
+    session: Session,
+    oracle: Oracle,
+    text: Sequence[int],
+    advance: Callable[[int], None],
+    unquantized: Reading | None,
+    *,
+    whole: bool,
+) -> Found:
+    """Run a prompt; compares every position if `whole`, else those of the last call.
+
+    The earlier calls of a shorter prompt are the very calls of the longest one, so comparing them again tells nothing.
+    """
+    session.reset()
+    first = 0 if whole else (len(text) - 1) // session.chunk * session.chunk
+    began = time.perf_counter()
+    if first:
+        session.prefill(text[:first], on_chunk=advance)
+    seconds = time.perf_counter() - began
+    parts, distances = [], []
+    # Fed a chunk at a time, so that no chunk's logits outlive their comparison.
+    for low in range(first, len(text), session.chunk):
+        began = time.perf_counter()
+        (logits,) = session.feed(text[low : low + session.chunk], wanted="all")
+        seconds += time.perf_counter() - began
+        parts.append(compare(logits, oracle.text.logits, low))
+        if unquantized is not None:
+            distances.append(divergence(logits, unquantized.logits, low))
+        advance(len(logits))
+        del logits
+    kl = float(np.concatenate(distances).mean()) if distances else None
+    return Found("prefill", Differences.join(parts), seconds, kl)
+
+
+def _decode(
+    session: Session, oracle: Oracle, text: Sequence[int], span: tuple[int, int], advance: Callable[[int], None]
+) -> Found:
+    first, stop = span
+    session.reset()
+    session.prefill(text[:first])
+    advance(first)
+    parts, seconds = [], 0.0
+    for position in range(first, stop):
+        began = time.perf_counter()
+        logits = session.decode(text[position])
+        seconds += time.perf_counter() - began
+        parts.append(compare(logits[None], oracle.text.logits, position))
+        advance(1)
+    return Found("decode", Differences.join(parts), seconds)
+
+
+def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: float) -> int | None:
+    """Where the oracle would have gone another way.
+
+    The oracle reads the target's own continuation: up to the first token that differs, that is its own as well.
+    """
+    reading = oracle.read([*prompt, *new])
+    for index, token in enumerate(new):
+        row = reading.logits(len(prompt) - 1 + index, len(prompt) + index)[0]
+        if row.max() - row[token] > tie * row.abs().max():
+            return index
+    return None
+
+
+def _result(run: Found) -> LengthResult:
+    found = run.differences
+    worst = int(np.argmax(found.relative))
+    return LengthResult(
+        kind=run.kind,
+        first=found.first,
+        length=found.first + len(found.kl),
+        max_abs=float(found.max_abs.max()),
+        max_rel=float(found.relative.max()),
+        worst=found.first + worst,
+        kl_mean=float(found.kl.mean()),
+        kl_max=float(found.kl.max()),
+        top1_agreement=float((found.gap == 0).mean()),
+        seconds=run.seconds,
+    )

@@ -1,0 +1,96 @@
+"""The oracle: the model file in eager float32 PyTorch, all positions at once, without caches and without passes.
+
+Of a quantised model, it has the numbers that the codes mean. Logits are causal, so one pass over the longest prompt
+serves every shorter one. Only hidden states are kept: logits of 262,144 tokens are made for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from transom.graphs import ops
+from transom.graphs.errors import InvariantError
+from transom.graphs.graph import Graph
+from transom.graphs.quantized import dequantize
+from transom.graphs.schemes import scheme
+from transom.passes.base import Pipeline
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.quantize_weights import QuantizeWeights
+from transom.passes.share_embedding import ShareEmbedding
+from transom.zoo.gemma3 import Gemma3
+from transom.zoo.model import Model
+
+
+class Reading:
+    """What the oracle says of one text; logits on demand."""
+
+    def __init__(self, module: Gemma3, tokens: Sequence[int]) -> None:
+        hidden: list[torch.Tensor] = []
+
+        def keep(_: object, __: object, normed_BTD: torch.Tensor) -> torch.Tensor:
+            hidden.append(normed_BTD[0])
+            # One position is enough for the head: its rows are made later, by `logits`.
+            return normed_BTD[:, -1:]
+
+        hook = module.norm.register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                module(torch.tensor([list(tokens)]), torch.tensor(0), None)
+        finally:
+            hook.remove()
+        self._hidden_TD = hidden[0]
+        self._table_VD = module.embed_tokens.weight
+        self._cap = module.config.logit_softcap
+
+    def logits(self, first: int, stop: int) -> torch.Tensor:
+        """Logits float32 [stop - first, V] of some positions."""
+        with torch.no_grad():
+            rows = torch.nn.functional.linear(self._hidden_TD[first:stop], self._table_VD)
+            return rows if self._cap is None else torch.tanh(rows / self._cap) * self._cap
+
+
+class Oracle:
+    """The eager module, and what it said of the text that all targets read.
+
+    Args:
+        model: The model.
+        quant: Name of the scheme whose numbers the weights are rounded to.
+        tokens: The longest prompt.
+        graph: The model as traced in float32; the pass that makes the codes is run on it.
+    """
+
+    def __init__(self, model: Model, quant: str, tokens: Sequence[int], graph: Graph) -> None:
+        self.quant = quant
+        self._module = model.eager()
+        if quant != "none":
+            round_weights(self._module, graph, quant)
+        self.text = Reading(self._module, tokens)
+        self._known: dict[tuple[int, ...], Reading] = {}
+
+    def read(self, tokens: Sequence[int]) -> Reading:
+        """Another text; the last one is remembered, as targets that agree all ask for the same."""
+        key = tuple(tokens)
+        if key not in self._known:
+            self._known = {key: Reading(self._module, tokens)}
+        return self._known[key]
+
+
+def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
+    """Give a module the numbers that the codes of a scheme mean, made by the pass that makes the codes."""
+    passes = Pipeline([Canonicalize(), ShareEmbedding(), QuantizeWeights(scheme(quant))])
+    graph, _ = passes.run(graph)
+    rounded = {}
+    for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
+        _, codes, scales, zero_points, bits = node.args
+        if (held := graph.weight_of(codes)) is None or (held_scales := graph.weight_of(scales)) is None:
+            raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
+        zeros = graph.weight_of(zero_points)
+        numbers = dequantize(held[1].read(), held_scales[1].read(), zeros and zeros[1].read(), bits)
+        rounded[held[0].removesuffix(".codes")] = numbers
+    # Assigned, not copied: a checkpoint's tensors may share memory with the module's.
+    found = module.load_state_dict(rounded, assign=True, strict=False)
+    if found.unexpected_keys:
+        raise InvariantError(f"quantised weights that the module does not have: {', '.join(found.unexpected_keys)}")
+    module.requires_grad_(False)

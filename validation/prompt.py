@@ -1,0 +1,67 @@
+"""The text that all targets read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from transom.graphs.errors import TokenizerError
+from transom.zoo.model import Model
+
+SHIPPED = Path(__file__).parent / "prompt.txt"
+"""Plain English prose of 2,105 Gemma tokens, written for this purpose."""
+
+FIRST_PLAIN = 300
+"""Random tokens start here, where there is room: control tokens stand at the front of a vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Token ids and where they came from.
+
+    Attributes:
+        source: In words.
+        ids: At least as many as were asked for.
+    """
+
+    source: str
+    ids: tuple[int, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the ids."""
+        return hashlib.sha256(np.asarray(self.ids, dtype="<i8").tobytes()).hexdigest()
+
+
+def make_prompt(model: Model, length: int, text: Path | None, seed: int = 0) -> Prompt:
+    """Real text if the model has a tokenizer, random tokens if not.
+
+    Args:
+        model: Whose vocabulary.
+        length: Tokens wanted; a shorter text is repeated.
+        text: File to read in place of the shipped text.
+        seed: Of random tokens.
+
+    Raises:
+        TokenizerError: If the file cannot be read, holds no text, or the model has no tokenizer for it.
+    """
+    if model.tokenizer is None:
+        if text is not None:
+            raise TokenizerError(f"{model.config.name} has no tokenizer, so it cannot read {text}: leave out --text")
+        low = min(FIRST_PLAIN, model.config.vocab_size // 2)
+        ids = np.random.default_rng(seed).integers(low, model.config.vocab_size, length)
+        return Prompt(source=f"random tokens of seed {seed}", ids=tuple(int(token) for token in ids))
+    path = text or SHIPPED
+    try:
+        words = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read the text from {path}: {error}") from error
+    if not words:
+        raise TokenizerError(f"{path} holds no text: give a file of at least some paragraphs")
+    start, *rest = model.tokenizer.encode(words)
+    times = -(-max(length - 1, 1) // len(rest))
+    source = (str(path) if text else "the shipped text") + (f", {times} times" if times > 1 else "")
+    return Prompt(source=source, ids=(start, *(rest * times))[: max(length, 1)])

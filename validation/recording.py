@@ -1,0 +1,102 @@
+"""What a run's taps said, position by position, whatever runtime it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.backends.session import Session
+from transom.graphs.errors import ArtifactError
+from transom.validation.sites import LOGITS, op_of
+
+Float = NDArray[np.float32]
+
+DECODED = 24
+"""Tokens decoded one by one after the prompt, at most; twice the window where that is less."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a runtime: `count` new tokens from position `start` on."""
+
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A run.
+
+    Attributes:
+        calls: The calls, from position 0 on without a gap.
+        values: By tap, in order of execution: float32 [T, ...], positions first, heads after them. `LOGITS` has one
+            row a call, that of its last token.
+    """
+
+    calls: tuple[Call, ...]
+    values: Mapping[str, Float]
+
+    def positions(self, name: str) -> NDArray[np.int64]:
+        """Position of every row of a tap."""
+        return positions_of(name, self.calls)
+
+
+def positions_of(name: str, calls: Sequence[Call]) -> NDArray[np.int64]:
+    """Position of every row that a tap has after these calls."""
+    if name == LOGITS:
+        return np.array([call.start + call.count - 1 for call in calls])
+    return np.concatenate([np.arange(call.start, call.start + call.count) for call in calls])
+
+
+def plan_calls(*, window: int, chunk: int, length: int | None = None, decode: int | None = None) -> tuple[Call, ...]:
+    """Calls that pass every edge: two whole chunks, a part of one, and decoding over the wrap of a ring of slots.
+
+    Args:
+        window: Keys that a local layer sees.
+        chunk: Most tokens in a call.
+        length: Tokens of the prompt; by default so many that decoding soon comes to the second wrap of a ring of
+            `window + chunk - 1` slots.
+        decode: Tokens to decode one by one.
+    """
+    length = max(2 * (window + chunk - 1) - 6, 2 * window) if length is None else length
+    decode = max(10, min(2 * window, DECODED)) if decode is None else decode
+    starts = range(0, length, chunk)
+    prompt = [Call(start=start, count=min(chunk, length - start)) for start in starts]
+    return (*prompt, *(Call(start=length + step, count=1) for step in range(decode)))
+
+
+def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Iterator[dict[str, Float]]:
+    """Run the calls from empty caches; yields each one's taps, positions first, and its last logits [1, V].
+
+    Raises:
+        ArtifactError: If the session does not run a call at once.
+    """
+    session.reset()
+    for call in calls:
+        logits = session.prefill(list(tokens[call.start : call.start + call.count]))
+        found = {name: _positions_first(name, value) for name, value in session.tapped.items()}
+        if short := [name for name, value in found.items() if len(value) != call.count]:
+            raise ArtifactError(f"{short[0]} has {len(found[short[0]])} positions for a call of {call.count} tokens")
+        yield {**found, LOGITS: np.asarray(logits, np.float32)[None]}
+
+
+def _positions_first(name: str, value: NDArray[Any]) -> Float:
+    row = np.asarray(value[0], np.float32)
+    # Rotations stand heads first in a traced graph.
+    return np.ascontiguousarray(row.transpose(1, 0, 2)) if op_of(name) == "rope" else row
+
+
+def record(
+    session: Session, calls: Sequence[Call], tokens: Sequence[int], names: Collection[str] | None = None
+) -> Recording:
+    """Run the calls and keep some taps, or all of them; all of a large model's would take gigabytes."""
+    parts: dict[str, list[Float]] = {}
+    for found in steps(session, calls, tokens):
+        for name, value in found.items():
+            if names is None or name in names:
+                parts.setdefault(name, []).append(value.copy())
+    return Recording(calls=tuple(calls), values={name: np.concatenate(rows) for name, rows in parts.items()})

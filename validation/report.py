@@ -1,0 +1,241 @@
+"""The report: one HTML file that loads nothing, with its verdict first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from transom.validation.charts import Chart, Series, draw, thinned
+from transom.validation.result import TargetResult, Validation
+
+STYLE = Path(__file__).parent / "report.css"
+
+
+def render(found: Validation) -> str:
+    """A whole page."""
+    verdict = "passed" if found.passed else "failed"
+    ran, wrong = len(found.targets), sum(not result.passed for result in found.targets.values())
+    count = f"{ran} target{'s' if ran != 1 else ''} ran, " + (f"{wrong} failed" if wrong else "none failed")
+    body = [
+        f'<header class="{verdict}"><h1>{escape(found.model)}</h1>',
+        f'<p class="verdict"><span aria-hidden="true">{"✓" if found.passed else "✗"}</span> Validation {verdict}</p>',
+        f"<p>{count}. Held against {escape(found.oracle)}.</p></header>",
+        "<main>",
+        *_failures(found),
+        "<section><h2>Targets</h2>",
+        _summary(found),
+        *_not_run(found),
+        "</section>",
+        *_positions(found),
+        *_layers(found),
+        *(_details(name, result) for name, result in found.targets.items()),
+        _provenance(found),
+        "</main>",
+    ]
+    head = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(found.model)}: validation {verdict}</title><style>{STYLE.read_text()}</style></head><body>"
+    )
+    return "\n".join([head, *body, "</body></html>\n"])
+
+
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column names the rows; cells are HTML already."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    lines = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _failures(found: Validation) -> list[str]:
+    lines = [
+        f"<li><strong>{escape(name)}</strong>: {escape(failure)}</li>"
+        for name, result in found.targets.items()
+        for failure in result.failures
+    ]
+    return [f'<section class="failures"><h2>What is wrong</h2><ul>{"".join(lines)}</ul></section>'] if lines else []
+
+
+def _summary(found: Validation) -> str:
+    header = (
+        "target", "verdict", "max abs", "max rel", "KL mean", "KL max", "top-1", "first divergence", "local caches",
+        "seconds",
+    )  # fmt: skip
+    rows = [
+        (
+            escape(name),
+            f'<span class="{"pass" if result.passed else "fail"}">{"pass" if result.passed else "fail"}</span>',
+            number(result.worst("max_abs")),
+            number(result.worst("max_rel")),
+            number(result.worst("kl_mean")),
+            number(result.worst("kl_max")),
+            f"{result.top1_agreement:.2%}",
+            "none" if result.first_divergence is None else f"token {result.first_divergence}",
+            f"{result.caches.local:,} B",
+            f"{result.seconds:.1f}",
+        )
+        for name, result in found.targets.items()
+    ]
+    return table("Largest values over all lengths. KL is in nats, the relative difference of the largest logit of its "
+                 "position.", header, rows)  # fmt: skip
+
+
+def _not_run(found: Validation) -> list[str]:
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in found.not_run.items()]
+    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
+
+
+def _positions(found: Validation) -> list[str]:
+    results = found.targets
+    longest = max((len(result.by_position) for result in results.values()), default=0)
+    columns: dict[float, str] = {}
+    for result in results.values():
+        for turn in range(1, longest // result.window + 1):
+            columns[float(turn * result.window)] = f"{turn}W" if turn > 1 else f"window {result.window}"
+        for slots in result.slots:
+            if slots < longest and slots % result.window:
+                columns[float(slots)] = f"ring of {slots} wraps"
+    chart = Chart(
+        key="positions",
+        title=f"Difference by position, {', '.join(results)}",
+        x_label="position in the longest prompt",
+        y_label="difference / largest logit",
+        series=[
+            Series(name=name, points=thinned(result.by_position), style=index)
+            for index, (name, result) in enumerate(results.items())
+        ],
+        columns=sorted((x, label) for x, label in columns.items() if x < longest),
+        limits=sorted({(result.tolerance.relative, "allowed") for result in results.values()}),
+    )
+    return [
+        "<section><h2>Difference by position</h2>",
+        "<p>The largest difference of any logit, as a share of the largest logit of its position. What rounding makes "
+        "is level; a wrong window or a wrong slot makes a step at a marked position.</p>",
+        f"<figure>{draw(chart)}</figure></section>",
+    ]
+
+
+def _layers(found: Validation) -> list[str]:
+    measured = {name: result for name, result in found.targets.items() if result.layers}
+    if not measured:
+        return []
+    series, ticks = [], {}
+    for name, result in measured.items():
+        points: dict[float, float] = {}
+        last = max((tap.layer for tap in result.layers if tap.layer is not None), default=0)
+        seen = False
+        for tap in result.layers:
+            seen = seen or tap.layer is not None
+            x = float(tap.layer if tap.layer is not None else (last + 1 if seen else -1))
+            points[x] = _largest((points.get(x, 0.0), tap.max_rel))
+            ticks[x] = str(tap.layer) if tap.layer is not None else ("end" if seen else "in")
+        series.append(Series(name=name, points=sorted(points.items()), style=list(found.targets).index(name)))
+    chart = Chart(
+        key="layers",
+        title=f"Difference by layer, {', '.join(measured)}",
+        x_label="layer",
+        y_label="difference / largest value",
+        series=series,
+        ticks=sorted(ticks.items()),
+    )
+    return [
+        "<section><h2>Difference by layer</h2>",
+        "<p>Intermediate values of a prompt of three windows, against the reference's, each as a share of the largest "
+        "value there; the worst step of each layer.</p>",
+        f"<figure>{draw(chart)}</figure>",
+        *(_steps(name, result) for name, result in measured.items()),
+        "</section>",
+    ]
+
+
+def _steps(name: str, result: TargetResult) -> str:
+    rows = [(escape(tap.name), tap.op, number(tap.max_abs), number(tap.max_rel)) for tap in result.layers]
+    listed = table(f"Every step of {name}", ("step", "operation", "max abs", "max rel"), rows)
+    return f"<details><summary>Show every step of {escape(name)}</summary>{listed}</details>"
+
+
+def _largest(values: Iterable[float]) -> float:
+    held = list(values)
+    return math.nan if any(map(math.isnan, held)) else max(held)
+
+
+def _details(name: str, result: TargetResult) -> str:
+    runs = [
+        (
+            f"{run.length:,}" if run.kind == "prefill" else f"{run.first:,} to {run.length - 1:,}, one by one",
+            number(run.max_abs),
+            number(run.max_rel),
+            f"{run.worst:,}",
+            number(run.kl_mean),
+            number(run.kl_max),
+            f"{run.top1_agreement:.2%}",
+            f"{run.seconds:.2f}",
+        )
+        for run in result.lengths
+    ]
+    header = ("tokens", "max abs", "max rel", "at position", "KL mean", "KL max", "top-1", "seconds")
+    caches, bound = result.caches, result.tolerance
+    sizes = [
+        ("local layers, as allocated", f"{caches.local:,}"),
+        ("local layers, by the manifest", f"{caches.local_manifest:,}"),
+        ("local layers, bare windows", f"{caches.local_window:,}"),
+        (f"local layers, if they grew to {result.context:,} tokens", f"{caches.unbounded:,}"),
+        ("global layers, as allocated", f"{caches.global_:,}"),
+    ]
+    facts = [
+        ("artifact", escape(result.folder or "not kept")),
+        ("quantisation", escape(result.quant)),
+        ("computes in", escape(result.dtype)),
+        ("context", f"{result.context:,} tokens"),
+        ("new tokens in a call", f"at most {result.chunk:,}, with a window of {result.window:,}"),
+        ("slots of local layers", ", ".join(map(str, result.slots)) or "they grow"),
+        ("greedy continuation", f"{result.new_tokens} tokens, " + _divergence(result)),
+    ]
+    if result.kl_unquantized is not None:
+        facts.append(("mean KL from the unquantised model", f"{number(result.kl_unquantized)} nats (not judged)"))
+    allowed = (
+        f"Allowed: {number(bound.relative)} of the largest logit, {number(bound.kl_mean)} nats on average and "
+        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}. Reason: {bound.reason}."
+    )
+    return "\n".join(
+        [
+            f"<section><h2>{escape(name)}</h2>",
+            "<dl>" + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts) + "</dl>",
+            table("Runs, each from empty caches", header, runs),
+            table("Cache bytes", ("what", "bytes"), sizes),
+            f"<p>{escape(allowed)}</p></section>",
+        ]
+    )
+
+
+def _divergence(result: TargetResult) -> str:
+    if result.first_divergence is None:
+        return "all of them the oracle's"
+    return f"the first that differs is number {result.first_divergence}, counted from 0"
+
+
+def _provenance(found: Validation) -> str:
+    prompt = found.prompt
+    facts = {
+        "weights": f"{found.source['name']}, revision {found.source['revision']}",
+        "prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}",
+        "date": found.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
+
+
+def number(value: float) -> str:
+    """Two digits, or in words if it is none."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    return "0" if value == 0 else f"{value:.1e}"

@@ -1,0 +1,215 @@
+"""What a validation found, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transom.validation.tolerances import Tolerance
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthResult:
+    """One run from empty caches.
+
+    Attributes:
+        kind: "prefill": positions of a prompt; "decode": positions that were decoded one by one.
+        first: First position that was compared: 0 for the longest prompt, that of the last call for the others, whose
+            earlier calls are the longest's.
+        length: Tokens in the caches at the end; for "prefill" the length of the prompt.
+        max_abs: Largest difference of any logit.
+        max_rel: Largest difference as a share of the largest logit of its position.
+        worst: Position where `max_rel` is.
+        kl_mean: Mean over positions of KL(oracle || target), in nats.
+        kl_max: The largest of any position.
+        top1_agreement: Share of positions with the same likeliest token.
+        seconds: Time of the target alone.
+    """
+
+    kind: str
+    first: int
+    length: int
+    max_abs: float
+    max_rel: float
+    worst: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheResult:
+    """Bytes of the caches with the longest prompt in them.
+
+    Attributes:
+        local: Allocated for local layers.
+        global_: Allocated for global layers.
+        local_manifest: What the slots of the manifest come to.
+        local_window: The plan's bare window: what local layers would take without the slack of a chunk.
+        unbounded: What local layers would take if they held as many slots as global ones.
+    """
+
+    local: int
+    global_: int
+    local_manifest: int
+    local_window: int
+    unbounded: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `window_share` is the part of the local bytes that the plan's bare window needs."""
+        found = dataclasses.asdict(self)
+        share = self.local_window / self.local if self.local else None
+        return {"local": found.pop("local"), "global": found.pop("global_"), **found, "window_share": share}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """Largest difference of one tapped value from the reference's, as a share of the reference's largest number."""
+
+    name: str
+    layer: int | None
+    op: str
+    max_abs: float
+    max_rel: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetResult:
+    """One target against the oracle.
+
+    Attributes:
+        target: "reference" or a key of `passes.targets.TARGETS`.
+        folder: The artifact, if it was kept.
+        quant: Name of the scheme.
+        dtype: What it computes in.
+        context: Longest sequence.
+        chunk: Most new tokens in one call.
+        window: Keys that a local layer sees.
+        slots: Slots of the local layers' rings.
+        tolerance: What it was held to.
+        lengths: A record a run.
+        new_tokens: Length of the greedy continuation.
+        first_divergence: Index in the continuation of the first token that the oracle would not have chosen, ties
+            apart; None if there is none.
+        kl_unquantized: Mean KL(unquantised oracle || target) over the longest prompt; not judged.
+        caches: Their bytes.
+        failures: Why it fails, in plain words; empty if it passes.
+        by_position: `max_rel` of every position of the longest prompt.
+        layers: Differences of intermediate values, if they were asked for.
+        seconds: Time of the target alone.
+    """
+
+    target: str
+    folder: str | None
+    quant: str
+    dtype: str
+    context: int
+    chunk: int
+    window: int
+    slots: tuple[int, ...]
+    tolerance: Tolerance
+    lengths: tuple[LengthResult, ...]
+    new_tokens: int
+    first_divergence: int | None
+    kl_unquantized: float | None
+    caches: CacheResult
+    failures: tuple[str, ...]
+    by_position: tuple[float, ...]
+    layers: tuple[LayerResult, ...] = ()
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.failures
+
+    @property
+    def prefills(self) -> tuple[LengthResult, ...]:
+        """The prompts; `decodes` are the others."""
+        return tuple(run for run in self.lengths if run.kind == "prefill")
+
+    def worst(self, name: str) -> float:
+        """Largest value of a field over all runs; NaN if any is."""
+        values = [float(getattr(run, name)) for run in self.lengths]
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Over the positions of all runs."""
+        counts = [run.length - run.first for run in self.lengths]
+        shares = [run.top1_agreement for run in self.lengths]
+        return sum(n * share for n, share in zip(counts, shares, strict=True)) / sum(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the verdict in front."""
+        found = dataclasses.asdict(self)
+        found["cache_bytes"] = self.caches.to_json()
+        del found["caches"]
+        return {
+            "passed": self.passed,
+            "max_abs": self.worst("max_abs"),
+            "max_rel": self.worst("max_rel"),
+            "kl": self.worst("kl_mean"),
+            "kl_max": self.worst("kl_max"),
+            "top1_agreement": self.top1_agreement,
+            **found,
+            "by_position": [float(f"{value:.3g}") for value in self.by_position],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """A model on several targets.
+
+    Attributes:
+        model: Its name.
+        source: Where the weights came from, and their revision.
+        oracle: What the targets were held against, in words.
+        prompt: Source, number and sha256 of the tokens.
+        targets: Results by name; artifacts of one target are told apart by their folders.
+        not_run: Targets that were left out, with the reason.
+        versions: Of the libraries.
+        date: In UTC.
+    """
+
+    model: str
+    source: Mapping[str, str]
+    oracle: str
+    prompt: Mapping[str, Any]
+    targets: Mapping[str, TargetResult]
+    not_run: Mapping[str, str]
+    versions: Mapping[str, str]
+    date: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every target that ran passes."""
+        return all(result.passed for result in self.targets.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, JSON's own: a number that is not finite is null."""
+        found: dict[str, Any] = _finite(
+            {
+                "model": self.model,
+                "passed": self.passed,
+                "source": dict(self.source),
+                "oracle": self.oracle,
+                "prompt": dict(self.prompt),
+                "date": self.date,
+                "versions": dict(self.versions),
+                "not_run": dict(self.not_run),
+                "targets": {name: result.to_json() for name, result in self.targets.items()},
+            }
+        )
+        return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

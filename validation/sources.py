@@ -1,0 +1,134 @@
+"""What a run can be made from: a target, a stage of its passes, the eager module, an artifact, a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.opening import open_session
+from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
+from transom.export.compile import compile_model, trace_model
+from transom.graphs.errors import InvariantError, TargetError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+from transom.passes.add_taps import AddTaps
+from transom.passes.base import Pass, Pipeline
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.pipelines import PIPELINES, pipeline
+from transom.passes.quantize_weights import QuantizeWeights
+from transom.passes.share_embedding import ShareEmbedding
+from transom.validation.eager import EagerSession
+from transom.zoo.model import Model
+
+Source = str | Path | Graph | Session
+"""What `bisect` takes."""
+
+REFERENCE, EAGER = "reference", "eager"
+
+
+def manifest_of(source: Source) -> Manifest | None:
+    """The manifest of a source that is an artifact's folder; None of any other.
+
+    Raises:
+        TargetError: If a name is neither a target, nor a stage of one, nor a folder.
+    """
+    if isinstance(source, str):
+        target, _, stage = source.partition("@")
+        if target in (*PIPELINES, REFERENCE, EAGER) and not (stage and target not in PIPELINES):
+            return None
+        if not Path(source).exists():
+            names = ", ".join((REFERENCE, EAGER, *PIPELINES))
+            raise TargetError(f"{source!r} is no folder and no target: give a folder, {names}, or TARGET@PASS")
+    elif not isinstance(source, Path):
+        return None
+    return read_manifest(Path(source))
+
+
+@contextlib.contextmanager
+def open_source(
+    source: Source, model: Model, traced: Graph, *, quant: str, context: int, chunk: int
+) -> Iterator[Session]:
+    """A session with taps; what had to be exported for it is removed at the end.
+
+    Args:
+        source: What to open.
+        model: The model.
+        traced: Its decode graph as traced, without taps.
+        quant: Scheme of what has to be made first.
+        context: Longest sequence.
+        chunk: Most new tokens in a call.
+
+    Raises:
+        TargetError: If a target or a pass is unknown.
+        InvariantError: If a graph has no taps.
+        ArtifactError: If a folder is no artifact.
+    """
+    if isinstance(source, Session):
+        yield source
+    elif isinstance(source, Graph):
+        if not source.taps:
+            raise InvariantError("a graph without taps cannot be compared: run AddTaps on it before all other passes")
+        yield ReferenceSession(source, context=context, chunk=chunk)
+    elif source == EAGER:
+        yield EagerSession(model, quant, context=context, chunk=chunk)
+    elif source == REFERENCE:
+        yield ReferenceSession(reference_graph(tapped(traced), quant), context=context, chunk=chunk)
+    elif isinstance(source, str) and source in PIPELINES:
+        options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
+        with _compiled(model, traced, options) as session:
+            yield session
+    elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
+        target, _, stage = source.partition("@")
+        passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
+        graph = stage_graph(tapped(traced), passes, stage, target)
+        yield ReferenceSession(graph, context=context, chunk=chunk)
+    else:
+        yield open_session(Path(source), verify=False)
+
+
+@contextlib.contextmanager
+def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
+    """An artifact made again with taps, for one that was made without."""
+    traced = trace_model(model, dtype=getattr(torch, manifest.dtype))
+    options = {"target": manifest.target, "quant": manifest.quantization, "dtype": manifest.dtype}
+    with _compiled(model, traced, {**options, "context": manifest.context, "chunk": manifest.chunk}) as session:
+        yield session
+
+
+@contextlib.contextmanager
+def _compiled(model: Model, traced: Graph, options: Mapping[str, Any]) -> Iterator[Session]:
+    with tempfile.TemporaryDirectory(prefix="transom-bisect-") as folder:
+        out = Path(folder) / "artifact"
+        compile_model(model, **options, before=[AddTaps()], traced=traced, out=out)
+        yield open_session(out, verify=False)
+
+
+def tapped(traced: Graph) -> Graph:
+    """The graph as traced, with taps."""
+    return Pipeline([AddTaps()]).run(traced)[0]
+
+
+def reference_graph(traced: Graph, quant: str) -> Graph:
+    """The graph as traced; with a scheme, its weights are the numbers that the codes mean."""
+    if quant == "none":
+        return traced
+    return Pipeline([Canonicalize(), ShareEmbedding(), QuantizeWeights(scheme(quant))]).run(traced)[0]
+
+
+def stage_graph(traced: Graph, passes: Sequence[Pass], stage: str, target: str) -> Graph:
+    """The graph after one pass of a list.
+
+    Raises:
+        TargetError: If the list has no such pass.
+    """
+    names = [current.name for current in passes]
+    if stage not in names:
+        raise TargetError(f"{target} has no pass {stage!r}: choose one of {', '.join(names)}")
+    return Pipeline(passes[: names.index(stage) + 1]).run(traced)[0]

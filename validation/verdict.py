@@ -1,0 +1,49 @@
+"""The answer of a bisection."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Where two runs part.
+
+    Attributes:
+        diverged: Whether they do.
+        layer: Index of the layer; None before the first and after the last, or without a divergence.
+        op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
+            "residual" or "logits".
+        stage: The pass that brought it in, "lowering" if no pass did, None if that was not asked or is not known.
+        max_abs: Largest difference at that site; without a divergence, that of the logits.
+        relative: The same as a share of the largest value of its position; without a divergence, of any site.
+        cause: In words.
+        tap: The site.
+        side: Which run is at fault, "a" or "b"; None if neither does what the model says.
+        position: First position that differs.
+        positions: How many differ.
+        hypotheses: What was tried: (cause, error of the prediction as a share), best first.
+        compared: How many taps were compared.
+        tolerance: The share up to which values agree.
+    """
+
+    diverged: bool
+    layer: int | None = None
+    op: str | None = None
+    stage: str | None = None
+    max_abs: float = 0.0
+    relative: float = 0.0
+    cause: str = "no value differs beyond the tolerance"
+    tap: str | None = None
+    side: Literal["a", "b"] | None = None
+    position: int | None = None
+    positions: int = 0
+    hypotheses: tuple[tuple[str, float], ...] = ()
+    compared: int = 0
+    tolerance: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        tried = [{"cause": cause, "error": error} for cause, error in self.hypotheses]
+        return {**dataclasses.asdict(self), "hypotheses": tried}
