@@ -75,4 +75,3 @@ def _weight(graph: Graph, scale: Any, width: Any) -> Node | None:
     # Float32, whatever the checkpoint's dtype: 1 + w has too few bits in bfloat16.
     folded = weight.to(torch.float32).map_rows(lambda rows: rows + offset)
     return graph.add_weight(f"{name}.plus_{offset:g}", folded)
-

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import numpy as np
 
 from transom.passes.add_taps import AddTaps
+from transom.validation.bisection.recording import Call, steps
+from transom.validation.bisection.sites import LOGITS, op_of, site
 from transom.validation.candidates import REFERENCE, Candidate, OnProgress, Opener
-from transom.validation.recording import Call, steps
 from transom.validation.result import LayerResult
-from transom.validation.sites import LOGITS, op_of, site
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Stands for the largest of values that are all zero."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transom.backends.session import Session
     from transom.export.compile import Artifact
     from transom.graphs.graph import Graph
+    from transom.validation.bisection.sources import Source
+    from transom.validation.bisection.verdict import Verdict
     from transom.validation.result import Validation
-    from transom.validation.sources import Source
-    from transom.validation.verdict import Verdict
     from transom.zoo.model import Model
 
 __all__ = ["bisect", "compile", "load", "open", "trace", "validate"]
@@ -68,7 +68,7 @@ def validate(model_or_dirs: str | Path | Model | Sequence[str | Path | Model], *
 
 
 def bisect(a: Source, b: Source, **options: Any) -> Verdict:
-    """Find the first layer and operation where two runs of one model differ; see `transom.validation.bisect.bisect`."""
-    from transom.validation.bisect import bisect as find
+    """Find the first layer and operation where two runs of one model differ; see `transom.validation.bisection`."""
+    from transom.validation.bisection.bisect import bisect as find
 
     return find(a, b, **options)

@@ -29,8 +29,8 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.validation.bisect import Context, bisect, bisect_stages, compare
-from transom.validation.recording import Call, Recording, record
+from transom.validation.bisection.bisect import Context, bisect, bisect_stages, compare
+from transom.validation.bisection.recording import Call, Recording, record
 from transom.zoo.model import load
 
 LONG = ("decode_far", "mixed_chunks")

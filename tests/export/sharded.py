@@ -32,7 +32,8 @@ def main(quant: str, chips: int) -> dict[str, Any]:
         if "int" in dtype.name:
             low, high = jax.numpy.iinfo(dtype).min, jax.numpy.iinfo(dtype).max
             return random.integers(int(low), int(high) + 1, shape.shape).astype(dtype)
-        return (random.standard_normal(shape.shape) / 16).astype(dtype)
+        # Norms are near 1: near 0 they would hide what the layers add.
+        return (random.standard_normal(shape.shape) / 16 + (len(shape.shape) == 1)).astype(dtype)
 
     parameters = {name: fill(shape) for name, shape in prefill.parameters.items()}
     mesh = Mesh(np.array(jax.devices()), (CHIPS,))

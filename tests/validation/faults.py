@@ -21,7 +21,7 @@ from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
 from transom.passes.pipelines import pipeline
-from transom.validation.context import rounded
+from transom.validation.bisection.context import rounded
 
 Edit = Callable[[Graph, Node], None]
 LINEAR = aten.linear.default

@@ -44,8 +44,8 @@ def bisect(
         raise TargetError("give two things to compare, A and B, or --stages TARGET")
     if stages is not None and (a is not None or model is None):
         raise TargetError("--stages TARGET needs --model, and neither A nor B")
-    from transom.validation.bisect import bisect as find
-    from transom.validation.bisect import bisect_stages
+    from transom.validation.bisection.bisect import bisect as find
+    from transom.validation.bisection.bisect import bisect_stages
 
     loaded: Any = None if model is None else load_model(model, weights, seed)
     sizes = {"length": length, "chunk": chunk, "decode": decode}

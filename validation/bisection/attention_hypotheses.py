@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from transom.validation.evidence import RIGHT, Evidence, Hypothesis
+from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis
 
 SCANNED = 256
 """Up to this many positions, every number of slots and every window is tried; beyond, the likely ones."""

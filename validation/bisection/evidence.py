@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from transom.validation.context import Context
-from transom.validation.sites import Site
+from transom.validation.bisection.context import Context
+from transom.validation.bisection.sites import Site
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from transom.graphs.errors import ArtifactError
-from transom.validation.context import Context
-from transom.validation.evidence import Evidence, Hypothesis
-from transom.validation.hypotheses import hypotheses
-from transom.validation.recording import Call, Float, Recording, positions_of
-from transom.validation.sites import LOGITS, Site, site
-from transom.validation.verdict import Verdict
+from transom.validation.bisection.context import Context
+from transom.validation.bisection.evidence import Evidence, Hypothesis
+from transom.validation.bisection.hypotheses import hypotheses
+from transom.validation.bisection.recording import Call, Float, Recording, positions_of
+from transom.validation.bisection.sites import LOGITS, Site, site
+from transom.validation.bisection.verdict import Verdict
 
 UNEXPLAINED = 0.1
 """A cause is accepted if it leaves at most this share of the difference unexplained."""

@@ -29,14 +29,22 @@ from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES, pipeline
-from transom.validation.context import Context
-from transom.validation.divergence import agreement, compare, differences, explain, first_divergent
+from transom.validation.bisection.context import Context
+from transom.validation.bisection.divergence import agreement, compare, differences, explain, first_divergent
+from transom.validation.bisection.recording import Call, plan_calls, record, steps
+from transom.validation.bisection.sites import site
+from transom.validation.bisection.sources import (
+    Source,
+    manifest_of,
+    open_source,
+    rebuilt,
+    reference_graph,
+    stage_graph,
+    tapped,
+)
+from transom.validation.bisection.verdict import Verdict
 from transom.validation.prompt import make_prompt
-from transom.validation.recording import Call, plan_calls, record, steps
-from transom.validation.sites import site
-from transom.validation.sources import Source, manifest_of, open_source, rebuilt, reference_graph, stage_graph, tapped
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
-from transom.validation.verdict import Verdict
 from transom.zoo.model import Model, load
 
 __all__ = ["Context", "Verdict", "bisect", "bisect_stages", "compare", "explain"]

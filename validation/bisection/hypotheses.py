@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from transom.validation.attention_hypotheses import of_attention
-from transom.validation.context import rounded
-from transom.validation.evidence import RIGHT, Evidence, Hypothesis, best_factor
-from transom.validation.projection_hypotheses import of_projection, other_formats, quantised, round_activations
-from transom.validation.rope_hypotheses import of_rope
+from transom.validation.bisection.attention_hypotheses import of_attention
+from transom.validation.bisection.context import rounded
+from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, best_factor
+from transom.validation.bisection.projection_hypotheses import (
+    of_projection,
+    other_formats,
+    quantised,
+    round_activations,
+)
+from transom.validation.bisection.rope_hypotheses import of_rope
 
 
 def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:

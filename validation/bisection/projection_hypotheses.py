@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import linear
 
 from transom.graphs.schemes import SCHEMES, BlockFormat
-from transom.validation.context import Context, rounded
-from transom.validation.evidence import RIGHT, Evidence, Hypothesis, best_factor
+from transom.validation.bisection.context import Context, rounded
+from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, best_factor
 
 
 def other_formats(context: Context, name: str) -> Iterator[tuple[str, BlockFormat]]:

@@ -24,7 +24,7 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.share_embedding import ShareEmbedding
-from transom.validation.eager import EagerSession
+from transom.validation.bisection.eager import EagerSession
 from transom.zoo.model import Model
 
 Source = str | Path | Graph | Session

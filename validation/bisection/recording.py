@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from transom.backends.session import Session
 from transom.graphs.errors import ArtifactError
-from transom.validation.sites import LOGITS, op_of
+from transom.validation.bisection.sites import LOGITS, op_of
 
 Float = NDArray[np.float32]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from transom.validation.evidence import RIGHT, Evidence, Hypothesis
+from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis
 from transom.zoo.config import Rope
 
 BASES = (1e4, 1e5, 5e5, 1e6)

@@ -1,0 +1,361 @@
+"""The tiny model as machine code: the numbers of the graph and of each kernel, the files, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import transom
+from tests.artifacts import CHUNK, Export
+from tests.case import export
+from tests.conftest import WINDOW
+from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, FP32_SUMS
+from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
+from transom.backends.tvm.compat import PAIR, require
+from transom.backends.tvm.memory import ALIGNMENT, read_weights
+from transom.export import safetensors
+from transom.graphs import ops
+from transom.graphs.errors import TargetError, UnsupportedOpsError
+from transom.graphs.graph import Graph
+from transom.graphs.quantized import pack
+from transom.graphs.schemes import BlockFormat
+from transom.graphs.weight import Weight
+from transom.passes.quantize_weights import quantize_rows
+from transom.zoo.model import Model
+
+tvm = pytest.importorskip("tvm")
+
+from transom.export.exporter import Request  # noqa: E402
+from transom.export.tvm import linking  # noqa: E402
+from transom.export.tvm.export import export as export_tvm  # noqa: E402
+from transom.export.tvm.kernels import attention, linear, quantized, rows  # noqa: E402
+from transom.export.tvm.kernels.tile import AVX2, AVX512, NEON, SSE, Tile, divisor, part  # noqa: E402
+from transom.export.tvm.processor import processor  # noqa: E402
+
+LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
+QUANTS = ["none", "int8", "int4"]
+HOST = processor(None)
+
+
+def same_logits(found: NDArray[Any], expected: NDArray[Any]) -> None:
+    assert np.abs(found - expected).max() < FP32_LOGITS
+
+
+@pytest.mark.parametrize("quant", [*QUANTS, "int4_table"])
+def test_logits_are_the_references_at_every_position(quant: str, exported: Export, text: list[int]) -> None:
+    """Activations stay in float32, so quantised weights change nothing but the order of sums."""
+    pair = exported("tvm", quant)
+    session, expected = pair.session(), pair.reference().logits(text)
+    for length in LENGTHS:
+        found = session.logits(text[:length])
+        assert found.shape == (length, 512)
+        same_logits(found, expected[:length])
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_decode_far_past_the_window(quant: str, exported: Export, text: list[int]) -> None:
+    pair = exported("tvm", quant)
+    session, expected = pair.session(), pair.reference().logits(text)
+    for prompt in (1, CHUNK + 2):
+        session.reset()
+        found = [session.prefill(text[:prompt]), *(session.decode(token) for token in text[prompt:])]
+        same_logits(np.array(found), expected[prompt - 1 :])
+
+
+def test_logits_are_the_plain_modules(exported: Export, text: list[int], text_logits: NDArray[np.float32]) -> None:
+    same_logits(exported("tvm", "none").session().logits(text), text_logits)
+
+
+def test_files_and_details(exported: Export) -> None:
+    pair = exported("tvm", "int4")
+    manifest = json.loads((pair.folder / "manifest.json").read_text())
+    assert manifest["payload"] == LIBRARY
+    assert manifest["libraries"].items() >= PAIR.items()
+    details = manifest["details"]
+    assert (details["triple"], details["cpu"]) == (HOST.triple, HOST.cpu)
+    weights = read_weights(pair.folder / PARAMETERS)
+    assert set(details["parameters"]) == set(weights)
+    assert all(array.ctypes.data % ALIGNMENT == 0 for array in weights.values())
+    # The embedding is the head, and stands in the file once.
+    assert [name for name in weights if name.startswith("embed") or "lm_head" in name] == [
+        "embed_tokens.weight.codes",
+        "embed_tokens.weight.scales",
+    ]
+    assert sum(array.nbytes for array in weights.values()) == pair.graph.weight_bytes()
+
+
+def test_tensors_of_odd_sizes_push_none_off_its_alignment(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "even": torch.arange(32.0),
+        "scalar": torch.tensor(3),
+        "wide": torch.randn(5, 16),
+        "flags": torch.tensor([True, False, True]),
+    }
+    counts: list[int] = []
+    weights = {name: Weight.of(tensor) for name, tensor in tensors.items()}
+    weights["again"] = weights["wide"]
+    safetensors.write(weights, tmp_path / PARAMETERS, on_bytes=counts.append)
+    found = read_weights(tmp_path / PARAMETERS)
+    assert sum(counts) == sum(array.nbytes for array in found.values())
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+        assert found[name].ctypes.data % ALIGNMENT == 0
+    from safetensors.torch import load_file
+
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / PARAMETERS).items())
+
+
+# Kernels, each against the body of the operation that it stands for.
+
+TILES = [HOST.tile] if HOST.machine != "x86_64" else [HOST.tile, AVX2, NEON, SSE]
+"""Every tile is right on every machine; only its speed differs."""
+
+
+def run(kernel: Any, *inputs: torch.Tensor, out: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Compile a kernel and call it; returns its output, and its inputs as it left them."""
+    module = tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=HOST.target())
+    arrays = [tvm.runtime.tensor(value.contiguous().numpy()) for value in (*inputs, torch.full(tuple(out), torch.nan))]
+    module["main"](*arrays)
+    *left, found = (torch.from_numpy(array.numpy()) for array in arrays)
+    return found, left
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() < FP32_SUMS * expected.abs().max()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 64, 96), (1, 7, 3), (1, 40, 2056), (5, 33, 7), (37, 96, 4112), (0, 8, 8)]
+)
+def test_linear(m: int, n: int, k: int, tile: Tile) -> None:
+    x, weight = torch.randn(m, k), torch.randn(n, k)
+    kernel = (linear.vector_product if m == 1 else linear.matrix_product)(n, k, tile)
+    found, _ = run(kernel, x, weight, out=(m, n))
+    if m:
+        close(found, x @ weight.T)
+
+
+FORMATS = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "block"), [(1, 6, 96, 32), (1, 64, 48, 16), (9, 33, 160, 32), (37, 64, 384, 128)]
+)
+def test_linear_quantized(m: int, n: int, k: int, block: int, bits: int, symmetric: bool) -> None:
+    x, parts = (
+        torch.randn(m, k),
+        quantize_rows(torch.randn(n, k) + 0.3, BlockFormat(bits=bits, block=block, symmetric=symmetric)),
+    )
+    codes, scales = pack(parts[0], bits), parts[1]
+    zeros = None if symmetric else pack(parts[2], bits)
+    layout = quantized.Codes(n=n, blocks=k // block, block=block, bits=bits, symmetric=symmetric)
+    kernel = (quantized.vector_product if m == 1 else quantized.matrix_product)(layout, HOST.tile)
+    given = codes if zeros is None else zeros
+    found, _ = run(kernel, x, codes, scales, given, out=(m, n))
+    close(found, ops.linear_quantized(x, codes, scales, zeros, bits))
+    tokens = torch.tensor([n - 1, 0, 3])
+    table, _ = run(quantized.table_rows(layout), tokens, codes, scales, given, out=(3, k))
+    assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, bits))
+
+
+@pytest.mark.parametrize(("m", "heads", "h"), [(1, 1, 640), (5, 3, 10), (37, 4, 32)])
+def test_operations_on_rows(m: int, heads: int, h: int) -> None:
+    tile, x, weight = HOST.tile, torch.randn(m, heads, h), torch.randn(h)
+    wide = x.view(m, -1)
+    found, _ = run(rows.rms_norm(heads, h, 1e-6, tile), wide, weight, out=wide.shape)
+    close(found, ops.rms_norm(x, weight, 1e-6).view(m, -1))
+    residual, weight = torch.randn(m, heads * h), torch.randn(heads * h)
+    total = torch.zeros_like(wide)
+    # The kernel's last two parameters are its outputs: the norm, then the sum.
+    found, left = run(
+        rows.add_rms_norm(heads * h, 1e-6, tile), wide, residual, weight, torch.zeros_like(wide), out=total.shape
+    )
+    norm, expected = ops.add_rms_norm(wide, residual, weight, 1e-6)
+    assert torch.equal(found, expected)
+    close(left[3], norm)
+    cos, sin = torch.randn(m, h // 2), torch.randn(m, h // 2)
+    found, _ = run(rows.rotary(heads, h, tile), wide, cos, sin, out=wide.shape)
+    close(found, ops.rotary(x[None], cos, sin, False).view(m, -1))
+    packed = torch.randn(m, 2 * h) * 8
+    packed[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -1e-30])
+    for single in {False, m == 1}:
+        found, _ = run(rows.gated_gelu(h, tile, single=single), packed, out=(m, h))
+        close(found, ops.gated_gelu(packed))
+    index = torch.tensor([m - 1, 0])
+    found, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
+    assert torch.equal(found, wide[index])
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
+@pytest.mark.parametrize(
+    ("m", "heads", "key_heads", "h", "slots", "window", "start"),
+    [
+        (1, 4, 1, 32, 16, 16, 0),
+        (1, 4, 1, 32, 16, 16, 1000),
+        (1, 4, 2, 32, 300, 0, 299),
+        (37, 4, 2, 32, 52, 16, 5),
+        (37, 4, 2, 32, 16, 16, 50),
+        (70, 2, 2, 10, 66, 66, 66),
+        (5, 6, 2, 24, 200, 0, 195),
+    ],
+)
+def test_cached_attention(
+    m: int, heads: int, key_heads: int, h: int, slots: int, window: int, start: int, tile: Tile
+) -> None:
+    q, k, v = (torch.randn(1, m, count, h) for count in (heads, key_heads, key_heads))
+    caches = [torch.randn(1, key_heads, slots, h) for _ in range(2)]
+    position = torch.tensor(start)
+    expected, *written = ops.cached_attention(q, k, v, *caches, position, 0.3, window)
+    kernel = attention.cached_attention(heads, key_heads, h, window, 0.3, tile, single=m == 1)
+    flat = [value.view(m, -1) for value in (q, k, v)]
+    found, left = run(kernel, *flat, *caches, position, out=(m, heads * h))
+    assert (found - expected.view(m, -1)).abs().max() < FP32_ATTENTION
+    assert torch.equal(left[3], written[0]) and torch.equal(left[4], written[1])
+
+
+def test_tiles_divide() -> None:
+    assert (divisor(96, 64), divisor(7, 16), divisor(640, 512)) == (32, 1, 128)
+    assert (part(6912, 2048, 32), part(640, 2048, 16), part(21504, 2048, 32)) == (1728, 640, 1792)
+    assert part(7 * 4099, 2048, 1) == 7
+
+
+# What is refused, and other processors.
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(600, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
+
+
+def request(**options: Any) -> Request:
+    return Request(target="tvm", context=512, chunk=CHUNK, **options)
+
+
+def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    graph: Graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(UnsupportedOpsError) as caught:
+        export_tvm(graph, tmp_path, request())
+    first, *lines = str(caught.value).splitlines()
+    assert "'tvm'" in first
+    assert lines[0].split()[:3] == ["2", "x", "aten.erf.default"]
+    assert len(lines) == 4 and all("test_tvm.py:" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_without_fused_attention_is_refused(traced: Graph, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOpsError, match=r"aten\.softmax|aten\._softmax"):
+        export_tvm(traced, tmp_path, request())
+
+
+def elf(path: Path) -> tuple[int, int]:
+    """Type and machine of an ELF file."""
+    head = path.read_bytes()[:20]
+    assert head[:6] == b"\x7fELF\x02\x01", "a little-endian ELF file of 64 bits"
+    kind, machine = struct.unpack("<HH", head[16:20])
+    return kind, machine
+
+
+SHARED, X86_64, AARCH64 = 3, 62, 183
+
+
+@pytest.mark.parametrize(
+    ("cpu", "machine", "needs"),
+    [
+        ("aarch64", AARCH64, set()),
+        ("neoverse-n1", AARCH64, {"asimddp", "atomics"}),
+        ("x86-64-v3", X86_64, {"avx2", "fma"}),
+    ],
+)
+def test_other_processors(cpu: str, machine: int, needs: set[str], exported: Export, tmp_path: Path) -> None:
+    if machine == AARCH64:
+        pytest.importorskip("ziglang")
+    lowered = export_tvm(exported("tvm", "int4").graph, tmp_path, request(cpu=cpu))
+    assert elf(tmp_path / LIBRARY) == (SHARED, machine)
+    assert lowered.details["triple"].startswith({AARCH64: "aarch64", X86_64: "x86_64"}[machine])
+    assert needs <= set(lowered.details["needs"])
+    assert "avx512f" not in lowered.details["needs"]
+
+
+def test_processors() -> None:
+    assert processor("x86-64-v4").tile is AVX512 and processor("x86-64-v3").tile is AVX2
+    assert processor("x86_64").tile is SSE and processor("x86_64").needs == ()
+    assert processor("aarch64").tile is NEON and processor("aarch64").needs == ()
+    with pytest.raises(TargetError, match="no processor named 'pentium-9'"):
+        processor("pentium-9")
+
+
+def test_linking_needs_a_compiler_or_zig(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"no C compiler was found: pip install 'transom\[tvm-cross\]'"):
+        linking.linker(HOST)
+    other = processor("aarch64" if HOST.machine == "x86_64" else "x86_64")
+    with pytest.raises(TargetError, match=r"needs zig: pip install 'transom\[tvm-cross\]'"):
+        linking.linker(other)
+
+
+def test_zig_links_where_there_is_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, exported: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("ziglang")
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    export_tvm(exported("tvm", "none").graph, tmp_path, request())
+    assert elf(tmp_path / LIBRARY)[0] == SHARED
+
+
+def test_a_linker_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: "cc")
+    with pytest.raises(TargetError, match="cc could not link for"):
+        linking.linker(HOST)(str(tmp_path / "x.so"), [str(tmp_path / "missing.o")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"apache-tvm-ffi": "0.1.15.post2"}, r"needs apache-tvm-ffi 0\.1\.14\.post1, not 0\.1\.15\.post2: pip install"),
+        ({"apache-tvm": None}, r"needs apache-tvm 0\.27\.0\.post1, which is missing: pip install 'transom\[tvm\]'"),
+    ],
+)
+def test_other_versions_are_refused(
+    change: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if (found := {**PAIR, **change}[name]) is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(TargetError, match=message):
+        require(*PAIR)
+    for name in [name for name in sys.modules if name.startswith("transom.export.tvm")]:
+        monkeypatch.delitem(sys.modules, name)
+    from transom.export.exporter import exporter
+
+    with pytest.raises(TargetError, match=message):
+        exporter("tvm")
+
+
+def test_options_are_checked(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="no processor named 'z80'"):
+        transom.compile(tiny, target="tvm", cpu="z80", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()

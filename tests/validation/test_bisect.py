@@ -1,0 +1,318 @@
+"""Bisection: runs that agree are said to agree, and every planted fault is found, placed and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import transom
+from tests.artifacts import CHUNK
+from tests.case import Case
+from tests.conftest import WINDOW
+from tests.validation.faults import FAULTS
+from transom.backends.reference.session import ReferenceSession
+from transom.cli import main
+from transom.graphs.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import Scheme, scheme
+from transom.passes import pipelines
+from transom.passes.add_taps import AddTaps
+from transom.passes.base import Pass
+from transom.passes.pipelines import PIPELINES, pipeline
+from transom.validation.bisection.bisect import bisect, bisect_stages
+from transom.validation.bisection.context import Context
+from transom.validation.bisection.divergence import Difference, compare, describe_positions
+from transom.validation.bisection.eager import EagerSession
+from transom.validation.bisection.recording import Call, Recording, plan_calls, positions_of, record
+from transom.validation.bisection.verdict import Verdict
+from transom.validation.prompt import make_prompt
+from transom.zoo.model import Model
+
+CALLS = plan_calls(window=WINDOW, chunk=CHUNK, decode=12)
+Find = Callable[[Sequence[Pass]], Verdict]
+
+
+@pytest.fixture(scope="module")
+def tapped(traced: Graph) -> Graph:
+    return Case(graph=traced).run(AddTaps()).graph
+
+
+@pytest.fixture(scope="module")
+def context(tiny: Model) -> Context:
+    total = CALLS[-1].start + CALLS[-1].count
+    return Context(config=tiny.config, weights=tiny.weights, tokens=make_prompt(tiny, total, None).ids[:total])
+
+
+def run(graph: Graph, context: Context) -> Recording:
+    return record(ReferenceSession(graph, context=512, chunk=CHUNK), CALLS, context.tokens)
+
+
+@pytest.fixture(scope="module")
+def right(tapped: Graph, context: Context) -> Recording:
+    """The graph as traced."""
+    return run(tapped, context)
+
+
+@pytest.fixture(scope="module")
+def find(tapped: Graph, context: Context, right: Recording) -> Find:
+    """Run passes on the tapped graph and compare what comes out with the graph as traced."""
+    return lambda passes: compare(right, run(Case(graph=tapped).run(*passes).graph, context), context)
+
+
+def passes_of(target: str) -> list[Pass]:
+    return pipeline(target, chunk=CHUNK, scheme=scheme("none")).passes
+
+
+def test_the_calls_pass_every_edge() -> None:
+    """A whole chunk that finds a full window, a part of one, and decoding over the wrap of a ring."""
+    ring = WINDOW + CHUNK - 1
+    assert [call.count for call in CALLS[:3]] == [CHUNK, CHUNK, 2 * ring - 6 - 2 * CHUNK]
+    decoded = [call.start for call in CALLS if call.count == 1]
+    assert decoded[0] < 2 * ring < decoded[-1]
+    assert positions_of("tap.norm", CALLS).tolist() == list(range(decoded[-1] + 1))
+    assert positions_of("logits", CALLS).tolist()[:3] == [CHUNK - 1, 2 * CHUNK - 1, decoded[0] - 1]
+
+
+@pytest.mark.parametrize("target", PIPELINES)
+def test_all_passes_of_a_target_agree_with_the_traced_graph(target: str, find: Find) -> None:
+    verdict = find(passes_of(target))
+    assert not verdict.diverged, verdict
+    assert verdict.compared == 105, "all taps and the logits"
+    assert 0 < verdict.relative < verdict.tolerance / 5
+
+
+def test_the_module_agrees_with_the_graph_as_traced(tiny: Model, context: Context, right: Recording) -> None:
+    eager = record(EagerSession(tiny, "none", context=512, chunk=CHUNK), CALLS, context.tokens)
+    assert list(eager.values) == list(right.values)
+    assert not compare(eager, right, context).diverged
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_placed_and_named(name: str, find: Find) -> None:
+    fault = FAULTS[name]
+    verdict = find(fault.passes())
+    assert (verdict.diverged, verdict.layer, verdict.op, verdict.side) == (True, fault.layer, fault.op, "b"), verdict
+    assert fault.cause in verdict.cause
+    assert verdict.max_abs > 0 and verdict.relative > verdict.tolerance
+
+
+def test_the_run_at_fault_is_the_one_that_is_blamed(tapped: Graph, context: Context, right: Recording) -> None:
+    fault = FAULTS["a window in a late layer only"]
+    wrong = run(Case(graph=tapped).run(*fault.passes()).graph, context)
+    verdict, turned = compare(right, wrong, context), compare(wrong, right, context)
+    assert (verdict.side, turned.side) == ("b", "a")
+    assert verdict.cause == turned.cause
+    assert verdict.position == WINDOW, "the first token that sees a key too many"
+
+
+def test_a_fault_while_decoding_only_is_told_as_such(context: Context, right: Recording) -> None:
+    """Numbers that are right in a prompt and wrong in single steps: the cause holds there alone."""
+    tap = "tap.layers.2.pre_feedforward_layernorm"
+    first = next(call.start for call in CALLS if call.count == 1)
+    value = right.values[tap].copy()
+    plain = context.weight("layers.2.pre_feedforward_layernorm.weight").numpy()
+    value[first:] *= plain / (1 + plain)
+    wrong = dataclasses.replace(right, values={**right.values, tap: value})
+    verdict = compare(right, wrong, context)
+    assert (verdict.layer, verdict.op, verdict.position) == (2, "norm", first)
+    assert verdict.cause == (
+        "the norm multiplies by w in place of 1 + w, but only where tokens are decoded one by one, "
+        f"from position {first} on"
+    )
+
+
+def test_values_that_are_no_numbers_are_a_difference(context: Context, right: Recording) -> None:
+    tap = "tap.layers.1.mlp.activation"
+    value = right.values[tap].copy()
+    value[40, 3] = np.nan
+    verdict = compare(right, dataclasses.replace(right, values={**right.values, tap: value}), context)
+    assert (verdict.diverged, verdict.layer, verdict.position) == (True, 1, 40)
+    assert "1 positions hold values that are no numbers" in verdict.cause
+    json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+
+
+def test_recordings_of_other_calls_or_shapes_are_refused(context: Context, right: Recording) -> None:
+    with pytest.raises(ArtifactError, match="same calls"):
+        compare(right, dataclasses.replace(right, calls=right.calls[:-1]), context)
+    with pytest.raises(ArtifactError, match="no tap in common"):
+        compare(right, dataclasses.replace(right, values={}), context)
+    cut = {name: value[..., :-1] for name, value in right.values.items()}
+    with pytest.raises(ArtifactError, match="runs of one model"):
+        compare(right, dataclasses.replace(right, values=cut), context)
+
+
+def test_equal_infinities_are_no_difference() -> None:
+    value = np.array([[np.inf, 1.0], [2.0, -np.inf]], np.float32)
+    assert Difference.between("tap", value, value).relative.tolist() == [0, 0]
+    assert np.isinf(Difference.between("tap", value, -value).relative).all()
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        (range(1, 20), "from position 1 on"),
+        (range(16, 20), "only where tokens are decoded one by one, from position 16 on"),
+        ([10, 11], "only at the first tokens of a later call, from position 10 on"),
+        ([7, 9, 17], "only past the window of 8 keys, from position 7 on"),
+        ([3, 12], "at 2 of 20 positions, from 3 on"),
+    ],
+)
+def test_where_runs_differ_in_words(positions: Sequence[int], words: str) -> None:
+    calls = [Call(start=0, count=10), Call(start=10, count=6), *(Call(start=at, count=1) for at in range(16, 20))]
+    assert describe_positions(np.array(positions), np.arange(20), calls, 8) == words
+
+
+def test_the_first_pass_at_fault_is_named(tiny: Model) -> None:
+    fault = FAULTS["the first of two"]
+    verdict = bisect_stages(fault.passes(), model=tiny, chunk=CHUNK, decode=2)
+    # The pass that spoils layer 4 runs before the one that spoils layer 3.
+    assert (verdict.stage, verdict.layer, verdict.op) == ("Spoil", 4, "mask")
+
+
+def test_no_pass_of_a_good_target_is_at_fault(tiny: Model) -> None:
+    verdict = bisect_stages("xla", model=tiny, quant="int8", length=2 * WINDOW + 3, decode=2)
+    assert not verdict.diverged, verdict
+
+
+def test_quantised_runs_agree_with_what_their_codes_mean(tiny: Model) -> None:
+    assert not bisect("reference", "xla@QuantizeWeights", model=tiny, quant="int8", decode=2).diverged
+    # ONNX Runtime rounds activations too: allowed by the tolerance, and named where it is not.
+    assert not bisect("eager", "onnxruntime", model=tiny, quant="int8", decode=2).diverged
+    verdict = bisect("reference", "onnxruntime", model=tiny, quant="int8", decode=2, share=1e-4)
+    assert (verdict.layer, verdict.op, verdict.stage) == (0, "quantisation", "lowering")
+    assert "activations are rounded to 8 bits" in verdict.cause
+
+
+def test_bad_input_is_one_line(tiny: Model, traced: Graph, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="name a model"):
+        bisect("onnx", "onnxruntime")
+    with pytest.raises(TargetError, match="'abacus' is no folder and no target"):
+        bisect("onnx", "abacus", model=tiny)
+    with pytest.raises(TargetError, match="onnx has no pass 'FuseEverything': choose one of Canonicalize"):
+        bisect("reference", "onnx@FuseEverything", model=tiny)
+    with pytest.raises(TargetError, match="'reference@FuseNorms' is no folder"):
+        bisect("reference@FuseNorms", "onnx", model=tiny)
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        bisect(tmp_path, "onnx", model=tiny)
+    with pytest.raises(InvariantError, match="a graph without taps"):
+        bisect("reference", traced, model=tiny)
+    with pytest.raises(ContextLengthError, match="shorter --length"):
+        bisect("reference", "eager", model=tiny, length=510, decode=10)
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run `transom bisect`; returns (exit code, standard output, standard error)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["transom", "bisect", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "400")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Artifacts of the tiny model: good, with a fault, and both without taps."""
+    root, made = tmp_path_factory.mktemp("bisect"), {}
+    passes = FAULTS["a window in a late layer only"].passes()
+
+    def spoilt(chunk: int, quant: Scheme) -> list[Pass]:
+        return passes
+
+    for name, list_of, taps in (
+        ("good", PIPELINES["onnx"], True),
+        ("good_bare", PIPELINES["onnx"], False),
+        ("wrong", spoilt, True),
+        ("wrong_bare", spoilt, False),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(pipelines.PIPELINES, "onnx", list_of)
+            before = [AddTaps()] if taps else []
+            made[name] = transom.compile(
+                tiny, target="onnx", context=128, chunk=CHUNK, before=before, out=root / name
+            ).folder
+    return made
+
+
+def test_two_folders(cli: Cli, folders: dict[str, Path]) -> None:
+    code, out, _ = cli(folders["good"], folders["wrong"], "--json")
+    verdict = json.loads(out)
+    assert code == 1
+    assert {key: verdict[key] for key in ("diverged", "layer", "op", "side", "stage")} == {
+        "diverged": True, "layer": 4, "op": "mask", "side": "b", "stage": None,
+    }  # fmt: skip
+    assert verdict["max_abs"] > 0.01
+    assert "off by one: 17 keys in place of 16" in verdict["cause"]
+    code, out, _ = cli(folders["good"], folders["good"])
+    assert code == 0
+    assert "no divergence: 105 values agree" in out
+
+
+def test_folders_without_taps(cli: Cli, folders: dict[str, Path]) -> None:
+    code, out, _ = cli(folders["good_bare"], folders["good"], "--json")
+    assert (code, json.loads(out)["compared"]) == (0, 1)
+    assert "only logits were compared" in out
+    code, out, _ = cli(folders["good_bare"], folders["wrong"], "--json")
+    assert (code, json.loads(out)["layer"], json.loads(out)["op"]) == (1, 4, "mask")
+    # Made again, the spoilt one is good: so it is the folder that is at fault.
+    code, out, _ = cli(folders["good"], folders["wrong_bare"], "--json")
+    assert (code, json.loads(out)["layer"], json.loads(out)["op"]) == (1, None, "logits")
+    assert "a folder holds something else than this version exports" in out
+
+
+def test_targets_and_stages(cli: Cli) -> None:
+    code, out, _ = cli("onnxruntime", "onnx@FuseRotary", "--model", "gemma3-tiny", "--decode", 2)
+    assert code == 0, out
+    code, out, _ = cli("--stages", "tvm", "--model", "gemma3-tiny", "--length", 24, "--decode", 1, "--json")
+    assert (code, json.loads(out)["diverged"]) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["onnx"], "give two things to compare"),
+        (["onnx", "xla", "--stages", "xla"], "give two things to compare"),
+        (["--stages", "xla"], "needs --model"),
+        (["--stages", "abacus", "--model", "gemma3-tiny"], "no target named 'abacus'"),
+        (["nowhere", "onnx", "--model", "gemma3-tiny"], "'nowhere' is no folder and no target"),
+        (["onnx", "xla", "--model", "gemma9"], "no model named 'gemma9'"),
+    ],
+)
+def test_bad_input_on_the_command_line(cli: Cli, args: list[str], words: str) -> None:
+    code, out, err = cli(*args)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert words in err
+
+
+def test_a_target_at_fault_is_traced_to_its_pass(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = FAULTS["another epsilon"].passes()
+    monkeypatch.setitem(pipelines.PIPELINES, "onnx", lambda chunk, quant: passes)
+    code, out, _ = cli("reference", "onnx", "--model", "gemma3-tiny", "--decode", 2)
+    assert code == 1
+    for words in ("diverged at layer 3, norm", "epsilon is 0.01", "stage: Spoil", "at fault: onnx"):
+        assert words in out
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_two_targets_agree_on_the_real_model(real: Model) -> None:
+    verdict = transom.bisect("onnxruntime", "onnx", model=real)
+    assert not verdict.diverged, verdict
+    assert verdict.compared == 309
