@@ -29,7 +29,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py --out artifacts
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -60,4 +60,4 @@ sum. Measured 7e-7."""
 
 FP32_SUMS = 1e-5
 """Largest difference between two float32 kernels that add the same terms (up to 4112) in another order, relative to the
-largest result. Measured 2e-6."""
+largest result. Measured 1.5e-6 for products of 640 terms."""

@@ -1,8 +1,8 @@
 """Block-quantised weights in jax: they stay narrow in memory, and are widened inside the product that reads them.
 
-`graphs.quantized` has blocks of 32 columns as the minor axis, which a TPU's tiles of 128 lanes do not fit: the whole
-matrix would be laid out again for each token. So parameters are arranged otherwise, and nothing is ever unpacked from
-nibbles in the graph:
+The graph's own order of axes, [R, G, C], is as good for one token, as a TPU's compiler chooses how arguments lie in
+memory; with many tokens it makes temporary copies. So parameters are arranged otherwise, and nothing is ever unpacked
+from nibbles in the graph:
 
 - weights of linears: codes [G, C, R], scales and zero points [G, R]
 - tables, whose rows are looked up and which may serve as the head too: codes [R, K], scales and zero points [G, R]
@@ -10,11 +10,17 @@ nibbles in the graph:
 Letters: R rows, K columns in G blocks of C. Symmetric codes are signed, the others unsigned with a zero point; 4-bit
 ones are `int4` and `uint4`, which XLA packs two a byte on a TPU. Codes may be `float8_e4m3fn` just as well.
 
-Measured on a TPU v5e's compiler (bytes beside the arguments, estimated time), as the graph has it and as here:
+What a TPU v5e's compiler says (bytes beside arguments and results, estimated time):
 
-    one token, 21504 x 5376, 4 bits, blocks of 32        221 MiB,   767 us       0,   140 us  (bfloat16: 314 us)
-    2,048 tokens, the same                                 221 MiB, 2,976 us       0, 2,801 us  (bfloat16: 2,523 us)
-    one token, head of 262144 x 1152, 8 bits               288 MiB, 1,277 us       0,   435 us
+                                                       [R, G, C]               as here
+    linear 21504 x 5376, 4 bits, 1 token               0, 140 us               0, 140 us
+    the same, 2,048 tokens                             221 MiB, 2,976 us       0, 2,801 us
+    lookup and head, 262144 x 1152, 8 bits, 1 token    0, 435 us               0, 459 us
+    the same, 2,048 tokens and one wanted position     512 MiB, 1,983 us       128 MiB, 830 us
+    lookup and head, 262208 x 5376, 8 bits, 1 token    0, 1,982 us             0, 2,327 us
+    the same, 2,048 tokens and one wanted position     1,536 MiB, 6,982 us     128 MiB, 2,895 us
+
+In bfloat16 the linear takes 314 us and 2,523 us.
 """
 
 from __future__ import annotations
