@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench clean install
+.PHONY: help demo test validate lint bench clean install
 
 help:
 	@echo "make demo    install, compile the real Gemma 3 270M, check it against the reference, generate text"
 	@echo "make test    install, run the tests"
+	@echo "make validate  every target on the real 270M against the plain model: validation.json, HTML report (minutes)"
 	@echo "make lint    formatting, types, import contracts"
 	@echo "make bench   speed and quality beside llama.cpp and transformers (builds llama.cpp: minutes)"
 	@echo "make clean   remove the environment and everything that was made"
@@ -30,6 +31,11 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+validate: $(VENV)/.dev-installed
+	@mkdir -p artifacts
+	$(BIN)/transom validate gemma3-270m --targets reference,onnxruntime,onnx,xla,tvm \
+		--html artifacts/validation.html --json artifacts/validation.json
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
