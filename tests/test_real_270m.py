@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import transom
 from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
 from transom.backends.reference.session import ReferenceSession
+from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.session import Session
 from transom.export.compile import trace_model
 from transom.graphs.graph import Graph
@@ -129,7 +130,7 @@ def test_every_stage_of_the_passes(traced_270m: Graph, theirs: Any, hidden: torc
     assert {name: worst for name, worst in found.items() if worst > ONNX_LOGITS_270M} == {}
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "onnx"])
+@pytest.fixture(scope="module", params=["onnxruntime", "onnx", "xla", "tvm"])
 def session_270m(request: pytest.FixtureRequest, real: Model, tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("real") / request.param
     transom.compile(real, target=request.param, quant="none", chunk=CHUNK, out=folder)
@@ -156,10 +157,11 @@ def test_golden_logits(session_270m: Session) -> None:
 
 
 def test_cache_bytes_at_32k(session_270m: Session) -> None:
-    """2 * K * H * 4 * (G * T + (L - G) * W), and the slack of a chunk in local layers."""
+    """2 * K * H * 4 * (G * T + (L - G) * W), and the slack of a chunk where local layers write before they attend."""
     session_270m.reserve(32_768)
     found, row = session_270m.cache_bytes(), 2 * 256 * 4
-    assert found == {"local": row * 15 * (WINDOW + CHUNK - 1), "global": row * 3 * 32_768}
+    slack = CHUNK - 1 if isinstance(session_270m, OnnxRuntimeSession) else 0
+    assert found == {"local": row * 15 * (WINDOW + slack), "global": row * 3 * 32_768}
     textbook, all_global = row * (3 * 32_768 + 15 * WINDOW), row * 18 * 32_768
     assert abs(sum(found.values()) / textbook - 1) < 0.15
     assert sum(found.values()) < 0.2 * all_global

@@ -114,6 +114,25 @@ def perturbed(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     monkeypatch.setattr(OnnxRuntimeSession, "_run", run)
 
 
+def test_all_targets_are_proved(cli: Cli, tmp_path: Path) -> None:
+    """What a user runs, and what an export of each target gets: a certificate that belongs to its manifest."""
+    names = ["reference", "onnxruntime", "onnx", "xla", "tvm"]
+    options = ("--targets", ",".join(names), "--threads", 1, "--out", tmp_path / "out")
+    code, _, err = cli("validate", "gemma3-tiny", *options, "--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
+    assert code == 0, err
+    found = json.loads((tmp_path / "v.json").read_text())["targets"]
+    assert list(found) == names
+    for name, target in found.items():
+        assert target["passed"] and target["top1_agreement"] == 1 and target["first_divergence"] is None, name
+        assert 0 < target["max_rel"] < FLOAT32.relative and target["layers"] or name == "reference"
+        slots = WINDOW if name in ("xla", "tvm") else RING
+        assert target["cache_bytes"]["local"] == 4 * slots * PER_SLOT, name
+        assert f">{name}<" in (tmp_path / "v.html").read_text()
+        if name != "reference":
+            inspected = json.loads(cli("inspect", tmp_path / "out" / name, "--json")[1])
+            assert inspected["certificate"]["passed"] is True
+
+
 @pytest.mark.parametrize("value", [0.01, float("nan"), float("inf")])
 def test_logits_that_are_wrong_past_the_window(
     cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch, value: float
