@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import read_manifest
+from transom.backends.artifact import MANIFEST, Manifest, read_manifest
 from transom.backends.session import Session, Tokenizer
-from transom.graphs.errors import TargetError
+from transom.graphs.errors import ArtifactError, TargetError
 
 
 def open_session(
@@ -25,6 +25,15 @@ def open_session(
         TargetError: If this library cannot run its target, or a part is not installed.
     """
     manifest = read_manifest(folder, verify=verify)
+    try:
+        return _session(folder, manifest, tokenizer, threads)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST} lacks what the target {manifest.target!r} needs ({error!r}): export the model again"
+        ) from error
+
+
+def _session(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None, threads: int | None) -> Session:
     if manifest.target in ("onnxruntime", "onnx"):
         from transom.backends.onnxruntime.session import OnnxRuntimeSession
 

@@ -58,13 +58,13 @@ def read_inputs(
     if chosen is not None:
         loaded = chosen if isinstance(chosen, Model) else load(str(chosen), weights=weights, seed=seed)
     else:
-        loaded = _model_of(opened[0][1], folders[0])
+        loaded = model_of(opened[0][1], folders[0])
     for folder, (_, manifest) in zip(folders, opened, strict=True):
-        _check_same(loaded, manifest, folder)
+        check_same(loaded, manifest, folder)
     return Inputs(model=loaded, artifacts=tuple(made for made, _ in opened), compiles=bool(models))
 
 
-def _model_of(manifest: Manifest, folder: Path) -> Model:
+def model_of(manifest: Manifest, folder: Path) -> Model:
     """The model that an artifact was made from, found again by what its manifest says."""
     source, revision = manifest.source["name"], manifest.source["revision"]
     try:
@@ -77,7 +77,8 @@ def _model_of(manifest: Manifest, folder: Path) -> Model:
         ) from None
 
 
-def _check_same(model: Model, manifest: Manifest, folder: Path) -> None:
+def check_same(model: Model, manifest: Manifest, folder: Path) -> None:
+    """Raise `ConfigError` if an artifact is not of the model."""
     config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(model.config)))
     theirs = dict(manifest.model)
     if differing := sorted(key for key in config if key != "name" and config[key] != theirs.get(key)):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transom.backends.tvm.compat import INSTALL, require
+from transom.backends.tvm.versions import INSTALL, require
 from transom.graphs.errors import ArtifactError, TargetError
 
 FOLDER_VARIABLE = "TRANSOM_TVM_RUNTIME"

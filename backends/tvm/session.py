@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.safetensors import reading, zeros
 from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
 from transom.backends.tvm.machine import require_machine
-from transom.backends.tvm.memory import read_weights, zeros
 from transom.backends.tvm.runtime import load_machine, runtime, use_threads
-from transom.graphs.errors import ArtifactError
 
 
 class TvmSession(Session):
@@ -47,11 +46,8 @@ class TvmSession(Session):
         self._tensor = runtime().from_dlpack
         machine = load_machine(folder / LIBRARY)
         self._decode, self._prefill = machine[DECODE], machine[PREFILL]
-        weights = read_weights(folder / PARAMETERS)
-        names: list[str] = manifest.details["parameters"]
-        if missing := [name for name in names if name not in weights]:
-            raise ArtifactError(f"{folder / PARAMETERS} lacks {', '.join(missing)}: export the model again")
-        self._weights = [self._tensor(weights[name]) for name in names]
+        with reading(folder / PARAMETERS) as file:
+            self._weights = [self._tensor(file.read(name)) for name in manifest.details["parameters"]]
         self._threads = threads
         self._arrays: dict[str, NDArray[Any]] = {}
         self._bound: list[Any] = []

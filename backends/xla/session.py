@@ -49,7 +49,7 @@ class XlaSession(Session):
         details = manifest.details
         self._made = f"jax {details['jax']} on {details['date']}"
         self._programs = {
-            entry["tokens"]: self._program(folder / entry["file"]) for entry in details["programs"].values()
+            entry["tokens"]: self._program(folder / Path(entry["file"]).name) for entry in details["programs"].values()
         }
         self._tap_axes: dict[str, dict[str, int]] = {tap.name: details["tap_axes"][tap.name] for tap in manifest.taps}
         parameters = {
@@ -69,9 +69,9 @@ class XlaSession(Session):
             raise self._unreadable(path.name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> ArtifactError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return ArtifactError(
-            f"jax {self._jax.__version__} cannot read {name}, made by {self._made} ({reason}): export the model again"
+            f"jax {self._jax.__version__} cannot read {name}, made by {self._made} ({_first_line(error)}): export the "
+            "model again"
         )
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
@@ -103,7 +103,10 @@ class XlaSession(Session):
                 program = self._jax.jit(self._programs[length].call, donate_argnums=(CACHES,))
                 self._compiled[length, wanted] = program.lower(self._parameters, self._arrays, *arguments).compile()
             except Exception as error:  # the compiler's errors have no common base
-                raise self._unreadable(f"the program for {length} tokens", error) from error
+                raise ArtifactError(
+                    f"XLA cannot compile the program for {length} tokens, made by {self._made} ({_first_line(error)}): "
+                    "run it where its platforms are and memory is enough, or export the model again"
+                ) from error
         return self._compiled[length, wanted]
 
     def _cut(self, tap: NDArray[Any], axes: dict[str, int], tokens: int, positions: int) -> Float:
@@ -123,3 +126,7 @@ class XlaSession(Session):
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
         yield from zip(self.caches, self._arrays, strict=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
-from transom.backends.tvm.compat import PAIR
+from transom.backends.tvm.versions import PAIR
 from transom.export import safetensors
 from transom.export.exporter import Lowered, Request
 from transom.export.lowering import require_supported
-from transom.export.tvm import compat  # noqa: F401 (checks versions before anything of TVM is imported)
 from transom.export.tvm.build import write_library
 from transom.export.tvm.emitter import parameter_names, tap_shapes
 from transom.export.tvm.lowerings import TABLE

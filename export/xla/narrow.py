@@ -32,20 +32,6 @@ import jax
 import jax.numpy as jnp
 
 
-def stored(codes: Any, scales: Any, zero_points: Any | None, *, table: bool) -> tuple[Any, Any, Any | None]:
-    """Arrange a matrix as programs take it.
-
-    Args:
-        codes: One number a code [R, G, C], of numpy or jax; signed if there are no zero points.
-        scales: float32 [R, G].
-        zero_points: One number a block [R, G], or None.
-        table: Whether rows are looked up.
-    """
-    rows, blocks, block = codes.shape
-    arranged = codes.reshape(rows, blocks * block) if table else codes.transpose(1, 2, 0)
-    return arranged, scales.transpose(), None if zero_points is None else zero_points.transpose()
-
-
 def linear_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None) -> jax.Array:
     """`x @ dequantize(codes).T`, [..., R], for weights of linears and for tables."""
     if codes.ndim == 2:

@@ -6,13 +6,14 @@ libtpu. What it says goes into the manifest under `tpu`, and a program that woul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,11 +79,12 @@ def compile_programs(
         TargetError: If libtpu is not installed, or does not know the topology.
         InvariantError: If a program does not update its caches in place.
     """
-    mesh = Mesh(np.array(_devices(topology)), (CHIPS,))
     reports = {}
-    for done, program in enumerate(programs, 1):
-        reports[program.name] = _compile(program, mesh)
-        on_program(done, len(programs))
+    with _environment():
+        mesh = Mesh(np.array(_devices(topology)), (CHIPS,))
+        for done, program in enumerate(programs, 1):
+            reports[program.name] = _compile(program, mesh)
+            on_program(done, len(programs))
     return {
         "topology": topology,
         "libtpu": importlib.metadata.version("libtpu"),
@@ -94,11 +96,21 @@ def compile_programs(
     }
 
 
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """The variables that libtpu needs here, for as long as the block lasts; what the user has set stays."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def _devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise TargetError("compiling for a TPU topology needs libtpu: pip install 'transom[tpu]'")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
@@ -132,7 +144,14 @@ def _compile(program: Program, mesh: Mesh) -> dict[str, Any]:
     function, arguments = shard(program, mesh)
     began = time.perf_counter()
     lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TargetError(
+            f"the TPU's compiler refuses {program.name} ({reason}): take more chips, a smaller --context or --chunk, "
+            "or a scheme with fewer bits"
+        ) from error
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cache_bytes = sum(

@@ -193,6 +193,15 @@ def read_manifest_unchecked(folder: Path) -> Manifest:
     return Manifest(**data | {"caches": ()})
 
 
+@pytest.mark.parametrize("target", ["xla", "tvm"])
+def test_details_that_a_session_misses(target: str, exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    edit(lambda data: data | {"target": target})(folder)
+    with pytest.raises(ArtifactError, match=f"lacks what the target '{target}' needs"):
+        transom.open(folder)
+
+
 def test_a_target_that_nothing_runs(exported: Export, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(exported("onnxruntime", "int8").folder, folder)

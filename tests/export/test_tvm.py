@@ -21,9 +21,9 @@ from tests.artifacts import CHUNK, Export
 from tests.case import export
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, FP32_SUMS
+from transom.backends.safetensors import ALIGNMENT, reading
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
-from transom.backends.tvm.compat import PAIR, require
-from transom.backends.tvm.memory import ALIGNMENT, read_weights
+from transom.backends.tvm.versions import PAIR, require
 from transom.export import safetensors
 from transom.graphs import ops
 from transom.graphs.errors import TargetError, UnsupportedOpsError
@@ -84,7 +84,8 @@ def test_files_and_details(exported: Export) -> None:
     assert manifest["libraries"].items() >= PAIR.items()
     details = manifest["details"]
     assert (details["triple"], details["cpu"]) == (HOST.triple, HOST.cpu)
-    weights = read_weights(pair.folder / PARAMETERS)
+    with reading(pair.folder / PARAMETERS) as file:
+        weights = {name: file.read(name) for name in file.entries}
     assert set(details["parameters"]) == set(weights)
     assert all(array.ctypes.data % ALIGNMENT == 0 for array in weights.values())
     # The embedding is the head, and stands in the file once.
@@ -107,7 +108,8 @@ def test_tensors_of_odd_sizes_push_none_off_its_alignment(tmp_path: Path) -> Non
     weights = {name: Weight.of(tensor) for name, tensor in tensors.items()}
     weights["again"] = weights["wide"]
     safetensors.write(weights, tmp_path / PARAMETERS, on_bytes=counts.append)
-    found = read_weights(tmp_path / PARAMETERS)
+    with reading(tmp_path / PARAMETERS) as file:
+        found = {name: file.read(name) for name in file.entries}
     assert sum(counts) == sum(array.nbytes for array in found.values())
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

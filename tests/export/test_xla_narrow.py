@@ -23,6 +23,20 @@ FORMATS = [(8, 32, True), (8, 128, True), (4, 32, False), (4, 32, True)]
 """(bits, block, symmetric) of the schemes."""
 
 
+def stored(codes: Any, scales: Any, zero_points: Any | None, *, table: bool) -> tuple[Any, Any, Any | None]:
+    """Arrange a matrix as programs take it.
+
+    Args:
+        codes: One number a code [R, G, C], of numpy or jax; signed if there are no zero points.
+        scales: float32 [R, G].
+        zero_points: One number a block [R, G], or None.
+        table: Whether rows are looked up.
+    """
+    rows, blocks, block = codes.shape
+    arranged = codes.reshape(rows, blocks * block) if table else codes.transpose(1, 2, 0)
+    return arranged, scales.transpose(), None if zero_points is None else zero_points.transpose()
+
+
 def _matrix(bits: int, block: int, symmetric: bool, table: bool) -> tuple[list[Any], torch.Tensor]:
     """A random matrix as programs take it, and its numbers."""
     generator = torch.Generator().manual_seed(bits + block)
@@ -34,7 +48,7 @@ def _matrix(bits: int, block: int, symmetric: bool, table: bool) -> tuple[list[A
     dense = quantized.dequantize(quantized.pack(codes, bits), scales, packed, bits)
     dtype: Any = {(8, True): np.int8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4}[bits, symmetric]
     middle = 2 ** (bits - 1) if symmetric else 0
-    held = narrow.stored(
+    held = stored(
         (codes.numpy().astype(np.int32) - middle).astype(dtype),
         scales.numpy(),
         None if symmetric else zeros.numpy().astype(dtype),
@@ -83,9 +97,7 @@ def test_float8_codes_stay_narrow_too() -> None:
     codes = torch.randn((ROWS, 4, 64), generator=torch.Generator().manual_seed(2)).to(torch.float8_e4m3fn)
     scales = torch.rand((ROWS, 4), generator=torch.Generator().manual_seed(3)) + 0.1
     dense = (codes.float() * scales[..., None]).view(ROWS, COLUMNS)
-    held = narrow.stored(
-        codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), scales.numpy(), None, table=False
-    )
+    held = stored(codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), scales.numpy(), None, table=False)
     x = torch.randn((3, COLUMNS), generator=torch.Generator().manual_seed(4))
     program = jax.jit(lambda x, codes, scales: narrow.linear_quantized(x, codes, scales, None))
     wanted = (x @ dense.T).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -108,6 +109,21 @@ def test_a_program_that_copies_its_caches_is_refused() -> None:
 def test_an_unknown_topology_is_named_with_some_that_work(name: str) -> None:
     with pytest.raises(TargetError, match=rf"no TPU topology '{name}' .*v5e:2x2"):
         topology.compile_programs([], name)
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_refused_and_leaves_no_variables_behind() -> None:
+    before = dict(os.environ)
+    program = topology.Program(
+        name="decode",
+        function=lambda parameters, caches, x: (parameters["table"] * x, caches),
+        parameters={"table": Shape((2**34,), jax.numpy.bfloat16)},
+        caches=[Shape((1, 1, 16, 128), jax.numpy.bfloat16)],
+        inputs=[Shape((), jax.numpy.bfloat16)],
+    )
+    with pytest.raises(TargetError, match=r"the TPU's compiler refuses decode .*: take more chips"):
+        topology.compile_programs([program], "v5e:1x1")
+    assert dict(os.environ) == before
 
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

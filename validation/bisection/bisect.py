@@ -17,13 +17,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.export.compile import trace_model
-from transom.graphs import ops
-from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.errors import ArtifactError, ContextLengthError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
@@ -35,6 +35,7 @@ from transom.validation.bisection.recording import Call, plan_calls, record, ste
 from transom.validation.bisection.sites import site
 from transom.validation.bisection.sources import (
     Source,
+    is_quantized,
     manifest_of,
     open_source,
     rebuilt,
@@ -43,6 +44,7 @@ from transom.validation.bisection.sources import (
     tapped,
 )
 from transom.validation.bisection.verdict import Verdict
+from transom.validation.inputs import check_same, model_of
 from transom.validation.prompt import make_prompt
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
@@ -81,27 +83,36 @@ def bisect(
         share: Share of a position's largest value up to which values agree; by default what the targets can do.
 
     Raises:
-        TargetError: If a target or pass is unknown, or no model is given.
-        ArtifactError: If a folder is no artifact, or the runs cannot be compared.
+        TargetError: If a target or pass is unknown, no model is given, or `quant` is given for folders alone.
+        ArtifactError: If a folder is no artifact, folders hold different models, or the runs cannot be compared.
+        ConfigError: If a folder is not of the model that is given, or its own is not found.
         ContextLengthError: If the prompt and the decoded tokens do not fit into the context.
     """
     manifests = [manifest_of(source) for source in (a, b)]
-    known = [manifest for manifest in manifests if manifest is not None]
-    quant = known[0].quantization if known and quant == "none" else quant
-    loaded = _model(model, known)
-    plan = _plan(loaded, quant, [*known, *(s for s in (a, b) if isinstance(s, Session))], length, chunk, decode)
+    folders = [
+        (Path(source), manifest)
+        for source, manifest in zip((a, b), manifests, strict=True)
+        if manifest is not None and isinstance(source, (str, Path))
+    ]
+    quant = _quant(quant, folders)
+    loaded = _model(model, folders)
+    bounded: list[Manifest | Session] = [manifest for _, manifest in folders]
+    bounded += [source for source in (a, b) if isinstance(source, Session)]
+    plan = _plan(loaded, quant, bounded, length, chunk, decode)
     shares = [_share(source, manifest, quant) for source, manifest in zip((a, b), manifests, strict=True)]
     context = dataclasses.replace(plan.context, tolerance=max(shares) if share is None else share)
+    bare = [manifest is not None and not manifest.taps for manifest in manifests]
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(plan.open(source)) for source in (a, b))
         verdict = _bisect(first, second, plan.calls, context)
-    bare = [manifest is not None and not manifest.taps for manifest in manifests]
-    if verdict.diverged and any(bare):
-        verdict = _with_taps(verdict, (a, b), manifests, plan, context)
-    if not verdict.diverged or verdict.side is None:
-        return verdict
-    blamed, other = (a, b) if verdict.side == "a" else (b, a)
-    return dataclasses.replace(verdict, stage=_stage(blamed, other, plan, context))
+        if verdict.diverged and any(bare):
+            verdict = _with_taps(verdict, (a, b), manifests, plan, context)
+        if not verdict.diverged or verdict.side is None:
+            return verdict
+        blamed, other = (a, second) if verdict.side == "a" else (b, first)
+        # What is interpreted in float32 agrees as closely as taps do, however far a runtime may be off.
+        within = TAPS if share is None else share
+        return dataclasses.replace(verdict, stage=_stage(blamed, other, plan, context, within))
 
 
 def bisect_stages(
@@ -145,9 +156,8 @@ def bisect_stages(
     for (name, graph), done in zip(stages, records, strict=True):
         if not done.changes:
             continue
-        is_quantized = bool(graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
-        right = reference_graph(traced, quant if is_quantized else "none")
-        meant = dataclasses.replace(context, quant=quant if is_quantized else "none")
+        means = quant if is_quantized(graph) else "none"
+        right, meant = reference_graph(traced, means), dataclasses.replace(context, quant=means)
         verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, meant)
         if verdict.diverged:
             return dataclasses.replace(verdict, stage=name)
@@ -181,18 +191,41 @@ class _Plan:
         return ReferenceSession(graph, context=self.total, chunk=self.chunk)
 
 
-def _model(model: Model | str | None, manifests: Sequence[Manifest]) -> Model:
-    if isinstance(model, Model):
-        return model
+def _quant(quant: str, folders: Sequence[tuple[Path, Manifest]]) -> str:
+    """The scheme of the runs: that of the folders, which hold one model in one scheme."""
+    if not folders:
+        return quant
+    folder, manifest = folders[0]
+    for other_folder, other in folders[1:]:
+        ours, theirs = ({**each.model, "revision": each.source["revision"]} for each in (manifest, other))
+        ours["quantization"], theirs["quantization"] = manifest.quantization, other.quantization
+        differing = sorted(key for key in ours | theirs if key != "name" and ours.get(key) != theirs.get(key))
+        if differing:
+            raise ArtifactError(
+                f"{folder} and {other_folder} hold different models ({', '.join(differing)} differ): compare artifacts "
+                "of one model and one quantisation"
+            )
+        if quant != "none":
+            raise TargetError(f"--quant {quant} has no effect on folders, which are made already: leave it out")
+    if quant not in ("none", manifest.quantization):
+        raise ArtifactError(
+            f"{folder} holds the quantisation {manifest.quantization!r}, not {quant!r}: leave --quant out, or export "
+            "the model again"
+        )
+    return manifest.quantization
+
+
+def _model(model: Model | str | None, folders: Sequence[tuple[Path, Manifest]]) -> Model:
+    """The one model of all that is compared."""
     if model is not None:
-        return load(model)
-    if not manifests:
+        loaded = model if isinstance(model, Model) else load(model)
+    elif folders:
+        loaded = model_of(folders[0][1], folders[0][0])
+    else:
         raise TargetError("targets alone do not say what to run: name a model (--model)")
-    source = manifests[0].source
-    if source["name"] == "random":
-        seed = int(source["revision"].removeprefix("seed "))
-        return load(manifests[0].model["name"], weights="random", seed=seed)
-    return load(source["name"])
+    for folder, manifest in folders:
+        check_same(loaded, manifest, folder)
+    return loaded
 
 
 def _plan(
@@ -260,21 +293,32 @@ def _with_taps(
     return dataclasses.replace(verdict, op="logits", layer=None, cause=cause, side=None)
 
 
-def _stage(blamed: Source, other: Source, plan: _Plan, context: Context) -> str | None:
-    """The first pass after which a target's graph, interpreted, differs from the other run as the target does."""
+def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share: float) -> str | None:
+    """The first pass after which a target's graph, interpreted, no longer says what the model means.
+
+    Every stage is held against the graph as traced, from the pass on that quantises with the numbers that the codes
+    mean. That graph is held against the other run first: if it differs, no pass can be told to be at fault.
+    """
     if not isinstance(blamed, str) or blamed.partition("@")[0] not in PIPELINES:
         return None
     target, _, last = blamed.partition("@")
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
     names = [current.name for current in passes]
     names = names[: names.index(last) + 1] if last else names
-    traced, guilty = tapped(plan.traced), None
-    with plan.open(other) as right:
-        for name in reversed(names):
-            if context.quant != "none" and name == "QuantizeWeights":
-                break
-            stage = plan.interpret(stage_graph(traced, passes, name, target))
-            if not _bisect(right, stage, plan.calls, context).diverged:
-                break
-            guilty = name
-    return guilty or LOWERING
+    traced = tapped(plan.traced)
+
+    def agree(a: Session, b: Session, within: float) -> bool:
+        runs = zip(*(steps(session, plan.calls, context.tokens) for session in (a, b)), strict=True)
+        return first_divergent(differences(runs), within) is None
+
+    if not agree(other, plan.interpret(reference_graph(traced, context.quant)), context.tolerance):
+        return None
+    guilty = None
+    for name in reversed(names):
+        graph = stage_graph(traced, passes, name, target)
+        means = context.quant if is_quantized(graph) else "none"
+        if agree(plan.interpret(reference_graph(traced, means)), plan.interpret(graph), share):
+            break
+        guilty = name
+    # A stage is never lowered: what is wrong with one has been brought in by a pass.
+    return guilty or (None if last else LOWERING)

@@ -135,7 +135,8 @@ def explain(where: Site, difference: Difference, a: Recording, b: Recording, con
         b: The other run.
         context: The model.
     """
-    share, size = (_largest(values) for values in (difference.relative, difference.absolute))
+    broken = int((~np.isfinite(difference.absolute)).sum())
+    share = _largest(difference.relative)
     differs = difference.relative > context.tolerance
     side, tried = _test(where, {"a": a, "b": b}, differs, context)
     positions = positions_of(where.tap, a.calls)[differs]
@@ -148,15 +149,15 @@ def explain(where: Site, difference: Difference, a: Recording, b: Recording, con
     else:
         op = where.op if where.op != "attention" else "softmax" if len(positions) > 0.9 * len(differs) else "mask"
         cause = f"none of {len(tried)} known causes reproduces the difference, which shows {pattern}"
-    if broken := int((~np.isfinite(difference.absolute)).sum()):
+    if broken:
         cause += f"; {broken} positions hold values that are no numbers"
     ranked = sorted(tried, key=lambda trial: trial.error)[:5]
     return Verdict(
         diverged=True,
         layer=where.layer,
         op=op,
-        max_abs=size,
-        relative=share,
+        max_abs=None if broken else float(difference.absolute.max()),
+        relative=None if broken else share,
         cause=cause,
         tap=where.tap,
         side=side,

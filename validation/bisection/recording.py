@@ -16,7 +16,10 @@ from transom.validation.bisection.sites import LOGITS, op_of
 Float = NDArray[np.float32]
 
 DECODED = 24
-"""Tokens decoded one by one after the prompt, at most; twice the window where that is less."""
+"""Tokens decoded one by one after the prompt, at most; twice the window, but at least 12, where that is less."""
+
+AROUND = (2, 2)
+"""Single steps before and after the wrap of a ring of `window` slots, where the decoded tokens pass none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,20 +56,38 @@ def positions_of(name: str, calls: Sequence[Call]) -> NDArray[np.int64]:
 
 
 def plan_calls(*, window: int, chunk: int, length: int | None = None, decode: int | None = None) -> tuple[Call, ...]:
-    """Calls that pass every edge: two whole chunks, a part of one, and decoding over the wrap of a ring of slots.
+    """Calls that pass every edge: two whole chunks, a part of one, and single steps over the wraps of rings of slots.
+
+    A ring has `window` slots where a runtime attends before it writes, `window + chunk - 1` where it writes first. By
+    default single steps pass a multiple of both, in the midst of the prompt if need be.
 
     Args:
         window: Keys that a local layer sees.
         chunk: Most tokens in a call.
-        length: Tokens of the prompt; by default so many that decoding soon comes to the second wrap of a ring of
-            `window + chunk - 1` slots.
+        length: Tokens of the prompt, in whole chunks as far as they go; by default so many that decoding soon comes to
+            the second wrap of the longer ring.
         decode: Tokens to decode one by one.
     """
-    length = max(2 * (window + chunk - 1) - 6, 2 * window) if length is None else length
-    decode = max(10, min(2 * window, DECODED)) if decode is None else decode
-    starts = range(0, length, chunk)
-    prompt = [Call(start=start, count=min(chunk, length - start)) for start in starts]
-    return (*prompt, *(Call(start=length + step, count=1) for step in range(decode)))
+    decode = max(12, min(2 * window, DECODED)) if decode is None else decode
+    if length is not None:
+        return (*_chunks(0, length, chunk), *_chunks(length, length + decode, 1))
+    length = max(2 * (window + chunk - 1) - 6, 2 * window)
+    before, after = AROUND
+    wrap = -(-(2 * chunk + before) // window) * window
+    is_decoded = (length // window + 1) * window < length + decode
+    if is_decoded or wrap + after > length:
+        return (*_chunks(0, length, chunk), *_chunks(length, length + decode, 1))
+    return (
+        *_chunks(0, wrap - before, chunk),
+        *_chunks(wrap - before, wrap + after, 1),
+        *_chunks(wrap + after, length, chunk),
+        *_chunks(length, length + decode, 1),
+    )
+
+
+def _chunks(start: int, stop: int, chunk: int) -> Iterator[Call]:
+    for low in range(start, stop, chunk):
+        yield Call(start=low, count=min(chunk, stop - low))
 
 
 def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Iterator[dict[str, Float]]:

@@ -15,6 +15,7 @@ from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.export.compile import compile_model, trace_model
+from transom.graphs import ops
 from transom.graphs.errors import InvariantError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
@@ -120,6 +121,11 @@ def reference_graph(traced: Graph, quant: str) -> Graph:
     if quant == "none":
         return traced
     return Pipeline([Canonicalize(), ShareEmbedding(), QuantizeWeights(scheme(quant))]).run(traced)[0]
+
+
+def is_quantized(graph: Graph) -> bool:
+    """Whether weights are codes already."""
+    return bool(graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
 
 
 def stage_graph(traced: Graph, passes: Sequence[Pass], stage: str, target: str) -> Graph:

@@ -15,8 +15,10 @@ class Verdict:
         layer: Index of the layer; None before the first and after the last, or without a divergence.
         op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
             "residual" or "logits".
-        stage: The pass that brought it in, "lowering" if no pass did, None if that was not asked or is not known.
-        max_abs: Largest difference at that site; without a divergence, that of the logits.
+        stage: The pass that brought it in, "lowering" if the graph that the passes leave is right, None if that was not
+            asked or is not known.
+        max_abs: Largest difference at that site; without a divergence, that of the logits. None if a value is NaN or
+            infinite.
         relative: The same as a share of the largest value of its position; without a divergence, of any site.
         cause: In words.
         tap: The site.
@@ -32,8 +34,8 @@ class Verdict:
     layer: int | None = None
     op: str | None = None
     stage: str | None = None
-    max_abs: float = 0.0
-    relative: float = 0.0
+    max_abs: float | None = 0.0
+    relative: float | None = 0.0
     cause: str = "no value differs beyond the tolerance"
     tap: str | None = None
     side: Literal["a", "b"] | None = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from transom.cli.options import Json, Seed, Weights, check_weights, console, load_model, print_json
 from transom.graphs.errors import TargetError
+
+if TYPE_CHECKING:
+    from transom.validation.bisection.verdict import Verdict
 
 
 def register(app: typer.Typer) -> None:
@@ -44,6 +47,8 @@ def bisect(
         raise TargetError("give two things to compare, A and B, or --stages TARGET")
     if stages is not None and (a is not None or model is None):
         raise TargetError("--stages TARGET needs --model, and neither A nor B")
+    if model is None and (weights != "checkpoint" or seed):
+        raise TargetError("--weights and --seed say how --model is loaded: name a model, or leave them out")
     from transom.validation.bisection.bisect import bisect as find
     from transom.validation.bisection.bisect import bisect_stages
 
@@ -70,9 +75,16 @@ def bisect(
         if stages is None and blamed is not None:
             console.print(f"  at fault: {escape(blamed)}", highlight=False)
         console.print(
-            f"  from position {verdict.position} on, {verdict.positions} in all; {verdict.max_abs:.3g} at most, "
-            f"{verdict.relative:.1e} of the value's size (tolerance {verdict.tolerance:.0e})",
+            f"  from position {verdict.position} on, {verdict.positions} in all; "
+            f"{_size(verdict)} (tolerance {verdict.tolerance:.0e})",
             highlight=False,
         )
     if verdict.diverged:
         raise typer.Exit(1)
+
+
+def _size(verdict: Verdict) -> str:
+    """Of the difference."""
+    if verdict.max_abs is None or verdict.relative is None:
+        return "the largest difference is not a number"
+    return f"{verdict.max_abs:.3g} at most, {verdict.relative:.1e} of the value's size"

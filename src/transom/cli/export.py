@@ -138,6 +138,14 @@ def inspect(
                 f"{cache.heads} x slots x {cache.width} {cache.dtype}",
             )
     console.print(caches)
+    if manifest.tpu is not None:
+        tpu = Table("program", "arguments", "caches in place", "temporary", "peak", "FLOPs", "compiled in")
+        devices = f"each of {manifest.tpu['devices']} devices, libtpu {manifest.tpu['libtpu']}"
+        tpu.title = f"Compiled for {manifest.tpu['topology']} ({devices})"
+        for program, report in manifest.tpu["programs"].items():
+            cells = [size(report[f"{kind}_bytes"]) for kind in ("argument", "alias", "temp", "peak")]
+            tpu.add_row(program, *cells, f"{report['flops']:.3g}", f"{report['compile_s']:.1f} s")
+        console.print(tpu)
     passes = Table("pass", "changes", "calls", "weights", title="Passes")
     for record in manifest.passes:
         calls = f"{record['nodes_before']} → {record['nodes_after']}"
