@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test validate lint bench clean install
+.PHONY: help demo test test-large validate lint bench clean install
 
 help:
 	@echo "make demo    install, compile the real Gemma 3 270M, check it against the reference, generate text"
 	@echo "make test    install, run the tests"
 	@echo "make validate  every target on the real 270M against the plain model: validation.json, HTML report (minutes)"
+	@echo "make test-large  models up to 27B through the TPU's compiler (a quarter of an hour)"
 	@echo "make lint    formatting, types, import contracts"
 	@echo "make bench   speed and quality beside llama.cpp and transformers (builds llama.cpp: minutes)"
 	@echo "make clean   remove the environment and everything that was made"
@@ -31,6 +32,9 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-large: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -m large
 
 validate: $(VENV)/.dev-installed
 	@mkdir -p artifacts

@@ -101,7 +101,7 @@ def compile_model(
     chunk = min(chunk, context)
     passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
     passes, write = Pipeline([*before, *passes.passes]), exporter(target)
-    dtype = _check_options(target, quant, dtype, topology=topology, cpu=cpu)
+    dtype = check_options(target, quant, dtype, topology=topology, cpu=cpu)
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
         if traced is None:
@@ -156,7 +156,7 @@ def compile_model(
                     *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
                     *lowered.not_done,
                 ],
-                libraries=_versions(lowered.libraries),
+                libraries=versions(lowered.libraries),
             ),
         )
     return Artifact(folder=out, manifest=manifest)
@@ -185,8 +185,8 @@ def _write_companions(model: Model, folder: Path) -> None:
     (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
 
-def _check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:
-    """The dtype to compute in, if the target has it and takes all that is asked of it."""
+def check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:
+    """The dtype to compute in, if the target has it and takes all that is asked of it; raises `TargetError` if not."""
     able = TARGETS[target]
     if scheme(quant).has_float8 and not able.float8:
         raise TargetError(f"the target {target!r} holds no 8-bit floats, which {quant!r} asks for: choose int8 or int4")
@@ -198,7 +198,8 @@ def _check_options(target: str, quant: str, dtype: str | None, **given: str | No
     return dtype or able.dtypes[0]
 
 
-def _versions(libraries: Sequence[str]) -> dict[str, str]:
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Versions of Python, of this package, of torch, and of some libraries."""
     names = ("transom", "torch", *libraries)
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 

@@ -14,7 +14,7 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.export.compile import compile_model, trace_model
+from transom.export.compile import check_options, compile_model, trace_model
 from transom.export.exporter import exporter
 from transom.graphs.errors import TargetError
 from transom.graphs.graph import Graph
@@ -41,7 +41,6 @@ class Settings:
         context: Longest sequence.
         chunk: Most new tokens in one call.
         threads: Of the runtimes; by default their own choice.
-        out: Folder that keeps the artifacts, one a target; None removes them.
     """
 
     quant: str
@@ -49,7 +48,6 @@ class Settings:
     context: int
     chunk: int
     threads: int | None = None
-    out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,7 @@ class Candidate:
         settings: What it is, or will be, compiled with.
         folder: The artifact, if it exists or will be kept.
         exported: Whether the artifact exists already.
+        overwrite: Whether what is compiled may replace an artifact of that name.
     """
 
     name: str
@@ -69,6 +68,7 @@ class Candidate:
     settings: Settings
     folder: Path | None = None
     exported: bool = False
+    overwrite: bool = False
 
     @property
     def dtype(self) -> str:
@@ -76,8 +76,8 @@ class Candidate:
         return self.settings.dtype or (TARGETS[self.target].dtypes[0] if self.target in TARGETS else "float32")
 
 
-def check_targets(names: list[str]) -> None:
-    """Raise `TargetError` for a target that is unknown, given twice, or whose library is missing."""
+def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
+    """Raise `TargetError` for a target that is unknown, given twice, lacks a library, or cannot hold what is asked."""
     known = (REFERENCE, *TARGETS)
     for name in names:
         if name not in known:
@@ -86,21 +86,18 @@ def check_targets(names: list[str]) -> None:
             raise TargetError(f"the target {name!r} is given twice: name it once")
         if name != REFERENCE:
             exporter(name)
+            check_options(name, quant, dtype)
 
 
-def installed_targets(dtype: str | None) -> tuple[list[str], dict[str, str]]:
-    """All targets that can run here, and why the others cannot."""
+def installed_targets(*, quant: str, dtype: str | None) -> tuple[list[str], dict[str, str]]:
+    """All targets that can run this here, and why the others cannot."""
     found, missing = [REFERENCE], {}
-    for name, target in TARGETS.items():
+    for name in TARGETS:
         try:
-            exporter(name)
+            check_targets([name], quant=quant, dtype=dtype)
+            found.append(name)
         except TargetError as error:
             missing[name] = str(error)
-            continue
-        if dtype is not None and dtype not in target.dtypes:
-            missing[name] = f"it computes in {' or '.join(target.dtypes)}, not in {dtype}"
-        else:
-            found.append(name)
     return found, missing
 
 
@@ -133,7 +130,8 @@ class Opener:
             yield self._reference(candidate, before or ())
             return
         if candidate.exported and candidate.folder is not None and before is None:
-            yield open_session(candidate.folder, threads=settings.threads)
+            # Its hashes were checked when it was named.
+            yield open_session(candidate.folder, threads=settings.threads, verify=False)
             return
         with tempfile.TemporaryDirectory(prefix="transom-validate-", ignore_cleanup_errors=True) as scratch:
             kept = candidate.folder if before is None else None
@@ -148,6 +146,7 @@ class Opener:
                 before=before or (),
                 traced=self.traced(candidate.dtype),
                 out=folder,
+                overwrite=candidate.overwrite,
                 on_progress=on_progress,
             )
             # What was written a moment ago need not be hashed again.

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,36 @@ class Certificate:
         return f"{verdict} on {self.date}"
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    # A link stays a link; what is no file, such as a terminal, has no draft.
+    path = path.resolve()
+    draft = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `ArtifactError` if no file can be made in a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder} ({error.strerror or error}): make it writable first") from error
+
+
 def write_certificate(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a certificate for an artifact as it is now; a reader sees the old one or the new one, never a part.
 
@@ -62,15 +93,11 @@ def write_certificate(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: If the folder cannot be written.
     """
-    draft = folder / f".{CERTIFICATE}.partial-{uuid.uuid4().hex[:8]}"
     try:
         data = {"version": VERSION, "manifest_sha256": _manifest_hash(folder), **content}
-        draft.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-        os.replace(draft, folder / CERTIFICATE)
     except OSError as error:
-        raise ArtifactError(f"cannot write {folder / CERTIFICATE}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot read {folder / MANIFEST}: {error.strerror or error}") from error
+    replace_file(folder / CERTIFICATE, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def read_certificate(folder: Path) -> Certificate:

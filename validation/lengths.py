@@ -25,16 +25,18 @@ class Schedule:
         decodes: Spans (first, last + 1) of positions that are decoded one by one after a prefill of `first` tokens.
         continued: Length of the prompt whose greedy continuation is compared.
         new_tokens: Tokens of that continuation.
+        not_reached: What the context leaves untested, in words.
     """
 
     prompts: tuple[int, ...]
     decodes: tuple[tuple[int, int], ...]
     continued: int
     new_tokens: int
+    not_reached: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
-        """Tokens of text that are needed."""
+        """Length of the longest prompt."""
         return self.prompts[-1]
 
 
@@ -49,32 +51,46 @@ def default_context(window: int, most: int) -> int:
     return min(most, 1 << (needed - 1).bit_length())
 
 
-def schedule(*, window: int, context: int, caches: Sequence[CacheRecord]) -> Schedule:
-    """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
-
-    Args:
-        window: Keys that a local layer sees.
-        context: Most tokens that the target takes.
-        caches: Its caches, whose rings wrap at their numbers of slots.
+def text_length(*, window: int, context: int, chunk: int) -> int:
+    """Tokens of text that a schedule reads: the longest prompt, or to where the largest ring has wrapped.
 
     Raises:
         ContextLengthError: If the context is too short for any comparison.
     """
     if context < 2:
         raise ContextLengthError(f"a context of {context} leaves nothing to compare: export with a larger --context")
+    return min(context, max(4 * window + 3, window + chunk - 1 + AROUND))
+
+
+def schedule(*, window: int, context: int, chunk: int, caches: Sequence[CacheRecord]) -> Schedule:
+    """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
+
+    Args:
+        window: Keys that a local layer sees.
+        context: Most tokens that the target takes.
+        chunk: Most new tokens in one call.
+        caches: Its caches, whose rings wrap at their numbers of slots.
+
+    Raises:
+        ContextLengthError: If the context is too short for any comparison.
+    """
+    most = text_length(window=window, context=context, chunk=chunk)
     wanted = (window - 1, window, window + 1, 2 * window, 3 * window + 5, 4 * window + 3)
     prompts = tuple(sorted({min(length, context) for length in wanted if length > 0}))
     rings = {cache.slots for cache in caches if cache.window is not None and cache.slots is not None}
-    boundaries = sorted({window, *(slots * turn for slots in rings for turn in (1, 2))})
-    decodes = [
-        (max(boundary - AROUND, 1), boundary + AROUND)
-        for boundary in boundaries
-        if boundary + AROUND <= prompts[-1] and boundary > 1
-    ]
+    boundaries = {slots: f"the wrap of a ring of {slots:,} slots" for slots in rings}
+    boundaries[window] = f"the edge of the window of {window:,}"
+    # A second turn of a ring is worth no text of its own.
+    again = {2 * slots for slots in rings if 2 * slots + AROUND <= prompts[-1]}
+    reached = {boundary for boundary in boundaries if boundary + AROUND <= most} | again
+    decodes = [(max(boundary - AROUND, 1), boundary + AROUND) for boundary in sorted(reached) if boundary > 1]
+    missed = [f"decoding over {name}" for boundary, name in sorted(boundaries.items()) if boundary not in reached]
+    missed += [f"a prompt of {length:,}" for length in wanted if length > context]
     continued = max(1, min(3 * window + 5, context - NEW_TOKENS + 1))
     return Schedule(
         prompts=prompts,
         decodes=tuple(decodes),
         continued=continued,
         new_tokens=min(NEW_TOKENS, context - continued + 1),
+        not_reached=tuple(f"{name}: the {'context' if most == context else 'text'} ends before it" for name in missed),
     )

@@ -16,8 +16,12 @@ from transom.validation.judge import judge, weigh
 from transom.validation.lengths import Schedule, schedule
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import LengthResult, TargetResult
-from transom.validation.tolerances import tolerance
+from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
+
+
+SAID = 400
+"""Most characters of a runtime's own words in a failure: some say pages."""
 
 
 class Found(NamedTuple):
@@ -53,7 +57,7 @@ def measure(
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
     bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
-    plans = schedule(window=config.window, context=session.context, caches=session.caches)
+    plans = schedule(window=config.window, context=session.context, chunk=session.chunk, caches=session.caches)
     total, done = _positions(plans), 0
 
     def advance(count: int) -> None:
@@ -72,13 +76,19 @@ def measure(
     new = list(session.generate(prompt, max_new_tokens=plans.new_tokens, stop_ids=()))
     seconds = time.perf_counter() - began
     advance(plans.continued + plans.new_tokens)
-    diverged = _first_divergence(oracle, prompt, new, bound.tie)
+    different, diverged = (_first_divergence(oracle, prompt, new, tie) for tie in (0.0, bound.tie))
     longest = found[len(plans.prompts) - 1]
     caches, failures = weigh(session, config, plans.longest)
     failures = [*(line for run in found for line in judge(run.kind, run.differences, bound)), *failures]
     if diverged is not None:
         failures.append(
             f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
+        )
+    limit = quantization_limit(candidate.settings.quant)
+    if longest.kl_unquantized is not None and limit is not None and not longest.kl_unquantized <= limit:
+        failures.append(
+            f"the quantised weights are far from the model's: mean KL from the unquantised model is "
+            f"{longest.kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.settings.quant}"
         )
     return TargetResult(
         target=candidate.target,
@@ -92,12 +102,47 @@ def measure(
         tolerance=bound,
         lengths=tuple(_result(run) for run in found),
         new_tokens=plans.new_tokens,
+        first_different=different,
         first_divergence=diverged,
         kl_unquantized=longest.kl_unquantized,
+        kl_unquantized_limit=limit,
         caches=caches,
+        not_reached=plans.not_reached,
         failures=tuple(failures),
         by_position=tuple(float(value) for value in longest.differences.relative),
         seconds=sum(run.seconds for run in found) + seconds,
+    )
+
+
+def in_a_line(error: Exception) -> str:
+    """A runtime's own words, shortened."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+
+
+def not_measured(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
+    """The result of a target that could not be run."""
+    settings = candidate.settings
+    return TargetResult(
+        target=candidate.target,
+        folder=str(candidate.folder) if candidate.folder else None,
+        quant=settings.quant,
+        dtype=candidate.dtype,
+        context=settings.context,
+        chunk=settings.chunk,
+        window=config.window,
+        slots=(),
+        tolerance=tolerance(candidate.target, dtype=candidate.dtype, quant=settings.quant),
+        lengths=(),
+        new_tokens=0,
+        first_different=None,
+        first_divergence=None,
+        kl_unquantized=None,
+        kl_unquantized_limit=quantization_limit(settings.quant),
+        caches=None,
+        not_reached=("everything: it could not be run",),
+        failures=(f"could not run: {in_a_line(error)}",),
+        by_position=(),
+        seconds=0.0,
     )
 
 

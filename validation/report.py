@@ -77,9 +77,9 @@ def _summary(found: Validation) -> str:
             number(result.worst("max_rel")),
             number(result.worst("kl_mean")),
             number(result.worst("kl_max")),
-            f"{result.top1_agreement:.2%}",
+            share(result.top1_agreement),
             "none" if result.first_divergence is None else f"token {result.first_divergence}",
-            f"{result.caches.local:,} B",
+            f"{result.caches.local:,} B" if result.caches else "none",
             f"{result.seconds:.1f}",
         )
         for name, result in found.targets.items()
@@ -183,13 +183,17 @@ def _details(name: str, result: TargetResult) -> str:
     ]
     header = ("tokens", "max abs", "max rel", "at position", "KL mean", "KL max", "top-1", "seconds")
     caches, bound = result.caches, result.tolerance
-    sizes = [
-        ("local layers, as allocated", f"{caches.local:,}"),
-        ("local layers, by the manifest", f"{caches.local_manifest:,}"),
-        ("local layers, bare windows", f"{caches.local_window:,}"),
-        (f"local layers, if they grew to {result.context:,} tokens", f"{caches.unbounded:,}"),
-        ("global layers, as allocated", f"{caches.global_:,}"),
-    ]
+    sizes = (
+        []
+        if caches is None
+        else [
+            ("local layers, as allocated", f"{caches.local:,}"),
+            ("local layers, by the manifest", f"{caches.local_manifest:,}"),
+            ("local layers, bare windows", f"{caches.local_window:,}"),
+            (f"local layers, if they grew to {result.context:,} tokens", f"{caches.unbounded:,}"),
+            ("global layers, as allocated", f"{caches.global_:,}"),
+        ]
+    )
     facts = [
         ("artifact", escape(result.folder or "not kept")),
         ("quantisation", escape(result.quant)),
@@ -200,10 +204,15 @@ def _details(name: str, result: TargetResult) -> str:
         ("greedy continuation", f"{result.new_tokens} tokens, " + _divergence(result)),
     ]
     if result.kl_unquantized is not None:
-        facts.append(("mean KL from the unquantised model", f"{number(result.kl_unquantized)} nats (not judged)"))
+        limit = number(result.kl_unquantized_limit or math.inf)
+        facts.append(
+            ("mean KL from the unquantised model", f"{number(result.kl_unquantized)} nats, {limit} is allowed")
+        )
+    if result.not_reached:
+        facts.append(("not reached", escape("; ".join(result.not_reached))))
     allowed = (
         f"Allowed: {number(bound.relative)} of the largest logit, {number(bound.kl_mean)} nats on average and "
-        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}. Reason: {bound.reason}."
+        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}, a tie of {number(bound.tie)}. Reason: {bound.reason}."
     )
     return "\n".join(
         [
@@ -217,9 +226,13 @@ def _details(name: str, result: TargetResult) -> str:
 
 
 def _divergence(result: TargetResult) -> str:
-    if result.first_divergence is None:
+    if result.first_different is None:
         return "all of them the oracle's"
-    return f"the first that differs is number {result.first_divergence}, counted from 0"
+    first = f"the first that differs is number {result.first_different}, counted from 0"
+    if result.first_divergence == result.first_different:
+        return first
+    also = "" if result.first_divergence is None else f"; number {result.first_divergence} is none"
+    return f"{first}, which is a tie{also}"
 
 
 def _provenance(found: Validation) -> str:
@@ -232,6 +245,11 @@ def _provenance(found: Validation) -> str:
     }
     lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
+
+
+def share(value: float) -> str:
+    """Of a hundred, or in words if nothing was counted."""
+    return "none" if math.isnan(value) else f"{value:.2%}"
 
 
 def number(value: float) -> str:

@@ -92,10 +92,13 @@ class TargetResult:
         tolerance: What it was held to.
         lengths: A record a run.
         new_tokens: Length of the greedy continuation.
-        first_divergence: Index in the continuation of the first token that the oracle would not have chosen, ties
-            apart; None if there is none.
-        kl_unquantized: Mean KL(unquantised oracle || target) over the longest prompt; not judged.
-        caches: Their bytes.
+        first_different: Index in the continuation of the first token that is not the oracle's likeliest; None if there
+            is none. Not judged: of two logits that are equal but for rounding, either may win.
+        first_divergence: Like `first_different`, but ties apart.
+        kl_unquantized: Mean KL(unquantised oracle || target) over the longest prompt.
+        kl_unquantized_limit: What it may be; None without quantisation.
+        caches: Their bytes; None if it could not be run.
+        not_reached: What the context leaves untested, in plain words.
         failures: Why it fails, in plain words; empty if it passes.
         by_position: `max_rel` of every position of the longest prompt.
         layers: Differences of intermediate values, if they were asked for.
@@ -113,9 +116,12 @@ class TargetResult:
     tolerance: Tolerance
     lengths: tuple[LengthResult, ...]
     new_tokens: int
+    first_different: int | None
     first_divergence: int | None
     kl_unquantized: float | None
-    caches: CacheResult
+    kl_unquantized_limit: float | None
+    caches: CacheResult | None
+    not_reached: tuple[str, ...]
     failures: tuple[str, ...]
     by_position: tuple[float, ...]
     layers: tuple[LayerResult, ...] = ()
@@ -132,13 +138,15 @@ class TargetResult:
         return tuple(run for run in self.lengths if run.kind == "prefill")
 
     def worst(self, name: str) -> float:
-        """Largest value of a field over all runs; NaN if any is."""
+        """Largest value of a field over all runs; NaN if any is, or if there are none."""
         values = [float(getattr(run, name)) for run in self.lengths]
-        return math.nan if any(map(math.isnan, values)) else max(values)
+        return math.nan if any(map(math.isnan, values)) else max(values, default=math.nan)
 
     @property
     def top1_agreement(self) -> float:
-        """Over the positions of all runs."""
+        """Over the positions of all runs; NaN if there are none."""
+        if not self.lengths:
+            return math.nan
         counts = [run.length - run.first for run in self.lengths]
         shares = [run.top1_agreement for run in self.lengths]
         return sum(n * share for n, share in zip(counts, shares, strict=True)) / sum(counts)
@@ -146,7 +154,7 @@ class TargetResult:
     def to_json(self) -> dict[str, Any]:
         """Plain data, the verdict in front."""
         found = dataclasses.asdict(self)
-        found["cache_bytes"] = self.caches.to_json()
+        found["cache_bytes"] = self.caches and self.caches.to_json()
         del found["caches"]
         return {
             "passed": self.passed,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import itertools
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import check_absent
-from transom.graphs.errors import ConfigError, ContextLengthError
+from transom.backends.artifact import MANIFEST, check_absent
+from transom.export.compile import versions
+from transom.graphs.errors import ConfigError, ContextLengthError, TransomError
 from transom.graphs.schemes import scheme
 from transom.validation.candidates import (
     REFERENCE,
@@ -23,19 +22,19 @@ from transom.validation.candidates import (
     check_targets,
     installed_targets,
 )
-from transom.validation.certificate import write_certificate
+from transom.validation.certificate import check_writable, write_certificate
 from transom.validation.inputs import Inputs, read_inputs
 from transom.validation.layers import compare_layers
-from transom.validation.lengths import default_chunk, default_context, schedule
-from transom.validation.measure import measure
+from transom.validation.lengths import default_chunk, default_context, text_length
+from transom.validation.measure import in_a_line, measure, not_measured
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.prompt import Prompt, make_prompt
 from transom.validation.result import TargetResult, Validation
-from transom.validation.tolerances import tolerance
+from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
 
-LIBRARIES = ("transom", "torch", "numpy", "onnxruntime", "jax", "apache-tvm")
+LIBRARIES = ("numpy", "onnxruntime", "jax", "apache-tvm")
 
 
 def validate_sources(
@@ -48,6 +47,7 @@ def validate_sources(
     chunk: int | None = None,
     text: str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     model: str | None = None,
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
@@ -57,7 +57,8 @@ def validate_sources(
 ) -> Validation:
     """Hold targets against the plain module in float32.
 
-    Every artifact that is kept gets a certificate, `validation.json`.
+    Every artifact that is kept gets a certificate, `validation.json`. What can be known to be wrong is raised before the
+    oracle runs; a target that cannot be run after that fails alone.
 
     Args:
         model_or_dirs: A model (whatever `transom.load` takes, or a loaded one), which is compiled for every target;
@@ -70,6 +71,7 @@ def validate_sources(
         chunk: Most new tokens in one call; by default one and a half windows.
         text: File to read; by default a text of this package, or random tokens for a model without a tokenizer.
         out: Folder to keep the artifacts in, one a target.
+        overwrite: Whether artifacts in `out` may be replaced.
         model: Where the artifacts' model is, if not where their manifests say.
         weights: "random" draws the model's weights from `seed`.
         seed: Of random weights.
@@ -78,30 +80,52 @@ def validate_sources(
         on_progress: Called with (step, done, total).
 
     Raises:
-        ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
-        TargetError: If a target is unknown, or was named and its library is missing.
+        ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or an option would
+            do nothing.
+        TargetError: If a target is unknown, or was named and its library is missing or it cannot hold what is asked.
         ArtifactError: If an artifact is damaged, or a folder cannot be written.
         ContextLengthError: If the context is too short or longer than the model's.
         TokenizerError: If the text cannot be read.
     """
     scheme(quant)
     if targets is not None:
-        check_targets(list(targets))
+        check_targets(list(targets), quant=quant, dtype=dtype)
+    if overwrite and out is None:
+        raise ConfigError("nothing is kept that could replace anything: leave out --overwrite, or give --out")
     inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads)
     config = inputs.model.config
-    names, not_run = _names(inputs, targets, dtype)
+    if not inputs.compiles and targets is None:
+        given = {
+            "quant": quant != "none",
+            "dtype": dtype is not None,
+            "context": context is not None,
+            "chunk": chunk is not None,
+            "out": out is not None,
+            "weights": weights != "checkpoint" and model is None,
+            # It also draws the text of a model without a tokenizer.
+            "seed": seed != 0 and model is None and inputs.model.tokenizer is not None,
+        }
+        if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
+            raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
+    names, not_run = _names(inputs, targets, quant, dtype)
     compiled = _settings(config, quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
-    candidates = _told_apart([*inputs.artifacts, *_compiled(names, compiled, None if out is None else Path(out))])
+    candidates = _told_apart(
+        [*inputs.artifacts, *_compiled(names, compiled, None if out is None else Path(out), overwrite)]
+    )
     if not candidates:
         raise ConfigError("nothing to validate: name a target, or install the library of one")
     # What can be refused at once should not wait for the oracle.
     for candidate in candidates:
         tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
+        quantization_limit(candidate.settings.quant)
     longest = max(
-        schedule(window=config.window, context=candidate.settings.context, caches=()).longest
-        for candidate in candidates
+        text_length(window=config.window, context=part.settings.context, chunk=part.settings.chunk)
+        for part in candidates
     )
     prompt = make_prompt(inputs.model, longest, None if text is None else Path(text), seed)
+    opener = Opener(inputs.model)
+    for candidate in candidates:
+        _check_folder(opener, candidate)
     blank = Validation(
         model=config.name,
         source={"name": inputs.model.source, "revision": inputs.model.revision},
@@ -110,24 +134,41 @@ def validate_sources(
         prompt={"source": prompt.source, "tokens": len(prompt.ids), "sha256": prompt.sha256},
         targets={},
         not_run=not_run,
-        versions=_versions(),
+        versions=versions(LIBRARIES),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    results = _run(inputs.model, candidates, prompt, layers, blank, on_progress)
+    results = _run(opener, candidates, prompt, layers, blank, on_progress)
     # In the order in which they were asked for; they ran scheme by scheme.
     return dataclasses.replace(blank, targets={c.name: results[c.name] for c in candidates})
 
 
+def _check_folder(opener: Opener, candidate: Candidate) -> None:
+    """Raise what is wrong with an artifact's folder, or with the place where one will be."""
+    if candidate.folder is None:
+        return
+    if not candidate.exported:
+        check_writable(next(folder for folder in candidate.folder.resolve().parents if folder.exists()))
+        return
+    check_writable(candidate.folder)
+    try:
+        with opener.open(candidate, lambda stage, done, total: None):
+            pass
+    except TransomError:
+        raise
+    except Exception:
+        # Not a refusal of ours: it will be raised again, and be that target's failure.
+        return
+
+
 def _run(
-    model: Model,
+    opener: Opener,
     candidates: Sequence[Candidate],
     prompt: Prompt,
     layers: bool,
     blank: Validation,
     on_progress: OnProgress,
 ) -> Mapping[str, TargetResult]:
-    results = {}
-    opener = Opener(model)
+    results, model = {}, opener.model
     unquantized: Reading | None = None
     by_quant = sorted(candidates, key=lambda candidate: candidate.settings.quant != "none")
     for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.settings.quant):
@@ -141,11 +182,10 @@ def _run(
         beside = None if quant == "none" else unquantized
         for candidate in group:
             result = _validate_one(opener, candidate, prompt, oracle, beside, on_progress)
-            if layers and candidate.target != REFERENCE:
-                found = compare_layers(candidate, opener, prompt.ids, on_progress)
-                result = dataclasses.replace(result, layers=found)
+            if layers and candidate.target != REFERENCE and result.lengths:
+                result = _with_layers(result, opener, candidate, prompt, on_progress)
             results[candidate.name] = result
-            if candidate.folder is not None:
+            if candidate.folder is not None and (candidate.folder / MANIFEST).is_file():
                 certify(candidate.folder, blank, candidate.name, result)
     return results
 
@@ -158,17 +198,31 @@ def _validate_one(
     unquantized: Reading | None,
     on_progress: OnProgress,
 ) -> TargetResult:
-    name = candidate.name
-    with opener.open(candidate, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
-        return measure(
-            session,
-            candidate,
-            opener.model.config,
-            oracle,
-            prompt.ids,
-            unquantized=unquantized,
-            on_progress=lambda done, total: on_progress(name, done, total),
-        )
+    name, config = candidate.name, opener.model.config
+    try:
+        with opener.open(candidate, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
+            return measure(
+                session,
+                candidate,
+                config,
+                oracle,
+                prompt.ids,
+                unquantized=unquantized,
+                on_progress=lambda done, total: on_progress(name, done, total),
+            )
+    except Exception as error:
+        # Runtimes raise what they like, and what the other targets give must not be lost.
+        return not_measured(candidate, config, error)
+
+
+def _with_layers(
+    result: TargetResult, opener: Opener, candidate: Candidate, prompt: Prompt, on_progress: OnProgress
+) -> TargetResult:
+    try:
+        return dataclasses.replace(result, layers=compare_layers(candidate, opener, prompt.ids, on_progress))
+    except Exception as error:
+        line = f"could not compare its layers: {in_a_line(error)}"
+        return dataclasses.replace(result, failures=(*result.failures, line))
 
 
 def certify(folder: Path, blank: Validation, name: str, result: TargetResult) -> None:
@@ -183,10 +237,12 @@ def certify(folder: Path, blank: Validation, name: str, result: TargetResult) ->
     write_certificate(folder, content | {"result": numbers})
 
 
-def _names(inputs: Inputs, targets: Sequence[str] | None, dtype: str | None) -> tuple[list[str], dict[str, str]]:
+def _names(
+    inputs: Inputs, targets: Sequence[str] | None, quant: str, dtype: str | None
+) -> tuple[list[str], dict[str, str]]:
     if targets is not None:
         return list(targets), {}
-    return installed_targets(dtype) if inputs.compiles else ([], {})
+    return installed_targets(quant=quant, dtype=dtype) if inputs.compiles else ([], {})
 
 
 def _settings(
@@ -207,13 +263,13 @@ def _settings(
     return Settings(quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
 
 
-def _compiled(names: Sequence[str], settings: Settings, out: Path | None) -> list[Candidate]:
+def _compiled(names: Sequence[str], settings: Settings, out: Path | None, overwrite: bool) -> list[Candidate]:
     found = []
     for name in names:
         folder = None if out is None or name == REFERENCE else out / name
         if folder is not None:
-            check_absent(folder)
-        found.append(Candidate(name=name, target=name, settings=settings, folder=folder))
+            check_absent(folder, overwrite=overwrite)
+        found.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
     return found
 
 
@@ -226,13 +282,3 @@ def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
         else candidate
         for candidate in candidates
     ]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -210,9 +210,15 @@ def test_heads_stay_whole_and_blocks_too() -> None:
 
 
 @needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3-270m", "gemma3-1b"])
-@pytest.mark.parametrize("where", ["v5e:1x1", "v5e:2x2"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        pytest.param("gemma3-270m", "v5e:1x1", marks=pytest.mark.slow),
+        pytest.param("gemma3-270m", "v5e:2x2", marks=pytest.mark.large),
+        pytest.param("gemma3-1b", "v5e:1x1", marks=pytest.mark.large),
+        pytest.param("gemma3-1b", "v5e:2x2", marks=pytest.mark.large),
+    ],
+)
 def test_memory_on_a_tpu_is_what_the_plan_says(name: str, where: str) -> None:
     """Decode and a prefill of 2,048 tokens at 32,768 tokens of context, to within a tenth."""
     context = 32_768
@@ -226,7 +232,7 @@ def test_memory_on_a_tpu_is_what_the_plan_says(name: str, where: str) -> None:
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.large
 def test_27b_in_4_bits_fits_four_chips_of_16_gb() -> None:
     """Only shapes exist: the 15 GB of weights are never made."""
     found = topology.compile_programs(

@@ -21,11 +21,12 @@ from transom.backends.session import Session
 from transom.export.exporter import exporter
 from transom.graphs.errors import TargetError
 from transom.graphs.schemes import Scheme
-from transom.passes import pipelines
+from transom.passes import pipelines, quantize_weights
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
-from transom.validation import candidates
+from transom.validation import candidates, certificate
+from transom.validation import validate as validating
 from transom.validation.certificate import CERTIFICATE, read_certificate
 from transom.validation.result import Validation
 from transom.validation.tolerances import FLOAT32
@@ -118,7 +119,9 @@ def test_all_targets_are_proved(cli: Cli, tmp_path: Path) -> None:
     """What a user runs, and what an export of each target gets: a certificate that belongs to its manifest."""
     names = ["reference", "onnxruntime", "onnx", "xla", "tvm"]
     options = ("--targets", ",".join(names), "--threads", 1, "--out", tmp_path / "out")
-    code, _, err = cli("validate", "gemma3-tiny", *options, "--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
+    code, _, err = cli(
+        "validate", "gemma3-tiny", *options, "--json", tmp_path / "v.json", "--html", tmp_path / "v.html"
+    )
     assert code == 0, err
     found = json.loads((tmp_path / "v.json").read_text())["targets"]
     assert list(found) == names
@@ -203,7 +206,7 @@ def test_a_wrong_greedy_token(cli: Cli, artifact: Path, monkeypatch: pytest.Monk
     code, out, _ = cli("validate", artifact, *JSON)
     target = json.loads(out)["targets"]["onnxruntime"]
     (line,) = target["failures"]
-    assert code == 1 and target["first_divergence"] == 5
+    assert code == 1 and target["first_divergence"] == target["first_different"] == 5
     assert f"prompt of {3 * WINDOW + 5} leaves the oracle's at new token 5" in line
 
 
@@ -307,7 +310,7 @@ def test_a_missing_library(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_tvm(monkeypatch)
     code, _, err = cli("validate", "gemma3-tiny", "--targets", "reference,tvm")
     assert code == 2 and "pip install 'transom[tvm]'" in err and len(err.strip().splitlines()) == 1
-    found, missing = candidates.installed_targets("float32")
+    found, missing = candidates.installed_targets(quant="none", dtype="float32")
     assert "tvm" not in found and {"reference", "onnxruntime", "onnx"} <= set(found)
     assert "pip install 'transom[tvm]'" in missing["tvm"]
 
@@ -322,6 +325,84 @@ def test_what_is_not_run_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     found = json.loads(out)
     assert list(found["targets"]) == ["reference", "onnx"]
     assert "pip install" in found["not_run"]["tvm"]
+
+
+def test_targets_that_cannot_hold_a_scheme_are_listed() -> None:
+    found, missing = candidates.installed_targets(quant="fp8", dtype=None)
+    assert found == ["reference", "xla"]
+    assert set(missing) == {"onnxruntime", "onnx", "tvm"}
+    assert "8-bit floats" in missing["onnx"]
+
+
+@pytest.mark.parametrize("broken", ["run", "open"])
+def test_a_runtime_that_breaks_fails_alone(
+    cli: Cli, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def breaks(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("illegal\ninstruction")
+
+    monkeypatch.setattr(OnnxRuntimeSession, {"run": "_run", "open": "__init__"}[broken], breaks)
+    files = ("--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
+    code, out, err = cli("validate", artifact, "--targets", "reference", "--threads", 1, *files)
+    assert code == 1, err
+    found = json.loads((tmp_path / "v.json").read_text())["targets"]
+    assert found["reference"]["passed"] is True and found["onnxruntime"]["passed"] is False
+    assert found["onnxruntime"]["failures"] == ["could not run: RuntimeError: illegal instruction"]
+    assert found["onnxruntime"]["max_abs"] is found["onnxruntime"]["cache_bytes"] is None
+    assert "FAIL" in out and "could not run" in out and "could not run" in (tmp_path / "v.html").read_text()
+    assert read_certificate(artifact).passed is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.html", "v.json"]
+
+
+@pytest.mark.parametrize("case", ["not writable", "not opened"])
+def test_folders_are_tried_before_the_oracle(
+    cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise PermissionError(13, "denied") if case == "not writable" else TargetError("made for another CPU")
+
+    def oracle(*args: Any) -> Any:
+        raise AssertionError("the oracle ran")
+
+    if case == "not writable":
+        monkeypatch.setattr(certificate.tempfile, "TemporaryFile", refuse)
+    else:
+        monkeypatch.setattr(candidates, "open_session", refuse)
+    monkeypatch.setattr(validating, "Oracle", oracle)
+    code, _, err = cli("validate", artifact)
+    assert code == 2 and ("cannot write to" if case == "not writable" else "another CPU") in err
+
+
+def test_a_broken_quantisation(tiny: Model, traced_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle has the same codes, so nothing else would tell."""
+    honest = quantize_weights.quantize_rows
+
+    def halved(rows: Any, fmt: Any) -> Any:
+        codes, scales, zeros = honest(rows, fmt)
+        return codes, scales / 2, zeros
+
+    monkeypatch.setattr(quantize_weights, "quantize_rows", halved)
+    found = transom.validate(tiny, targets=["reference"], quant="int4_table", context=64)
+    (line,) = found.targets["reference"].failures
+    assert "the quantised weights are far from the model's" in line
+
+
+def test_what_was_not_reached_is_shown(cli: Cli, tmp_path: Path) -> None:
+    options = ("--targets", "reference", "--context", 12, "--no-layers", "--html", tmp_path / "v.html")
+    code, out, err = cli("validate", "gemma3-tiny", *options, "--json", tmp_path / "v.json")
+    assert code == 0, err
+    line = "decoding over the edge of the window of 16: the context ends before it"
+    assert line in json.loads((tmp_path / "v.json").read_text())["targets"]["reference"]["not_reached"]
+    assert line in out and line in (tmp_path / "v.html").read_text()
+
+
+def test_overwrite(cli: Cli, artifact: Path) -> None:
+    before = (artifact / "manifest.json").read_text()
+    out = artifact.parent
+    options = ("--targets", "onnxruntime", "--out", out, "--overwrite", "--threads", 1, "--context", 64)
+    code, _, err = cli("validate", "gemma3-tiny", *options)
+    assert code == 0, err
+    assert (artifact / "manifest.json").read_text() != before and read_certificate(artifact).passed
 
 
 BAD: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -341,7 +422,16 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "text that is no text": (("gemma3-tiny", "--text", "{artifact}/model.onnx.data"), "model.onnx.data"),
     "report in no folder": (("gemma3-tiny", "--html", "{tmp}/none/v.html"), "v.html"),
     "numbers in a folder": (("gemma3-tiny", "--json", "{artifact}"), "cannot write"),
-    "folder exists": (("gemma3-tiny", "--targets", "onnx", "--out", "{artifact}/.."), "exists"),
+    "folder exists": (("gemma3-tiny", "--targets", "onnx", "--out", "{artifact}/.."), "--overwrite"),
+    "nothing to overwrite": (("gemma3-tiny", "--overwrite"), "--out"),
+    "scheme of another target": (("gemma3-tiny", "--targets", "onnx", "--quant", "fp8"), "8-bit floats"),
+    "quant of an artifact": (("{artifact}", "--quant", "int8"), "--quant"),
+    "dtype of an artifact": (("{artifact}", "--dtype", "float32"), "--dtype"),
+    "context of an artifact": (("{artifact}", "--context", 64), "--context"),
+    "chunk of an artifact": (("{artifact}", "--chunk", 8), "--chunk"),
+    "folder for an artifact": (("{artifact}", "--out", "{tmp}/out"), "--out"),
+    "weights of an artifact": (("{artifact}", "--weights", "random"), "--weights"),
+    "seed of an artifact": (("{artifact}", "--seed", 1), "--seed"),
     "artifact of other weights": (("{artifact}", "--model", "gemma3-tiny", "--seed", 1), "seed 1"),
     "artifact of another model": (("{artifact}", "--model", "gemma3-1b", "--weights", "random"), "head_dim"),
 }

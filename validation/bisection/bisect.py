@@ -311,13 +311,17 @@ def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share:
         runs = zip(*(steps(session, plan.calls, context.tokens) for session in (a, b)), strict=True)
         return first_divergent(differences(runs), within) is None
 
-    if not agree(other, plan.interpret(reference_graph(traced, context.quant)), context.tolerance):
+    @functools.cache
+    def right(quant: str) -> Session:
+        return plan.interpret(reference_graph(traced, quant))
+
+    if not agree(other, right(context.quant), context.tolerance):
         return None
     guilty = None
     for name in reversed(names):
         graph = stage_graph(traced, passes, name, target)
         means = context.quant if is_quantized(graph) else "none"
-        if agree(plan.interpret(reference_graph(traced, means)), plan.interpret(graph), share):
+        if agree(right(means), plan.interpret(graph), share):
             break
         guilty = name
     # A stage is never lowered: what is wrong with one has been brought in by a pass.

@@ -25,6 +25,7 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.share_embedding import ShareEmbedding
+from transom.passes.targets import TARGETS
 from transom.validation.bisection.eager import EagerSession
 from transom.zoo.model import Model
 
@@ -98,9 +99,26 @@ def open_source(
 def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
     """An artifact made again with taps, for one that was made without."""
     traced = trace_model(model, dtype=getattr(torch, manifest.dtype))
-    options = {"target": manifest.target, "quant": manifest.quantization, "dtype": manifest.dtype}
-    with _compiled(model, traced, {**options, "context": manifest.context, "chunk": manifest.chunk}) as session:
+    options = {
+        "target": manifest.target,
+        "quant": manifest.quantization,
+        "dtype": manifest.dtype,
+        "context": manifest.context,
+        "chunk": manifest.chunk,
+        "cpu": _processor(manifest),
+    }
+    with _compiled(model, traced, options) as session:
         yield session
+
+
+def _processor(manifest: Manifest) -> str | None:
+    """What an artifact's machine code was made for, as `compile_model` is told it; None for this machine."""
+    details = manifest.details
+    # A name alone stands for Linux; code for another system can only be made on it.
+    if "cpu" not in TARGETS[manifest.target].options or "linux" not in details.get("triple", ""):
+        return None
+    # LLVM knows a "generic" processor of every family.
+    return str(details["machine"] if details["cpu"] == "generic" else details["cpu"])
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ def validate(
     ] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to read; by default one of ours.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the artifacts, as DIR/TARGET.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that DIR holds.")] = False,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Model of the artifacts; by default their manifests tell.")
     ] = None,
@@ -61,14 +62,19 @@ def validate(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
 ) -> None:
     """Hold every target against the plain module: logits, tokens, cache bytes. Exit code 1 if one fails."""
+    from transom.validation.certificate import check_writable, replace_file
     from transom.validation.report import render
     from transom.validation.validate import validate_sources
 
     check_weights(weights)
     for path in (json_file, html):
-        if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-            # A long run should not end at a folder that is not there.
+        if path is None or str(path) == "-":
+            continue
+        # A long run should not end at a folder that is not there.
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
+        if path.is_file() or not path.exists():
+            check_writable(path.resolve().parent)
     with stage_bars() as on_progress:
         found = validate_sources(
             model_or_dirs,
@@ -79,6 +85,7 @@ def validate(
             chunk=chunk,
             text=text,
             out=out,
+            overwrite=overwrite,
             model=model,
             weights="random" if weights == "random" else "checkpoint",
             seed=seed,
@@ -87,9 +94,9 @@ def validate(
             on_progress=on_progress,
         )
     if html is not None:
-        html.write_text(render(found), encoding="utf-8")
+        replace_file(html, render(found))
     if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_file(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     if str(json_file) == "-":
         print_json(found.to_json())
     else:
@@ -115,9 +122,11 @@ def _show(found: Validation) -> None:
         lengths = ", ".join(f"{run.length:,}" for run in result.prefills)
         console.print(
             f"[dim]{escape(name)}: {result.quant}, {result.dtype}, chunks of {result.chunk:,}, a window of "
-            f"{result.window:,}, prompts of {lengths}; {result.seconds:.1f} s[/dim]",
+            f"{result.window:,}, prompts of {lengths or 'no length'}; {result.seconds:.1f} s[/dim]",
             highlight=False,
         )
+        for line in result.not_reached:
+            console.print(f"[yellow]{escape(name)}, not reached:[/yellow] {escape(line)}", highlight=False)
     for name, reason in found.not_run.items():
         console.print(f"[yellow]not run:[/yellow] {name}: {escape(reason)}", highlight=False)
     for name, result in found.targets.items():
@@ -125,14 +134,20 @@ def _show(found: Validation) -> None:
             console.print(f"[red]{escape(name)}:[/red] {escape(failure)}", highlight=False, soft_wrap=True)
 
 
+def _divergence(result: TargetResult) -> str:
+    if result.first_different is None:
+        return "never" if result.lengths else "none"
+    if result.first_divergence is None:
+        return f"at {result.first_different}, a tie"
+    return f"at {result.first_divergence}"
+
+
 def _row(name: str, result: TargetResult) -> tuple[str, ...]:
     return (
         escape(name),
         "[green]pass[/green]" if result.passed else "[red]FAIL[/red]",
-        f"{result.worst('max_abs'):.1e}",
-        f"{result.worst('max_rel'):.1e}",
-        f"{result.worst('kl_max'):.1e}",
+        *(f"{result.worst(name):.1e}" for name in ("max_abs", "max_rel", "kl_max")),
         f"{result.top1_agreement:.2%}",
-        "never" if result.first_divergence is None else f"at {result.first_divergence}",
-        size(result.caches.local),
+        _divergence(result),
+        size(result.caches.local) if result.caches else "none",
     )
