@@ -39,7 +39,7 @@ test-large: $(VENV)/.dev-installed
 validate: $(VENV)/.dev-installed
 	@mkdir -p artifacts
 	$(BIN)/transom validate gemma3-270m --targets reference,onnxruntime,onnx,xla,tvm \
-		--html artifacts/validation.html --json artifacts/validation.json
+		--out artifacts/validated --overwrite --html artifacts/report.html --json artifacts/report.json
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 import transom
 from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
-from transom.backends.reference.session import ReferenceSession
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
+from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.export.compile import trace_model
 from transom.graphs.graph import Graph

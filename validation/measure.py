@@ -19,7 +19,6 @@ from transom.validation.result import LengthResult, TargetResult
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 
-
 SAID = 400
 """Most characters of a runtime's own words in a failure: some say pages."""
 

@@ -212,7 +212,8 @@ def _details(name: str, result: TargetResult) -> str:
         facts.append(("not reached", escape("; ".join(result.not_reached))))
     allowed = (
         f"Allowed: {number(bound.relative)} of the largest logit, {number(bound.kl_mean)} nats on average and "
-        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}, a tie of {number(bound.tie)}. Reason: {bound.reason}."
+        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}, a tie of {number(bound.tie)}. "
+        f"Reason: {bound.reason}."
     )
     return "\n".join(
         [

@@ -43,14 +43,15 @@ FLOAT32 = Tolerance(
     tie=6e-5,
     reason="the same float32 products summed in another order: a share of 1e-6 was measured on gemma3-tiny and 3e-6 on "
     "the 270M over 18 layers. A window that is off by one moves every later position of gemma3-tiny by 0.13. The KL "
-    "bounds are the rounding of a float32 softmax over 262,144 tokens. Two logits of a "
-    "tie move by the tolerance at most, and ties are rare",
+    "bounds are the rounding of a float32 softmax over 262,144 tokens. Two logits of a tie move by the tolerance at "
+    "most, and ties are rare",
 )
 
 _ROUNDED = (
     "Random logits are closer to each other than a trained model's, so gemma3-tiny sets the share of top-1; the factor "
     "that is left is for deeper models. Where another token is the likeliest, the oracle's own was ahead by a share of "
-    "0.026 in bfloat16 with fp8 weights and 0.016 with int8 activations: 0.04 is a tie. A window that is off by one moves every later position by 0.13 or more"
+    "0.026 in bfloat16 with fp8 weights and 0.016 with int8 activations: 0.04 is a tie. A window that is off by one "
+    "moves every later position by 0.13 or more"
 )
 
 BFLOAT16 = Tolerance(
@@ -94,11 +95,17 @@ def tolerance(target: str, *, dtype: str, quant: str) -> Tolerance:
     return INT8 if quant != "none" and target in INT8_ACTIVATIONS else FLOAT32
 
 
-QUANTIZATION_LIMITS: dict[str, float | None] = {"none": None, "int8": 0.03, "int4": 0.8, "int4_table": 0.95, "fp8": 0.2}
-"""Most that mean KL(unquantised oracle || target) may be, in nats. The oracle of a quantised target has the target's own
-codes, so only this tells codes that are wrong. Measured on gemma3-tiny: 0.002 for int8 (0.0035 with int8 activations),
-0.035 for fp8, 0.19 for int4, 0.38 for int4_table, 17 to 26 for codes that are all zero, 0.9 to 1.1
-for scales of half the size. The limits are 2.5 to 15 times what was measured: it is loose, for other random models."""
+QUANTIZATION_LIMITS: dict[str, float | None] = {
+    "none": None,
+    "int8": 0.03,
+    "int4": 0.8,
+    "int4_table": 0.95,
+    "fp8": 0.2,
+}
+"""Most that mean KL(unquantised oracle || target) may be, in nats. The oracle of a quantised target has the target's
+own codes, so only this tells codes that are wrong. Measured on gemma3-tiny: 0.002 for int8 (0.0035 with int8
+activations), 0.035 for fp8, 0.19 for int4, 0.38 for int4_table, 17 to 26 for codes that are all zero, 0.9 to 1.1 for
+scales of half the size. The limits are 2.5 to 15 times what was measured: it is loose, for other random models."""
 
 
 def quantization_limit(quant: str) -> float | None:

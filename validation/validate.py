@@ -57,8 +57,8 @@ def validate_sources(
 ) -> Validation:
     """Hold targets against the plain module in float32.
 
-    Every artifact that is kept gets a certificate, `validation.json`. What can be known to be wrong is raised before the
-    oracle runs; a target that cannot be run after that fails alone.
+    Every artifact that is kept gets a certificate, `validation.json`. What can be known to be wrong is raised before
+    the oracle runs; a target that cannot be run after that fails alone.
 
     Args:
         model_or_dirs: A model (whatever `transom.load` takes, or a loaded one), which is compiled for every target;

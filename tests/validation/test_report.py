@@ -64,7 +64,8 @@ def test_it_holds_every_target_and_length(html: str, good: tuple[Validation, Pat
         for run in good[0].targets[name].prefills:
             assert f'<th scope="row">{run.length}</th>' in section
         assert "12 to 19, one by one" in section and "rounding" not in section.split("Reason")[0]
-        assert f"{good[0].targets[name].caches.local:,}" in section
+        caches = good[0].targets[name].caches
+        assert caches is not None and f"{caches.local:,}" in section
 
 
 def test_the_plots(html: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transom.passes import pipelines, quantize_weights
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
-from transom.validation import candidates, certificate
+from transom.validation import candidates
 from transom.validation import validate as validating
 from transom.validation.certificate import CERTIFICATE, read_certificate
 from transom.validation.result import Validation
@@ -65,6 +66,7 @@ def test_good_targets_pass_at_the_lengths_that_matter(good: Good) -> None:
         assert spans == [(WINDOW - 4, WINDOW + 4), (RING - 4, RING + 4)]
         assert 0 < result.worst("max_abs") < 1e-4 and result.worst("max_rel") < FLOAT32.relative
         assert result.top1_agreement == 1 and result.kl_unquantized is None
+        assert result.caches is not None
         assert result.caches.local == result.caches.local_manifest == 4 * RING * PER_SLOT
         assert result.caches.local_window == 4 * WINDOW * PER_SLOT
         assert result.caches.unbounded == 4 * 128 * PER_SLOT
@@ -127,7 +129,7 @@ def test_all_targets_are_proved(cli: Cli, tmp_path: Path) -> None:
     assert list(found) == names
     for name, target in found.items():
         assert target["passed"] and target["top1_agreement"] == 1 and target["first_divergence"] is None, name
-        assert 0 < target["max_rel"] < FLOAT32.relative and target["layers"] or name == "reference"
+        assert (0 < target["max_rel"] < FLOAT32.relative and target["layers"]) or name == "reference"
         slots = WINDOW if name in ("xla", "tvm") else RING
         assert target["cache_bytes"]["local"] == 4 * slots * PER_SLOT, name
         assert f">{name}<" in (tmp_path / "v.html").read_text()
@@ -365,7 +367,7 @@ def test_folders_are_tried_before_the_oracle(
         raise AssertionError("the oracle ran")
 
     if case == "not writable":
-        monkeypatch.setattr(certificate.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     else:
         monkeypatch.setattr(candidates, "open_session", refuse)
     monkeypatch.setattr(validating, "Oracle", oracle)
