@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import transom
 from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
+from transom.cli.options import console
 from transom.export import compile as export_compile
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
@@ -26,6 +27,9 @@ WINDOW = 16
 LENGTH = 10 * WINDOW + 5
 """Tokens of the shared text: a prefill of several windows and six windows of decode."""
 
+
+# The console is made once a process: tables must not wrap where some test made it narrow.
+console.width = 400
 
 # Tiny tensors gain nothing from threads, and lose tenfold when workers share the cores.
 torch.set_num_threads(1)

@@ -24,7 +24,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["transom", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "400")
         code = 0
         try:
             main()

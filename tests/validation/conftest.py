@@ -33,7 +33,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tra
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["transom", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "400")
         code = 0
         try:
             main()

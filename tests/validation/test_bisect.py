@@ -331,7 +331,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["transom", "bisect", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "400")
         code = 0
         try:
             main()
