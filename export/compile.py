@@ -188,8 +188,12 @@ def _write_companions(model: Model, folder: Path) -> None:
 def check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:
     """The dtype to compute in, if the target has it and takes all that is asked of it; raises `TargetError` if not."""
     able = TARGETS[target]
-    if scheme(quant).has_float8 and not able.float8:
-        raise TargetError(f"the target {target!r} holds no 8-bit floats, which {quant!r} asks for: choose int8 or int4")
+    made = scheme(quant)
+    if lacking := sorted({spec.number for spec in made.specs} - able.numbers):
+        raise TargetError(f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose int8")
+    if made.activations is not None and made.activations not in able.activations:
+        takers = ", ".join(name for name, other in TARGETS.items() if made.activations in other.activations)
+        raise TargetError(f"the target {target!r} rounds no activations, which {quant!r} asks for: only {takers} does")
     if dtype is not None and dtype not in able.dtypes:
         raise TargetError(f"the target {target!r} computes in {' or '.join(able.dtypes)}, not in {dtype!r}")
     for option in sorted(name for name, value in given.items() if value is not None and name not in able.options):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from transom.graphs.quantized import dequantize
+from transom.graphs.quantized import block_of, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -206,15 +206,15 @@ def _(
 @torch.library.custom_op("transom::linear_quantized", mutates_args=())
 @_body
 def linear_quantized(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     """`x @ dequantize(codes).T`; see `graphs.quantized` for the layout of the codes."""
-    return torch.nn.functional.linear(x, dequantize(codes, scales, zero_points, bits).to(x.dtype))
+    return torch.nn.functional.linear(x, dequantize(codes, scales, zero_points, number).to(x.dtype))
 
 
 @linear_quantized.register_fake
 def _(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -222,19 +222,19 @@ def _(
 @torch.library.custom_op("transom::embedding_quantized", mutates_args=())
 @_body
 def embedding_quantized(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     """Rows of the dequantised table, float32 [..., K]."""
     flat = tokens.flatten()
     zeros = None if zero_points is None else zero_points[flat]
-    return dequantize(codes[flat], scales[flat], zeros, bits).view(*tokens.shape, -1)
+    return dequantize(codes[flat], scales[flat], zeros, number).view(*tokens.shape, -1)
 
 
 @embedding_quantized.register_fake
 def _(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
 ) -> torch.Tensor:
-    return scales.new_empty((*tokens.shape, codes.shape[1] * codes.shape[2] * 8 // bits))
+    return scales.new_empty((*tokens.shape, codes.shape[1] * block_of(codes, number)))
 
 
 # The operations as graphs name them.

@@ -3,7 +3,7 @@
 A matrix [R, K] is cut into blocks of `block` columns. It is held as
 
     codes        uint8 [R, K / block, block * bits / 8]   two 4-bit codes a byte, the even column in the low half;
-                                                          or float8_e4m3fn [R, K / block, block]
+                                                          8-bit floats stand in their own dtype, SFP8 as uint8
     scales       float32 [R, K / block]
     zero_points  uint8 [R, ceil(K / block * bits / 8)]    packed like the codes; None: the middle code 2 ** (bits - 1),
                                                           and 0 for floats
@@ -15,29 +15,56 @@ from __future__ import annotations
 
 import torch
 
+from transom.graphs import sfp8
+from transom.graphs.schemes import BITS
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 codes [..., n] into bytes [..., ceil(n * bits / 8)]."""
-    if bits == 8:
+
+def pack(codes: torch.Tensor, number: str) -> torch.Tensor:
+    """Pack codes [..., n] into bytes [..., ceil(n * bits / 8)]."""
+    if BITS[number] == 8:
         return codes
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Undo `pack`: uint8 codes [..., count]."""
-    if bits == 8:
+def unpack(packed: torch.Tensor, number: str, count: int) -> torch.Tensor:
+    """Undo `pack`: codes [..., count]."""
+    if BITS[number] == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int) -> torch.Tensor:
+def block_of(codes: torch.Tensor, number: str) -> int:
+    """Columns of a block of packed codes [R, K / block, bytes]."""
+    return int(codes.shape[2]) * 8 // BITS[number]
+
+
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
+) -> torch.Tensor:
     """Numbers of a block-quantised matrix, float32 [R, K]."""
     rows, blocks = scales.shape
-    block = codes.shape[2] * 8 // bits
-    values = unpack(codes, bits, block).float()
+    block = block_of(codes, number)
+    zeros = None if zero_points is None else unpack(zero_points, number, blocks)
+    return decode(unpack(codes, number, block), scales, zeros, number).view(rows, blocks * block)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str) -> torch.Tensor:
+    """Numbers of unpacked codes.
+
+    Args:
+        codes: [R, G, C].
+        scales: float32 [R, G].
+        zero_points: uint8 [R, G], or None.
+        number: What a code is.
+
+    Returns:
+        float32 [R, G, C].
+    """
+    if number == "sfp8":
+        return sfp8.decode(codes) * scales[..., None]
+    values = codes.float()
     if not codes.is_floating_point():
-        middle = 2 ** (bits - 1) if zero_points is None else unpack(zero_points, bits, blocks).float()[..., None]
-        values = values - middle
-    return (values * scales[..., None]).view(rows, blocks * block)
+        values = values - (2 ** (BITS[number] - 1) if zero_points is None else zero_points.float()[..., None])
+    return values * scales[..., None]

@@ -1,4 +1,8 @@
-"""Quantisation schemes as data: one definition for the pass, the planner and every lowering. Needs no torch."""
+"""Quantisation schemes as data: one definition for observers, fake quantisation, conversion, planner and lowerings.
+
+Needs no torch. A matrix [outputs, inputs] is always cut along its inputs, so that packing projections, which stacks
+outputs, changes no code.
+"""
 
 from __future__ import annotations
 
@@ -8,105 +12,197 @@ from typing import Literal
 
 from transom.graphs.errors import QuantizationError
 
+Number = Literal["int4", "int8", "float8_e4m3fn", "sfp8"]
+"""What a code is: an integer; an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point Specification 1.0); or
+a switched 8-bit float (`graphs.sfp8`)."""
+
+BITS: dict[str, int] = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "sfp8": 8}
+
 SMALLEST_BLOCK = 16
 """Runtimes take powers of two from here on."""
 
+LARGEST_BLOCK = 128
+"""Blocks that are held are no longer than this: a scale for more columns is repeated, which changes no number."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockFormat:
-    """How a matrix is cut into blocks of narrow numbers.
+class QuantSpec:
+    """How a matrix becomes narrow numbers: `(code - zero_point) * scale`.
 
     Attributes:
-        bits: 4 or 8.
-        block: Columns that share a scale, at most; see `fitted`.
-        symmetric: Whether the middle code means zero; otherwise each block has a zero point.
-        number: What a code is: an integer, or an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point
-            Specification 1.0), which has no zero point.
+        number: What a code is.
+        block: Columns that share a scale, at most (see `group`); or all of a "row" (an output channel), or of the
+            whole "tensor".
+        symmetric: Whether the middle code means zero; otherwise each block has a zero point. Floats have none.
+        signed_scale: Whether a scale may be negative, so that the lowest code of an integer always stands for the
+            number of largest magnitude: the grid of llama.cpp's Q4_0. Otherwise scales are positive.
+        scale_dtype: What every scale can be rounded to without a change; scales are held in float32.
+        modules: Pattern that is found in the names of the weights that this is for.
     """
 
-    bits: int
-    block: int
-    symmetric: bool
-    number: Literal["integer", "float8_e4m3fn"] = "integer"
+    number: Number
+    block: int | Literal["row", "tensor"]
+    symmetric: bool = True
+    signed_scale: bool = False
+    scale_dtype: Literal["float32", "float16"] = "float32"
+    modules: str = ""
 
-    def fitted(self, columns: int) -> BlockFormat:
-        """This format with the block halved until it divides the columns.
+    def __post_init__(self) -> None:
+        if self.number not in BITS:
+            raise QuantizationError(f"unknown number {self.number!r}: choose one of {', '.join(BITS)}")
+        if isinstance(self.block, int) and (self.block < SMALLEST_BLOCK or self.block & (self.block - 1)):
+            raise QuantizationError(f"blocks must be powers of two from {SMALLEST_BLOCK} on, not {self.block}")
+        if not (self.is_integer or self.symmetric):
+            raise QuantizationError(f"{self.number} has no zero points: make it symmetric")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return BITS[self.number]
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers."""
+        return self.number in ("int4", "int8")
+
+    def group(self, columns: int) -> int:
+        """Columns that share a scale; a block is halved until it divides the columns.
 
         Raises:
             QuantizationError: If not even the smallest block does.
         """
-        block = self.block
-        while columns % block:
-            block //= 2
-            if block < SMALLEST_BLOCK:
-                raise QuantizationError(f"{columns} columns cannot be cut into blocks of {SMALLEST_BLOCK} or more")
-        return dataclasses.replace(self, block=block)
+        return columns if isinstance(self.block, str) else _dividing(columns, self.block)
+
+    def held_block(self, columns: int) -> int:
+        """Columns of a block as it is held.
+
+        Raises:
+            QuantizationError: If no block of `SMALLEST_BLOCK` or more divides the columns.
+        """
+        return _dividing(columns, LARGEST_BLOCK if isinstance(self.block, str) else min(self.block, LARGEST_BLOCK))
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix [rows, columns]: codes, float32 scales, and zero points packed like codes."""
-        blocks = columns // self.fitted(columns).block
+        blocks = columns // self.held_block(columns)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
+
+    def describe(self) -> str:
+        """In words, such as "int4 in blocks of 32"."""
+        where = f"by {self.block}" if isinstance(self.block, str) else f"in blocks of {self.block}"
+        return f"{self.number} {where}" + ("" if self.symmetric else " with zero points")
+
+
+def _dividing(columns: int, block: int) -> int:
+    while columns % block:
+        block //= 2
+        if block < SMALLEST_BLOCK:
+            raise QuantizationError(f"{columns} columns cannot be cut into blocks of {SMALLEST_BLOCK} or more")
+    return block
+
+
+TABLE = "embed_tokens"
+"""Found in the name of the embedding, which is the head too: both read one buffer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Weight-only quantisation of a model.
+    """Quantisation of a model.
 
     Attributes:
         name: What users call it.
-        linear: Format of the projections; None keeps them as they are.
-        embedding: Format of the embedding and the head, which share one buffer.
-        exceptions: (pattern, format): linears whose weight's name the pattern is found in have that format instead.
+        linears: Of the projections: the first whose `modules` fits is taken, those that none fits stay as they are.
+        table: Of the embedding and the head; None keeps it as it is.
+        activations: How what goes into quantised projections is rounded, with one scale a tensor that observers
+            measured; None: not at all.
+        as_shipped: Whether a weight that its checkpoint holds as codes keeps that grid, whatever `linears` and
+            `table` say.
     """
 
     name: str
-    linear: BlockFormat | None
-    embedding: BlockFormat | None
-    exceptions: tuple[tuple[str, BlockFormat], ...] = ()
+    linears: tuple[QuantSpec, ...] = ()
+    table: QuantSpec | None = None
+    activations: Number | None = None
+    as_shipped: bool = False
+
+    def of(self, name: str) -> QuantSpec | None:
+        """What becomes of the weight of this name."""
+        if TABLE in name:
+            return self.table
+        return next((spec for spec in self.linears if re.search(spec.modules, name)), None)
 
     @property
-    def has_float8(self) -> bool:
-        """Whether any weight becomes 8-bit floats, which not every target can hold."""
-        formats = (self.linear, self.embedding, *(fmt for _, fmt in self.exceptions))
-        return any(fmt is not None and fmt.number == "float8_e4m3fn" for fmt in formats)
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """Every spec that some weight may have."""
+        return (*self.linears, *((self.table,) if self.table else ()))
 
-    def of_linear(self, name: str) -> BlockFormat | None:
-        """Format of the linear whose weight has this name."""
-        found = (fmt for pattern, fmt in self.exceptions if re.search(pattern, name))
-        return next(found, self.linear)
+    @property
+    def numbers(self) -> frozenset[str]:
+        """Every kind of number that a target must hold for it."""
+        return frozenset(spec.number for spec in self.specs) | ({self.activations} if self.activations else set())
 
 
-_INT8 = BlockFormat(bits=8, block=32, symmetric=True)
+SPECS: dict[str, QuantSpec] = {
+    # llama.cpp's Q4_0, to the bit.
+    "int4_block32": QuantSpec(number="int4", block=32, signed_scale=True, scale_dtype="float16"),
+    "int4_block128": QuantSpec(number="int4", block=128),
+    "int4_channel": QuantSpec(number="int4", block="row"),
+    "int8_block32": QuantSpec(number="int8", block=32),
+    "int8_block128": QuantSpec(number="int8", block=128),
+    "int8_channel": QuantSpec(number="int8", block="row"),
+    "fp8_e4m3": QuantSpec(number="float8_e4m3fn", block=128),
+    "sfp8": QuantSpec(number="sfp8", block="tensor"),
+}
+"""What projections and tables can be, by name; a scheme may be written LINEARS:TABLE with two of these names."""
+
 # Every token pays for the whole head. Blocks of 128 make it a fifth faster than blocks of 32, and on the 270M the
 # perplexity is the same to 0.03%.
-_TABLE = BlockFormat(bits=8, block=128, symmetric=True)
-_TABLE4 = BlockFormat(bits=4, block=32, symmetric=True)
-_INT4 = BlockFormat(bits=4, block=32, symmetric=False)
-_FP8 = BlockFormat(bits=8, block=128, symmetric=True, number="float8_e4m3fn")
+_TABLE = SPECS["int8_block128"]
 # Queries, keys and values are a sixth of the projections and the most sensitive part: on the 270M they cause a third
 # of what 4 bits everywhere lose in perplexity.
-_INTO_ATTENTION = r"self_attn\.(q|k|v|qkv)_proj"
+_INTO_ATTENTION = dataclasses.replace(SPECS["int8_block32"], modules=r"self_attn\.(q|k|v|qkv)_proj")
+_INT4 = QuantSpec(number="int4", block=32, symmetric=False)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme(name="none", linear=None, embedding=None),
-        Scheme(name="int8", linear=_INT8, embedding=_TABLE),
-        Scheme(name="int4", linear=_INT4, embedding=_TABLE, exceptions=((_INTO_ATTENTION, _INT8),)),
+        Scheme(name="none"),
+        Scheme(name="int8", linears=(SPECS["int8_block32"],), table=_TABLE),
+        Scheme(name="int4", linears=(_INTO_ATTENTION, _INT4), table=_TABLE),
         # The smallest: worth it where the table is most of the model and memory is what counts.
-        Scheme(name="int4_table", linear=_INT4, embedding=_TABLE4, exceptions=((_INTO_ATTENTION, _INT8),)),
-        Scheme(name="fp8", linear=_FP8, embedding=_TABLE),
+        Scheme(
+            name="int4_table",
+            linears=(_INTO_ATTENTION, _INT4),
+            table=QuantSpec(number="int4", block=32),
+        ),
+        Scheme(name="fp8", linears=(SPECS["fp8_e4m3"],), table=_TABLE),
+        Scheme(name="fp8_activations", linears=(SPECS["fp8_e4m3"],), table=_TABLE, activations="float8_e4m3fn"),
+        # Weights that a GGUF file holds as codes stay what they are; others come as near as 8 bits can.
+        Scheme(name="as_shipped", linears=(SPECS["int8_block32"],), table=SPECS["int8_block32"], as_shipped=True),
+        *(Scheme(name=name, linears=(spec,), table=spec if name == "sfp8" else _TABLE) for name, spec in SPECS.items()),
     )
 }
 
 
 def scheme(name: str) -> Scheme:
-    """Look a scheme up.
+    """Look a scheme up: a name of `SCHEMES`, or LINEARS:TABLE with names of `SPECS` or "none".
 
     Raises:
         QuantizationError: If there is no scheme of that name.
     """
-    if name not in SCHEMES:
+    if name in SCHEMES:
+        return SCHEMES[name]
+    linears, colon, table = name.partition(":")
+    if not colon:
         raise QuantizationError(f"no quantisation scheme named {name!r}: choose one of {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    for part in (linears, table):
+        if part not in (*SPECS, "none"):
+            raise QuantizationError(
+                f"{name!r} is no quantisation scheme: on either side of the colon stands none or one of "
+                f"{', '.join(SPECS)}, not {part!r}"
+            )
+    return Scheme(
+        name=name,
+        linears=() if linears == "none" else (SPECS[linears],),
+        table=None if table == "none" else SPECS[table],
+    )

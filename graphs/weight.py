@@ -14,21 +14,47 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from transom.graphs.schemes import Number
+
+Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 ROWS_BYTES = 64 * 2**20
 """Upper bound, in bytes, on one block that `Weight.blocks` yields (a single row may exceed it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lattice:
-    """The integer codes behind a weight that was quantised before it reached us: `codes * scale`, exactly.
+    """The codes behind a weight that was quantised before it reached us: `(code - zero_point) * scale`, exactly.
 
     Attributes:
+        name: What the checkpoint calls the format, such as "Q5_0".
+        number: What a code is; see `graphs.schemes.Number`.
+        bits: Bits that hold every code; an integer format may need fewer than its number has.
         block: Columns that share one scale.
-        read_rows: `(start, stop) -> (codes int8 [rows, K], scales float32 [rows, K / block])`.
+        symmetric: Whether zero is the code in the middle, so that there are no zero points.
+        read_rows: `(start, stop) -> (codes [rows, K], scales float32 [rows, K / block], zero points)`. Symmetric
+            integers are int8, with zero as 0, others uint8, with zero points uint8 [rows, K / block]; else None.
     """
 
+    name: str
+    number: Number
+    bits: int
     block: int
-    read_rows: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    symmetric: bool
+    read_rows: Callable[[int, int], Codes]
+
+    def with_block(self, block: int) -> Lattice:
+        """The same codes in smaller blocks, with every scale repeated; `block` divides this lattice's."""
+        if block == self.block:
+            return self
+        pieces = self.block // block
+
+        def read_rows(start: int, stop: int) -> Codes:
+            codes, scales, zeros = self.read_rows(start, stop)
+            again = None if zeros is None else zeros.repeat_interleave(pieces, 1)
+            return codes, scales.repeat_interleave(pieces, 1), again
+
+        return dataclasses.replace(self, block=block, read_rows=read_rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,18 +101,12 @@ class Weight:
         def read_rows(start: int, stop: int) -> torch.Tensor:
             return torch.cat([part.read_rows(*span) for part, *span in pieces(start, stop)])
 
-        def read_codes(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-            found = [part.lattice.read_rows(*span) for part, *span in pieces(start, stop) if part.lattice]
-            return torch.cat([codes for codes, _ in found]), torch.cat([scales for _, scales in found])
-
-        grids = {part.lattice.block if part.lattice else None for part in parts}
-        block = grids.pop() if len(grids) == 1 else None
         return Weight(
             shape=(starts[-1], *first.shape[1:]),
             dtype=first.dtype,
             read_rows=read_rows,
             origin=" + ".join(part.origin for part in parts),
-            lattice=Lattice(block=block, read_rows=read_codes) if block else None,
+            lattice=_joint_lattice([part.lattice for part in parts], pieces),
         )
 
     @property
@@ -134,3 +154,28 @@ class Weight:
         if dtype == self.dtype:
             return self
         return dataclasses.replace(self.map_rows(lambda rows: rows.to(dtype), dtype=dtype), lattice=self.lattice)
+
+
+def _joint_lattice(
+    lattices: Sequence[Lattice | None], pieces: Callable[[int, int], Iterator[tuple[Weight, int, int]]]
+) -> Lattice | None:
+    """One lattice for stacked weights, in the smallest of their blocks; None if their codes are of different kinds."""
+    known = [lattice for lattice in lattices if lattice is not None]
+    if len(known) < len(lattices) or len({(lattice.number, lattice.symmetric) for lattice in known}) > 1:
+        return None
+    block = math.gcd(*(lattice.block for lattice in known))
+
+    def read_rows(start: int, stop: int) -> Codes:
+        found = [part.lattice.with_block(block).read_rows(*span) for part, *span in pieces(start, stop) if part.lattice]
+        codes, scales, zeros = zip(*found, strict=True)
+        joint = None if known[0].symmetric else torch.cat([part for part in zeros if part is not None])
+        return torch.cat(codes), torch.cat(scales), joint
+
+    return Lattice(
+        name=" + ".join(dict.fromkeys(lattice.name for lattice in known)),
+        number=known[0].number,
+        bits=max(lattice.bits for lattice in known),
+        block=block,
+        symmetric=known[0].symmetric,
+        read_rows=read_rows,
+    )

@@ -7,6 +7,7 @@ from transom.graphs.schemes import Scheme
 from transom.passes.base import Pass, Pipeline
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.fuse_add_norms import FuseAddNorms
 from transom.passes.fuse_attention import FuseAttention
@@ -16,7 +17,6 @@ from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
 from transom.passes.pack_projections import PackProjections
-from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.select_logits import SelectLogits
 from transom.passes.share_embedding import ShareEmbedding
 
@@ -34,7 +34,7 @@ def _onnxruntime(chunk: int, scheme: Scheme) -> list[Pass]:
         SelectLogits(),
         BoundLocalCaches(chunk),
         FoldConstants(),
-        QuantizeWeights(scheme),
+        ConvertQuantized(scheme),
         FuseCachedAttention(),
         FuseAddNorms(),
     ]
@@ -53,7 +53,7 @@ def _onnx(chunk: int, scheme: Scheme) -> list[Pass]:
         SelectLogits(),
         BoundLocalCaches(chunk),
         FoldConstants(),
-        QuantizeWeights(scheme),
+        ConvertQuantized(scheme),
     ]
 
 
@@ -70,7 +70,7 @@ def _xla(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseCachedAttention(),
         BoundLocalCaches(chunk),
         FoldConstants(),
-        QuantizeWeights(scheme),
+        ConvertQuantized(scheme),
     ]
 
 
@@ -89,7 +89,7 @@ def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseCachedAttention(),
         BoundLocalCaches(chunk),
         FoldConstants(),
-        QuantizeWeights(scheme),
+        ConvertQuantized(scheme),
         FuseAddNorms(),
     ]
 

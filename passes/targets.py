@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from transom.graphs.schemes import BITS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -13,14 +15,16 @@ class Target:
         text: The target in words.
         extra: The extra of this package that brings what it needs; None if nothing more is needed.
         dtypes: What it can compute in; the first one is the default.
-        float8: Whether it can hold weights of 8-bit floats.
+        numbers: What quantised weights may be made of; see `graphs.schemes.Number`.
+        activations: What activations may be rounded to.
         options: Export options that only some targets take: "topology", "cpu".
     """
 
     text: str
     extra: str | None = None
     dtypes: tuple[str, ...] = ("float32",)
-    float8: bool = False
+    numbers: frozenset[str] = frozenset(BITS)
+    activations: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
 
 
@@ -31,7 +35,6 @@ TARGETS: dict[str, Target] = {
         text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
         dtypes=("float32", "bfloat16"),
-        float8=True,
         options=frozenset({"topology"}),
     ),
     "tvm": Target(

@@ -17,7 +17,7 @@ from transom.graphs.quantized import dequantize
 from transom.graphs.schemes import scheme
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.quantize_weights import QuantizeWeights
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.share_embedding import ShareEmbedding
 from transom.zoo.gemma3 import Gemma3
 from transom.zoo.model import Model
@@ -79,15 +79,15 @@ class Oracle:
 
 def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
     """Give a module the numbers that the codes of a scheme mean, made by the pass that makes the codes."""
-    passes = Pipeline([Canonicalize(), ShareEmbedding(), QuantizeWeights(scheme(quant))])
+    passes = Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))])
     graph, _ = passes.run(graph)
     rounded = {}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zero_points, bits = node.args
+        _, codes, scales, zero_points, number = node.args
         if (held := graph.weight_of(codes)) is None or (held_scales := graph.weight_of(scales)) is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
         zeros = graph.weight_of(zero_points)
-        numbers = dequantize(held[1].read(), held_scales[1].read(), zeros and zeros[1].read(), bits)
+        numbers = dequantize(held[1].read(), held_scales[1].read(), zeros and zeros[1].read(), number)
         rounded[held[0].removesuffix(".codes")] = numbers
     # Assigned, not copied: a checkpoint's tensors may share memory with the module's.
     found = module.load_state_dict(rounded, assign=True, strict=False)

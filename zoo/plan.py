@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from transom.graphs.errors import ConfigError
-from transom.graphs.schemes import BlockFormat, scheme
+from transom.graphs.schemes import QuantSpec, scheme
 from transom.zoo.config import DecoderConfig, LayerKind
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -142,10 +142,10 @@ def _weight_bytes(config: DecoderConfig, quant: str) -> int:
     if quant == "none":
         return 2 * parameters(config)
 
-    def stored(block_format: BlockFormat | None, outputs: int, inputs: int) -> int:
-        return 2 * outputs * inputs if block_format is None else block_format.bytes(outputs, inputs)
+    def stored(spec: QuantSpec | None, outputs: int, inputs: int) -> int:
+        return 2 * outputs * inputs if spec is None else spec.bytes(outputs, inputs)
 
     formats = scheme(quant)
-    linears = sum(stored(formats.of_linear(name), *shape) for name, shape in _linears(config).items())
-    table = stored(formats.embedding, config.vocab_size, config.hidden_size)
+    linears = sum(stored(formats.of(name), *shape) for name, shape in _linears(config).items())
+    table = stored(formats.table, config.vocab_size, config.hidden_size)
     return config.num_layers * linears + table + 4 * _norm_values(config)

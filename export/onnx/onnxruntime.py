@@ -12,10 +12,13 @@ import numpy as np
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
+from transom.graphs.quantized import block_of
+from transom.graphs.schemes import BITS
 
 MICROSOFT = "com.microsoft"
 
@@ -34,9 +37,12 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zero_points, bits = node.args
-    rows, blocks, width = (int(size) for size in codes.meta["val"].shape)
-    block = width * 8 // bits
+    x, codes, scales, zero_points, number = node.args
+    rows, blocks, _ = (int(size) for size in codes.meta["val"].shape)
+    if number in FLOATS:
+        weight = looked_up(emitter, codes, scales, number)
+        return str(emitter.op("FusedMatMul", emitter.value(x), weight, domain=MICROSOFT, transB=1))
+    block = block_of(codes.meta["val"], number)
     weights = [emitter.value(part) for part in (codes, scales, zero_points) if part is not None]
     return str(
         emitter.op(
@@ -46,7 +52,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
             domain=MICROSOFT,
             K=blocks * block,
             N=rows,
-            bits=bits,
+            bits=BITS[number],
             block_size=block,
             accuracy_level=ACCURACY_LEVEL,
         )
@@ -55,8 +61,11 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
-    tokens, codes, scales, zero_points, bits = node.args
-    _, blocks, width = (int(size) for size in codes.meta["val"].shape)
+    tokens, codes, scales, zero_points, number = node.args
+    if number in FLOATS:
+        return looked_up(emitter, codes, scales, number, rows=tokens)
+    _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
+    block = block_of(codes.meta["val"], number)
     # With a third axis, one buffer serves this operator and MatMulNBits.
     axis = emitter.constant(np.array([2]))
     grids = [emitter.op("Unsqueeze", emitter.value(part), axis) for part in (scales, zero_points) if part is not None]
@@ -66,12 +75,12 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
         emitter.value(tokens),
         *grids,
         domain=MICROSOFT,
-        bits=bits,
-        block_size=width * 8 // bits,
+        bits=BITS[number],
+        block_size=block,
         gather_axis=0,
         quantize_axis=2,
     )
-    return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * width * 8 // bits]))))
+    return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * block]))))
 
 
 @TABLE.lowers(ops.RMS_NORM)

@@ -15,12 +15,14 @@ from onnx import TensorProto
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import pack, unpack
+from transom.graphs.quantized import block_of, pack, unpack
+from transom.graphs.schemes import BITS
 from transom.graphs.weight import Weight
 
 TABLE = Table(SHARED)
@@ -56,6 +58,10 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
+    _, codes, scales, _, number = node.args
+    if number in FLOATS:
+        table = emitter.op("Transpose", looked_up(emitter, codes, scales, number), perm=[1, 0])
+        return str(emitter.op("MatMul", emitter.value(node.args[0]), table))
     matrix = _Blocked(emitter, node.args[1:])
     weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
     return str(emitter.op("MatMul", emitter.value(node.args[0]), weight))
@@ -64,6 +70,9 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Columns of the head's matrix [K, V], so that both read one buffer."""
+    _, codes, scales, _, number = node.args
+    if number in FLOATS:
+        return looked_up(emitter, codes, scales, number, rows=node.args[0])
     matrix, tokens = _Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
     if matrix.bits < 8:
         raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")
@@ -80,9 +89,9 @@ class _Blocked:
 
     def __init__(self, emitter: Emitter, parts: Any) -> None:
         self._emitter = emitter
-        self._codes, self._scales, self._zero_points, self.bits = parts
-        self.rows, self.blocks, width = (int(size) for size in self._codes.meta["val"].shape)
-        self.block = width * 8 // self.bits
+        self._codes, self._scales, self._zero_points, self.number = parts
+        self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
+        self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
 
     def inputs(self) -> list[str]:
         """Names of codes, scales and, if the blocks have them, zero points."""
@@ -101,11 +110,10 @@ class _Blocked:
         held = self._emitter.graph.weight_of(node)
         assert held is not None
         name, weight = held
-        signed, bits = self._zero_points is None, self.bits
+        signed, bits, number = self._zero_points is None, self.bits, self.number
 
         def rows(packed: torch.Tensor) -> torch.Tensor:
-            codes = unpack(packed.flatten(1) if bits == 4 else packed, bits, columns if bits == 4 else packed.shape[-1])
-            codes = codes.reshape(packed.shape[0], columns)
+            codes = unpack(packed.flatten(1), number, columns)
             # Subtracting the middle code, in two's complement.
             return codes - 2 ** (bits - 1) if signed else codes
 
@@ -115,7 +123,7 @@ class _Blocked:
                 raise QuantizationError(
                     f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8"
                 )
-            plain = plain.map_rows(lambda part: pack(part & 15, 4), row_shape=(self.rows // 2,))
+            plain = plain.map_rows(lambda part: pack(part & 15, number), row_shape=(self.rows // 2,))
         kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
         kind = kinds.get((bits, signed), TensorProto.UINT8)
         return self._emitter.initializer(f"{name}.transposed", plain, kind)

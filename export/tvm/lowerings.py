@@ -13,6 +13,7 @@ from transom.export.tvm.kernels import attention, linear, quantized, rows
 from transom.graphs import ops
 from transom.graphs.match import aten, is_transpose
 from transom.graphs.node import Node, is_node
+from transom.graphs.quantized import block_of
 
 TABLE = Table()
 
@@ -146,14 +147,15 @@ def _linear(emitter: Emitter, node: Node) -> Any:
     return emitter.builder.emit(relax.op.add(product, emitter.value(bias[0])))
 
 
-def _codes(codes: Node, zero_points: Node | None, bits: int) -> quantized.Codes:
-    n, blocks, width = (int(size) for size in codes.meta["val"].shape)
-    return quantized.Codes(n=n, blocks=blocks, block=width * 8 // bits, bits=bits, symmetric=zero_points is None)
+def _codes(codes: Node, zero_points: Node | None, number: str) -> quantized.Codes:
+    n, blocks, _ = (int(size) for size in codes.meta["val"].shape)
+    block = block_of(codes.meta["val"], number)
+    return quantized.Codes(n=n, blocks=blocks, block=block, number=number, symmetric=zero_points is None)
 
 
 def _with_codes(emitter: Emitter, node: Node, name: str, make: Any) -> Any:
-    x, codes, scales, zero_points, bits = node.args
-    layout = _codes(codes, zero_points, bits)
+    x, codes, scales, zero_points, number = node.args
+    layout = _codes(codes, zero_points, number)
     inputs = [emitter.value(value) for value in (x, codes, scales, codes if zero_points is None else zero_points)]
     (found,) = emitter.call((name, layout), lambda: make(layout, emitter.tile), inputs, emitter.shape(node))
     return found

@@ -261,13 +261,13 @@ def _cached_attention(
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, bits: int
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
 ) -> jax.Array:
-    return linear_quantized(x, codes, scales, zero_points)
+    return linear_quantized(x, codes, scales, zero_points, number)
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(
-    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, bits: int
+    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
 ) -> jax.Array:
-    return embedding_quantized(tokens, codes, scales, zero_points)
+    return embedding_quantized(tokens, codes, scales, zero_points, number)

@@ -8,7 +8,8 @@ from nibbles in the graph:
 - tables, whose rows are looked up and which may serve as the head too: codes [R, K], scales and zero points [G, R]
 
 Letters: R rows, K columns in G blocks of C. Symmetric codes are signed, the others unsigned with a zero point; 4-bit
-ones are `int4` and `uint4`, which XLA packs two a byte on a TPU. Codes may be `float8_e4m3fn` just as well.
+ones are `int4` and `uint4`, which XLA packs two a byte on a TPU. Codes may be `float8_e4m3fn` just as well; those of
+SFP8 are bytes, and become floats by moving their bits.
 
 What a TPU v5e's compiler says (bytes beside arguments and results, estimated time):
 
@@ -32,11 +33,13 @@ import jax
 import jax.numpy as jnp
 
 
-def linear_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None) -> jax.Array:
+def linear_quantized(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
+) -> jax.Array:
     """`x @ dequantize(codes).T`, [..., R], for weights of linears and for tables."""
     if codes.ndim == 2:
-        return _head(x, codes, scales, zero_points)
-    values = codes.astype(jnp.float32)
+        return _head(x, codes, scales, zero_points, number)
+    values = _widened(codes, number)
     if zero_points is not None:
         values -= zero_points.astype(jnp.float32)[:, None]
     weight_GCR = (values * scales[:, None]).astype(x.dtype)
@@ -44,11 +47,25 @@ def linear_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, zero_poi
     return jnp.einsum("...gc,gcr->...r", x_GC, weight_GCR, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _head(x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None) -> jax.Array:
+def _widened(codes: jax.Array, number: str) -> jax.Array:
+    """Codes as float32; see `graphs.sfp8`."""
+    if number != "sfp8":
+        return codes.astype(jnp.float32)
+    wide = codes.astype(jnp.int32)
+    low = wide & 127
+    bits = jnp.where(low >= 64, (low << 20) + (112 << 23), (low << 21) + (104 << 23))
+    size = jax.lax.bitcast_convert_type(jnp.where(low == 0, 0, bits), jnp.float32)
+    return jnp.where(wide >= 128, -size, size)
+
+
+def _head(
+    x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None, number: str
+) -> jax.Array:
     """Scales come after the product, so that the codes are read once, as they are."""
     blocks, columns = scales_GR.shape[0], codes_RK.shape[1]
     x_GC = x.reshape(*x.shape[:-1], blocks, columns // blocks)
-    codes_RK = codes_RK.astype(x.dtype)
+    # Every code of 8 bits or fewer is exact in bfloat16.
+    codes_RK = _widened(codes_RK, number).astype(x.dtype)
     if _is_one(x.shape[:-1]):
         # Each block of the input alone in a row of zeros: one product gives every block's share.
         x_GK = jnp.where(jnp.eye(blocks, dtype=bool)[:, :, None], x_GC.reshape(1, blocks, -1), 0).reshape(blocks, -1)
@@ -68,13 +85,13 @@ def _head(x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_G
 
 
 def embedding_quantized(
-    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None
+    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None, number: str
 ) -> jax.Array:
     """Rows of a dequantised table, float32 [..., K]."""
     flat = tokens.reshape(-1)
     # To look up one row of narrow codes, XLA copies the whole table on a TPU; to look up two, it does not.
     rows = jnp.broadcast_to(flat, (2,)) if _is_one(flat.shape) else flat
-    values = jnp.take(codes_RK, rows, 0, mode="clip")[: flat.shape[0]].astype(jnp.float32)
+    values = _widened(jnp.take(codes_RK, rows, 0, mode="clip")[: flat.shape[0]], number)
     values = values.reshape(*flat.shape, scales_GR.shape[0], -1)
     if zero_points_GR is not None:
         values -= _columns(zero_points_GR, flat).astype(jnp.float32)[..., None]

@@ -12,6 +12,8 @@ from transom.backends.xla.parameters import Parameter
 from transom.export import safetensors
 from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.quantized import block_of
+from transom.graphs.schemes import BITS
 from transom.graphs.weight import Weight
 
 
@@ -29,13 +31,13 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zero_points, bits = node.args
+        _, codes, scales, zero_points, number = node.args
         rows, blocks = (int(size) for size in scales.meta["val"].shape)
-        block = int(codes.meta["val"].shape[2]) * 8 // bits
+        block, bits = block_of(codes.meta["val"], number), BITS[number]
         signed, table = zero_points is None, codes in tables
         numbers: dict[str, Any] = {"dtype": f"{'int' if signed else 'uint'}{bits}", "packed": bits == 4}
         numbers["middle"] = 2 ** (bits - 1) if signed else 0
-        if codes.meta["val"].is_floating_point():
+        if number not in ("int4", "int8"):
             numbers = {"dtype": str(codes.meta["val"].dtype).removeprefix("torch.")}
         arranged = {
             codes: {"held": (rows, blocks * block), "axes": (0, 1), **numbers}

@@ -19,7 +19,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
-from transom.passes.quantize_weights import QuantizeWeights
+from transom.passes.convert_quantized import ConvertQuantized
 
 torch.set_num_threads(1)
 ROWS, WIDTH = 300_000, 512
@@ -38,7 +38,7 @@ noise = torch.randn(997, WIDTH)
 read = lambda start, stop: noise[torch.arange(start, stop) % 997]
 weight = Weight(shape=(ROWS, WIDTH), dtype=torch.float32, read_rows=read, origin="synthetic")
 graph = Graph(program=program, weights={"table.weight": weight}, task="foreign")
-graph, _ = Pipeline([QuantizeWeights(scheme(sys.argv[2]))]).run(graph)
+graph, _ = Pipeline([ConvertQuantized(scheme(sys.argv[2]))]).run(graph)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with tempfile.TemporaryDirectory() as folder:
     emitter.write(graph, DIALECT, pathlib.Path(folder))

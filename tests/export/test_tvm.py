@@ -28,10 +28,10 @@ from transom.export import safetensors
 from transom.graphs import ops
 from transom.graphs.errors import TargetError, UnsupportedOpsError
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import pack
-from transom.graphs.schemes import BlockFormat
+from transom.graphs.quantized import dequantize, pack
+from transom.graphs.rounding import round_rows
+from transom.graphs.schemes import QuantSpec
 from transom.graphs.weight import Weight
-from transom.passes.quantize_weights import quantize_rows
 from transom.zoo.model import Model
 
 tvm = pytest.importorskip("tvm")
@@ -151,28 +151,46 @@ def test_linear(m: int, n: int, k: int, tile: Tile) -> None:
         close(found, x @ weight.T)
 
 
-FORMATS = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+FORMATS = [
+    *((number, symmetric) for number in ("int4", "int8") for symmetric in (True, False)),
+    ("float8_e4m3fn", True),
+    ("sfp8", True),
+]
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
+@pytest.mark.parametrize(("number", "symmetric"), FORMATS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "block"), [(1, 6, 96, 32), (1, 64, 48, 16), (9, 33, 160, 32), (37, 64, 384, 128)]
 )
-def test_linear_quantized(m: int, n: int, k: int, block: int, bits: int, symmetric: bool) -> None:
-    x, parts = (
-        torch.randn(m, k),
-        quantize_rows(torch.randn(n, k) + 0.3, BlockFormat(bits=bits, block=block, symmetric=symmetric)),
-    )
-    codes, scales = pack(parts[0], bits), parts[1]
-    zeros = None if symmetric else pack(parts[2], bits)
-    layout = quantized.Codes(n=n, blocks=k // block, block=block, bits=bits, symmetric=symmetric)
+def test_linear_quantized(m: int, n: int, k: int, block: int, number: Any, symmetric: bool) -> None:
+    x = torch.randn(m, k)
+    parts = round_rows(torch.randn(n, k) + 0.3, QuantSpec(number=number, block=block, symmetric=symmetric))
+    codes, scales = pack(parts.codes, number), parts.scales
+    zeros = None if parts.zero_points is None else pack(parts.zero_points, number)
+    layout = quantized.Codes(n=n, blocks=k // block, block=block, number=number, symmetric=symmetric)
     kernel = (quantized.vector_product if m == 1 else quantized.matrix_product)(layout, HOST.tile)
-    given = codes if zeros is None else zeros
-    found, _ = run(kernel, x, codes, scales, given, out=(m, n))
-    close(found, ops.linear_quantized(x, codes, scales, zeros, bits))
+    held = codes.view(torch.uint8)
+    given = held if zeros is None else zeros
+    found, _ = run(kernel, x, held, scales, given, out=(m, n))
+    close(found, ops.linear_quantized(x, codes, scales, zeros, number))
     tokens = torch.tensor([n - 1, 0, 3])
-    table, _ = run(quantized.table_rows(layout), tokens, codes, scales, given, out=(3, k))
-    assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, bits))
+    table, _ = run(quantized.table_rows(layout), tokens, held, scales, given, out=(3, k))
+    assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, number))
+
+
+@pytest.mark.parametrize("number", ["float8_e4m3fn", "sfp8"])
+def test_every_8_bit_float_is_exact(number: Any) -> None:
+    """All 256 bytes, subnormals among them; those that are no number are left out."""
+    held = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    held[[0x7F, 0xFF]] = 0
+    codes = held.view(torch.float8_e4m3fn) if number == "float8_e4m3fn" else held
+    layout = quantized.Codes(n=1, blocks=2, block=128, number=number, symmetric=True)
+    scales = torch.tensor([[1.0, 3.0]])
+    found, _ = run(
+        quantized.table_rows(layout), torch.zeros(1, dtype=torch.int64), held.view(1, 2, 128), scales,
+        held.view(1, 2, 128), out=(1, 256),
+    )  # fmt: skip
+    assert torch.equal(found, dequantize(codes.view(1, 2, 128), scales, None, number))
 
 
 @pytest.mark.parametrize(("m", "heads", "h"), [(1, 1, 640), (5, 3, 10), (37, 4, 32)])

@@ -19,6 +19,7 @@ from transom.graphs.schemes import scheme
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.fuse_add_norms import FuseAddNorms
 from transom.passes.fuse_attention import FuseAttention
@@ -28,7 +29,6 @@ from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
 from transom.passes.pack_projections import PackProjections
-from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.select_logits import SelectLogits
 from transom.passes.share_embedding import ShareEmbedding
 
@@ -247,7 +247,7 @@ def test_a_score_graph_has_no_caches_to_fuse(tiny_case: Case) -> None:
     fused = tiny_case.run(Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(4))
     fused.expect_changes(fused.records[0].changes, 6, 0, 0)
     fused.run(FuseCachedAttention()).expect_changes(0).expect_skipped(*["do not come from a cache"] * 6)
-    tiny_case.run(Canonicalize(), QuantizeWeights(scheme("none"))).expect_changes(
+    tiny_case.run(Canonicalize(), ConvertQuantized(scheme("none"))).expect_changes(
         tiny_case.run(Canonicalize()).records[0].changes, 0
     )
 

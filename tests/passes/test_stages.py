@@ -44,7 +44,7 @@ EXPECTED: dict[str, tuple[int | None, Mapping[Any, int]]] = {
     "SelectLogits": (None, {aten.index_select.default: 2}),
     "BoundLocalCaches": (8, {}),
     "FoldConstants": (2, {aten.pow.Scalar: 0, aten.arange.start_step: 0}),
-    "QuantizeWeights": (0, {transom.linear_quantized.default: 0}),
+    "ConvertQuantized": (0, {transom.linear_quantized.default: 0}),
     "FuseCachedAttention": (
         6,
         {transom.cached_attention.default: 6, transom.attention.default: 0, transom.write_cache.default: 0},

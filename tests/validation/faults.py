@@ -14,7 +14,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
-from transom.graphs.schemes import SCHEMES, BlockFormat, scheme
+from transom.graphs.schemes import SPECS, scheme
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention
@@ -74,9 +74,7 @@ def result(*call: Any) -> Edit:
 
 
 def _int8(rows: torch.Tensor) -> torch.Tensor:
-    fmt = SCHEMES["int8"].linear
-    assert isinstance(fmt, BlockFormat)
-    return rounded(rows, fmt)
+    return rounded(rows, SPECS["int8_block32"])
 
 
 def _one_weight(rows: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,9 @@ from transom.graphs.schemes import Scheme, scheme
 from transom.passes import pipelines
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.pipelines import PIPELINES, pipeline
-from transom.passes.quantize_weights import QuantizeWeights
 from transom.validation.bisection import bisect as bisection
 from transom.validation.bisection import eager, sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
@@ -226,7 +226,7 @@ def test_no_pass_of_a_good_target_is_at_fault(tiny: Model) -> None:
 
 
 def test_quantised_runs_agree_with_what_their_codes_mean(tiny: Model) -> None:
-    assert not bisect("reference", "xla@QuantizeWeights", model=tiny, quant="int8", **SHORT).diverged
+    assert not bisect("reference", "xla@ConvertQuantized", model=tiny, quant="int8", **SHORT).diverged
     # ONNX Runtime rounds activations too: allowed by the tolerance, and named where it is not.
     assert not bisect("eager", "onnxruntime", model=tiny, quant="int8", **SHORT).diverged
     verdict = bisect("reference", "onnxruntime", model=tiny, quant="int8", share=1e-4, **SHORT)
@@ -239,8 +239,8 @@ def test_quantised_runs_agree_with_what_their_codes_mean(tiny: Model) -> None:
     ("behind", "fault", "stage", "op"),
     [
         (FoldConstants, FAULTS["another epsilon"].plant, "Spoil", "norm"),
-        (FoldConstants, lambda: [QuantizeWeights(scheme("int4"))], "QuantizeWeights", "quantisation"),
-        (QuantizeWeights, FAULTS["another epsilon"].plant, "Spoil", "norm"),
+        (FoldConstants, lambda: [ConvertQuantized(scheme("int4"))], "ConvertQuantized", "quantisation"),
+        (ConvertQuantized, FAULTS["another epsilon"].plant, "Spoil", "norm"),
     ],
 )
 def test_a_quantised_target_is_traced_to_its_pass(
@@ -253,7 +253,7 @@ def test_a_quantised_target_is_traced_to_its_pass(
 ) -> None:
     passes: list[Pass] = []
     for current in PIPELINES["xla"](CHUNK, scheme("int8")):
-        if not (stage == "QuantizeWeights" and isinstance(current, QuantizeWeights)):
+        if not (stage == "ConvertQuantized" and isinstance(current, ConvertQuantized)):
             passes.append(current)
         if isinstance(current, behind):
             passes += fault()

@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import WINDOW
 from transom.backends.artifact import CacheRecord
-from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.errors import ContextLengthError, QuantizationError, TargetError
 from transom.graphs.schemes import SCHEMES
 from transom.validation.compare import Differences, compare
 from transom.validation.judge import judge
@@ -171,8 +171,11 @@ def test_a_tie_is_far_smaller_than_a_difference_of_the_largest_logits() -> None:
 
 
 def test_every_scheme_has_a_limit() -> None:
-    assert set(QUANTIZATION_LIMITS) == set(SCHEMES)
-    with pytest.raises(TargetError, match="int3"):
+    for name in SCHEMES:
+        limit = quantization_limit(name)
+        assert (limit is None) == (name == "none") and (limit is None or limit in QUANTIZATION_LIMITS.values())
+    assert quantization_limit("int8_block32:int4_block32") == QUANTIZATION_LIMITS["int4", 32]
+    with pytest.raises(QuantizationError, match="int3"):
         quantization_limit("int3")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -20,9 +21,10 @@ from tests.validation.conftest import TARGETS, Cli
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.session import Session
 from transom.export.exporter import exporter
+from transom.graphs import rounding
 from transom.graphs.errors import TargetError
 from transom.graphs.schemes import Scheme
-from transom.passes import pipelines, quantize_weights
+from transom.passes import convert_quantized, pipelines
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
@@ -330,7 +332,7 @@ def test_what_is_not_run_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_targets_that_cannot_hold_a_scheme_are_listed() -> None:
-    found, missing = candidates.installed_targets(quant="fp8", dtype=None)
+    found, missing = candidates.installed_targets(quant="fp8_activations", dtype=None)
     assert found == ["reference", "xla"]
     assert set(missing) == {"onnxruntime", "onnx", "tvm"}
     assert "8-bit floats" in missing["onnx"]
@@ -377,13 +379,13 @@ def test_folders_are_tried_before_the_oracle(
 
 def test_a_broken_quantisation(tiny: Model, traced_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle has the same codes, so nothing else would tell."""
-    honest = quantize_weights.quantize_rows
+    honest = rounding.round_rows
 
-    def halved(rows: Any, fmt: Any) -> Any:
-        codes, scales, zeros = honest(rows, fmt)
-        return codes, scales / 2, zeros
+    def halved(rows: Any, spec: Any, **options: Any) -> Any:
+        found = honest(rows, spec, **options)
+        return dataclasses.replace(found, scales=found.scales / 2)
 
-    monkeypatch.setattr(quantize_weights, "quantize_rows", halved)
+    monkeypatch.setattr(convert_quantized, "round_rows", halved)
     found = transom.validate(tiny, targets=["reference"], quant="int4_table", context=64)
     (line,) = found.targets["reference"].failures
     assert "the quantised weights are far from the model's" in line
@@ -426,7 +428,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "numbers in a folder": (("gemma3-tiny", "--json", "{artifact}"), "cannot write"),
     "folder exists": (("gemma3-tiny", "--targets", "onnx", "--out", "{artifact}/.."), "--overwrite"),
     "nothing to overwrite": (("gemma3-tiny", "--overwrite"), "--out"),
-    "scheme of another target": (("gemma3-tiny", "--targets", "onnx", "--quant", "fp8"), "8-bit floats"),
+    "scheme of another target": (("gemma3-tiny", "--targets", "onnx", "--quant", "fp8_activations"), "activations"),
     "quant of an artifact": (("{artifact}", "--quant", "int8"), "--quant"),
     "dtype of an artifact": (("{artifact}", "--dtype", "float32"), "--dtype"),
     "context of an artifact": (("{artifact}", "--context", 64), "--context"),

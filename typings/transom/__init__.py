@@ -1,1 +1,74 @@
-../../src/transom/__init__.py
+"""transom: local:global transformers, traced once, lowered to many runtimes, their numbers proved equal.
+
+    model = transom.load("gemma3-270m")
+    artifact = transom.compile(model, target="onnxruntime", quant="int8", out="gemma")
+    session = transom.open("gemma")
+    print(session.tokenizer.decode(list(session.generate("The capital of France is"))))
+
+Importing this package imports no runtime and no torch; each function brings what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transom.backends.session import Session
+    from transom.export.compile import Artifact
+    from transom.graphs.graph import Graph
+    from transom.validation.bisection.sources import Source
+    from transom.validation.bisection.verdict import Verdict
+    from transom.validation.result import Validation
+    from transom.zoo.model import Model
+
+__all__ = ["bisect", "compile", "load", "open", "trace", "validate"]
+__version__ = "0.1.0"
+
+
+def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
+    """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
+    from transom.zoo.model import load as load_model
+
+    return load_model(name_or_path, weights=weights, seed=seed)
+
+
+def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
+    """Trace a model to a graph; see `transom.graphs.trace.trace`."""
+    from transom.export.compile import trace_model
+
+    return trace_model(model, task=task)
+
+
+def compile(model: Model, *, out: str | Path, **options: Any) -> Artifact:
+    """Lower a model to a target and write the artifact; see `transom.export.compile.compile_model`."""
+    from transom.export.compile import compile_model
+
+    return compile_model(model, out=Path(out), **options)
+
+
+def open(folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Session:
+    """Open an artifact to run it, with its tokenizer if it has one; see `transom.backends.opening.open_session`."""
+    from transom.backends.opening import open_session
+    from transom.zoo.tokenizer import Tokenizer
+
+    # The tokenizer is read after the session, which checks the hashes of all files first.
+    session = open_session(Path(folder), threads=threads, verify=verify)
+    if (Path(folder) / "tokenizer.json").is_file():
+        session.tokenizer = Tokenizer.from_folder(Path(folder))
+    return session
+
+
+def validate(model_or_dirs: str | Path | Model | Sequence[str | Path | Model], **options: Any) -> Validation:
+    """Hold targets or artifacts against the plain module; see `transom.validation.validate.validate_sources`."""
+    from transom.validation.validate import validate_sources
+
+    return validate_sources(model_or_dirs, **options)
+
+
+def bisect(a: Source, b: Source, **options: Any) -> Verdict:
+    """Find the first layer and operation where two runs of one model differ; see `transom.validation.bisection`."""
+    from transom.validation.bisection.bisect import bisect as find
+
+    return find(a, b, **options)

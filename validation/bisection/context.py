@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from transom.graphs.quantized import dequantize, pack
-from transom.graphs.schemes import BlockFormat, scheme
+from transom.graphs.quantized import decode
+from transom.graphs.rounding import round_rows
+from transom.graphs.schemes import QuantSpec, scheme
 from transom.graphs.weight import Weight
-from transom.passes.quantize_weights import quantize_rows
+from transom.passes.convert_quantized import meant_numbers
 from transom.validation.tolerances import TAPS
 from transom.zoo.config import DecoderConfig, Rope
 
@@ -37,13 +38,12 @@ class Context:
 
     def weight(self, name: str) -> torch.Tensor:
         """A weight as the scheme means it, float32."""
-        numbers, fmt = self.weights[name].read().float(), self.block_format(name)
-        return numbers if fmt is None or numbers.dim() < 2 else rounded(numbers, fmt)
+        weight = self.weights[name]
+        return weight.read().float() if len(weight.shape) < 2 else meant_numbers(name, weight, scheme(self.quant))
 
-    def block_format(self, name: str) -> BlockFormat | None:
+    def spec(self, name: str) -> QuantSpec | None:
         """How the scheme of the runs holds a matrix; None as it is."""
-        made = scheme(self.quant)
-        return made.embedding if name == "embed_tokens.weight" else made.of_linear(name)
+        return scheme(self.quant).of(name)
 
     def rope(self, layer: int, *, other: bool = False) -> Rope:
         """Rotary embedding of a layer, or that of the other kind of layer."""
@@ -51,9 +51,7 @@ class Context:
         return self.config.rope_local if is_local else self.config.rope_global
 
 
-def rounded(numbers: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """What a matrix float32 [R, K] means once it is quantised."""
-    fmt = fmt.fitted(numbers.shape[1])
-    codes, scales, zeros = quantize_rows(numbers, fmt)
-    zero_points = None if fmt.symmetric else pack(zeros, fmt.bits)
-    return dequantize(pack(codes, fmt.bits), scales, zero_points, fmt.bits)
+def rounded(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """What a matrix float32 [R, K] means once it is rounded to nearest."""
+    found = round_rows(numbers, spec, tensor_max=float(numbers.abs().max()))
+    return decode(found.codes, found.scales, found.zero_points, spec.number).view_as(numbers)

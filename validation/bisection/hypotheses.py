@@ -16,7 +16,7 @@ from transom.validation.bisection.context import rounded
 from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, best_factor
 from transom.validation.bisection.projection_hypotheses import (
     of_projection,
-    other_formats,
+    other_specs,
     quantised,
     round_activations,
 )
@@ -98,7 +98,7 @@ def _of_embedding(evidence: Evidence) -> Iterator[Hypothesis]:
     ids = torch.tensor(list(context.tokens[: len(evidence.output)]))
     unique, index = torch.unique(ids, return_inverse=True)
     rows = torch.cat([held.read_rows(int(token), int(token) + 1) for token in unique]).float()
-    fmt = context.block_format(name)
+    fmt = context.spec(name)
     right = rows if fmt is None else rounded(rows, fmt)
     exact = context.config.hidden_size**0.5
     # The factor has the dtype of the weights.
@@ -166,7 +166,7 @@ def _of_residual(evidence: Evidence) -> Iterator[Hypothesis]:
 
 def _of_logits(evidence: Evidence) -> Iterator[Hypothesis]:
     context, x, name = evidence.context, evidence.inputs[0], "embed_tokens.weight"
-    cap, fmt = context.config.logit_softcap, context.block_format(name)
+    cap, fmt = context.config.logit_softcap, context.spec(name)
 
     def head(change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows) -> torch.Tensor:
         # The table of a large vocabulary is never in memory at once.
@@ -191,7 +191,7 @@ def _of_logits(evidence: Evidence) -> Iterator[Hypothesis]:
             yield guess(f"the logits are capped at {wrong:g}", lambda wrong=wrong: capped(plain, wrong))  # type: ignore[misc]
     width = context.config.hidden_size**0.5
     yield guess("the head has the embedding's factor", lambda: capped(plain * width))
-    for words, other in other_formats(context, name):
+    for words, other in other_specs(context, name):
         yield guess(
             f"the head is {words}",
             lambda other=other: capped(head(lambda rows: rounded(rows, other))),  # type: ignore[misc]

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from transom.graphs.schemes import SCHEMES, BlockFormat
+from transom.graphs.errors import QuantizationError
+from transom.graphs.schemes import SCHEMES, QuantSpec
 from transom.validation.bisection.context import Context, rounded
 from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, best_factor
 
 
-def other_formats(context: Context, name: str) -> Iterator[tuple[str, BlockFormat]]:
+def other_specs(context: Context, name: str) -> Iterator[tuple[str, QuantSpec]]:
     """Every way in which a weight may be quantised, but not the one in which it is meant to be."""
-    formats = {
-        fmt
-        for made in SCHEMES.values()
-        for fmt in (made.linear, made.embedding, *(fmt for _, fmt in made.exceptions))
-        if fmt is not None and fmt != context.block_format(name)
-    }
-    for fmt in sorted(formats, key=lambda fmt: (-fmt.bits, fmt.block, fmt.symmetric)):
-        yield f"rounded to {fmt.bits} bits in blocks of {fmt.block}", fmt
+    meant, columns = context.spec(name), context.weights[name].shape[1]
+    # What differs only in the names that it is for, or in how it would cut wider matrices, is the same here.
+    found: dict[tuple[Any, ...], QuantSpec] = {}
+    for spec in (spec for made in SCHEMES.values() for spec in made.specs):
+        with contextlib.suppress(QuantizationError):
+            found.setdefault(_key(spec, columns), spec)
+    if meant is not None:
+        found.pop(_key(meant, columns), None)
+    for spec in sorted(found.values(), key=lambda spec: (-spec.bits, str(spec.block), spec.symmetric, spec.number)):
+        block = f"blocks of {spec.block}" if isinstance(spec.block, int) else f"one block a {spec.block}"
+        kind = f"{spec.bits} bits" if spec.is_integer else spec.number
+        yield f"rounded to {kind} in {block}", spec
+
+
+def _key(spec: QuantSpec, columns: int) -> tuple[Any, ...]:
+    where = "tensor" if spec.block == "tensor" else spec.group(columns)
+    return spec.number, where, spec.symmetric, spec.signed_scale, spec.scale_dtype
 
 
 def round_activations(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -78,13 +90,13 @@ def quantised(
     context: Context, name: str, apply: Callable[[torch.Tensor], torch.Tensor], raw: torch.Tensor
 ) -> Iterator[Hypothesis]:
     """A weight that is rounded otherwise than it should be, or not at all."""
-    for words, fmt in other_formats(context, name):
+    for words, spec in other_specs(context, name):
         yield Hypothesis(
             op="quantisation",
             cause=f"the weights are {words}",
-            predict=lambda fmt=fmt: apply(rounded(raw, fmt)),  # type: ignore[misc]
+            predict=lambda spec=spec: apply(rounded(raw, spec)),  # type: ignore[misc]
         )
-    if context.block_format(name) is not None:
+    if context.spec(name) is not None:
         yield Hypothesis(op="quantisation", cause="the weights are not quantised", predict=lambda: apply(raw))
     for dtype in (torch.bfloat16, torch.float16):
         yield Hypothesis(

@@ -22,8 +22,8 @@ from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.pipelines import PIPELINES, pipeline
-from transom.passes.quantize_weights import QuantizeWeights
 from transom.passes.share_embedding import ShareEmbedding
 from transom.passes.targets import TARGETS
 from transom.validation.bisection.eager import EagerSession
@@ -138,7 +138,7 @@ def reference_graph(traced: Graph, quant: str) -> Graph:
     """The graph as traced; with a scheme, its weights are the numbers that the codes mean."""
     if quant == "none":
         return traced
-    return Pipeline([Canonicalize(), ShareEmbedding(), QuantizeWeights(scheme(quant))]).run(traced)[0]
+    return Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))]).run(traced)[0]
 
 
 def is_quantized(graph: Graph) -> bool:

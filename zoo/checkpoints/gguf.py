@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from transom.graphs.errors import CheckpointError, ConfigError
-from transom.graphs.weight import Lattice, Weight
+from transom.graphs.schemes import Number
+from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, Header, TensorInfo, read_header
 from transom.zoo.config import DecoderConfig, LayerKind, Rope, tile
@@ -211,14 +212,15 @@ def _lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -> La
     """Codes and scales of a symmetric type; Q4_K and the `_1` types add a minimum, so they have none."""
     if type_name not in _UNPACK:
         return None
-    unpack, block, block_bytes = _UNPACK[type_name]
+    unpack, block, block_bytes, bits = _UNPACK[type_name]
 
-    def read_rows(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_rows(start: int, stop: int) -> Codes:
         codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
         rows = stop - start
-        return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1))
+        return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1)), None
 
-    return Lattice(block=block, read_rows=read_rows)
+    number: Number = "int4" if bits == 4 else "int8"
+    return Lattice(name=type_name, number=number, bits=bits, block=block, symmetric=True, read_rows=read_rows)
 
 
 _Unpack = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -255,10 +257,10 @@ def _unpack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, _half(blocks[:, 208:]) * scales
 
 
-# Type -> (reader of one block, values that share a scale, bytes of a block).
-_UNPACK: dict[str, tuple[_Unpack, int, int]] = {
-    "Q4_0": (_unpack_q4_0, 32, 18),
-    "Q5_0": (_unpack_q5_0, 32, 22),
-    "Q8_0": (_unpack_q8_0, 32, 34),
-    "Q6_K": (_unpack_q6_k, 16, 210),
+# Type -> (reader of one block, values that share a scale, bytes of a block, bits that hold a code).
+_UNPACK: dict[str, tuple[_Unpack, int, int, int]] = {
+    "Q4_0": (_unpack_q4_0, 32, 18, 4),
+    "Q5_0": (_unpack_q5_0, 32, 22, 5),
+    "Q8_0": (_unpack_q8_0, 32, 34, 8),
+    "Q6_K": (_unpack_q6_k, 16, 210, 6),
 }

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from transom.export.tvm.kernels.arithmetic import lane_sum
 from transom.export.tvm.kernels.matmul import PANEL_DEPTH, multiply_panel, panel_shape
 from transom.export.tvm.kernels.tile import Tile, divisor, part
+from transom.graphs.schemes import BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +27,20 @@ class Codes:
         n: Rows of the matrix.
         blocks: Blocks of a row.
         block: Codes of a block.
-        bits: 4 or 8.
+        number: What a code is; see `graphs.schemes.Number`.
         symmetric: Whether the middle code means zero; otherwise there are zero points.
     """
 
     n: int
     blocks: int
     block: int
-    bits: int
+    number: str
     symmetric: bool
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return BITS[self.number]
 
     @property
     def k(self) -> int:
@@ -55,6 +61,8 @@ class Codes:
 
     def zero(self, zeros: Any, row: Any, block: Any) -> Any:
         """Code that means zero, float32; `zeros` may be anything if there are no zero points."""
+        if self.number not in ("int4", "int8"):
+            return T.float32(0)
         if self.symmetric:
             return T.float32(2 ** (self.bits - 1))
         if self.bits == 8:
@@ -73,9 +81,18 @@ def high(code: Any) -> Any:
     return T.Cast("float32", T.Cast("int32", code >> T.uint8(4)))
 
 
-def whole(code: Any) -> Any:
+def whole(codes: Codes, code: Any) -> Any:
     """An 8-bit code, float32."""
-    return T.Cast("float32", T.Cast("int32", code))
+    wide = T.Cast("int32", code)
+    if codes.number == "int8":
+        return T.Cast("float32", wide)
+    # The bits of a float32 whose exponent is not biased yet, or not by as much.
+    low_bits, sign = wide & 127, T.Select(wide >= 128, T.float32(-1), T.float32(1))
+    if codes.number == "float8_e4m3fn":
+        return T.reinterpret("float32", low_bits << 20) * T.float32(2.0**120) * sign
+    large = T.reinterpret("float32", (low_bits << 20) + (112 << 23))
+    small = T.reinterpret("float32", (low_bits << 21) + (104 << 23))
+    return T.Select(low_bits >= 64, large, T.Select(low_bits == 0, T.float32(0), small)) * sign
 
 
 def vector_product(codes: Codes, tile: Tile) -> Any:
@@ -111,7 +128,7 @@ def _bytes_product(codes: Codes, tile: Tile) -> Any:
                     for row in T.unroll(rows):
                         for lane in T.vectorized(lanes):
                             inner[row, lane] = inner[row, lane] + X[0, part_ * block + step * lanes + lane] * (
-                                whole(C[group * rows + row, part_, step * lanes + lane])
+                                whole(codes, C[group * rows + row, part_, step * lanes + lane])
                                 - codes.zero(Z, group * rows + row, part_)
                             )
                 for row in T.unroll(rows):
@@ -182,7 +199,7 @@ def unpack_block(codes, C, S, Z, row, block, out, out_row, out_column):  # type:
     """Numbers of one block, into `out[out_row, out_column:]`."""
     if codes.bits == 8:
         for column in T.vectorized(codes.block):
-            out[out_row, out_column + column] = (whole(C[row, block, column]) - codes.zero(Z, row, block)) * S[
+            out[out_row, out_column + column] = (whole(codes, C[row, block, column]) - codes.zero(Z, row, block)) * S[
                 row, block
             ]
     else:

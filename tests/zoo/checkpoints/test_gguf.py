@@ -78,7 +78,7 @@ def test_lattices_are_exact(quantised_gguf: Path) -> None:
             continue
         seen.add(kind)
         block, lowest, highest = LATTICES[kind]
-        codes, scales = weight.lattice.read_rows(2, 31)
+        codes, scales, _ = weight.lattice.read_rows(2, 31)
         assert weight.lattice.block == block
         assert codes.dtype == torch.int8 and scales.dtype == torch.float32
         assert codes.shape == (29, weight.shape[1]) and scales.shape == (29, weight.shape[1] // block)
@@ -214,6 +214,6 @@ def test_real_270m(real_gguf: Path) -> None:
     for name in ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"):
         lattice = weights[name].lattice
         assert lattice is not None
-        codes, scales = lattice.read_rows(0, 64)
+        codes, scales, _ = lattice.read_rows(0, 64)
         values = codes.view(64, -1, lattice.block).float() * scales[..., None]
         assert torch.equal(values.view(64, -1), weights[name].read_rows(0, 64))

@@ -1,0 +1,53 @@
+"""Weights of 8-bit floats in ONNX: bytes that are looked up in a table of 256 numbers.
+
+It gives the same numbers for every kind of 8-bit float, with operators that every runtime has. One that folds
+constants, such as ONNX Runtime, widens weights of linears to float32 when it loads them: narrow are the file, and the
+embedding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from transom.export.onnx.emitter import Emitter
+from transom.export.onnx.lowerings import INT32
+from transom.graphs import sfp8
+from transom.graphs.node import Node
+
+_BYTES = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+
+FLOATS: dict[str, torch.Tensor] = {
+    "float8_e4m3fn": _BYTES.view(torch.float8_e4m3fn).float(),
+    "sfp8": sfp8.decode(_BYTES),
+}
+"""What every byte means, float32 [256], by number."""
+
+
+def looked_up(emitter: Emitter, codes: Node, scales: Node, number: str, *, rows: Node | None = None) -> str:
+    """Numbers of a matrix of 8-bit floats: all of it, float32 [R, K], or some rows, float32 [..., K].
+
+    Args:
+        emitter: Of the export.
+        codes: [R, G, C].
+        scales: [R, G].
+        number: A key of `FLOATS`.
+        rows: Which rows, int64 [...].
+    """
+    _, blocks, block = (int(size) for size in codes.meta["val"].shape)
+    held = emitter.graph.weight_of(codes)
+    assert held is not None
+    name, weight = held
+    parts = [
+        emitter.initializer(name, weight.map_rows(lambda part: part.view(torch.uint8), dtype=torch.uint8)),
+        emitter.value(scales),
+    ]
+    if rows is not None:
+        parts = [emitter.op("Gather", part, emitter.value(rows), axis=0) for part in parts]
+    # Lookups want an index type that bytes are not.
+    indices = emitter.op("Cast", parts[0], to=INT32)
+    values = emitter.op("Gather", emitter.constant(FLOATS[number].numpy()), indices, axis=0)
+    scaled = emitter.op("Mul", values, emitter.op("Unsqueeze", parts[1], emitter.constant(np.array([-1]))))
+    leading = [] if rows is None else [0] * rows.meta["val"].dim()
+    shape = [*leading, blocks * block] if rows is not None else [int(codes.meta["val"].shape[0]), blocks * block]
+    return str(emitter.op("Reshape", scaled, emitter.constant(np.array(shape))))
