@@ -86,6 +86,8 @@ class Manifest:
         stop_ids: Tokens that end a text.
         bos_id: Token in front of every text.
         passes: What each pass did.
+        conversions: What became of every weight that is quantised: number, block, format of the checkpoint, whether
+            its codes were kept to the bit, and the error if not.
         not_done: In plain words, what was left undone.
         libraries: Versions that made it.
         files: sha256 and size of every other file.
@@ -109,6 +111,7 @@ class Manifest:
     not_done: Sequence[str]
     libraries: Mapping[str, str]
     tpu: Mapping[str, Any] | None = None
+    conversions: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -116,18 +119,22 @@ class Manifest:
         return {"version": VERSION, **dataclasses.asdict(self)}
 
 
-def check_absent(path: Path, *, overwrite: bool = False) -> None:
-    """Raise `ArtifactError` if something of that name exists and must not be replaced: only an artifact ever may."""
+def check_absent(path: Path, *, overwrite: bool = False, proof: str = MANIFEST) -> None:
+    """Raise `ArtifactError` if something of that name exists and must not be replaced.
+
+    Only what transom made ever may: an artifact, or another folder that holds the file `proof`.
+    """
     if not os.path.lexists(path):
         return
     if not overwrite:
         raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} is not an artifact of transom, so it is not replaced: choose another name")
+    if not (path / proof).is_file():
+        kind = "an artifact of transom" if proof == MANIFEST else f"a folder with a {proof} of transom"
+        raise ArtifactError(f"{path} is not {kind}, so it is not replaced: choose another name")
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, proof: str = MANIFEST) -> Iterator[Path]:
     """A folder that takes the name `path` only when the block ends without an error.
 
     Raises:
@@ -135,7 +142,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             cannot be written, or the disk is full.
     """
     path = path.resolve()
-    check_absent(path, overwrite=overwrite)
+    check_absent(path, overwrite=overwrite, proof=proof)
     draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +151,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
     try:
         yield draft
-        check_absent(path, overwrite=overwrite)
+        check_absent(path, overwrite=overwrite, proof=proof)
         if path.exists():
             retired = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
             os.rename(path, retired)

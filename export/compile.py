@@ -21,6 +21,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.pipelines import pipeline
 from transom.passes.targets import TARGETS
 from transom.zoo.architectures import ARCHITECTURES
@@ -56,7 +57,7 @@ def compile_model(
     model: Model,
     *,
     target: str = "onnxruntime",
-    quant: str = "none",
+    quant: str | None = None,
     context: int | None = None,
     chunk: int = CHUNK,
     dtype: str | None = None,
@@ -73,7 +74,7 @@ def compile_model(
     Args:
         model: What to lower.
         target: A key of `passes.targets.TARGETS`.
-        quant: Name of a quantisation scheme.
+        quant: Name of a quantisation scheme; by default that of the codes beside the checkpoint, if there are some.
         context: Longest sequence, in tokens; by default the model's own.
         chunk: Largest number of new tokens in one call.
         dtype: What to compute in: "float32" or "bfloat16"; by default the target's first.
@@ -93,6 +94,7 @@ def compile_model(
         UnsupportedOpsError: If the target cannot lower an operation.
     """
     config = model.config
+    quant = model.quant if quant is None else quant
     context = config.context if context is None else context
     if not 1 <= context <= config.context:
         raise ContextLengthError(
@@ -152,6 +154,12 @@ def compile_model(
                 stop_ids=model.tokenizer.stop_ids if model.tokenizer else (),
                 bos_id=model.tokenizer.bos_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
+                conversions=[
+                    conversion.to_json()
+                    for ran in done
+                    if isinstance(ran, ConvertQuantized)
+                    for conversion in ran.conversions
+                ],
                 not_done=[
                     *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
                     *lowered.not_done,

@@ -32,7 +32,13 @@ def stored_names(weights: Mapping[str, Weight]) -> dict[str, str]:
     return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
 
 
-def write(weights: Mapping[str, Weight], path: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+def write(
+    weights: Mapping[str, Weight],
+    path: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
     """Write every weight once.
 
     The format has no gaps, so tensors whose size is no multiple of `ALIGNMENT` come last, where they cannot push
@@ -41,12 +47,13 @@ def write(weights: Mapping[str, Weight], path: Path, *, on_bytes: Callable[[int]
     Args:
         weights: By name.
         path: File to write.
+        metadata: Words to keep with them.
         on_bytes: Called with the number of bytes written each time.
     """
     stored = {name: weights[name] for name in dict.fromkeys(stored_names(weights).values())}
     stored = dict(sorted(stored.items(), key=lambda item: item[1].bytes % ALIGNMENT != 0))
     with open(path, "wb") as file:
-        file.write(_header(stored))
+        file.write(_header(stored, metadata))
         for weight in stored.values():
             for block in weight.blocks():
                 raw = block.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -54,8 +61,9 @@ def write(weights: Mapping[str, Weight], path: Path, *, on_bytes: Callable[[int]
                 on_bytes(raw.nbytes)
 
 
-def _header(stored: Mapping[str, Weight]) -> bytes:
-    entries, offset = {}, 0
+def _header(stored: Mapping[str, Weight], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name, weight in stored.items():
         entries[name] = {
             "dtype": NAMES[weight.dtype],

@@ -51,3 +51,7 @@ class SessionError(TransomError):
 
 class SamplingError(TransomError):
     """A sampling setting is out of range."""
+
+
+class TrainingError(TransomError):
+    """A training run cannot begin, go on or end: a missing device, a state of another run, a loss that is no number."""

@@ -7,6 +7,7 @@ outputs, changes no code.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from typing import Literal
 
@@ -86,6 +87,19 @@ class QuantSpec:
         blocks = columns // self.held_block(columns)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
+
+    @property
+    def key(self) -> str:
+        """All but `modules` in a line, which `of_key` reads; operations carry it as an argument."""
+        return json.dumps([self.number, self.block, self.symmetric, self.signed_scale, self.scale_dtype])
+
+    @staticmethod
+    def of_key(key: str) -> QuantSpec:
+        """Undo `key`."""
+        number, block, symmetric, signed_scale, scale_dtype = json.loads(key)
+        return QuantSpec(
+            number=number, block=block, symmetric=symmetric, signed_scale=signed_scale, scale_dtype=scale_dtype
+        )
 
     def describe(self) -> str:
         """In words, such as "int4 in blocks of 32"."""

@@ -20,7 +20,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.quantized import decode, dequantize, pack
-from transom.graphs.rounding import FLOAT8, Rounded, round_rows
+from transom.graphs.rounding import FLOAT8, Method, Rounded, round_rows
 from transom.graphs.schemes import QuantSpec, Scheme
 from transom.graphs.weight import Lattice, Weight
 from transom.passes.base import Pass
@@ -76,20 +76,26 @@ class Conversion:
 class ConvertQuantized(Pass):
     """Weight-only quantisation by a scheme.
 
+    Args:
+        scheme: The scheme.
+        method: How scales are found of weights that are rounded.
+
     Attributes:
         conversions: A record a weight.
+        specs: Spec by name of the weight.
     """
 
     after = (FuseGatedMLP, PackProjections, ShareEmbedding)
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, method: Method = "nearest") -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.method = scheme, method
         self.conversions: list[Conversion] = []
+        self.specs: dict[str, QuantSpec] = {}
 
     def rewrite(self, graph: Graph) -> int:
         """Quantise every linear and embedding that the scheme covers."""
-        self.conversions = []
+        self.conversions, self.specs = [], {}
         embeddings = graph.calls(aten.embedding.default)
         tables = {node.args[0] for node in embeddings}
         codes: dict[Node, _Codes] = {}
@@ -100,10 +106,10 @@ class ConvertQuantized(Pass):
             held = graph.weight_of(table)
             if held is None:
                 continue
-            spec = _spec(self.scheme, *held, is_table=table in tables)
+            spec = spec_of(self.scheme, *held, is_table=table in tables)
             if spec is None:
                 continue
-            if not is_embedding and len(node.args) > 2 and node.args[2] is not None:
+            if not is_quantizable(node):
                 self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
                 continue
             if table not in codes:
@@ -122,7 +128,8 @@ class ConvertQuantized(Pass):
         rows, columns = weight.shape
         record, block = _record(name, weight, spec), spec.held_block(columns)
         self.conversions.append(record)
-        source, blocks = _Source(name, weight, spec, record), columns // block
+        self.specs[name] = spec
+        source, blocks = _Source(name, weight, spec, record, self.method), columns // block
 
         def part(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Weight:
             return Weight(
@@ -142,14 +149,23 @@ class ConvertQuantized(Pass):
         return codes, scales, zeros, spec.number
 
 
+def is_quantizable(node: Node) -> bool:
+    """Whether quantised operations can take the place of an embedding or a linear: those have no bias."""
+    return node.target is aten.embedding.default or len(node.args) < 3 or node.args[2] is None
+
+
 _Codes = tuple[Node, Node, Node | None, str]
 
 
-def _spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = False) -> QuantSpec | None:
-    """What becomes of a weight."""
-    spec, columns, lattice = scheme.table if is_table else scheme.of(name), weight.shape[-1], weight.lattice
-    if spec is None or len(weight.shape) != 2:
+def spec_of(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = False) -> QuantSpec | None:
+    """What becomes of a weight; None leaves it as it is.
+
+    Raises:
+        QuantizationError: If its columns cannot be cut into the scheme's blocks.
+    """
+    if len(weight.shape) != 2 or (spec := scheme.table if is_table else scheme.of(name)) is None:
         return None
+    columns, lattice = weight.shape[1], weight.lattice
     try:
         if scheme.as_shipped and lattice is not None:
             block: Any = "row" if lattice.block == columns else lattice.block
@@ -177,7 +193,7 @@ def meant_numbers(name: str, weight: Weight, scheme: Scheme) -> torch.Tensor:
     Raises:
         QuantizationError: If the scheme cannot hold it, or it is not finite.
     """
-    spec = _spec(scheme, name, weight)
+    spec = spec_of(scheme, name, weight)
     if spec is None:
         return weight.read().float()
     source = _Source(name, weight, spec, _record(name, weight, spec))
@@ -204,8 +220,10 @@ class _Source:
 
     _last: ClassVar[_Source | None] = None
 
-    def __init__(self, name: str, weight: Weight, spec: QuantSpec, record: Conversion) -> None:
-        self.name, self.weight, self.spec, self.record = name, weight, spec, record
+    def __init__(
+        self, name: str, weight: Weight, spec: QuantSpec, record: Conversion, method: Method = "nearest"
+    ) -> None:
+        self.name, self.weight, self.spec, self.record, self.method = name, weight, spec, record, method
         self._rows = max(1, BLOCK_NUMBERS // weight.shape[1])
         self._measured: set[int] = set()
         self._found: set[int] = set()
@@ -272,7 +290,7 @@ class _Source:
         if self.spec.block == "tensor" and self._tensor_max is None:
             self._tensor_max = max(float(part.abs().max()) for part in self.weight.blocks())
         try:
-            found = round_rows(rows, self.spec, tensor_max=self._tensor_max)
+            found = round_rows(rows, self.spec, self.method, tensor_max=self._tensor_max)
         except QuantizationError as error:
             raise QuantizationError(f"{self.name}, rows {start} to {stop}: {error}") from None
         if start not in self._measured:

@@ -17,7 +17,7 @@ import torch
 from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import build_empty
-from transom.zoo.checkpoints import gguf, safetensors
+from transom.zoo.checkpoints import gguf, lattice, safetensors
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
@@ -41,6 +41,7 @@ class Model:
         tokenizer: None if the source has none.
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
+        quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
     """
 
     config: DecoderConfig
@@ -48,6 +49,7 @@ class Model:
     tokenizer: Tokenizer | None
     source: str
     revision: str
+    quant: str = "none"
 
     @property
     def parameters(self) -> int:
@@ -96,11 +98,15 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
             f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
         )
+    quant = "none"
     if source.is_dir():
-        opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
+        opened, quant = lattice.attach(source, safetensors.open_safetensors(source, config))
+        revision = safetensors.revision(source)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
-    return Model(config=config, weights=opened, tokenizer=tokenizer, source=str(name_or_path), revision=revision)
+    return Model(
+        config=config, weights=opened, tokenizer=tokenizer, source=str(name_or_path), revision=revision, quant=quant
+    )
 
 
 def resolve_config(name_or_path: str | Path) -> DecoderConfig:

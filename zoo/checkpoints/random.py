@@ -41,7 +41,7 @@ def write_checkpoint(
     config: DecoderConfig,
     weights: Mapping[str, Weight],
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     shard_bytes: int = 4 * 10**9,
 ) -> None:
     """Write a text-only Hugging Face checkpoint, a block of rows at a time.
@@ -50,7 +50,7 @@ def write_checkpoint(
         folder: Created if need be.
         config: Goes to `config.json`.
         weights: By the names of the module's state dict.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; None leaves every weight in its own.
         shard_bytes: Upper bound on a shard's tensors; one larger tensor gets a shard of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,21 +104,25 @@ def _read_rows(key: str, shape: tuple[int, ...], mean: float, deviation: float, 
     return torch.from_numpy(out.reshape(stop - start, *shape[1:]))
 
 
-def _bytes(weight: Weight, dtype: torch.dtype) -> int:
-    return math.prod(weight.shape) * dtype.itemsize
+def _bytes(weight: Weight, dtype: torch.dtype | None) -> int:
+    return math.prod(weight.shape) * (dtype or weight.dtype).itemsize
 
 
-def _write_shard(path: Path, weights: Mapping[str, Weight], dtype: torch.dtype) -> None:
-    code = next(code for code, known in DTYPES.items() if known == dtype)
+def _write_shard(path: Path, weights: Mapping[str, Weight], dtype: torch.dtype | None) -> None:
+    codes = {known: code for code, known in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
         begin, end = end, end + _bytes(weight, dtype)
-        header[name] = {"dtype": code, "shape": list(weight.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": codes[dtype or weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [begin, end],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for weight in weights.values():
             for block in weight.blocks():
-                file.write(block.to(dtype).contiguous().view(torch.uint8).numpy().data)
+                file.write(block.to(dtype or weight.dtype).contiguous().view(torch.uint8).numpy().data)

@@ -30,7 +30,7 @@ _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Entry:
+class Entry:
     """Where one tensor stands: absolute bytes [start, stop) of a file."""
 
     path: Path
@@ -54,9 +54,9 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> dict[str, Weight]:
         CheckpointError: If a file is missing, truncated or corrupt, or a tensor is missing or has the wrong shape or
             dtype.
     """
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for path in _files(folder):
-        entries |= _entries(path)
+        entries |= read_entries(path)[0]
     shapes = tensor_shapes(config)
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in entries), _PREFIXES[0])
     if missing := [prefix + name for name in shapes if prefix + name not in entries]:
@@ -101,13 +101,18 @@ def _header_bytes(path: Path) -> bytes:
         return file.read(length)
 
 
-def _entries(path: Path) -> dict[str, _Entry]:
+def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Where every tensor of a file stands, and the file's metadata.
+
+    Raises:
+        CheckpointError: If the file is truncated or corrupt.
+    """
     raw = _header_bytes(path)
     base, size = 8 + len(raw), path.stat().st_size
     try:
         header: dict[str, Any] = json.loads(raw)
         entries = {
-            name: _Entry(
+            name: Entry(
                 path=path,
                 dtype=item["dtype"],
                 shape=tuple(item["shape"]),
@@ -117,15 +122,31 @@ def _entries(path: Path) -> dict[str, _Entry]:
             for name, item in header.items()
             if name != "__metadata__"
         }
+        metadata = dict(header.get("__metadata__") or {})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: the header is corrupt ({error!r}): fetch the file again") from error
     expected = max((entry.stop for entry in entries.values()), default=base)
     if size != expected:
         raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}: fetch the file again")
-    return entries
+    return entries, metadata
 
 
-def _weight(name: str, entry: _Entry, shape: tuple[int, ...]) -> Weight:
+def read_bytes(entry: Entry, start: int, stop: int) -> torch.Tensor:
+    """Bytes [start, stop) of a tensor, uint8.
+
+    Raises:
+        CheckpointError: If the file has become shorter.
+    """
+    buffer = torch.empty(stop - start, dtype=torch.uint8)
+    with entry.path.open("rb") as file:
+        file.seek(entry.start + start)
+        got = file.readinto(buffer.numpy().data)
+    if got != buffer.numel():
+        raise CheckpointError(f"{entry.path}: ended while it was read: it changed since it was opened")
+    return buffer
+
+
+def _weight(name: str, entry: Entry, shape: tuple[int, ...]) -> Weight:
     origin = f"{entry.path}: {name}"
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{origin} is {entry.dtype}, expected one of {', '.join(DTYPES)}: convert the checkpoint")
@@ -152,11 +173,5 @@ def _weight(name: str, entry: _Entry, shape: tuple[int, ...]) -> Weight:
     )
 
 
-def _read_rows(entry: _Entry, dtype: torch.dtype, row_bytes: int, start: int, stop: int) -> torch.Tensor:
-    buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-    with entry.path.open("rb") as file:
-        file.seek(entry.start + start * row_bytes)
-        got = file.readinto(buffer.numpy().data)
-    if got != buffer.numel():
-        raise CheckpointError(f"{entry.path}: ended while it was read: it changed since it was opened")
-    return buffer.view(dtype).view(stop - start, *entry.shape[1:])
+def _read_rows(entry: Entry, dtype: torch.dtype, row_bytes: int, start: int, stop: int) -> torch.Tensor:
+    return read_bytes(entry, start * row_bytes, stop * row_bytes).view(dtype).view(stop - start, *entry.shape[1:])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -36,7 +36,10 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     target: Annotated[str, typer.Option(help="What to lower to: see transom list.")] = "onnxruntime",
-    quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Weight quantisation: a scheme of transom list; by default what the checkpoint holds."),
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="What to compute in: float32, or bfloat16 for xla.")] = None,
@@ -80,9 +83,26 @@ def export(
     if json:
         print_json({"folder": str(out), "bytes": total, **manifest.to_json()})
         return
-    console.print(f"{escape(str(out))}: {manifest.target}, {quant}, context {manifest.context:,}, {size(total)}")
+    console.print(
+        f"{escape(str(out))}: {manifest.target}, {manifest.quantization}, context {manifest.context:,}, {size(total)}"
+    )
+    if manifest.conversions:
+        console.print(conversions_table(manifest.conversions))
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)
+
+
+def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
+    """What became of quantised weights, by kind."""
+    table = Table("weights", "from", "to", "codes", "worst error", title="Quantised weights")
+    kinds: dict[tuple[Any, ...], list[float]] = {}
+    for entry in conversions:
+        key = (entry["source"] or "numbers", f"{entry['number']}, {entry['block']} a scale", entry["kept"])
+        kinds.setdefault(key, []).append(entry["error"])
+    for (source, number, kept), errors in kinds.items():
+        words = "kept to the bit" if kept else "rounded"
+        table.add_row(str(len(errors)), escape(source), number, words, "" if kept else f"{max(errors):.2%}")
+    return table
 
 
 @contextmanager
@@ -152,5 +172,7 @@ def inspect(
         sizes = f"{size(record['weight_bytes_before'])} → {size(record['weight_bytes_after'])}"
         passes.add_row(record["name"], str(record["changes"]), calls, sizes)
     console.print(passes)
+    if manifest.conversions:
+        console.print(conversions_table(manifest.conversions))
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)

@@ -1,0 +1,87 @@
+"""FakeQuantize: weights are rounded to the scheme's grids and back, with gradients, in a graph that stays float.
+
+Precondition: `ShareEmbedding` has run, if it is in the list.
+Rewrite: every weight that a linear or an embedding reads, and the scheme covers, goes through
+`transom.fake_quantize`, once for all who read it. Scales (and zero points) become weights of the graph, NAME.divisors
+and NAME.zero_points, which can be trained.
+Skips: linears with a bias, as `ConvertQuantized` does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from transom.graphs.fake_quantize import FAKE_QUANTIZE
+from transom.graphs.graph import Graph
+from transom.graphs.match import aten
+from transom.graphs.node import Node
+from transom.graphs.rounding import Grid, Method, find_grid
+from transom.graphs.schemes import QuantSpec, Scheme
+from transom.graphs.weight import Weight
+from transom.passes.base import Pass
+from transom.passes.convert_quantized import is_quantizable, spec_of
+from transom.passes.share_embedding import ShareEmbedding
+
+
+class FakeQuantize(Pass):
+    """Rounded weights that can be trained.
+
+    Args:
+        scheme: The scheme.
+        method: How scales are found at first.
+
+    Attributes:
+        specs: Spec by name of the weight.
+    """
+
+    after = (ShareEmbedding,)
+
+    def __init__(self, scheme: Scheme, method: Method = "nearest") -> None:
+        super().__init__()
+        self.scheme, self.method = scheme, method
+        self.specs: dict[str, QuantSpec] = {}
+
+    def rewrite(self, graph: Graph) -> int:
+        """Round every weight that the scheme covers."""
+        self.specs = {}
+        tables = {node.args[0] for node in graph.calls(aten.embedding.default)}
+        rounded: dict[Node, Node] = {}
+        for node in graph.calls(aten.embedding.default, aten.linear.default):
+            index = 0 if node.target is aten.embedding.default else 1
+            table = node.args[index]
+            held = graph.weight_of(table)
+            if held is None or (spec := spec_of(self.scheme, *held, is_table=table in tables)) is None:
+                continue
+            if not is_quantizable(node):
+                self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
+                continue
+            if table not in rounded:
+                self.specs[held[0]] = spec
+                grid = self._grid(graph, *held, spec)
+                with graph.fx.inserting_before(node):
+                    rounded[table] = graph.call(FAKE_QUANTIZE, (table, *grid, spec.key), node)
+            node.update_arg(index, rounded[table])
+        return len(rounded)
+
+    def _grid(self, graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> tuple[Node, Node | None]:
+        groups = weight.shape[1] // spec.group(weight.shape[1])
+
+        def read(start: int, stop: int) -> Grid:
+            rows = weight.read_rows(start, stop).float()
+            largest = None
+            if spec.block == "tensor":
+                largest = max(float(part.abs().max()) for part in weight.blocks())
+            return find_grid(rows.view(len(rows), groups, -1), spec, self.method, tensor_max=largest)
+
+        def zeros(start: int, stop: int) -> torch.Tensor:
+            found = read(start, stop).zero_points
+            assert found is not None, f"{name}: {spec.describe()} has no zero points"
+            return found
+
+        def part(suffix: str, read_rows: object) -> Node:
+            shape = (weight.shape[0], groups)
+            made = Weight(shape=shape, dtype=torch.float32, read_rows=read_rows, origin=weight.origin)  # type: ignore[arg-type]
+            return graph.add_weight(f"{name}.{suffix}", made)
+
+        divisors = part("divisors", lambda start, stop: read(start, stop).divisors.contiguous())
+        return divisors, None if spec.symmetric else part("zero_points", zeros)

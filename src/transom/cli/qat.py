@@ -1,0 +1,136 @@
+"""`transom qat`: train a checkpoint to be its own quantised self."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json, progress_console
+from transom.graphs.errors import TrainingError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(qat)
+
+
+def qat(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    scheme: Annotated[str, typer.Option(help="A scheme of transom list, or LINEARS:TABLE.")],
+    data: Annotated[Path, typer.Option(metavar="TEXT", help="Text to train on.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 5000,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.", min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of weights, at its peak.", min=0)] = 1e-5,
+    scale_rate: Annotated[float, typer.Option(help="Of scales, as a share of their size.", min=0)] = 1e-3,
+    start: Annotated[
+        str, typer.Option(help="nearest, or gptq to begin with codes calibrated on the same text.")
+    ] = "gptq",
+    samples: Annotated[
+        int | None, typer.Option(help="Draws that stand for the teacher's distribution; by default all of it.", min=1)
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
+    ] = False,
+    target: Annotated[str, typer.Option(help="Also compile the result, into DIR/TARGET; none for no artifact.")] = (
+        "onnxruntime"
+    ),
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model for a scheme: it learns its own probabilities from before. A run that is stopped goes on."""
+    from transom.backends.artifact import check_absent
+    from transom.passes.pipelines import PIPELINES
+    from transom.training.qat import QatSettings, train
+    from transom.zoo.checkpoints.lattice import LATTICE
+
+    check_absent(out, overwrite=overwrite, proof=LATTICE)
+    if start not in ("nearest", "gptq"):
+        raise TrainingError(f"--start takes nearest or gptq, not {start!r}")
+    if target != "none" and target not in PIPELINES:
+        raise TrainingError(f"no target named {target!r}: choose one of {', '.join(PIPELINES)}, or none")
+    settings = QatSettings(
+        quant=scheme,
+        steps=steps,
+        length=length,
+        batch=batch,
+        learning_rate=learning_rate,
+        scale_rate=scale_rate,
+        start="gptq" if start == "gptq" else "nearest",
+        samples=samples,
+        recompute=recompute,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+    )
+    loaded = load_model(model, weights, seed)
+    with _bars() as (on_step, on_progress):
+        losses = train(
+            loaded,
+            settings,
+            text=data,
+            out=out,
+            target=None if target == "none" else target,
+            overwrite=overwrite,
+            on_step=on_step,
+            on_progress=on_progress,
+        )
+    report = {
+        "folder": str(out),
+        "artifact": None if target == "none" else str(out / target),
+        "scheme": scheme,
+        "steps": len(losses),
+        "kl": losses,
+    }
+    if json:
+        print_json(report)
+        return
+    few = max(1, len(losses) // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
+    console.print(
+        f"{escape(str(out))}: {scheme}, {len(losses):,} steps, KL {first:.4f} at first and {last:.4f} in the end (means "
+        f"of {few:,})",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _bars() -> Iterator[tuple[Any, Any]]:
+    """One bar for the steps, with the KL, and those of what comes before and after."""
+    columns = (
+        TextColumn("train   "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("KL {task.fields[kl]:.4f}"),
+    )
+    with stage_bars() as on_progress:
+        bars = Progress(*columns, console=progress_console, disable=not progress_console.is_terminal)
+        tasks: list[Any] = []
+        smooth: list[float] = []
+
+        def on_step(done: int, total: int, kl: float) -> None:
+            if not tasks:
+                bars.start()
+                tasks.append(bars.add_task("train", total=total, kl=kl))
+            smooth.append(kl)
+            recent = smooth[-20:]
+            bars.update(tasks[0], completed=done, kl=sum(recent) / len(recent))
+
+        try:
+            yield on_step, on_progress
+        finally:
+            bars.stop()

@@ -1,0 +1,104 @@
+"""Writes quantised checkpoints: a Hugging Face folder of what the codes mean, and the codes beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from transom.export import safetensors
+from transom.graphs.graph import Graph
+from transom.graphs.quantized import dequantize, pack
+from transom.graphs.rounding import Rounded, held
+from transom.graphs.schemes import QuantSpec
+from transom.graphs.weight import Codes, Lattice, Weight
+from transom.zoo.checkpoints.lattice import LATTICE
+from transom.zoo.checkpoints.random import write_checkpoint
+from transom.zoo.config import DecoderConfig
+from transom.zoo.tokenizer import Tokenizer
+
+
+def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
+    """A weight that has the numbers of its codes, and carries them.
+
+    Args:
+        weight: What was quantised.
+        spec: Its spec.
+        found: Codes of the spec's groups.
+    """
+    columns = weight.shape[1]
+    found = held(found, spec, columns)
+    packed, scales = pack(found.codes, spec.number), found.scales
+    zeros = None if found.zero_points is None else pack(found.zero_points, spec.number)
+    middle = 2 ** (spec.bits - 1)
+
+    def read_codes(start: int, stop: int) -> Codes:
+        codes = found.codes[start:stop].flatten(1)
+        if spec.is_integer and spec.symmetric:
+            codes = (codes.to(torch.int16) - middle).to(torch.int8)
+        return codes, scales[start:stop], None if found.zero_points is None else found.zero_points[start:stop]
+
+    def read_rows(start: int, stop: int) -> torch.Tensor:
+        part = None if zeros is None else zeros[start:stop]
+        return dequantize(packed[start:stop], scales[start:stop], part, spec.number)
+
+    lattice = Lattice(
+        name=spec.describe(),
+        number=spec.number,
+        bits=spec.bits,
+        block=spec.held_block(columns),
+        symmetric=spec.symmetric,
+        read_rows=read_codes,
+    )
+    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=lattice)
+
+
+def write_quantized(
+    folder: Path,
+    config: DecoderConfig,
+    weights: Mapping[str, Weight],
+    graph: Graph,
+    specs: Mapping[str, QuantSpec],
+    *,
+    quant: str,
+    tokenizer: Tokenizer | None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write `config.json`, `model.safetensors`, `lattice.safetensors` and the tokenizer, a block of rows at a time.
+
+    Args:
+        folder: Where; it exists.
+        config: The model's.
+        weights: Every weight of the model, for those that are not quantised.
+        graph: The model after `ConvertQuantized`, without packed projections: its codes are what is written.
+        specs: Spec of every weight that is quantised.
+        quant: Name of the scheme.
+        tokenizer: The model's.
+        on_bytes: Called with the number of bytes of codes written each time.
+    """
+    suffixes = ("codes", "scales", "zero_points")
+    parts = {f"{name}.{suffix}" for name in specs for suffix in suffixes}
+    safetensors.write(
+        {name: weight for name, weight in graph.weights.items() if name in parts},
+        folder / LATTICE,
+        metadata={"scheme": quant, "specs": json.dumps({name: spec.key for name, spec in specs.items()})},
+        on_bytes=on_bytes,
+    )
+    meant = {name: _meant(graph, name, weights[name], spec) for name, spec in specs.items()}
+    write_checkpoint(folder, config, {**weights, **meant}, dtype=None)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def _meant(graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> Weight:
+    codes, scales = graph.weights[f"{name}.codes"], graph.weights[f"{name}.scales"]
+    zeros = graph.weights.get(f"{name}.zero_points")
+
+    def read_rows(start: int, stop: int) -> torch.Tensor:
+        part = None if zeros is None else zeros.read_rows(start, stop)
+        return dequantize(codes.read_rows(start, stop), scales.read_rows(start, stop), part, spec.number)
+
+    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=None)

@@ -1,0 +1,41 @@
+"""Text as token sequences for calibration and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from transom.graphs.errors import TokenizerError
+from transom.zoo.model import Model
+
+
+def read_sequences(model: Model, path: Path, length: int) -> torch.Tensor:
+    """Cut a text into sequences that each begin with the model's first token.
+
+    Args:
+        model: Whose tokenizer reads it.
+        path: UTF-8 text.
+        length: Tokens of a sequence, at least two.
+
+    Returns:
+        int64 [N, length]; what is left at the end of the text is dropped.
+
+    Raises:
+        TokenizerError: If the model has no tokenizer, or the text cannot be read or is too short.
+    """
+    if model.tokenizer is None:
+        raise TokenizerError(f"{model.config.name} has no tokenizer, so it cannot read {path}: give a source that has")
+    if not 2 <= length <= model.config.context:
+        raise TokenizerError(f"sequences of {length} tokens: choose a length from 2 to {model.config.context}")
+    try:
+        ids = model.tokenizer.encode(path.read_text(encoding="utf-8"), bos=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read the text from {path}: {error}") from error
+    first = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
+    step = length - len(first)
+    count = len(ids) // step
+    if count == 0:
+        raise TokenizerError(f"{path} has {len(ids)} tokens, one sequence needs {step}: give more text or a --length")
+    body = torch.tensor(ids[: count * step]).view(count, step)
+    return torch.cat((torch.tensor(first, dtype=torch.int64).expand(count, -1), body), 1)

@@ -1,0 +1,121 @@
+"""The exact codes beside a checkpoint that was quantised or trained for quantisation: `lattice.safetensors`.
+
+The folder's `model.safetensors` holds what the codes mean, so that anything can read it; a compiler must not round
+those numbers again, as scales found anew are other scales. For every quantised weight NAME the file has NAME.codes,
+NAME.scales and, if it is not symmetric, NAME.zero_points, as `graphs.quantized` lays them out; its metadata name the
+scheme and the spec of every weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from transom.graphs.errors import CheckpointError, QuantizationError
+from transom.graphs.quantized import decode, unpack
+from transom.graphs.schemes import QuantSpec, scheme
+from transom.graphs.weight import Codes, Lattice, Weight
+from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
+
+LATTICE = "lattice.safetensors"
+
+_ROWS_CHECKED = 8
+
+
+def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], str]:
+    """Give a folder's weights the codes that stand beside them.
+
+    Args:
+        folder: A checkpoint.
+        weights: Its weights by name.
+
+    Returns:
+        The weights, and the name of the scheme that the codes are of; "none" if the folder has no codes.
+
+    Raises:
+        CheckpointError: If the codes are damaged, or are not those of the weights.
+    """
+    path, found = folder / LATTICE, dict(weights)
+    if not path.is_file():
+        return found, "none"
+    entries, metadata = read_entries(path)
+    try:
+        quant, specs = metadata["scheme"], json.loads(metadata["specs"])
+        scheme(quant)
+        for name, key in specs.items():
+            lattice = _lattice(name, entries, QuantSpec.of_key(key), found[name].shape)
+            _check(path, name, lattice, found[name])
+            found[name] = dataclasses.replace(found[name], lattice=lattice)
+    except (KeyError, ValueError, TypeError, AttributeError, QuantizationError) as error:
+        raise CheckpointError(f"{path}: not the codes of this checkpoint ({error}): quantise it again") from error
+    return found, quant
+
+
+def _lattice(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tuple[int, ...]) -> Lattice:
+    rows, columns = shape
+    block = spec.held_block(columns)
+    blocks = columns // block
+    parts = {
+        "codes": ((rows, blocks, block * spec.bits // 8), "F8_E4M3" if spec.number == "float8_e4m3fn" else "U8"),
+        "scales": ((rows, blocks), "F32"),
+    }
+    if not spec.symmetric:
+        parts["zero_points"] = ((rows, -(-blocks * spec.bits // 8)), "U8")
+    for part, (wanted, dtype) in parts.items():
+        entry = entries[f"{name}.{part}"]
+        if entry.shape != wanted or entry.dtype != dtype:
+            raise ValueError(f"{name}.{part} is {entry.dtype} {list(entry.shape)}, expected {dtype} {list(wanted)}")
+    return Lattice(
+        name=spec.describe(),
+        number=spec.number,
+        bits=spec.bits,
+        block=block,
+        symmetric=spec.symmetric,
+        read_rows=functools.partial(_read_codes, name, entries, spec, blocks),
+    )
+
+
+def _read_codes(name: str, entries: Mapping[str, Entry], spec: QuantSpec, blocks: int, start: int, stop: int) -> Codes:
+    def part(suffix: str, dtype: torch.dtype) -> torch.Tensor:
+        entry = entries[f"{name}.{suffix}"]
+        row = math.prod(entry.shape[1:]) * dtype.itemsize
+        return read_bytes(entry, start * row, stop * row).view(dtype).view(stop - start, *entry.shape[1:])
+
+    packed = part("codes", torch.uint8).flatten(1)
+    codes = unpack(packed, spec.number, packed.shape[1] * 8 // spec.bits)
+    scales = part("scales", torch.float32)
+    if spec.number == "float8_e4m3fn":
+        return codes.view(torch.float8_e4m3fn), scales, None
+    if not spec.is_integer:
+        return codes, scales, None
+    if spec.symmetric:
+        return (codes.to(torch.int16) - 2 ** (spec.bits - 1)).to(torch.int8), scales, None
+    return codes, scales, unpack(part("zero_points", torch.uint8), spec.number, blocks)
+
+
+def _check(path: Path, name: str, lattice: Lattice, weight: Weight) -> None:
+    """Weights that were trained on after they were quantised would be lost without a word."""
+    rows = min(_ROWS_CHECKED, weight.shape[0])
+    wanted = weight.read_rows(0, rows)
+    if not torch.equal(numbers(lattice, 0, rows).to(wanted.dtype), wanted):
+        raise CheckpointError(
+            f"{path}: {name} is not what its codes mean: the checkpoint was changed after it was quantised; remove "
+            f"{LATTICE} or quantise it again"
+        )
+
+
+def numbers(lattice: Lattice, start: int, stop: int) -> torch.Tensor:
+    """What a lattice's codes mean, float32 [stop - start, K]."""
+    codes, scales, zeros = lattice.read_rows(start, stop)
+    rows, blocks = scales.shape
+    codes_RGC = codes.view(rows, blocks, -1)
+    if lattice.number in ("int4", "int8"):
+        values = codes_RGC.float() if zeros is None else codes_RGC.float() - zeros.float()[..., None]
+        return (values * scales[..., None]).view(rows, -1)
+    return decode(codes_RGC, scales, None, lattice.number).view(rows, -1)
