@@ -106,21 +106,26 @@ def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
 
 
 @contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar a stage, on standard error; silent where that is no terminal."""
+def stage_bars() -> Iterator[Callable[..., None]]:
+    """A progress bar a stage, on standard error; silent where that is no terminal.
+
+    Yields:
+        `(stage, done, total, words)`, with words to stand beside the bar, if there are some.
+    """
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[words]}"),
     )
     with Progress(*columns, console=progress_console, disable=not progress_console.is_terminal) as bars:
         tasks = {}
 
-        def on_progress(stage: str, done: int, total: int) -> None:
+        def on_progress(stage: str, done: int, total: int, words: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, words=words)
+            bars.update(tasks[stage], completed=done, total=total, words=words)
 
         yield on_progress
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import collections
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json, progress_console
+from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
 from transom.graphs.errors import TrainingError
 
 
@@ -76,7 +74,15 @@ def qat(
         save_every=save_every,
     )
     loaded = load_model(model, weights, seed)
-    with _bars() as (on_step, on_progress):
+    recent: collections.deque[float] = collections.deque(maxlen=20)
+    with stage_bars() as on_progress:
+
+        def on_step(done: int, total: int, kl: float) -> None:
+            recent.append(kl)
+            mean = sum(recent) / len(recent)
+            words = f"step {done:,} of {total:,}, KL {kl:.4f}, mean of the last {len(recent)} {mean:.4f}"
+            on_progress("train", done, total, words)
+
         losses = train(
             loaded,
             settings,
@@ -104,33 +110,3 @@ def qat(
         f"of {few:,})",
         highlight=False,
     )
-
-
-@contextmanager
-def _bars() -> Iterator[tuple[Any, Any]]:
-    """One bar for the steps, with the KL, and those of what comes before and after."""
-    columns = (
-        TextColumn("train   "),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("KL {task.fields[kl]:.4f}"),
-    )
-    with stage_bars() as on_progress:
-        bars = Progress(*columns, console=progress_console, disable=not progress_console.is_terminal)
-        tasks: list[Any] = []
-        smooth: list[float] = []
-
-        def on_step(done: int, total: int, kl: float) -> None:
-            if not tasks:
-                bars.start()
-                tasks.append(bars.add_task("train", total=total, kl=kl))
-            smooth.append(kl)
-            recent = smooth[-20:]
-            bars.update(tasks[0], completed=done, kl=sum(recent) / len(recent))
-
-        try:
-            yield on_step, on_progress
-        finally:
-            bars.stop()
