@@ -99,7 +99,7 @@ def _scatter(found: Evaluation, axis: Axis, title: str, x_label: str, better: st
         y_label="perplexity",
         better="less" if better == "less" else "more",
         points=points,
-        level=(found.plain.perplexity, f"unquantised, plain module: {found.plain.perplexity:.2f}"),
+        level=(found.plain.perplexity, f"unquantised, plain module: {figures(found.plain.perplexity)}"),
         legend=[(name, style) for style, name in enumerate(targets)] if len(targets) > 1 else (),
     )
 

@@ -6,6 +6,7 @@ Colours are CSS classes, so that a plot follows a page from light to dark; `docu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from transom.validation.evaluation.axis import Axis
 from transom.validation.report import CHART_STYLE, STYLE
 
 WIDTH, HEIGHT = 860, 400
-LEFT, RIGHT, TOP, BOTTOM = 66, 20, 44, 46
+LEFT, RIGHT, TOP, BOTTOM = 78, 20, 44, 46
 RADIUS = 5.0
 LETTER, LINE = 6.9, 14.0
 """Rough size of a letter of the labels, to keep them apart."""
@@ -113,7 +114,8 @@ class _Plot:
         self.x_axis = Axis.of([point.x for point in self.points])
         levels = [] if self.level is None else [self.level[0]]
         # Bars that a wild perplexity makes long must not decide the scale.
-        self.y_axis = Axis.of([*levels, *(point.y for point in self.points)])
+        bars = [point.y + side * point.error for point in self.points for side in (-1, 1) if point.error < point.y / 2]
+        self.y_axis = Axis.of([*levels, *bars, *(point.y for point in self.points)])
 
     def parts(self) -> list[str]:
         return [*self._grid(), *self._across(), *self._front(), *self._marks(), *self._names(), *self._legend()]
@@ -145,8 +147,8 @@ class _Plot:
         y = self.y(self.level[0])
         return [_rule("limit", LEFT, y, WIDTH - RIGHT, y, dash="6 3")]
 
-    def _front(self) -> list[str]:
-        """Steps, as nothing between two schemes can be had."""
+    def _corners(self) -> list[tuple[float, float]]:
+        """Of the front's steps: nothing between two schemes can be had."""
         held = sorted((point for point in self.points if point.on_front), key=lambda point: (point.x, point.y))
         corners: list[tuple[float, float]] = []
         for point in held:
@@ -154,7 +156,10 @@ class _Plot:
             if corners:
                 corners.append((x, corners[-1][1]) if self.scatter.better == "less" else (corners[-1][0], y))
             corners.append((x, y))
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        return corners
+
+    def _front(self) -> list[str]:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in self._corners())
         return [f'<polyline class="line" fill="none" stroke="currentColor" stroke-opacity="0.5" points="{path}"/>']
 
     def _marks(self) -> list[str]:
@@ -162,8 +167,7 @@ class _Plot:
         for point in self.points:
             x, y = self.x(point.x), self.y(point.y)
             kind = f"series-{point.style % COLOURS}"
-            if math.isfinite(point.error) and point.error > 0:
-                ends = [self._clamped(point.y + point.error), self._clamped(point.y - point.error)]
+            if ends := self._bar(point):
                 bar = f"M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" + "".join(f"M{x - 4:.1f} {end:.1f}h8" for end in ends)
                 parts.append(f'<path class="{kind}" fill="none" stroke="currentColor" d="{bar}"/>')
             fill = 'fill="currentColor"' if point.on_front else 'class="paper" fill="white"'
@@ -173,6 +177,12 @@ class _Plot:
             )
         return parts
 
+    def _bar(self, point: Point) -> tuple[float, float] | None:
+        """Upper and lower end of a point's bar."""
+        if not (math.isfinite(point.error) and point.error > 0):
+            return None
+        return self._clamped(point.y + point.error), self._clamped(point.y - point.error)
+
     def _clamped(self, value: float) -> float:
         if self.y_axis.logarithmic and value <= self.y_axis.low:
             return HEIGHT - BOTTOM
@@ -180,24 +190,19 @@ class _Plot:
 
     def _names(self) -> list[str]:
         """Names beside their points, where nothing else is."""
-        taken: list[Box] = [
-            (self.x(p.x) - RADIUS, self.y(p.y) - RADIUS, self.x(p.x) + RADIUS, self.y(p.y) + RADIUS)
-            for p in self.points
-        ]
-        parts = []
+        taken, parts = self._taken(), []
         if self.level is not None:
-            (value, label), y = self.level, self.y(self.level[0])
-            wide = len(label) * LETTER
+            label, y = self.level[1], self.y(self.level[0])
             spots = [
                 (x, y + dy, anchor)
                 for dy in (-5, 13)
                 for x, anchor in ((WIDTH - RIGHT - 4, "end"), (LEFT + 4, "start"), ((LEFT + WIDTH) / 2, "middle"))
             ]
-            parts.append(_placed(label, spots, wide, taken))
-            taken.append((LEFT, self.y(value) - 1, WIDTH - RIGHT, self.y(value) + 1))
+            parts.append(_placed(label, spots, taken))
+            taken.append((LEFT, y - 1, WIDTH - RIGHT, y + 1))
         for point in self.points:
             x, y = self.x(point.x), self.y(point.y)
-            far, wide = RADIUS + 4, len(point.name) * LETTER
+            far = RADIUS + 4
             spots = [
                 (x + far, y + 4, "start"),
                 (x - far, y + 4, "end"),
@@ -210,8 +215,19 @@ class _Plot:
                 *((x + far, y + down * LINE, "start") for down in (2, -2, 3, -3, 4, -4)),
                 *((x - far, y + down * LINE, "end") for down in (2, -2, 3, -3, 4, -4)),
             ]
-            parts.append(_placed(point.name, spots, wide, taken, kind="name"))
+            parts.append(_placed(point.name, spots, taken, kind="name"))
         return parts
+
+    def _taken(self) -> list[Box]:
+        """Where points, their bars and the front are."""
+        centres = [(self.x(point.x), self.y(point.y)) for point in self.points]
+        found = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in centres]
+        for point in self.points:
+            if ends := self._bar(point):
+                found.append((self.x(point.x) - 4, ends[0], self.x(point.x) + 4, ends[1]))
+        for (x1, y1), (x2, y2) in itertools.pairwise(self._corners()):
+            found.append((min(x1, x2) - 1, min(y1, y2) - 1, max(x1, x2) + 1, max(y1, y2) + 1))
+        return found
 
     def _legend(self) -> list[str]:
         parts, x = [], float(WIDTH - RIGHT)
@@ -225,11 +241,11 @@ class _Plot:
         return parts
 
 
-def _placed(text: str, spots: Sequence[tuple[float, float, str]], wide: float, taken: list[Box], kind: str = "") -> str:
+def _placed(text: str, spots: Sequence[tuple[float, float, str]], taken: list[Box], kind: str = "") -> str:
     """The text at the first spot that is free and inside the plot, or at the first of all."""
 
     def box(spot: tuple[float, float, str]) -> Box:
-        x, y, anchor = spot
+        (x, y, anchor), wide = spot, len(text) * LETTER
         low = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
         return (low, y - LINE + 3, low + wide, y + 3)
 

@@ -109,6 +109,7 @@ def _names(option: str | None) -> list[str] | None:
 
 def _show(found: Evaluation) -> None:
     text, speed = found.text, found.speed
+    timed = f"prefill of {speed['prefill_tokens']:,}, then {speed['decode_tokens']:,} one by one"
     cut = f"{text['sequences']} x {text['length']:,}" if text["sequences"] > 1 else f"{text['length']:,}"
     console.print(
         f"[bold]{escape(found.model)}[/bold], {cut} tokens of {escape(str(text['source']))}, against the plain module "
@@ -126,8 +127,7 @@ def _show(found: Evaluation) -> None:
     console.print(table)
     console.print(
         f"[dim]± is the standard error; that of the loss difference (nats a token) tells schemes apart. Tokens a "
-        f"second: prefill of {speed['prefill_tokens']:,}, then {speed['decode_tokens']:,} one by one, {speed['threads']} "
-        f"threads, {escape(str(speed['machine']))}[/dim]",
+        f"second: {timed}, {speed['threads']} threads, {escape(str(speed['machine']))}[/dim]",
         highlight=False,
     )
     for name, reason in found.not_run.items():
