@@ -10,7 +10,7 @@ from transom.validation.evaluation.scatter import Point, Scatter, document, draw
 from transom.validation.report import number, page, share, table
 
 HEADER = (
-    "scheme", "bytes", "bytes / weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
+    "scheme", "MB", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
 )  # fmt: skip
 
 
@@ -23,13 +23,10 @@ def render(found: Evaluation) -> str:
         f"<p>Held against {escape(found.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p></header>",
         "<main>",
         "<section><h2>Schemes</h2>",
-        table(
-            "Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its "
-            "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL "
-            "is from the unquantised model, in nats. Speeds are in tokens a second.",
-            HEADER,
-            [[escape(cell) for cell in cells(found, row)] for row in found.rows],
-        ),
+        "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its difference from "
+        "the unquantised model is taken token by token, so that its error tells schemes apart. KL is from the unquantised "
+        "model, in nats. Speeds are in tokens a second.</p>",
+        table("Schemes", HEADER, [[escape(cell) for cell in cells(found, row)] for row in found.rows]),
         *_not_run(found),
         "</section>",
         "<section><h2>Fronts</h2>",
@@ -53,7 +50,7 @@ def cells(found: Evaluation, row: Row) -> tuple[str, ...]:
     bare = row is found.plain
     return (
         row.name,
-        f"{row.bytes:,}",
+        f"{row.bytes / 1e6:,.1f}",
         f"{row.bytes_per_weight:.3f}",
         f"{figures(row.perplexity)} ± {figures(row.perplexity_error)}",
         "" if bare else f"{row.loss_difference.mean:+.4f} ± {row.loss_difference.error:.4f}",

@@ -21,6 +21,11 @@ ModelOrDirs = Annotated[
     typer.Argument(metavar="MODEL_OR_DIR...", help="A model, to compile with every scheme; exported artifacts of it."),
 ]
 
+COLUMNS = (
+    "scheme", "size", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
+)  # fmt: skip
+WIDE = 140
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -116,15 +121,16 @@ def _show(found: Evaluation) -> None:
         "in float32",
         highlight=False,
     )
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in (
-        "scheme", "size", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
-    ):  # fmt: skip
-        left = name in ("scheme", "front")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name == "scheme", overflow="fold")
-    for row in found.rows:
-        table.add_row(*_cells(found, row))
-    console.print(table)
+    rows = [_cells(found, row) for row in found.rows]
+    # Two tables where one would break its numbers over lines.
+    for columns in [range(len(COLUMNS))] if console.width >= WIDE else [(0, 3, 4, 5, 6), (0, 1, 2, 7, 8, 9)]:
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for index in columns:
+            name = COLUMNS[index]
+            table.add_column(name, justify="left" if name in ("scheme", "front") else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[index] for index in columns))
+        console.print(table)
     console.print(
         f"[dim]± is the standard error; that of the loss difference (nats a token) tells schemes apart. Tokens a "
         f"second: {timed}, {speed['threads']} threads, {escape(str(speed['machine']))}[/dim]",
