@@ -23,9 +23,9 @@ def render(found: Evaluation) -> str:
         f"<p>Held against {escape(found.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p></header>",
         "<main>",
         "<section><h2>Schemes</h2>",
-        "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its difference from "
-        "the unquantised model is taken token by token, so that its error tells schemes apart. KL is from the unquantised "
-        "model, in nats. Speeds are in tokens a second.</p>",
+        "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its "
+        "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
+        "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
         table("Schemes", HEADER, [[escape(cell) for cell in cells(found, row)] for row in found.rows]),
         *_not_run(found),
         "</section>",
