@@ -21,6 +21,7 @@ from benchmarks.contenders import BASELINE, CONTENDERS, DEFAULT
 from benchmarks.quiet import OtherCpu, wait_for_quiet
 from benchmarks.report import Results, Row, Timing, draw, render
 from benchmarks.worker import ContenderError, Worker
+from transom.validation.evaluation.speed import processor
 from transom.zoo.model import packaged_gguf
 from transom.zoo.tokenizer import Tokenizer
 
@@ -185,7 +186,7 @@ def facts(options: argparse.Namespace) -> dict[str, str]:
     packages = ("transom", "onnxruntime", "llama-cpp-python", "transformers", "torch", "numpy")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{_cpu_name()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, {platform.system()}",
+        "machine": f"{processor()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, {platform.system()}",
         "versions": ", ".join([f"Python {platform.python_version()}", *(_version(name) for name in packages)]),
         "model": f"{Contender.model}, the real weights, all from one GGUF file (Q4_K_M)",
         "text": text.DESCRIPTION,
@@ -205,14 +206,6 @@ def say(line: str) -> None:
     """Tell how far it is."""
     minutes, seconds = divmod(int(time.monotonic() - _STARTED), 60)
     print(f"[{minutes:02}:{seconds:02}] {line}", file=sys.stderr, flush=True)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

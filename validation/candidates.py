@@ -175,3 +175,14 @@ def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Ma
     )
     candidate = Candidate(name=manifest.target, target=manifest.target, settings=settings, folder=folder, exported=True)
     return candidate, manifest
+
+
+def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Artifacts carry their folders in their names where these would not tell."""
+    names = [candidate.name for candidate in candidates]
+    return [
+        dataclasses.replace(candidate, name=f"{candidate.name} ({candidate.folder})")
+        if candidate.exported and names.count(candidate.name) > 1
+        else candidate
+        for candidate in candidates
+    ]

@@ -71,7 +71,8 @@ def divergence(found: NDArray[np.float32], expected: Logits, first: int) -> Arra
     parts = []
     for low in range(0, len(found), ROWS):
         rows = torch.from_numpy(np.ascontiguousarray(found[low : low + ROWS]))
-        parts.append(_kl(rows, expected(first + low, first + low + len(rows))))
+        beside = expected(first + low, first + low + len(rows))
+        parts.append(kl(beside.log_softmax(-1), rows.log_softmax(-1)))
     return np.concatenate(parts)
 
 
@@ -84,13 +85,13 @@ def _compare_rows(found: torch.Tensor, expected: torch.Tensor, first: int) -> Di
         first=first,
         max_abs=_array((found - expected).abs().amax(-1)),
         magnitude=_array(expected.abs().amax(-1)),
-        kl=_kl(found, expected),
+        kl=kl(expected.log_softmax(-1), found.log_softmax(-1)),
         gap=_array(gap),
     )
 
 
-def _kl(found: torch.Tensor, expected: torch.Tensor) -> Array:
-    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> Array:
+    """KL(p || q) in nats of log probabilities [R, V], row by row."""
     terms = log_p.exp() * (log_p - log_q)
     # Rounding can leave a sum of almost nothing below zero.
     return _array(terms.sum(-1, dtype=torch.float64).clamp(min=0))

@@ -35,12 +35,22 @@ class Inputs:
 def read_inputs(
     named: str | Path | Model | Sequence[str | Path | Model],
     *,
-    model: str | None,
+    model: str | Path | Model | None,
     weights: Literal["checkpoint", "random"],
     seed: int,
     threads: int | None,
+    same_weights: bool = True,
 ) -> Inputs:
     """Tell models and artifacts apart, and load the model.
+
+    Args:
+        named: A model, artifacts, or both.
+        model: The model, if it is none of those and not where the artifacts' manifests say.
+        weights: "random" draws the model's weights from `seed`.
+        seed: Of random weights.
+        threads: Threads of the runtimes.
+        same_weights: Whether artifacts of other weights are refused, such as those of a checkpoint that was trained on
+            from the model's. Those that nobody named a model for always are.
 
     Raises:
         ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
@@ -60,7 +70,7 @@ def read_inputs(
     else:
         loaded = model_of(opened[0][1], folders[0])
     for folder, (_, manifest) in zip(folders, opened, strict=True):
-        check_same(loaded, manifest, folder)
+        check_same(loaded, manifest, folder, weights=same_weights or chosen is None)
     return Inputs(model=loaded, artifacts=tuple(made for made, _ in opened), compiles=bool(models))
 
 
@@ -77,15 +87,15 @@ def model_of(manifest: Manifest, folder: Path) -> Model:
         ) from None
 
 
-def check_same(model: Model, manifest: Manifest, folder: Path) -> None:
-    """Raise `ConfigError` if an artifact is not of the model."""
+def check_same(model: Model, manifest: Manifest, folder: Path, *, weights: bool = True) -> None:
+    """Raise `ConfigError` if an artifact is not of the model, or, with `weights`, not of its very numbers."""
     config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(model.config)))
     theirs = dict(manifest.model)
     if differing := sorted(key for key in config if key != "name" and config[key] != theirs.get(key)):
         raise ConfigError(
             f"{folder} is not of {model.config.name}: {', '.join(differing)} differ; name its model with --model"
         )
-    if model.revision != manifest.source["revision"]:
+    if weights and model.revision != manifest.source["revision"]:
         raise ConfigError(
             f"{folder} was made from revision {manifest.source['revision']} of {manifest.source['name']}, the model "
             f"at hand is {model.revision}: export it again, or name its model with --model"

@@ -10,7 +10,7 @@ from pathlib import Path
 from transom.validation.charts import Chart, Series, draw, thinned
 from transom.validation.result import TargetResult, Validation
 
-STYLE = Path(__file__).parent / "report.css"
+STYLE, CHART_STYLE = (Path(__file__).parent / name for name in ("report.css", "chart.css"))
 
 
 def render(found: Validation) -> str:
@@ -34,11 +34,16 @@ def render(found: Validation) -> str:
         _provenance(found),
         "</main>",
     ]
+    return page(f"{found.model}: validation {verdict}", body)
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole page that loads nothing; the body is HTML already."""
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(found.model)}: validation {verdict}</title><style>{STYLE.read_text()}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{STYLE.read_text()}{CHART_STYLE.read_text()}</style></head><body>"
     )
     return "\n".join([head, *body, "</body></html>\n"])
 

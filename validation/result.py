@@ -199,7 +199,7 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        found: dict[str, Any] = _finite(
+        found: dict[str, Any] = finite(
             {
                 "model": self.model,
                 "passed": self.passed,
@@ -215,9 +215,10 @@ class Validation:
         return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data in which a number that is not finite is None, for JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(held) for key, held in value.items()}
+        return {key: finite(held) for key, held in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(held) for held in value]
+        return [finite(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

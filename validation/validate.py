@@ -21,6 +21,7 @@ from transom.validation.candidates import (
     Settings,
     check_targets,
     installed_targets,
+    told_apart,
 )
 from transom.validation.certificate import check_writable, write_certificate
 from transom.validation.inputs import Inputs, read_inputs
@@ -109,7 +110,7 @@ def validate_sources(
             raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
     names, not_run = _names(inputs, targets, quant, dtype)
     compiled = _settings(config, quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
-    candidates = _told_apart(
+    candidates = told_apart(
         [*inputs.artifacts, *_compiled(names, compiled, None if out is None else Path(out), overwrite)]
     )
     if not candidates:
@@ -271,14 +272,3 @@ def _compiled(names: Sequence[str], settings: Settings, out: Path | None, overwr
             check_absent(folder, overwrite=overwrite)
         found.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
     return found
-
-
-def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Artifacts carry their folders in their names where their targets would not tell."""
-    names = [candidate.name for candidate in candidates]
-    return [
-        dataclasses.replace(candidate, name=f"{candidate.name} ({candidate.folder})")
-        if candidate.exported and names.count(candidate.name) > 1
-        else candidate
-        for candidate in candidates
-    ]

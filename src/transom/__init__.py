@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from transom.graphs.graph import Graph
     from transom.validation.bisection.sources import Source
     from transom.validation.bisection.verdict import Verdict
+    from transom.validation.evaluation.result import Evaluation
     from transom.validation.result import Validation
     from transom.zoo.model import Model
 
-__all__ = ["bisect", "compile", "load", "open", "trace", "validate"]
+__all__ = ["bisect", "compile", "evaluate", "load", "open", "trace", "validate"]
 __version__ = "0.1.0"
 
 
@@ -72,3 +73,10 @@ def bisect(a: Source, b: Source, **options: Any) -> Verdict:
     from transom.validation.bisection.bisect import bisect as find
 
     return find(a, b, **options)
+
+
+def evaluate(model_or_dirs: str | Path | Model | Sequence[str | Path | Model], **options: Any) -> Evaluation:
+    """Weigh schemes against size and speed; see `transom.validation.evaluation.evaluate.evaluate_sources`."""
+    from transom.validation.evaluation.evaluate import evaluate_sources
+
+    return evaluate_sources(model_or_dirs, **options)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from transom.graphs.errors import CheckpointError
+from transom.graphs.errors import ArtifactError, CheckpointError
 
 console = Console()
 progress_console = Console(stderr=True)
@@ -40,6 +40,19 @@ def check_weights(weights: str) -> None:
     """Raise `CheckpointError` if `weights` is neither "checkpoint" nor "random"."""
     if weights not in ("checkpoint", "random"):
         raise CheckpointError(f"--weights takes 'checkpoint' or 'random', not {weights!r}")
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise `ArtifactError` for a file that could not be written when a long run ends; - is none, nor is None."""
+    from transom.validation.certificate import check_writable
+
+    for path in paths:
+        if path is None or str(path) == "-":
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
+        if path.is_file() or not path.exists():
+            check_writable(path.resolve().parent)
 
 
 def print_json(data: Any) -> None:

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Seed, Threads, Weights, check_weights, console, print_json, size
-from transom.graphs.errors import ArtifactError
+from transom.cli.options import Seed, Threads, Weights, check_outputs, check_weights, console, print_json, size
 
 if TYPE_CHECKING:
     from transom.validation.result import TargetResult, Validation
@@ -62,19 +61,12 @@ def validate(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
 ) -> None:
     """Hold every target against the plain module: logits, tokens, cache bytes. Exit code 1 if one fails."""
-    from transom.validation.certificate import check_writable, replace_file
+    from transom.validation.certificate import replace_file
     from transom.validation.report import render
     from transom.validation.validate import validate_sources
 
     check_weights(weights)
-    for path in (json_file, html):
-        if path is None or str(path) == "-":
-            continue
-        # A long run should not end at a folder that is not there.
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
-        if path.is_file() or not path.exists():
-            check_writable(path.resolve().parent)
+    check_outputs(json_file, html)
     with stage_bars() as on_progress:
         found = validate_sources(
             model_or_dirs,

@@ -1,0 +1,83 @@
+"""What is evaluated: schemes to compile for targets, and artifacts that somebody exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from transom.backends.artifact import check_absent
+from transom.graphs.errors import ConfigError, ContextLengthError, TargetError
+from transom.graphs.schemes import scheme
+from transom.passes.targets import TARGETS
+from transom.validation.candidates import Candidate, Settings, check_targets
+from transom.validation.certificate import check_writable
+from transom.zoo.config import DecoderConfig
+
+
+def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) -> None:
+    """Raise what is wrong with the names of schemes and targets, None where the defaults are meant.
+
+    Raises:
+        QuantizationError: If a scheme is unknown.
+        TargetError: If a target is unknown.
+        ConfigError: If a name is given twice, or none is.
+    """
+    for name in schemes or ():
+        scheme(name)
+    for name in targets or ():
+        if name not in TARGETS:
+            raise TargetError(f"no target named {name!r}: choose one of {', '.join(TARGETS)}")
+    for kind, names in (("scheme", schemes), ("target", targets)):
+        if names is not None and not names:
+            raise ConfigError(f"no {kind} is named: name one, or leave the option out")
+        if twice := next((name for name in names or () if list(names or ()).count(name) > 1), None):
+            raise ConfigError(f"the {kind} {twice!r} is given twice: name it once")
+
+
+def check_context(config: DecoderConfig, context: int | None) -> None:
+    """Raise `ContextLengthError` for a context that the model does not have."""
+    if context is not None and not 1 <= context <= config.context:
+        raise ContextLengthError(
+            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
+        )
+
+
+def to_compile(
+    schemes: Sequence[str], targets: Sequence[str], settings: Settings, out: str | Path | None, *, overwrite: bool
+) -> list[Candidate]:
+    """Every scheme for every target.
+
+    Raises:
+        ArtifactError: If a folder in `out` exists already or cannot be written.
+    """
+    found = []
+    for target in targets:
+        for name in schemes:
+            # What schemes are called may hold characters that folders should not.
+            folder = None if out is None else Path(out) / f"{target}-{re.sub(r'[^A-Za-z0-9_.-]+', '+', name)}"
+            if folder is not None:
+                check_absent(folder, overwrite=overwrite)
+                check_writable(next(parent for parent in folder.resolve().parents if parent.exists()))
+            quantized = dataclasses.replace(settings, quant=name)
+            candidate = Candidate(name=target, target=target, settings=quantized, folder=folder, overwrite=overwrite)
+            found.append(named(candidate))
+    return found
+
+
+def named(candidate: Candidate) -> Candidate:
+    """Called by its target and scheme."""
+    return dataclasses.replace(candidate, name=f"{candidate.target} {candidate.settings.quant}")
+
+
+def refused(candidates: Sequence[Candidate]) -> dict[str, Exception]:
+    """By name, those that can be known not to run: a library is missing, or the target cannot hold what is asked."""
+    found: dict[str, Exception] = {}
+    for candidate in candidates:
+        try:
+            if not candidate.exported:
+                check_targets([candidate.target], quant=candidate.settings.quant, dtype=candidate.settings.dtype)
+        except TargetError as error:
+            found[candidate.name] = error
+    return found

@@ -1,0 +1,121 @@
+"""The report of an evaluation: a table and two plots, in one HTML file that loads nothing, or the plots as SVG."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from transom.validation.evaluation.result import Axis, Evaluation, Row
+from transom.validation.evaluation.scatter import Point, Scatter, document, draw
+from transom.validation.report import number, page, share, table
+
+HEADER = (
+    "scheme", "MB", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
+)  # fmt: skip
+
+
+def render(found: Evaluation) -> str:
+    """A whole page."""
+    best = ", ".join(escape(row.name) for row in found.front("bytes"))
+    body = [
+        f"<header><h1>{escape(found.model)}</h1>",
+        '<p class="verdict">Schemes weighed against size and speed</p>',
+        f"<p>Held against {escape(found.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p></header>",
+        "<main>",
+        "<section><h2>Schemes</h2>",
+        "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its "
+        "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
+        "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
+        table("Schemes", HEADER, [[escape(cell) for cell in cells(found, row)] for row in found.rows]),
+        *_not_run(found),
+        "</section>",
+        "<section><h2>Fronts</h2>",
+        "<p>Filled points are on the front: no other scheme is better in both. Bars are the standard error of the "
+        "difference from the unquantised model.</p>",
+        *(f"<figure>{draw(scatter)}</figure>" for scatter in scatters(found)),
+        "</section>",
+        _provenance(found),
+        "</main>",
+    ]
+    return page(f"{found.model}: schemes", body)
+
+
+def render_plot(found: Evaluation) -> str:
+    """Both plots as one SVG file."""
+    return document(f"{found.model}: schemes", scatters(found))
+
+
+def cells(found: Evaluation, row: Row) -> tuple[str, ...]:
+    """A row of the table under `HEADER`, as plain text."""
+    bare = row is found.plain
+    return (
+        row.name,
+        f"{row.bytes / 1e6:,.1f}",
+        f"{row.bytes_per_weight:.3f}",
+        f"{figures(row.perplexity)} ± {figures(row.perplexity_error)}",
+        "" if bare else f"{row.loss_difference.mean:+.4f} ± {row.loss_difference.error:.4f}",
+        "" if bare else number(row.kl.mean),
+        "" if bare else share(row.top1_agreement),
+        *("" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f}" for speed in (row.prefill, row.decode)),
+        ", ".join({"bytes": "size", "decode": "speed"}[axis] for axis in found.fronts_of(row)),
+    )
+
+
+def figures(value: float) -> str:
+    """Three decimals, which perplexities of good models differ in; of a bad one, none."""
+    return f"{value:,.{3 if value < 100 else 0}f}"
+
+
+def scatters(found: Evaluation) -> tuple[Scatter, Scatter]:
+    """Bytes and speed against perplexity."""
+    return (
+        _scatter(found, "bytes", f"{found.model}: perplexity by size", "MB on disk", "less"),
+        _scatter(found, "decode", f"{found.model}: perplexity by speed", "tokens decoded a second", "more"),
+    )
+
+
+def _scatter(found: Evaluation, axis: Axis, title: str, x_label: str, better: str) -> Scatter:
+    targets = list(dict.fromkeys(row.target for row in found.measured))
+    on_front = found.front(axis)
+    points = [
+        Point(
+            # The legend tells the target; what is left tells artifacts of one scheme apart.
+            name=row.name.removeprefix(f"{row.target} "),
+            x=row.bytes / 1e6 if axis == "bytes" else row.decode or math.nan,
+            y=row.perplexity,
+            error=row.perplexity * row.loss_difference.error,
+            style=targets.index(row.target),
+            on_front=row in on_front,
+        )
+        for row in found.measured
+    ]
+    return Scatter(
+        key=axis,
+        title=title,
+        x_label=x_label,
+        y_label="perplexity",
+        better="less" if better == "less" else "more",
+        points=points,
+        level=(found.plain.perplexity, f"unquantised, plain module: {figures(found.plain.perplexity)}"),
+        legend=[(name, style) for style, name in enumerate(targets)] if len(targets) > 1 else (),
+    )
+
+
+def _not_run(found: Evaluation) -> list[str]:
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in found.not_run.items()]
+    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
+
+
+def _provenance(found: Evaluation) -> str:
+    text, speed = found.text, found.speed
+    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
+    facts = {
+        "weights": f"{found.source['name']}, revision {found.source['revision']}; {found.parameters:,} numbers",
+        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
+        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
+        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
+        "date": found.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
