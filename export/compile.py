@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transom.export.exporter import Request, exporter
 from transom.graphs.errors import ContextLengthError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
+from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline
 from transom.passes.convert_quantized import ConvertQuantized
@@ -132,7 +133,8 @@ def compile_model(
             on_bytes=on_bytes,
             on_program=lambda done, count: on_progress("programs", done, count),
         )
-        with _one_thread():
+        # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
+        with one_thread():
             lowered = write(graph, folder, request)
         _write_companions(model, folder)
         manifest = write_manifest(
@@ -168,17 +170,6 @@ def compile_model(
             ),
         )
     return Artifact(folder=out, manifest=manifest)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write_companions(model: Model, folder: Path) -> None:

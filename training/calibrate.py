@@ -17,6 +17,7 @@ from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.rounding import Rounded
 from transom.graphs.schemes import QuantSpec
+from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
 from transom.training.checkpoint import with_codes
 from transom.training.gptq import gptq
@@ -60,7 +61,9 @@ def calibrate(
                 for node in group:
                     name, weight = _weight(graph, node)
                     _check_finite(name, weights[name], moments)
-                    found[name] = with_codes(weight, specs[name], quantizer(weights[name], moments, specs[name]))
+                    with one_thread():
+                        codes = quantizer(weights[name], moments, specs[name])
+                    found[name] = with_codes(weight, specs[name], codes)
                     weights[name] = found[name].read()
             for values in batches:
                 outputs = stages.run(stage, weights, [values[node] for node in stage.inputs])

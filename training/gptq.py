@@ -42,11 +42,7 @@ def gptq(weight_RK: torch.Tensor, moments_KK: torch.Tensor, spec: QuantSpec) -> 
         tensor_max=float(weight_RK.abs().max()),
     )
     order = moments.diagonal().argsort(descending=True)
-    # The upper factor of the inverse: row i holds how an error in column i is spread over those after it.
-    factor_KK = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order])), upper=True
-    )
-    factor_KK = factor_KK.float()
+    factor_KK = _inverse_factor(moments[order][:, order]).float()
     group_K = torch.arange(columns).div(spec.group(columns), rounding_mode="floor")[order]
     free_RK, rounded_RK = weight_RK[:, order].clone(), torch.empty_like(weight_RK)
     for low in range(0, columns, _COLUMNS):
@@ -67,3 +63,12 @@ def gptq(weight_RK: torch.Tensor, moments_KK: torch.Tensor, spec: QuantSpec) -> 
     # What stands on the grid is rounded to itself.
     stored = Grid(divisors=grid.scales(spec), zero_points=grid.zero_points)
     return encode(again.view_as(blocks_RGC), stored, spec)
+
+
+def _inverse_factor(moments_KK: torch.Tensor) -> torch.Tensor:
+    """The upper U with U^T U the inverse: its row i says how an error in column i is spread over those after it.
+
+    From the factor of the moments taken backwards, so that no inverse is ever formed.
+    """
+    upper_KK = torch.linalg.cholesky(moments_KK.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper_KK, torch.eye(len(moments_KK), dtype=moments_KK.dtype), upper=True)
