@@ -43,7 +43,7 @@ from transom.validation.bisection.divergence import Difference, compare, describ
 from transom.validation.bisection.eager import EagerSession
 from transom.validation.bisection.recording import Call, Recording, plan_calls, positions_of, record
 from transom.validation.bisection.verdict import Verdict
-from transom.validation.prompt import make_prompt
+from transom.zoo.prompt import make_prompt
 from transom.zoo.model import Model
 
 CALLS = plan_calls(window=WINDOW, chunk=CHUNK, decode=12)

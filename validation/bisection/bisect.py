@@ -45,7 +45,7 @@ from transom.validation.bisection.sources import (
 )
 from transom.validation.bisection.verdict import Verdict
 from transom.validation.inputs import check_same, model_of
-from transom.validation.prompt import make_prompt
+from transom.zoo.prompt import make_prompt
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
 
