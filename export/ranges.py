@@ -8,10 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from transom.backends.reference.session import ReferenceSession
-from transom.export.compile import trace_model
 from transom.graphs.graph import Graph
 from transom.graphs.number_format import NumberFormat
 from transom.graphs.observation import Observation
@@ -24,8 +21,8 @@ from transom.zoo.model import Model
 CHUNK = 128
 """New tokens in one call. The logits of all of them stand in memory at once."""
 
-HALF = torch.float16
-"""A trace in this dtype tells which values follow the graph's dtype; the others the model keeps in float32 itself."""
+TOKENS = 1024
+"""Of the text that ranges are traced on unless another one is given. The largest numbers stand at its first token."""
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -114,7 +111,8 @@ def trace_ranges(
     model: Model,
     tokens: Sequence[int],
     *,
-    half: Graph | None = None,
+    full: Graph,
+    half: Graph,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Ranges:
     """Run a model over a text in float32, chunk by chunk, and note how large every value gets.
@@ -122,34 +120,30 @@ def trace_ranges(
     Args:
         model: Its weights are read into memory.
         tokens: Ids of the text, at least one.
-        half: The model's `decode` graph in float16, to save tracing it again; left as it is.
-        on_progress: Called with (stage, done, total): traces one by one, tokens, weights.
+        full: The model's `decode` graph as traced in float32.
+        half: The same in float16 or bfloat16: tells which values follow the graph's dtype.
+        on_progress: Called with (stage, done, total): "ranges" by tokens, "weights" one by one.
 
     Raises:
         ContextLengthError: If the text is longer than the model's context.
         TokenizerError: If there is no token, or one is out of the vocabulary.
     """
-    on_progress("trace", 0, 2)
-    names = narrow_values(trace_model(model, dtype=HALF) if half is None else half, HALF)
-    on_progress("trace", 1, 2)
-    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(trace_model(model))
-    on_progress("trace", 2, 2)
+    names = list(narrow_values(half, half.output.args[0][0].meta["val"].dtype))
+    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(full)
     session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
     found = {name: Observation.none() for name in names}
 
     def on_chunk(count: int) -> None:
         for name in names:
             found[name] = found[name].merge(Observation.of(session.tapped[PREFIX + name]))
-        on_progress("tokens", min(session.position, len(tokens)), len(tokens))
+        on_progress("ranges", min(session.position, len(tokens)), len(tokens))
 
     session.prefill(tokens, on_chunk=on_chunk)
     values = [
         ValueRange(name=name, op=_operation(name), layer=layer_of(name), observation=observation)
         for name, observation in found.items()
     ]
-    return Ranges(
-        model=model.config.name, tokens=len(tokens), values=(*values, *_weights(model.weights, on_progress))
-    )
+    return Ranges(model=model.config.name, tokens=len(tokens), values=(*values, *_weights(model.weights, on_progress)))
 
 
 def _operation(name: str) -> str:

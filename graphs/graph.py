@@ -143,9 +143,7 @@ class Graph:
         name = self.weight_names().get(node.name)
         return None if name is None else (name, self.weights[name])
 
-    def call(
-        self, target: Any, args: tuple[Any, ...], origin: Node, kwargs: Mapping[str, Any] | None = None
-    ) -> Node:
+    def call(self, target: Any, args: tuple[Any, ...], origin: Node, kwargs: Mapping[str, Any] | None = None) -> Node:
         """Insert a call before the current insertion point, with its shape known.
 
         Args:

@@ -1,8 +1,8 @@
 """What a tensor's numbers were: exact extremes, and counts by magnitude that merge over batches. Needs no torch.
 
 A float32 number's sign, exponent and first four bits after the leading one, which are its top 13 bits, name its bucket:
-16 buckets an octave, over all that float32 holds, alike on every machine. Numbers of one bucket differ by a sixteenth at
-most. `graphs.observe` makes the statistic inside of a graph.
+16 buckets an octave, over all that float32 holds, alike on every machine. Numbers of one bucket differ by a sixteenth
+at most. `graphs.observe` makes the statistic inside of a graph.
 """
 
 from __future__ import annotations

@@ -72,7 +72,12 @@ class PassRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
-        return {**dataclasses.asdict(self), "seconds": round(self.seconds, 3), "skipped": list(self.skipped), "notes": list(self.notes)}
+        return {
+            **dataclasses.asdict(self),
+            "seconds": round(self.seconds, 3),
+            "skipped": list(self.skipped),
+            "notes": list(self.notes),
+        }
 
 
 class Pipeline:

@@ -1,8 +1,8 @@
 """GuardRanges: in a graph of float16, what float16 cannot hold is computed in float32, and nothing else is.
 
-Precondition: a graph as traced in the narrow dtype, before any fusion, and the largest magnitude of every value that it
-holds in that dtype, as `export.ranges.trace_ranges` finds them. Ranges come from a text; `margin` bits of headroom stand
-for all other texts.
+Precondition: a graph as traced in the narrow dtype, before any fusion, and the largest magnitude of every value that
+it holds in that dtype, as `export.ranges.trace_ranges` finds them. Ranges come from a text; `margin` bits of headroom
+stand for all other texts.
 Rewrite: an operation whose result is too large, or that reads a value that is, becomes an island: its inputs are cast
 to float32, and its result is cast back where it fits again. A value that stays too large stays float32 from island to
 island, such as a residual stream up to the norm that brings it back. A linear in an island gets its weight in float32.
@@ -13,16 +13,15 @@ Skips: nothing. Where no island helps, because a weight, a cache or a result is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx.node import map_arg
 
-from transom.graphs import ops
 from transom.graphs.errors import InvariantError, RangeError
 from transom.graphs.graph import Graph
-from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path
+from transom.graphs.match import CASTS, LAYOUT, aten, is_call
 from transom.graphs.node import Node
 from transom.passes.add_taps import FUSED
 from transom.passes.base import Pass
@@ -65,7 +64,7 @@ class GuardRanges(Pass):
             )
         for name in graph.weights:
             if self.largest.get(name, 0.0) > torch.finfo(self.dtype).max:
-                raise self._refusal(f"the weight {name}", self.largest[name])
+                raise self._refusal(f"the weight {name}", self.largest[name], 0.0)
 
     def rewrite(self, graph: Graph) -> int:
         """Put every operation that makes or reads a value out of range into float32; counts them."""
@@ -75,7 +74,8 @@ class GuardRanges(Pass):
         self._refuse_results(graph, hot)
         islands = _Islands(graph, self.dtype, hot)
         changes = sum(islands.widen(node) for node in graph.calls_all())
-        islands.return_taps()
+        if changes:
+            islands.return_taps()
         self.notes = [
             f"{name} reaches {largest:.4g}, so it is float32" for name, largest in dict.fromkeys(sizes.values())
         ]
@@ -94,13 +94,14 @@ class GuardRanges(Pass):
         for index, node in enumerate(results):
             if node in hot and node.meta["val"].dtype == self.dtype:
                 what = graph.caches[index - first_cache].name if index >= first_cache else "the result"
-                raise self._refusal(f"{what}, from {hot[node][0]},", hot[node][1])
+                raise self._refusal(f"{what}, from {hot[node][0]},", hot[node][1], self.margin)
 
-    def _refusal(self, what: str, largest: float) -> RangeError:
-        name = str(self.dtype).removeprefix("torch.")
+    def _refusal(self, what: str, largest: float, margin: float) -> RangeError:
+        name, holds = str(self.dtype).removeprefix("torch."), float(torch.finfo(self.dtype).max / 2**margin)
+        spare = f" with {margin:g} bits of headroom" if margin else ""
         return RangeError(
-            f"{what} reaches {largest:.4g}, of which {name} holds {self.limit:.4g} with {self.margin:g} bits of "
-            f"headroom, and no float32 island helps there: compute in bfloat16 or float32"
+            f"{what} reaches {largest:.4g}, of which {name} holds {holds:.4g}{spare}, and no float32 island helps "
+            "there: compute in bfloat16 or float32"
         )
 
 
@@ -117,13 +118,13 @@ def _carry(graph: Graph, sizes: Mapping[Node, tuple[str, float]]) -> dict[Node, 
     return hot
 
 
-def _sources(node: Node) -> Iterable[Any]:
+def _sources(node: Node) -> list[Any]:
     """What a node takes its numbers from, if it computes none."""
-    if is_call(node, *CASTS, *LAYOUT, *_SPLITS, *_CHOICES, operator.getitem):
-        return node.args[:1]
     if is_call(node, aten.where.self):
-        return node.args[1:3]
-    return (node.args[0], node.args[3]) if is_call(node, aten.index_copy.default) else ()
+        return list(node.args[1:3])
+    if is_call(node, aten.index_copy.default):
+        return [node.args[0], node.args[3]]
+    return [node.args[0]] if is_call(node, *CASTS, *LAYOUT, *_SPLITS, *_CHOICES, operator.getitem) else []
 
 
 class _Islands:
@@ -184,7 +185,7 @@ class _Islands:
             held = self.graph.weight_of(used)
             if held is not None and all(is_call(user, aten.linear.default) for user in used.users):
                 name, weight = held
-                self._casts[used] = self.graph.add_weight(f"{name}.float32", weight.to(_WIDE))
+                self._casts[used] = self.graph.add_weight(f"float32.{name}", weight.to(_WIDE))
             else:
                 self._casts[used] = self.graph.call(aten.to.dtype, (used, _WIDE), used)
         return self._casts[used]

@@ -3,10 +3,11 @@
 Precondition: none; it works on a graph as traced and at any later stage. An observer is one more reader of a value, so
 passes that fuse what has one reader leave it alone: insert observers where no fusion follows.
 Rewrite: a `transom.observe` and a tap of op "range" for each site. With `sites` "linears": what every linear reads,
-named after its weight ("range.layers.3.mlp.down_proj.input"). With "values": every floating-point value that is computed
-from activations, named by module path and operation ("range.layers.3.add", "range.layers.3.add.2").
-Skips: sites that are observed already, so that a second run changes nothing; linears whose weight has no name (reported);
-with "values", what only rearranges or casts numbers, and what depends on positions or weights alone.
+named after its weight ("range.layers.3.mlp.down_proj.input"). With "values": every floating-point value that is
+computed from activations, named by module path and operation ("range.layers.3.add", "range.layers.3.add.2").
+Skips: sites that are observed already, so that a second run changes nothing; linears whose weight has no name, and a
+second linear of one weight (both reported); with "values", what only rearranges or casts numbers, and what depends on
+positions or weights alone.
 """
 
 from __future__ import annotations

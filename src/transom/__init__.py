@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transom.backends.session import Session
     from transom.export.compile import Artifact
+    from transom.export.ranges import Ranges
     from transom.graphs.graph import Graph
     from transom.validation.bisection.sources import Source
     from transom.validation.bisection.verdict import Verdict
     from transom.validation.result import Validation
     from transom.zoo.model import Model
 
-__all__ = ["bisect", "compile", "load", "open", "trace", "validate"]
+__all__ = ["bisect", "compile", "load", "open", "ranges", "trace", "validate"]
 __version__ = "0.1.0"
 
 
@@ -72,3 +73,10 @@ def bisect(a: Source, b: Source, **options: Any) -> Verdict:
     from transom.validation.bisection.bisect import bisect as find
 
     return find(a, b, **options)
+
+
+def ranges(model: Model, *, text: str | Path | None = None, **options: Any) -> Ranges:
+    """How large a model's numbers get on a text; see `transom.validation.ranges.ranges_of`."""
+    from transom.validation.ranges import ranges_of
+
+    return ranges_of(model, text=None if text is None else Path(text), **options)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, export, models, run, validate
+from transom.cli import bisect, export, models, ranges, run, validate
 from transom.graphs.errors import TransomError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ export.register(app)
 run.register(app)
 validate.register(app)
 bisect.register(app)
+ranges.register(app)
 
 
 def main() -> None:
