@@ -8,6 +8,7 @@ import torch
 
 from transom.export.compile import trace_model
 from transom.export.ranges import TOKENS, OnProgress, Ranges, trace_ranges
+from transom.graphs.errors import ContextLengthError
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
 
@@ -37,6 +38,10 @@ def ranges_of(
         TokenizerError: If the file cannot be read or holds no text, or the model has no tokenizer for it.
     """
     length = min(TOKENS, model.config.context) if tokens is None else tokens
+    if length > model.config.context:
+        raise ContextLengthError(
+            f"{length} tokens do not fit into {model.config.name}'s context of {model.config.context}: ask for fewer"
+        )
     prompt = make_prompt(model, length, text, seed)
     graphs = []
     for done, dtype in enumerate((torch.float32, HALF)):

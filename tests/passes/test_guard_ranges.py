@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from tests.artifacts import CHUNK
 from tests.case import Case
 from tests.conftest import WINDOW
+from tests.planted import of_model, plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.export.ranges import Ranges, trace_ranges
@@ -21,7 +22,6 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.number_format import FORMATS
 from transom.graphs.schemes import scheme
-from transom.graphs.weight import Weight
 from transom.passes.add_taps import AddTaps
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.insert_observers import narrow_values
@@ -30,32 +30,6 @@ from transom.zoo.model import Model
 
 FLOAT16 = FORMATS["float16"]
 LENGTH = 4 * WINDOW + 9
-
-
-def _first_channels(weight: torch.Tensor) -> torch.Tensor:
-    """A few channels of a norm's output are huge, as in trained models."""
-    return torch.cat((weight[:2] + 50_000, weight[2:]))
-
-
-PLANTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    # The stream is out of range from layer 1 on.
-    "layers.1.post_feedforward_layernorm.weight": _first_channels,
-    # The product of gate and up, and what comes of it, up to the norm behind it.
-    "layers.2.mlp.gate_proj.weight": lambda weight: weight * 2000,
-    "layers.2.mlp.up_proj.weight": lambda weight: weight * 2000,
-    # A projection whose input is in range.
-    "layers.4.mlp.down_proj.weight": lambda weight: weight * 1e5,
-}
-
-
-def plant(model: Model) -> Model:
-    changed = {name: Weight.of(edit(model.weights[name].read().float())) for name, edit in PLANTED.items()}
-    return dataclasses.replace(model, weights={**model.weights, **changed}, revision="planted")
-
-
-def of_model(graph: Graph, model: Model, dtype: torch.dtype) -> Graph:
-    """A graph of the same architecture with this model's weights."""
-    return dataclasses.replace(graph, weights={name: model.weights[name].to(dtype) for name in graph.weights})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
