@@ -96,7 +96,7 @@ def _match(node: Node) -> _Site | str | None:
         scores = skip_casts(scaled[0])
     if not is_call(scores, aten.matmul.default):
         return f"the scores come from {getattr(scores, 'target', scores)}, not from a product of queries and keys"
-    # The fused operation adds scores up in float32, so it needs no wider copies of queries and keys.
+    # The fused operation computes float16's scores in float32 itself.
     q, k_transposed = (_before_widening(side) for side in scores.args)
     if not is_transpose(k_transposed, 2, 3):
         return "the keys are not transposed by a plain transpose of the last two axes"
@@ -107,12 +107,11 @@ def _match(node: Node) -> _Site | str | None:
 
 
 def _before_widening(value: Any) -> Any:
-    """Walk up through casts that lose nothing."""
-    while is_call(value, *CASTS):
-        source, dtypes = value.args[0], [node.meta["val"].dtype for node in (value.args[0], value)]
-        if dtypes[0] != dtypes[1] and torch.promote_types(*dtypes) != dtypes[1]:
+    """Walk up through casts from float16 to float32."""
+    while is_call(value, *CASTS) and value.meta["val"].dtype == torch.float32:
+        if value.args[0].meta["val"].dtype != torch.float16:
             break
-        value = source
+        value = value.args[0]
     return value
 
 
