@@ -22,7 +22,7 @@ CHUNK = 128
 """New tokens in one call. The logits of all of them stand in memory at once."""
 
 TOKENS = 1024
-"""Of the text that ranges are traced on unless another one is given. The largest numbers stand at its first token."""
+"""Of the text that ranges are traced on, unless told otherwise."""
 
 OnProgress = Callable[[str, int, int], None]
 
