@@ -55,7 +55,13 @@ def _show(found: Ranges, number_format: NumberFormat) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.title = f"{escape(found.model)} in {number_format.name}, {found.tokens:,} tokens"
     for name in ("layer", "largest value", "magnitude", "headroom", "overflow", "to zero"):
-        table.add_column(name, justify="left" if name in ("layer", "largest value") else "right", no_wrap=True)
+        # Where the terminal is narrow, long names are folded, and numbers stay whole.
+        table.add_column(
+            name,
+            justify="left" if name in ("layer", "largest value") else "right",
+            no_wrap=name != "largest value",
+            overflow="fold",
+        )
     groups: dict[str, list[ValueRange]] = {}
     for value in found.values:
         kind = "weights" if value.op == "weight" else "outside" if value.layer is None else str(value.layer)
