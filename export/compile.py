@@ -16,6 +16,7 @@ import torch
 from transom.backends.artifact import Manifest, new_folder, write_manifest
 from transom.backends.reference.session import cache_records, tap_records
 from transom.export.exporter import Request, exporter
+from transom.export.ranges import TOKENS, trace_ranges
 from transom.graphs.errors import ContextLengthError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
@@ -23,10 +24,12 @@ from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline
 from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
 from transom.passes.targets import TARGETS
 from transom.zoo.architectures import ARCHITECTURES
 from transom.zoo.model import Model
+from transom.zoo.prompt import make_prompt
 
 CHUNK = 256
 """Default for the largest number of new tokens in one call."""
@@ -54,6 +57,22 @@ def trace_model(model: Model, *, task: Task = "decode", dtype: torch.dtype = tor
     return trace(lambda: ARCHITECTURES[config.architecture](config), config, model.weights, task=task, dtype=dtype)
 
 
+def guards(
+    model: Model, traced: Graph, *, on_progress: OnProgress = lambda stage, done, total: None
+) -> tuple[GuardRanges, ...]:
+    """The passes that keep a model in range of the dtype that it was traced in; none unless that is float16.
+
+    Ranges are traced in float32 on the shipped text, so all weights are read into memory.
+    """
+    if traced.output.args[0][0].meta["val"].dtype != torch.float16:
+        return ()
+    prompt = make_prompt(model, min(TOKENS, model.config.context), None)
+    found = trace_ranges(
+        model, prompt.ids, full=trace_model(model, dtype=torch.float32), half=traced, on_progress=on_progress
+    )
+    return (GuardRanges(found.largest()),)
+
+
 def compile_model(
     model: Model,
     *,
@@ -78,7 +97,8 @@ def compile_model(
         quant: Name of a quantisation scheme; by default that of the codes beside the checkpoint, if there are some.
         context: Longest sequence, in tokens; by default the model's own.
         chunk: Largest number of new tokens in one call.
-        dtype: What to compute in: "float32" or "bfloat16"; by default the target's first.
+        dtype: What to compute in: "float32", "bfloat16" or "float16"; by default the target's first. In float16, what
+            leaves its range on the shipped text is computed in float32: see `guards`.
         topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
         before: Passes to run before the target's own, such as `AddTaps`.
@@ -93,6 +113,7 @@ def compile_model(
         ContextLengthError: If the context is longer than the model's.
         ArtifactError: If `out` exists.
         UnsupportedOpsError: If the target cannot lower an operation.
+        RangeError: If numbers leave float16's range where float32 islands do not help.
     """
     config = model.config
     quant = model.quant if quant is None else quant
@@ -110,6 +131,8 @@ def compile_model(
         if traced is None:
             traced = trace_model(model, dtype=getattr(torch, dtype))
         on_progress("trace", 1, 1)
+        guarded = guards(model, traced, on_progress=on_progress)
+        passes = Pipeline([*before, *guarded, *passes.passes[len(before) :]])
         done: list[Pass] = []
 
         def on_pass(current: Pass, graph: Graph) -> None:

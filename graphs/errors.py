@@ -33,6 +33,10 @@ class QuantizationError(TransomError):
     """A quantisation scheme is unknown, or cannot hold a tensor."""
 
 
+class RangeError(TransomError):
+    """Numbers leave the range of a dtype where computing in a wider one does not help."""
+
+
 class ArtifactError(TransomError):
     """An artifact folder is missing, damaged, or of a version that this library does not read."""
 

@@ -143,20 +143,22 @@ class Graph:
         name = self.weight_names().get(node.name)
         return None if name is None else (name, self.weights[name])
 
-    def call(self, target: Any, args: tuple[Any, ...], origin: Node) -> Node:
+    def call(self, target: Any, args: tuple[Any, ...], origin: Node, kwargs: Mapping[str, Any] | None = None) -> Node:
         """Insert a call before the current insertion point, with its shape known.
 
         Args:
             target: What to call.
             args: Its arguments.
             origin: The node that the new one stands for; gives it its source lines and module path.
+            kwargs: Its keyword arguments.
         """
-        node = self.fx.call_function(target, args)
+        node = self.fx.call_function(target, args, dict(kwargs or {}))
         for key in ("stack_trace", "nn_module_stack"):
             if key in origin.meta:
                 node.meta[key] = origin.meta[key]
         with fake_mode(self), torch.no_grad():
-            node.meta["val"] = target(*map_arg(args, lambda used: used.meta["val"]))
+            values, named = map_arg((args, dict(kwargs or {})), lambda used: used.meta["val"])
+            node.meta["val"] = target(*values, **named)
         return node
 
     def add_weight(self, name: str, weight: Weight) -> Node:

@@ -10,6 +10,16 @@ from transom.graphs.node import Node, is_node
 
 aten = torch.ops.aten
 
+LAYOUT = (
+    aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default,
+    aten.expand.default, aten.slice.Tensor, aten.repeat_interleave.self_int, aten.clone.default,
+    aten.contiguous.default, aten.alias.default,
+)  # fmt: skip
+"""What rearranges numbers, or repeats them for another head, and computes nothing."""
+
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+"""Changes of dtype."""
+
 
 def is_call(value: Any, *targets: Any) -> bool:
     """Whether `value` is a node that calls one of the targets."""
@@ -18,7 +28,7 @@ def is_call(value: Any, *targets: Any) -> bool:
 
 def skip_casts(value: Any) -> Any:
     """Walk up through changes of dtype."""
-    while is_call(value, aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+    while is_call(value, *CASTS):
         value = value.args[0]
     return value
 
@@ -26,7 +36,7 @@ def skip_casts(value: Any) -> Any:
 def cast_back(node: Node, x: Node) -> Node:
     """The node that stands for a result of x's dtype: a cast of `node` back to it, where there is one."""
     users = list(node.users)
-    if len(users) == 1 and is_call(users[0], aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+    if len(users) == 1 and is_call(users[0], *CASTS):
         if users[0].meta["val"].dtype == x.meta["val"].dtype:
             return users[0]
     return node

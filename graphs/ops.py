@@ -136,6 +136,8 @@ def _attend(
 ) -> torch.Tensor:
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, 1), v_BKSH.repeat_interleave(groups, 1)
+    if q_BNTH.dtype == torch.float16:  # which may not hold a product of queries and keys before its scale
+        q_BNTH, k_BNSH = q_BNTH.float(), k_BNSH.float()
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3) * scale).float()
     weights_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(v_BNSH.dtype)
     return weights_BNTS @ v_BNSH

@@ -20,20 +20,14 @@ import torch
 from transom.graphs import ops
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, Tap
-from transom.graphs.match import aten, is_call, layer_path, skip_casts, source_line, split_scalar
+from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 
-_FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED_GELU, ops.CACHED_ATTENTION)
+FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED_GELU, ops.CACHED_ATTENTION)
+"""Operations that only a fusion makes."""
 _SDPA = aten.scaled_dot_product_attention.default
 _ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
-# What rearranges numbers, or repeats them for another head, and computes nothing.
-_LAYOUT = (
-    aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default,
-    aten.expand.default, aten.slice.Tensor, aten.repeat_interleave.self_int, aten.clone.default,
-    aten.contiguous.default, aten.alias.default,
-)  # fmt: skip
 _WRAPPERS = re.compile(r"^(?:L\['self']|model|language_model)?\.")
 
 _Site = tuple[Node, str, str]
@@ -45,7 +39,7 @@ class AddTaps(Pass):
 
     def requires(self, graph: Graph) -> None:
         """Nothing is fused yet."""
-        if not graph.taps and (fused := graph.calls(*_FUSED)):
+        if not graph.taps and (fused := graph.calls(*FUSED)):
             raise InvariantError(f"AddTaps must run first, but the graph holds {fused[0].target} already")
 
     def rewrite(self, graph: Graph) -> int:
@@ -107,7 +101,7 @@ def _norms(graph: Graph) -> Iterator[_Site]:
             continue
         path = _path(inverse)
         # A weight is as wide as the model; what else the norm's result is multiplied with has positions too.
-        while (user := _only_user(node, aten.mul.Tensor, *_CASTS)) is not None:
+        while (user := _only_user(node, aten.mul.Tensor, *CASTS)) is not None:
             others = [side for side in user.args[:2] if is_node(side) and side is not node]
             is_weight = any(side.meta["val"].dim() < 2 for side in others)
             if user.target is aten.mul.Tensor and not (is_weight and _path(user) == path):
@@ -150,16 +144,16 @@ def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:
             out, (q, k) = node, node.args[:2]
         else:
             product = _upwards(node.args[0], lambda value: is_call(value, aten.matmul.default, aten.bmm.default))
-            out = _downwards(node, *_CASTS, aten.dropout.default, until=(aten.matmul.default, aten.bmm.default))
+            out = _downwards(node, *CASTS, aten.dropout.default, until=(aten.matmul.default, aten.bmm.default))
             if product is None or out is None:
                 continue
             q, k = product.args
         path = _path(node)
         for name, operand in (("q_rope", q), ("k_rope", k)):
             rotated = _before_layout(operand)
-            if rotated not in tapped and _before_layout(rotated, *_CASTS) not in tapped:
+            if rotated not in tapped and _before_layout(rotated, *CASTS) not in tapped:
                 yield rotated, f"{path}.{name}", "rope"
-        projection = _downwards(out, *_CASTS, *_LAYOUT, until=(aten.linear.default,))
+        projection = _downwards(out, *CASTS, *LAYOUT, until=(aten.linear.default,))
         yield (out if projection is None else projection.args[0]), f"{path}.attention", "attention"
 
 
@@ -186,7 +180,7 @@ def _downwards(node: Node, *through: Any, until: tuple[Any, ...]) -> Node | None
 def _before_layout(value: Node, *through: Any) -> Node:
     """What a query or key was before it was scaled, cached, repeated and laid out for the scores."""
     while True:
-        if is_call(value, *_LAYOUT, *through):
+        if is_call(value, *LAYOUT, *through):
             value = value.args[0]
         elif (scaled := split_scalar(value, aten.mul.Tensor, aten.div.Tensor)) is not None:
             value = scaled[0]
@@ -217,7 +211,7 @@ def _residuals(graph: Graph, sites: list[_Site]) -> Iterator[_Site]:
 def _readers(node: Node) -> Iterator[Node]:
     """What reads a node, itself or after a cast."""
     for user in node.users:
-        if is_call(user, *_CASTS):
+        if is_call(user, *CASTS):
             yield from _readers(user)
         else:
             yield user

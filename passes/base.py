@@ -18,12 +18,15 @@ class Pass(abc.ABC):
 
     Attributes:
         after: Passes that must run earlier in any list that holds them too.
+        skipped: Sites that looked like a match and were left alone in the last run, each with the reason.
+        notes: What a reader of the artifact should know of the last run.
     """
 
     after: ClassVar[tuple[type[Pass], ...]] = ()
 
     def __init__(self) -> None:
         self.skipped: list[str] = []
+        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
@@ -54,6 +57,7 @@ class PassRecord:
         weight_bytes_before: Bytes of all weights before.
         weight_bytes_after: Bytes of all weights after.
         skipped: Sites that looked like a match and were left alone, each with the reason.
+        notes: What else a reader of the artifact should know.
     """
 
     name: str
@@ -64,10 +68,16 @@ class PassRecord:
     weight_bytes_before: int
     weight_bytes_after: int
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
-        return {**dataclasses.asdict(self), "seconds": round(self.seconds, 3), "skipped": list(self.skipped)}
+        return {
+            **dataclasses.asdict(self),
+            "seconds": round(self.seconds, 3),
+            "skipped": list(self.skipped),
+            "notes": list(self.notes),
+        }
 
 
 class Pipeline:
@@ -108,7 +118,7 @@ class Pipeline:
 def _apply(current: Pass, graph: Graph) -> PassRecord:
     began, before = time.perf_counter(), graph.digest()
     nodes, size = len(graph.calls_all()), graph.weight_bytes()
-    current.skipped = []
+    current.skipped, current.notes = [], []
     current.requires(graph)
     changes = current.rewrite(graph)
     if changes:
@@ -130,4 +140,5 @@ def _apply(current: Pass, graph: Graph) -> PassRecord:
         weight_bytes_before=size,
         weight_bytes_after=graph.weight_bytes(),
         skipped=tuple(current.skipped),
+        notes=tuple(current.notes),
     )

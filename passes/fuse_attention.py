@@ -16,7 +16,7 @@ import torch
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import MASKED, MaskReading, read_mask
-from transom.graphs.match import aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
+from transom.graphs.match import CASTS, aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
@@ -96,11 +96,23 @@ def _match(node: Node) -> _Site | str | None:
         scores = skip_casts(scaled[0])
     if not is_call(scores, aten.matmul.default):
         return f"the scores come from {getattr(scores, 'target', scores)}, not from a product of queries and keys"
-    q, k_transposed = scores.args
+    # The fused operation computes float16's scores in float32 itself.
+    q, k_transposed = (_before_widening(side) for side in scores.args)
     if not is_transpose(k_transposed, 2, 3):
         return "the keys are not transposed by a plain transpose of the last two axes"
     k, v = _unrepeat_both(k_transposed.args[0], node.args[1], q)
+    if len({side.meta["val"].dtype for side in (q, k, v, node)}) > 1:
+        return "queries, keys, values and the result are not of one dtype"
     return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale)
+
+
+def _before_widening(value: Any) -> Any:
+    """Walk up through casts from float16 to float32."""
+    while is_call(value, *CASTS) and value.meta["val"].dtype == torch.float32:
+        if value.args[0].meta["val"].dtype != torch.float16:
+            break
+        value = value.args[0]
+    return value
 
 
 def _match_sdpa(node: Node) -> _Site | str:

@@ -34,9 +34,12 @@ class FuseNorms(Pass):
                 if found is None or weight is None:
                     continue
                 x, eps = found
+                normalised = cast_back(node, x)
                 with graph.fx.inserting_before(node):
+                    if normalised.meta["val"].dtype != x.meta["val"].dtype:  # its result stays wider than its input
+                        x = graph.call(aten.to.dtype, (x, normalised.meta["val"].dtype), node)
                     fused = graph.call(ops.RMS_NORM, (x, weight, eps), node)
-                cast_back(node, x).replace_all_uses_with(fused)
+                normalised.replace_all_uses_with(fused)
                 changes += 1
                 break
         return changes

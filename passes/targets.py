@@ -34,7 +34,7 @@ TARGETS: dict[str, Target] = {
     "xla": Target(
         text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", "float16"),
         options=frozenset({"topology"}),
     ),
     "tvm": Target(

@@ -14,6 +14,7 @@ from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
 from transom.cli.options import console
 from transom.export import compile as export_compile
+from transom.export.compile import trace_model
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
@@ -67,6 +68,12 @@ def traced(tiny: Model) -> Graph:
 def scored(tiny: Model) -> Graph:
     """Its score graph as traced. Tests must not edit it: clone it first."""
     return Case.of(tiny, "score").graph
+
+
+@pytest.fixture(scope="session")
+def traced_float16(tiny: Model) -> Graph:
+    """Its decode graph as traced in float16. Tests must not edit it: clone it first."""
+    return trace_model(tiny, dtype=torch.float16)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-DATA = ("transom/py.typed", *(f"transom/validation/{name}" for name in ("prompt.txt", "report.css", "chart.css")))
+DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/report.css", "transom/validation/chart.css")
 """What the wheel holds beside modules: the text that validation reads, and the styles of its report."""
 
 

@@ -20,6 +20,7 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.export.compile import trace_model
 from transom.graphs.graph import Graph
+from transom.graphs.number_format import float_format
 from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
@@ -183,3 +184,13 @@ def test_3000_tokens_decoded_past_the_window(
             with torch.no_grad():
                 expected = theirs.lm_head(states[position]).numpy()
             assert np.abs(logits - expected).max() < ONNX_LOGITS_270M, position
+
+
+@pytest.mark.large
+def test_the_residual_stream_leaves_float16(real: Model) -> None:
+    """From layer 7 on, and nothing but it; the largest numbers come early in a text."""
+    found = transom.ranges(real, tokens=64)
+    over = {value.name: value.observation.largest for value in found.overflowing(float_format("float16"))}
+    expected = {f"layers.{layer}.add{step}" for layer in range(8, 18) for step in ("", ".2")}
+    assert set(over) == {"layers.7.add.2", *expected}
+    assert 1.0e5 < max(over.values()) < 1.1e5

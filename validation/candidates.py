@@ -14,7 +14,7 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.export.compile import check_options, compile_model, trace_model
+from transom.export.compile import check_options, compile_model, guards, trace_model
 from transom.export.exporter import exporter
 from transom.graphs.errors import TargetError
 from transom.graphs.graph import Graph
@@ -107,6 +107,7 @@ class Opener:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._traced: dict[str, Graph] = {}
+        self._guards: tuple[Pass, ...] | None = None
 
     def traced(self, dtype: str = "float32") -> Graph:
         """The model's `decode` graph; passes leave it as it is."""
@@ -127,7 +128,7 @@ class Opener:
         """
         settings = candidate.settings
         if candidate.target == REFERENCE:
-            yield self._reference(candidate, before or ())
+            yield self._reference(candidate, before or (), on_progress)
             return
         if candidate.exported and candidate.folder is not None and before is None:
             # Its hashes were checked when it was named.
@@ -152,10 +153,13 @@ class Opener:
             # What was written a moment ago need not be hashed again.
             yield open_session(folder, threads=settings.threads, verify=False)
 
-    def _reference(self, candidate: Candidate, before: Sequence[Pass]) -> ReferenceSession:
-        settings = candidate.settings
+    def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
+        settings, traced = candidate.settings, self.traced(candidate.dtype)
+        if candidate.dtype == "float16" and self._guards is None:
+            self._guards = guards(self.model, traced, on_progress=on_progress)
+        guarded = self._guards or () if candidate.dtype == "float16" else ()
         passes = PIPELINES[REFERENCE_PIPELINE](settings.chunk, scheme(settings.quant))
-        graph, _ = Pipeline([*before, *passes]).run(self.traced(candidate.dtype))
+        graph, _ = Pipeline([*before, *guarded, *passes]).run(traced)
         return ReferenceSession(graph, context=settings.context, chunk=settings.chunk)
 
 

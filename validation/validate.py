@@ -29,11 +29,11 @@ from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
 from transom.validation.measure import in_a_line, measure, not_measured
 from transom.validation.oracle import Oracle, Reading
-from transom.validation.prompt import Prompt, make_prompt
 from transom.validation.result import TargetResult, Validation
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
+from transom.zoo.prompt import Prompt, make_prompt
 
 LIBRARIES = ("numpy", "onnxruntime", "jax", "apache-tvm")
 

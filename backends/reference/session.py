@@ -76,7 +76,7 @@ class ReferenceSession(Session):
         with torch.no_grad():
             logits, *rest = self._interpreter.run(*inputs)
         self._tensors, taps = rest[: len(self.caches)], rest[len(self.caches) :]
-        self.tapped = {name: value.float().numpy() for name, value in zip(self._taps, taps, strict=True)}
+        self.tapped = {name: _array(value) for name, value in zip(self._taps, taps, strict=True)}
         found: Float = logits[0].float().numpy()
         return found
 
@@ -92,3 +92,8 @@ class ReferenceSession(Session):
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
         yield from zip(self.caches, self._tensors, strict=False)
+
+
+def _array(value: torch.Tensor) -> NDArray[Any]:
+    """As numpy knows it: what is narrower than float32 is widened; statistics are float64 and stay so."""
+    return (value if value.dtype == torch.float64 else value.float()).numpy()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transom.backends.session import Session
     from transom.export.compile import Artifact
+    from transom.export.ranges import Ranges
     from transom.graphs.graph import Graph
     from transom.validation.bisection.sources import Source
     from transom.validation.bisection.verdict import Verdict
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transom.validation.result import Validation
     from transom.zoo.model import Model
 
-__all__ = ["bisect", "compile", "evaluate", "load", "open", "trace", "validate"]
+__all__ = ["bisect", "compile", "evaluate", "load", "open", "ranges", "trace", "validate"]
 __version__ = "0.1.0"
 
 
@@ -80,3 +81,10 @@ def evaluate(model_or_dirs: str | Path | Model | Sequence[str | Path | Model], *
     from transom.validation.evaluation.evaluate import evaluate_sources
 
     return evaluate_sources(model_or_dirs, **options)
+
+
+def ranges(model: Model, *, text: str | Path | None = None, **options: Any) -> Ranges:
+    """How large a model's numbers get on a text; see `transom.validation.ranges.ranges_of`."""
+    from transom.validation.ranges import ranges_of
+
+    return ranges_of(model, text=None if text is None else Path(text), **options)

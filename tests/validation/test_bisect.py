@@ -43,8 +43,8 @@ from transom.validation.bisection.divergence import Difference, compare, describ
 from transom.validation.bisection.eager import EagerSession
 from transom.validation.bisection.recording import Call, Recording, plan_calls, positions_of, record
 from transom.validation.bisection.verdict import Verdict
-from transom.validation.prompt import make_prompt
 from transom.zoo.model import Model
+from transom.zoo.prompt import make_prompt
 
 CALLS = plan_calls(window=WINDOW, chunk=CHUNK, decode=12)
 SHORT: dict[str, Any] = {"length": 2 * WINDOW + 3, "decode": 2}

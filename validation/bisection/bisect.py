@@ -45,9 +45,9 @@ from transom.validation.bisection.sources import (
 )
 from transom.validation.bisection.verdict import Verdict
 from transom.validation.inputs import check_same, model_of
-from transom.validation.prompt import make_prompt
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
+from transom.zoo.prompt import make_prompt
 
 __all__ = ["Context", "Verdict", "bisect", "bisect_stages", "compare", "explain"]
 

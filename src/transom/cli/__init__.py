@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, evaluate, export, models, qat, quantize, run, validate
+from transom.cli import bisect, evaluate, export, models, qat, quantize, ranges, run, validate
 from transom.graphs.errors import TransomError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ bisect.register(app)
 quantize.register(app)
 qat.register(app)
 evaluate.register(app)
+ranges.register(app)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def export(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
-    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32, or bfloat16 for xla.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32; xla: bfloat16, float16 too.")] = None,
     topology: Annotated[
         str | None, typer.Option(help="For xla: compile ahead of time for these TPUs, such as v5e:2x2.")
     ] = None,
@@ -179,5 +179,8 @@ def inspect(
     console.print(passes)
     if manifest.conversions:
         console.print(conversions_table(manifest.conversions))
+    for record in manifest.passes:
+        for line in record.get("notes", ()):
+            console.print(f"[dim]{record['name']}: {escape(line)}[/dim]", highlight=False)
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)

@@ -34,7 +34,7 @@ def validate(
         typer.Option(help="Names with commas between: reference, and those of transom list; by default all installed."),
     ] = None,
     quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
-    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32, or bfloat16 for xla.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32; xla: bfloat16, float16 too.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default enough for four windows.")] = None,
     chunk: Annotated[
         int | None, typer.Option(help="Largest number of new tokens in one call; by default 1.5 windows.", min=1)

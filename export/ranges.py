@@ -1,0 +1,161 @@
+"""Range tracing: how large a model's numbers get on a text, and which of them a narrower format cannot hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transom.backends.reference.session import ReferenceSession
+from transom.graphs.graph import Graph
+from transom.graphs.number_format import NumberFormat
+from transom.graphs.observation import Observation
+from transom.graphs.observe import observe
+from transom.graphs.weight import Weight
+from transom.passes.base import Pipeline
+from transom.passes.insert_observers import PREFIX, InsertObservers, layer_of, narrow_values
+from transom.zoo.model import Model
+
+CHUNK = 128
+"""New tokens in one call. The logits of all of them stand in memory at once."""
+
+TOKENS = 1024
+"""Of the text that ranges are traced on, unless told otherwise."""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueRange:
+    """How large one value got, or one weight is.
+
+    Attributes:
+        name: Module path and operation, such as "layers.3.add.2"; of a weight its own name.
+        op: The operation; "weight" for a weight.
+        layer: Index of the layer; None before the first and after the last.
+        observation: Its numbers, computed in float32.
+    """
+
+    name: str
+    op: str
+    layer: int | None
+    observation: Observation
+
+    def headroom(self, number_format: NumberFormat) -> float:
+        """Bits between the largest magnitude and the format's; negative: it overflows; infinite: nothing but zeros."""
+        largest = self.observation.largest
+        return math.log2(number_format.largest / largest) if largest else math.inf
+
+    def overflows(self, number_format: NumberFormat) -> bool:
+        """Whether some number is larger than the format's largest, or float32 could not hold it."""
+        return self.observation.largest > number_format.largest or self.observation.nonfinite > 0
+
+    def to_json(self, number_format: NumberFormat) -> dict[str, Any]:
+        """Plain data."""
+        headroom = self.headroom(number_format)
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "op": self.op,
+            "largest": self.observation.largest,
+            "headroom_bits": headroom if math.isfinite(headroom) else None,
+            "overflows": self.overflows(number_format),
+            "overflow_share": self.observation.share_above(number_format.largest),
+            # What is smaller than half of the smallest number becomes zero.
+            "underflow_share": self.observation.share_below(number_format.smallest / 2),
+            "nonfinite": int(self.observation.nonfinite),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """What range tracing found.
+
+    Attributes:
+        model: Name of the model.
+        tokens: Tokens of the text.
+        values: In the order of execution, weights last. Only what follows the dtype that a graph is traced in: the
+            model computes the others in float32 whatever it is traced in.
+    """
+
+    model: str
+    tokens: int
+    values: tuple[ValueRange, ...]
+
+    def overflowing(self, number_format: NumberFormat) -> tuple[ValueRange, ...]:
+        """Values that leave the format's range."""
+        return tuple(value for value in self.values if value.overflows(number_format))
+
+    def largest(self) -> dict[str, float]:
+        """Largest magnitude by name, for `GuardRanges`; infinite where float32 did not hold it."""
+        return {
+            value.name: math.inf if value.observation.nonfinite else value.observation.largest for value in self.values
+        }
+
+    def to_json(self, number_format: NumberFormat) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "model": self.model,
+            "format": number_format.name,
+            "format_largest": number_format.largest,
+            "tokens": self.tokens,
+            "in_range": not self.overflowing(number_format),
+            "overflowing": [value.name for value in self.overflowing(number_format)],
+            "values": [value.to_json(number_format) for value in self.values],
+        }
+
+
+def trace_ranges(
+    model: Model,
+    tokens: Sequence[int],
+    *,
+    full: Graph,
+    half: Graph,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Ranges:
+    """Run a model over a text in float32, chunk by chunk, and note how large every value gets.
+
+    Args:
+        model: Its weights are read into memory.
+        tokens: Ids of the text, at least one.
+        full: The model's `decode` graph as traced in float32.
+        half: The same in float16 or bfloat16: tells which values follow the graph's dtype.
+        on_progress: Called with (stage, done, total): "ranges" by tokens, "weights" one by one.
+
+    Raises:
+        ContextLengthError: If the text is longer than the model's context.
+        TokenizerError: If there is no token, or one is out of the vocabulary.
+    """
+    names = list(narrow_values(half, half.output.args[0][0].meta["val"].dtype))
+    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(full)
+    session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
+    found = {name: Observation.none() for name in names}
+
+    def on_chunk(count: int) -> None:
+        for name in names:
+            found[name] = found[name].merge(Observation.of(session.tapped[PREFIX + name]))
+        on_progress("ranges", min(session.position, len(tokens)), len(tokens))
+
+    session.prefill(tokens, on_chunk=on_chunk)
+    values = [
+        ValueRange(name=name, op=_operation(name), layer=layer_of(name), observation=observation)
+        for name, observation in found.items()
+    ]
+    return Ranges(model=model.config.name, tokens=len(tokens), values=(*values, *_weights(model.weights, on_progress)))
+
+
+def _operation(name: str) -> str:
+    return re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
+
+
+def _weights(weights: Mapping[str, Weight], on_progress: OnProgress) -> list[ValueRange]:
+    found = []
+    for name, weight in weights.items():
+        observation = Observation.none()
+        for rows in weight.blocks():
+            observation = observation.merge(Observation.of(observe(rows).numpy()))
+        found.append(ValueRange(name=name, op="weight", layer=layer_of(name), observation=observation))
+        on_progress("weights", len(found), len(weights))
+    return found

@@ -1,0 +1,91 @@
+"""`transom ranges`: which layers' numbers a narrower format cannot hold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
+
+if TYPE_CHECKING:
+    from transom.export.ranges import Ranges, ValueRange
+    from transom.graphs.number_format import NumberFormat
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(ranges)
+
+
+def ranges(
+    model: Model,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to read; by default one of ours.")] = None,
+    dtype: Annotated[str, typer.Option(help="Format: float16, bfloat16 or float8_e4m3fn.")] = "float16",
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of the text; by default 1,024 or the context.", min=1)
+    ] = None,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Trace the ranges of a model's numbers over a text. Exit code 1 if something leaves the format's range."""
+    from transom.graphs.number_format import float_format
+    from transom.validation.ranges import ranges_of
+
+    number_format = float_format(dtype)
+    loaded = load_model(model, weights, seed)
+    with stage_bars() as on_progress:
+        found = ranges_of(loaded, text=text, tokens=tokens, seed=seed, on_progress=on_progress)
+    if json:
+        print_json(found.to_json(number_format))
+    else:
+        _show(found, number_format)
+    if found.overflowing(number_format):
+        raise typer.Exit(1)
+
+
+def _show(found: Ranges, number_format: NumberFormat) -> None:
+    """The tightest value of every layer, then every value that overflows."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.title = f"{escape(found.model)} in {number_format.name}, {found.tokens:,} tokens"
+    for name in ("layer", "largest value", "magnitude", "headroom", "overflow", "to zero"):
+        # Where the terminal is narrow, long names are folded, and numbers stay whole.
+        table.add_column(
+            name,
+            justify="left" if name in ("layer", "largest value") else "right",
+            no_wrap=name != "largest value",
+            overflow="fold",
+        )
+    groups: dict[str, list[ValueRange]] = {}
+    for value in found.values:
+        kind = "weights" if value.op == "weight" else "outside" if value.layer is None else str(value.layer)
+        groups.setdefault(kind, []).append(value)
+    for kind, values in groups.items():
+        worst = max(values, key=lambda value: (value.observation.nonfinite, value.observation.largest))
+        numbers = worst.to_json(number_format)
+        table.add_row(
+            kind,
+            escape(worst.name.removeprefix(f"layers.{kind}.")),
+            "not finite" if numbers["nonfinite"] else f"{numbers['largest']:,.4g}",
+            _bits(worst.headroom(number_format), overflows=bool(numbers["overflows"])),
+            f"{numbers['overflow_share']:.1e}" if numbers["overflows"] else "",
+            f"{max(value.to_json(number_format)['underflow_share'] for value in values):.1e}",
+        )
+    console.print(table)
+    for value in found.overflowing(number_format):
+        console.print(
+            f"[red]out of range:[/red] {escape(value.name)} reaches {value.observation.largest:,.4g}", highlight=False
+        )
+    if not found.overflowing(number_format):
+        console.print(f"everything is in the range of {number_format.name}")
+
+
+def _bits(headroom: float, *, overflows: bool) -> str:
+    said = "all zero" if math.isinf(headroom) else f"{headroom:+.1f} bits"
+    return f"[red]{said}[/red]" if overflows else said
