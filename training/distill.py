@@ -24,7 +24,8 @@ class Head:
     """How hidden states become logits.
 
     Attributes:
-        table: float32 [V, D].
+        table: [V, D]. In bfloat16, products are of bfloat16 and logits have 8 bits: three times as fast on CPUs that
+            have such products, and the noise is far below what 4-bit weights cost.
         softcap: `cap * tanh(logits / cap)`, or None.
     """
 
@@ -33,7 +34,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, V]."""
-        found = torch.nn.functional.linear(hidden, self.table)
+        found = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table).float()
         return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
 
 
@@ -118,7 +119,7 @@ class _Loss(torch.autograd.Function):
             kls.append(targets.subtract_from(log_q_NV, difference_NV, low))
             if slope_NV is not None:
                 difference_NV.mul_(slope_NV)
-            torch.matmul(difference_NV, head.table, out=gradient_ND[low : low + step])
+            gradient_ND[low : low + step] = difference_NV.to(head.table.dtype) @ head.table
         ctx.save_for_backward(gradient_ND.div_(len(hidden)))
         return torch.cat(kls).mean()
 

@@ -52,10 +52,11 @@ class QatSettings:
         steps: Of the optimiser; the report has about 5,000.
         length: Tokens of a sequence.
         batch: Sequences in a step.
-        learning_rate: Of weights at its peak. It warms up for a thirtieth of the steps, and falls to a tenth as a cosine.
+        learning_rate: Of weights, at its peak: it warms up for a thirtieth of the steps and falls to a tenth (cosine).
         scale_rate: Of scales, as a share of each scale's own size.
         start: "nearest", or "gptq": begin with the codes that calibration on the same text finds.
         samples: Draws from the teacher's distribution that stand for it, as the report samples 256; None takes all.
+        head_dtype: What the products with the table are computed in: "float32" or "bfloat16".
         recompute: Compute every layer again on the way back, for less memory.
         seed: Of the order of the text, of draws and of dither.
         device: Where to compute: "cpu", "cuda", "xla" and so on.
@@ -70,6 +71,7 @@ class QatSettings:
     scale_rate: float = 1e-3
     start: Literal["nearest", "gptq"] = "gptq"
     samples: int | None = None
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -163,14 +165,15 @@ class _Run:
         self._teacher_stages = Stages(traced, device=self.device)
         self._student_stages = Stages(self._graph, device=self.device)
         cap = model.config.logit_softcap
-        self._teacher_head = Head(table=self._teacher[table], softcap=cap)
+        narrow = getattr(torch, settings.head_dtype)
+        self._teacher_head = Head(table=self._teacher[table].to(narrow), softcap=cap)
         student = {name: raw[name].clone() for name in raw if name != table}
         student |= self._grids(raw, on_progress)
         for name, spec in self.specs.items():
             if settings.start != "gptq":
                 student[name] = dithered(student[name], student[f"{name}.divisors"], spec, self._generator)
         self._student = {name: tensor.to(self.device) for name, tensor in (student | frozen).items()}
-        self._student_head = Head(table=self._student[table], softcap=cap)
+        self._student_head = Head(table=self._student[table].to(narrow), softcap=cap)
         self._trained = {
             name: tensor.requires_grad_(True)
             for name, tensor in self._student.items()

@@ -35,6 +35,9 @@ def qat(
     samples: Annotated[
         int | None, typer.Option(help="Draws that stand for the teacher's distribution; by default all of it.", min=1)
     ] = None,
+    head_dtype: Annotated[
+        str, typer.Option(help="Of the products with the table: float32, or bfloat16 to be faster.")
+    ] = "float32",
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
     ] = False,
@@ -57,6 +60,8 @@ def qat(
     check_absent(out, overwrite=overwrite, proof=LATTICE)
     if start not in ("nearest", "gptq"):
         raise TrainingError(f"--start takes nearest or gptq, not {start!r}")
+    if head_dtype not in ("float32", "bfloat16"):
+        raise TrainingError(f"--head-dtype takes float32 or bfloat16, not {head_dtype!r}")
     if target != "none" and target not in PIPELINES:
         raise TrainingError(f"no target named {target!r}: choose one of {', '.join(PIPELINES)}, or none")
     settings = QatSettings(
@@ -68,6 +73,7 @@ def qat(
         scale_rate=scale_rate,
         start="gptq" if start == "gptq" else "nearest",
         samples=samples,
+        head_dtype="bfloat16" if head_dtype == "bfloat16" else "float32",
         recompute=recompute,
         seed=seed,
         device=device,
@@ -105,8 +111,5 @@ def qat(
         return
     few = max(1, len(losses) // 10)
     first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
-    console.print(
-        f"{escape(str(out))}: {scheme}, {len(losses):,} steps, KL {first:.4f} at first and {last:.4f} in the end (means "
-        f"of {few:,})",
-        highlight=False,
-    )
+    words = f"{scheme}, {len(losses):,} steps, KL {first:.4f} at first and {last:.4f} in the end (means of {few:,})"
+    console.print(f"{escape(str(out))}: {words}", highlight=False)

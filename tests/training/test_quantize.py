@@ -1,0 +1,204 @@
+"""Quantised checkpoints: what is written, what is read again, and that no target rounds it a second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import transom
+from tests.validation.conftest import Cli
+from transom.graphs.errors import CheckpointError, QuantizationError, TokenizerError
+from transom.graphs.schemes import scheme
+from transom.passes.convert_quantized import meant_numbers
+from transom.training.quantize import PtqMethod, quantize_model
+from transom.zoo.checkpoints.lattice import LATTICE
+from transom.zoo.model import Model, load
+
+SCHEMES = ["int4_block32", "int4", "int4_channel", "fp8_e4m3", "sfp8", "int8_block32:none"]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("A local layer sees a window; a global one sees all that came before it. " * 40)
+    return path
+
+
+def numbers(model: Model, quant: str) -> dict[str, torch.Tensor]:
+    return {
+        name: meant_numbers(name, weight, scheme(quant))
+        for name, weight in model.weights.items()
+        if len(weight.shape) > 1
+    }
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_a_checkpoint_means_what_its_codes_mean(quant: str, tiny: Model, tmp_path: Path) -> None:
+    found = quantize_model(tiny, quant=quant, out=tmp_path / "q")
+    again = load(tmp_path / "q")
+    assert again.quant == quant and again.tokenizer is not None
+    expected = numbers(tiny, quant)
+    for name, weight in again.weights.items():
+        held = weight.read()
+        if name in expected and scheme(quant).of(name):
+            assert weight.lattice is not None and held.dtype == torch.float32
+            assert torch.equal(held, expected[name]), name
+            # Converting again changes nothing: the codes are kept.
+            assert torch.equal(meant_numbers(name, weight, scheme(quant)), held)
+        else:
+            assert torch.equal(held, tiny.weights[name].read())
+    errors = {entry.weight: entry for entry in found.conversions}
+    for name, entry in errors.items():
+        difference = expected[name] - tiny.weights[name].read()
+        assert entry.max_abs == pytest.approx(float(difference.abs().max()))
+        assert entry.error == pytest.approx(float(difference.norm() / tiny.weights[name].read().norm()), rel=1e-5)
+
+
+def test_what_is_deployed_are_the_codes(tiny: Model, calibration: Path, tmp_path: Path) -> None:
+    """Through packing, and although rounding to nearest would give other codes."""
+    quantize_model(tiny, quant="int4_block32", out=tmp_path / "q", method="gptq", text=calibration)
+    again = load(tmp_path / "q")
+    artifact = transom.compile(again, out=tmp_path / "artifact", target="onnx")
+    assert artifact.manifest.quantization == "int4_block32"
+    assert artifact.manifest.conversions and all(entry["kept"] for entry in artifact.manifest.conversions)
+    near = numbers(tiny, "int4_block32")
+    assert not torch.equal(again.weights["layers.0.mlp.up_proj.weight"].read(), near["layers.0.mlp.up_proj.weight"])
+    with torch.no_grad():
+        ids = [(7 * step) % 500 for step in range(60)]
+        expected, _ = again.eager()(torch.tensor([ids]), torch.tensor(0), None)
+    session = transom.open(tmp_path / "artifact")
+    difference = torch.from_numpy(session.logits(ids)) - expected[0]
+    assert float(difference.square().mean().sqrt()) < 0.1, "int8 activations of the runtime alone"
+
+
+def test_transformers_read_it(tiny: Model, tmp_path: Path) -> None:
+    quantize_model(tiny, quant="int4_block32", out=tmp_path / "q")
+    theirs = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    state = theirs.state_dict()
+    for name, weight in load(tmp_path / "q").weights.items():
+        assert torch.equal(state[f"model.{name}"], weight.read()), name
+
+
+def divergence(model: Model, other: Model, ids: list[int]) -> float:
+    with torch.no_grad():
+        p, q = (m.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].log_softmax(-1) for m in (model, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_calibration_is_worth_it(tiny: Model, calibration: Path, tmp_path: Path) -> None:
+    assert tiny.tokenizer is not None
+    ids = tiny.tokenizer.encode(calibration.read_text())[:100]
+    found: dict[str, float] = {}
+    methods: tuple[PtqMethod, ...] = ("nearest", "mse", "gptq")
+    for method in methods:
+        text = calibration if method == "gptq" else None
+        quantize_model(tiny, quant="int4_block32", out=tmp_path / method, method=method, text=text)
+        found[method] = divergence(tiny, load(tmp_path / method), ids)
+    assert found["gptq"] < 0.4 * found["nearest"]
+    assert found["gptq"] < 0.4 * found["mse"]
+
+
+def spoil(path: Path, change: Any) -> None:
+    """Change bytes of a file."""
+    raw = bytearray(path.read_bytes())
+    path.write_bytes(change(raw))
+
+
+@pytest.mark.parametrize("case", ["cut", "other numbers", "no scheme", "unknown scheme", "missing part"])
+def test_damaged_codes_are_refused(case: str, tiny: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "q"
+    quantize_model(tiny, quant="int8_block32:none", out=folder)
+    path, words = folder / LATTICE, "quantise it again"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    if case == "cut":
+        path.write_bytes(raw[:-5])
+        words = "fetch the file again"
+    elif case == "other numbers":
+        model_file = folder / "model.safetensors"
+        spoil(model_file, lambda data: data[:-4096] + bytes(4096))
+        # The norms come last; a matrix is what must be spoilt.
+        size = int.from_bytes(model_file.read_bytes()[:8], "little")
+        entry = json.loads(model_file.read_bytes()[8 : 8 + size])["model.layers.2.mlp.up_proj.weight"]
+        start = 8 + size + entry["data_offsets"][0]
+        spoil(model_file, lambda data: data[:start] + b"\0\0\0\x40" + data[start + 4 :])
+        words = "was changed after it was quantised"
+    else:
+        metadata = header["__metadata__"]
+        if case == "no scheme":
+            del metadata["scheme"]
+        elif case == "unknown scheme":
+            metadata["scheme"] = "int3"
+        else:
+            metadata["specs"] = metadata["specs"].replace("layers.0.mlp.up_proj", "layers.0.mlp.upper_proj")
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=words):
+        load(folder)
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unknown scheme": ({"quant": "int3"}, QuantizationError, "int3"),
+    "nothing to quantise": ({"quant": "none"}, QuantizationError, "quantises nothing"),
+    "unknown method": ({"method": "magic"}, QuantizationError, "choose one of nearest, mse, gptq"),
+    "no text": ({"method": "gptq"}, QuantizationError, "--calibrate"),
+    "missing text": ({"method": "gptq", "text": Path("missing.txt")}, TokenizerError, "cannot read the text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_leaves_nothing_behind(case: str, tiny: Model, tmp_path: Path) -> None:
+    options, error, words = BAD[case]
+    with pytest.raises(error, match=words):
+        quantize_model(tiny, out=tmp_path / "q", **({"quant": "int4_block32"} | options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_too_short(tiny: Model, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(TokenizerError, match="one sequence needs"):
+        quantize_model(tiny, quant="int4_block32", out=tmp_path / "q", method="gptq", text=tmp_path / "short.txt")
+
+
+def test_codes_of_another_spec_are_rounded_and_said(tiny: Model, tmp_path: Path) -> None:
+    quantize_model(tiny, quant="int8_block32", out=tmp_path / "q")
+    artifact = transom.compile(load(tmp_path / "q"), quant="int4_block32", out=tmp_path / "a", target="onnx")
+    kept = {entry["weight"]: entry for entry in artifact.manifest.conversions}
+    assert not kept["layers.0.mlp.down_proj.weight"]["kept"]
+    assert kept["layers.0.mlp.down_proj.weight"]["source"] == "int8 in blocks of 32"
+    assert 0.05 < kept["layers.0.mlp.down_proj.weight"]["error"] < 0.12
+
+
+def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    options = ("--scheme", "int4_block32", "--calibrate", calibration, "--samples", 2, "-o", out)
+    code, text, err = cli("quantize", "gemma3-tiny", *options, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert report["method"] == "gptq" and report["scheme"] == "int4_block32"
+    assert {entry["weight"] for entry in report["conversions"]} == {
+        name for name, weight in load(out).weights.items() if weight.lattice is not None
+    }
+    code, text, err = cli("export", out, "-o", tmp_path / "a")
+    assert code == 0 and "kept to the bit" in text, err
+    assert cli("quantize", "gemma3-tiny", *options)[0] == 2, "it exists already"
+    assert cli("quantize", "gemma3-tiny", *options, "--overwrite")[0] == 0
+    code, _, err = cli(
+        "quantize",
+        "gemma3-tiny",
+        "--scheme",
+        "int8",
+        "--method",
+        "mse",
+        "--calibrate",
+        calibration,
+        "-o",
+        tmp_path / "x",
+    )
+    assert code == 2 and "reads no text" in err
