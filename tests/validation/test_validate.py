@@ -24,7 +24,7 @@ from transom.export.exporter import exporter
 from transom.graphs import rounding
 from transom.graphs.errors import TargetError
 from transom.graphs.schemes import Scheme
-from transom.passes import convert_quantized, pipelines
+from transom.passes import conversion, pipelines
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
@@ -385,7 +385,7 @@ def test_a_broken_quantisation(tiny: Model, traced_once: None, monkeypatch: pyte
         found = honest(rows, spec, **options)
         return dataclasses.replace(found, scales=found.scales / 2)
 
-    monkeypatch.setattr(convert_quantized, "round_rows", halved)
+    monkeypatch.setattr(conversion, "round_rows", halved)
     found = transom.validate(tiny, targets=["reference"], quant="int4_table", context=64)
     (line,) = found.targets["reference"].failures
     assert "the quantised weights are far from the model's" in line
