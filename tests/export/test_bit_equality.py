@@ -99,7 +99,7 @@ def plain() -> Graph:
         parameter.data = torch.randn(ROWS, COLUMNS, generator=generator) * sizes
         parameter.data[5], parameter.data[6, 32:64] = 0, 0
         parameter.data[7, 100], parameter.data[8, 200] = 9, -9
-    dynamic = ({}, {1: torch.export.Dim("tokens", min=1, max=COLUMNS)})
+    dynamic: Any = ({}, {1: torch.export.Dim("tokens", min=1, max=COLUMNS)})
     graph = export(module, torch.from_numpy(TOKENS), torch.from_numpy(EYE), dynamic_shapes=dynamic)
     # What graphs return beside logits and caches are taps.
     graph.taps = tuple(Tap(name=f"tap.{index}", layer=None, op="projection") for index in range(1, len(OUTPUTS)))

@@ -210,7 +210,7 @@ def test_sizes_that_a_block_does_not_divide(name: str, columns: int, held: int) 
     block = min(held, spec.block) if isinstance(spec.block, int) else held
     assert found.codes.shape == (3, columns // block, block) and found.scales.shape == (3, columns // block)
     groups = {"row": 3, "tensor": 1}.get(str(spec.block))
-    assert groups is None or len(found.scales.unique()) == groups
+    assert groups is None or len(set(found.scales.flatten().tolist())) == groups
     assert relative(rows, spec) < 0.02
     with pytest.raises(QuantizationError, match="40 columns cannot be cut into blocks of 16 or more"):
         round_all(normal(6, 3, 40), spec)
@@ -221,7 +221,7 @@ def test_one_scale_a_tensor_does_not_depend_on_the_rows_at_hand(name: str) -> No
     rows = normal(7, 10, 64) * 9
     whole = round_all(rows, ALL[name])
     part = round_rows(rows[:1], ALL[name], tensor_max=largest(rows))
-    assert len(whole.scales.unique()) == 1 and torch.equal(whole.scales[:1], part.scales)
+    assert len(set(whole.scales.flatten().tolist())) == 1 and torch.equal(whole.scales[:1], part.scales)
     with pytest.raises(QuantizationError, match=r"by tensor needs the largest number of the whole tensor"):
         round_rows(rows, ALL[name])
 
