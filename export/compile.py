@@ -214,13 +214,14 @@ def check_options(target: str, quant: str, dtype: str | None, **given: str | Non
     if lacking := sorted({spec.number for spec in made.specs} - able.numbers):
         raise TargetError(f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose int8")
     if made.activations is not None and made.activations not in able.activations:
-        takers = ", ".join(name for name, other in TARGETS.items() if made.activations in other.activations)
-        raise TargetError(f"the target {target!r} rounds no activations, which {quant!r} asks for: only {takers} does")
+        takers = [name for name, other in TARGETS.items() if made.activations in other.activations]
+        others = f"choose {' or '.join(takers)}" if takers else "no target does"
+        raise TargetError(f"the target {target!r} rounds no activations, which {quant!r} asks for: {others}")
     if dtype is not None and dtype not in able.dtypes:
         raise TargetError(f"the target {target!r} computes in {' or '.join(able.dtypes)}, not in {dtype!r}")
     for option in sorted(name for name, value in given.items() if value is not None and name not in able.options):
-        takers = ", ".join(name for name, other in TARGETS.items() if option in other.options)
-        raise TargetError(f"the target {target!r} takes no {option}: only {takers} does")
+        only = ", ".join(name for name, other in TARGETS.items() if option in other.options)
+        raise TargetError(f"the target {target!r} takes no {option}: only {only} does")
     return dtype or able.dtypes[0]
 
 

@@ -115,7 +115,9 @@ def _plain_grid(blocks_RGC: torch.Tensor, spec: QuantSpec) -> Grid:
     if spec.signed_scale:
         furthest = blocks_RGC.abs().argmax(-1, keepdim=True)
         extreme = blocks_RGC.gather(-1, furthest)[..., 0]
-        return Grid(divisors=_no_zeros(extreme / -(2 ** (spec.bits - 1))), zero_points=None)
+        divisors = extreme / -(2 ** (spec.bits - 1))
+        # Codes are found with the reciprocal; where that is infinite, every number of the block becomes zero.
+        return Grid(divisors=torch.where((1 / divisors).isinf(), 1.0, divisors), zero_points=None)
     return Grid(divisors=_largest_fits(blocks_RGC.abs().amax(-1), spec), zero_points=None)
 
 

@@ -67,6 +67,7 @@ class Weight:
         read_rows: `(start, stop) -> tensor [stop - start, *shape[1:]]` on the CPU. Never caches.
         origin: Where the numbers come from, for error messages and manifests.
         lattice: The codes that the numbers were made from, if the checkpoint holds such codes.
+        parts: What it was stacked from, if it was; each may have a lattice of its own.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +75,7 @@ class Weight:
     read_rows: Callable[[int, int], torch.Tensor]
     origin: str
     lattice: Lattice | None = None
+    parts: tuple[Weight, ...] = ()
 
     @staticmethod
     def of(tensor: torch.Tensor, origin: str = "memory") -> Weight:
@@ -93,20 +95,21 @@ class Weight:
             raise ValueError(f"cannot stack {[(p.shape, p.dtype) for p in parts]} along axis 0")
         starts = list(itertools.accumulate((part.shape[0] for part in parts), initial=0))
 
-        def pieces(start: int, stop: int) -> Iterator[tuple[Weight, int, int]]:
-            for part, low in zip(parts, starts, strict=False):
-                if start < low + part.shape[0] and stop > low:
-                    yield part, max(start - low, 0), min(stop - low, part.shape[0])
-
         def read_rows(start: int, stop: int) -> torch.Tensor:
-            return torch.cat([part.read_rows(*span) for part, *span in pieces(start, stop)])
+            return torch.cat(
+                [
+                    part.read_rows(max(start - low, 0), min(stop - low, part.shape[0]))
+                    for part, low in zip(parts, starts, strict=False)
+                    if start < low + part.shape[0] and stop > low
+                ]
+            )
 
         return Weight(
             shape=(starts[-1], *first.shape[1:]),
             dtype=first.dtype,
             read_rows=read_rows,
             origin=" + ".join(part.origin for part in parts),
-            lattice=_joint_lattice([part.lattice for part in parts], pieces),
+            parts=tuple(whole for part in parts for whole in part.parts or (part,)),
         )
 
     @property
@@ -153,29 +156,7 @@ class Weight:
         """The same numbers in another dtype."""
         if dtype == self.dtype:
             return self
-        return dataclasses.replace(self.map_rows(lambda rows: rows.to(dtype), dtype=dtype), lattice=self.lattice)
-
-
-def _joint_lattice(
-    lattices: Sequence[Lattice | None], pieces: Callable[[int, int], Iterator[tuple[Weight, int, int]]]
-) -> Lattice | None:
-    """One lattice for stacked weights, in the smallest of their blocks; None if their codes are of different kinds."""
-    known = [lattice for lattice in lattices if lattice is not None]
-    if len(known) < len(lattices) or len({(lattice.number, lattice.symmetric) for lattice in known}) > 1:
-        return None
-    block = math.gcd(*(lattice.block for lattice in known))
-
-    def read_rows(start: int, stop: int) -> Codes:
-        found = [part.lattice.with_block(block).read_rows(*span) for part, *span in pieces(start, stop) if part.lattice]
-        codes, scales, zeros = zip(*found, strict=True)
-        joint = None if known[0].symmetric else torch.cat([part for part in zeros if part is not None])
-        return torch.cat(codes), torch.cat(scales), joint
-
-    return Lattice(
-        name=" + ".join(dict.fromkeys(lattice.name for lattice in known)),
-        number=known[0].number,
-        bits=max(lattice.bits for lattice in known),
-        block=block,
-        symmetric=known[0].symmetric,
-        read_rows=read_rows,
-    )
+        parts = tuple(part.to(dtype) for part in self.parts)
+        return dataclasses.replace(
+            self.map_rows(lambda rows: rows.to(dtype), dtype=dtype), lattice=self.lattice, parts=parts
+        )

@@ -19,7 +19,8 @@ from transom.graphs.rounding import Grid, Method, find_grid
 from transom.graphs.schemes import QuantSpec, Scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
-from transom.passes.convert_quantized import is_quantizable, spec_of
+from transom.passes.conversion import spec_of
+from transom.passes.convert_quantized import is_quantizable, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 
 
@@ -50,8 +51,9 @@ class FakeQuantize(Pass):
             index = 0 if node.target is aten.embedding.default else 1
             table = node.args[index]
             held = graph.weight_of(table)
-            if held is None or (spec := spec_of(self.scheme, *held, is_table=table in tables)) is None:
+            if held is None or (spec := scheme_spec(self.scheme, *held, is_table=table in tables)) is None:
                 continue
+            spec = spec_of(*held, spec, as_shipped=self.scheme.as_shipped)
             if not is_quantizable(node):
                 self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
                 continue

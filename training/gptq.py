@@ -71,4 +71,6 @@ def _inverse_factor(moments_KK: torch.Tensor) -> torch.Tensor:
     From the factor of the moments taken backwards, so that no inverse is ever formed.
     """
     upper_KK = torch.linalg.cholesky(moments_KK.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper_KK, torch.eye(len(moments_KK), dtype=moments_KK.dtype), upper=True)
+    identity_KK = torch.eye(len(moments_KK), dtype=moments_KK.dtype)
+    found_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
+    return found_KK

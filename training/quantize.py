@@ -14,7 +14,8 @@ from transom.graphs.graph import Graph
 from transom.graphs.schemes import TABLE, scheme
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.convert_quantized import Conversion, ConvertQuantized, spec_of
+from transom.passes.conversion import Conversion, spec_of
+from transom.passes.convert_quantized import ConvertQuantized, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import write_quantized
@@ -89,8 +90,10 @@ def quantize_model(
             sequences = read_sequences(model, text, min(SEQUENCE, model.config.context))[:samples]
         graph = score_graph(model)
         if sequences is not None:
-            specs = {name: spec_of(made, name, weight) for name, weight in graph.weights.items() if TABLE not in name}
-            linears = {name: spec for name, spec in specs.items() if spec and spec.block != "tensor"}
+            linears = {}
+            for name, weight in graph.weights.items():
+                if TABLE not in name and (spec := scheme_spec(made, name, weight)):
+                    linears[name] = spec_of(name, weight, spec, as_shipped=made.as_shipped)
             rounded = calibrate(
                 graph, linears, sequences, on_progress=lambda done, total: on_progress("calibrate", done, total)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.artifacts import CHUNK, Export
 from tests.case import export
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, INT8_ACTIVATIONS
+from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.backends.artifact import MODEL_FILE
 from transom.export.lowering import Table
 from transom.export.onnx import emitter, onnxruntime, standard
@@ -27,7 +29,8 @@ from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE
 from transom.graphs.errors import QuantizationError, UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.zoo.model import Model
+from transom.zoo.checkpoints.random import random_weights
+from transom.zoo.model import Model, load
 
 TARGETS = ["onnxruntime", "onnx"]
 LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
@@ -56,7 +59,10 @@ def test_float_decode_far_past_the_window(
 
 @pytest.mark.parametrize(
     ("target", "quant"),
-    [*((target, quant) for target in TARGETS for quant in ("int8", "int4")), ("onnxruntime", "int4_table")],
+    [
+        *((target, quant) for target in TARGETS for quant in ("int8", "int4", "int4_block32", "fp8_e4m3")),
+        *(("onnxruntime", quant) for quant in ("int4_table", "int4_channel", "int4_block128", "int8_channel")),
+    ],
 )
 def test_quantised_logits_differ_by_the_activations_only(
     target: str, quant: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
@@ -70,13 +76,50 @@ def test_quantised_logits_differ_by_the_activations_only(
     assert np.abs(expected - text_logits[:101]).max() > FP32_LOGITS, "nothing was quantised"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_activations_of_8_bit_floats_are_not_rounded(
+    target: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
+) -> None:
+    """Where the table is of floats too, nothing differs from the reference."""
+    pair = exported(target, "sfp8")
+    session, expected = pair.session(), pair.reference().logits(text[:101])
+    assert np.abs(session.logits(text[:100]) - expected[:100]).max() < FP32_LOGITS
+    assert np.abs(session.decode(text[100]) - expected[100]).max() < FP32_LOGITS
+    assert np.abs(expected - text_logits[:101]).max() > 100 * FP32_LOGITS, "nothing was quantised"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_gguf_file_as_shipped(target: str, tmp_path: Path) -> None:
+    """Its own codes, of four kinds that packing brings together, are the numbers of the plain module."""
+    config = dataclasses.replace(TINY, layer_kinds=("local", "global"))
+    types = {
+        "attn_q.weight": "Q4_0",
+        "attn_k.weight": "Q5_0",
+        "attn_v.weight": "Q6_K",
+        "attn_output.weight": "Q8_0",
+        "ffn_gate.weight": "Q4_0",
+        "ffn_up.weight": "Q5_0",
+        "ffn_down.weight": "Q6_K",
+        "token_embd.weight": "Q8_0",
+    }
+    model = load(write_gguf(tmp_path / "mixed.gguf", config, random_weights(config, 0), types=types))
+    tokens = [index * 37 % config.vocab_size for index in range(3 * WINDOW + 6)]
+    with torch.no_grad():
+        expected = model.eager()(torch.tensor([tokens]), torch.tensor(0), None)[0][0].numpy()
+    artifact = transom.compile(model, target=target, quant="as_shipped", chunk=CHUNK, out=tmp_path / "model")
+    session = transom.open(artifact.folder, threads=1)
+    for found, wanted in ((session.logits(tokens[:-1]), expected[:-1]), (session.decode(tokens[-1]), expected[-1])):
+        difference = np.sqrt(np.square(found - wanted).mean())
+        assert difference < INT8_ACTIVATIONS * expected.std() / 2.5, "more than rounded activations"
+
+
 def test_standard_onnx_refuses_a_table_of_4_bits(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="8-bit table"):
         transom.compile(tiny, target="onnx", quant="int4_table", out=tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4", "sfp8"])
 def test_the_standard_dialect_is_standard(quant: str, exported: Export) -> None:
     path = exported("onnx", quant).folder / MODEL_FILE
     onnx.checker.check_model(path, full_check=True)
@@ -111,7 +154,7 @@ def test_the_reference_evaluator_of_onnx_agrees(
         start += count
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4", "sfp8"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_files(target: str, quant: str, exported: Export) -> None:
     """One copy of the embedding; every tensor on a page of its own; nothing past the end, nothing twice."""

@@ -27,7 +27,7 @@ from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parame
 from transom.export import compile as export_compile
 from transom.export.compile import trace_model
 from transom.export.exporter import Request
-from transom.graphs import ops
+from transom.graphs import ops, sfp8
 from transom.graphs.errors import TargetError, UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.quantized import dequantize
@@ -47,7 +47,9 @@ KINDS = {
     "int8": {"int8"},
     "int4": {"int8", "uint4"},
     "int4_table": {"int8", "uint4", "int4"},
+    "int4_block32": {"int4", "int8"},
     "fp8": {"float8_e4m3fn", "int8"},
+    "sfp8": {"uint8"},
 }
 """What codes are held as in memory, by scheme."""
 
@@ -110,6 +112,8 @@ def test_codes_mean_exactly_the_references_numbers(quant: str, exported: Export)
         expected = dequantize(tensors[0], tensors[1], tensors[2], node.args[4])
         codes, scales_GR, zeros_GR = arrays
         codes_RK = codes if codes.ndim == 2 else codes.transpose(2, 0, 1)
+        if node.args[4] == "sfp8":
+            codes_RK = sfp8.decode(torch.from_numpy(codes_RK)).numpy()
         codes_RGC = codes_RK.astype(np.float32).reshape(scales_GR.shape[1], scales_GR.shape[0], -1)
         if zeros_GR is not None:
             codes_RGC -= zeros_GR.T.astype(np.float32)[..., None]

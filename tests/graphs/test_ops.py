@@ -72,9 +72,9 @@ def test_fake_shapes_are_real_shapes() -> None:
         (transom.write_cache, (cache, new.transpose(1, 2), start)),
         (transom.attention, (x.transpose(1, 2), cache, cache, start, 0.5, 4)),
         (transom.cached_attention, (x, new, new, cache, cache, start, 0.5, 4)),
-        (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, 4)),
-        (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, 8)),
-        (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, 4)),
+        (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, "int4")),
+        (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, "int8")),
+        (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, "int4")),
     )
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
@@ -55,27 +56,25 @@ def test_blocks_cover_every_row_once_within_the_limit(rows: list[int], width: in
     assert len(blocks) <= -(-weight.shape[0] // max(1, limit // (width * 4)))
 
 
-@given(rows=st.lists(st.integers(1, 5), min_size=2, max_size=4), data=st.data())
-def test_concat_keeps_codes(rows: list[int], data: st.DataObject) -> None:
-    parts = matrices(rows, 4)
-    weight = Weight.concat([counted(part % 60, 2) for part in parts])
-    assert weight.lattice is not None and weight.lattice.block == 2
-    start = data.draw(st.integers(0, weight.shape[0] - 1))
-    stop = data.draw(st.integers(start + 1, weight.shape[0]))
-    codes, scales, _ = weight.lattice.read_rows(start, stop)
-    assert codes.dtype == torch.int8
-    assert torch.equal(codes * scales.repeat_interleave(2, 1), weight.read_rows(start, stop))
+@given(rows=st.lists(st.integers(1, 5), min_size=2, max_size=4))
+def test_concat_remembers_its_parts_and_their_codes(rows: list[int]) -> None:
+    parts = [counted(part % 60, 2) for part in matrices(rows, 4)]
+    weight = Weight.concat([Weight.concat(parts[:1]), Weight.concat(parts[1:])])
+    assert weight.lattice is None and weight.parts == tuple(parts)
+    assert torch.equal(torch.cat([part.read() for part in weight.parts]), weight.read())
+    for narrow in weight.to(torch.bfloat16).parts:
+        assert narrow.dtype == torch.bfloat16 and narrow.lattice is not None
+    assert weight.map_rows(lambda block: block * 2).parts == (), "other numbers"
 
 
-def test_concat_with_what_has_no_codes_has_none() -> None:
-    weight = Weight.concat([counted(torch.ones(3, 4), 2), Weight.of(torch.ones(2, 4))])
-    assert weight.lattice is None
-    assert torch.equal(weight.read(), torch.ones(5, 4))
-
-
-def test_concat_of_different_blocks_has_the_smaller_ones() -> None:
-    weight = Weight.concat([counted(torch.ones(3, 4), 2), counted(torch.ones(2, 4), 4)])
-    assert weight.lattice is not None and weight.lattice.block == 2
-    codes, scales, zeros = weight.lattice.read_rows(1, 5)
-    assert codes.shape == (4, 4) and scales.shape == (4, 2) and zeros is None
-    assert torch.equal(codes * scales.repeat_interleave(2, 1), torch.ones(4, 4))
+def test_codes_in_smaller_blocks_mean_the_same() -> None:
+    lattice = counted(torch.arange(24.0).view(3, 8), 8).lattice
+    assert lattice is not None and lattice.with_block(8) is lattice
+    smaller = lattice.with_block(2)
+    (codes, scales, zeros), (same, wide, _) = smaller.read_rows(1, 3), lattice.read_rows(1, 3)
+    assert smaller.block == 2 and zeros is None
+    assert torch.equal(codes, same) and torch.equal(scales, wide.repeat_interleave(4, 1))
+    with_zeros = dataclasses.replace(
+        lattice, symmetric=False, read_rows=lambda start, stop: (same, wide, torch.tensor([[3], [4]]))
+    )
+    assert torch.equal(with_zeros.with_block(4).read_rows(0, 2)[2], torch.tensor([[3, 3], [4, 4]]))  # type: ignore[arg-type]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -13,21 +18,26 @@ from torch import nn
 from tests.artifacts import CHUNK
 from tests.case import Case, export, run_graph
 from tests.tolerances import FP8_WEIGHTS, FP32_ATTENTION, FP32_LOGITS
-from transom.graphs import ops
+from tests.zoo.tiny_gguf import TINY, write_gguf
+from transom.graphs import ops, sfp8
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.graphs.node import Node
 from transom.graphs.quantized import dequantize, pack, unpack
 from transom.graphs.rounding import round_rows
-from transom.graphs.schemes import BITS, SCHEMES, SPECS, QuantSpec, scheme
+from transom.graphs.schemes import BITS, SCHEMES, SPECS, Number, QuantSpec, Scheme, scheme
 from transom.graphs.weight import Lattice, Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.conversion import can_hold
+from transom.passes.convert_quantized import ConvertQuantized, meant_numbers
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
 from transom.passes.pipelines import pipeline
-from transom.zoo.model import Model
+from transom.passes.targets import TARGETS
+from transom.zoo.checkpoints.random import random_weights
+from transom.zoo.model import Model, load
 
 FORMATS = [
     *(
@@ -235,3 +245,302 @@ def test_a_graph_with_8_bit_floats(tiny: Model, text: list[int], text_logits: ND
     }
     found = case.session(chunk=CHUNK).logits(text)
     assert 0 < np.sqrt(np.square(found - text_logits).mean()) < FP8_WEIGHTS
+
+
+# Codes of a checkpoint, under every spec.
+
+COLUMNS = 256
+
+
+def held_as(number: Number, bits: int, block: int, *, symmetric: bool = True, rows: int = 40, seed: int = 0) -> Weight:
+    """A weight that is codes of some kind, with scales of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = (torch.randn(rows, COLUMNS // block, generator=generator) / 100).half().float()
+    zeros = None if symmetric else torch.randint(0, 2**bits, scales.shape, generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (rows, COLUMNS), generator=generator)
+    if number == "float8_e4m3fn":
+        codes = codes.where(codes & 127 != 127, 0).to(torch.uint8).view(torch.float8_e4m3fn)
+        plain = codes.float()
+    elif number == "sfp8":
+        codes = codes.to(torch.uint8)
+        plain = sfp8.decode(codes)
+    elif symmetric:
+        codes = (codes - 2 ** (bits - 1)).to(torch.int8)
+        plain = codes.float()
+    else:
+        assert zeros is not None
+        codes = codes.to(torch.uint8)
+        plain = codes.float() - zeros.float().repeat_interleave(block, 1)
+    numbers = plain * scales.repeat_interleave(block, 1)
+    lattice = Lattice(
+        name=f"{number}, {bits} bits in {block}{'' if symmetric else ' with zeros'}",
+        number=number,
+        bits=bits,
+        block=block,
+        symmetric=symmetric,
+        read_rows=lambda start, stop: (
+            codes[start:stop],
+            scales[start:stop],
+            None if zeros is None else zeros[start:stop],
+        ),
+    )
+    plain_weight = Weight.of(numbers, origin=lattice.name)
+    return dataclasses.replace(plain_weight, lattice=lattice)
+
+
+KINDS = {
+    "Q4_0": held_as("int4", 4, 32),
+    "Q5_0": held_as("int8", 5, 32),
+    "Q6_K": held_as("int8", 6, 16),
+    "Q8_0": held_as("int8", 8, 32),
+    "uint4": held_as("int4", 4, 64, symmetric=False),
+    "uint8": held_as("int8", 8, 32, symmetric=False),
+    "int4 by row": held_as("int4", 4, COLUMNS),
+    "int8 in 128": held_as("int8", 8, 128),
+    "fp8": held_as("float8_e4m3fn", 8, 128),
+    "sfp8": held_as("sfp8", 8, COLUMNS),
+}
+GRIDS = {
+    **SPECS,
+    "int4 with zeros": ASYMMETRIC,
+    "int8 with zeros": QuantSpec(number="int8", block=32, symmetric=False),
+    "int8 in 16": QuantSpec(number="int8", block=16),
+}
+KEPT = {
+    "Q4_0": {"int4_block32", "int8_block32", "int4 with zeros", "int8 with zeros", "int8 in 16"},
+    "Q5_0": {"int8_block32", "int8 with zeros", "int8 in 16"},
+    "Q6_K": {"int8 in 16"},
+    "Q8_0": {"int8_block32", "int8 with zeros", "int8 in 16"},
+    "uint4": {"int4 with zeros"},
+    "uint8": {"int8 with zeros"},
+    "int4 by row": {*SPECS, "int4 with zeros", "int8 with zeros", "int8 in 16"} - {"fp8_e4m3", "sfp8"},
+    "int8 in 128": {"int8_block32", "int8_block128", "int8_channel", "int8 with zeros", "int8 in 16"},
+    "fp8": {"fp8_e4m3"},
+    "sfp8": {"sfp8"},
+}
+"""Which grids hold the codes of which format."""
+
+
+def as_scheme(spec: QuantSpec) -> Scheme:
+    return Scheme(name="one", linears=(spec,), table=spec)
+
+
+def only(weights: Mapping[str, Weight]) -> Graph:
+    """A graph with one linear, whose weight is given."""
+    ((name, weight),) = weights.items()
+    graph, _ = linears(columns=COLUMNS, rows=weight.shape[0])
+    graph.weights[name] = weight
+    return graph
+
+
+def numbers_of(graph: Graph, node: Node) -> torch.Tensor:
+    """What the codes of a quantised operation mean."""
+    parts = [None if part is None else graph.weight_of(part)[1].read() for part in node.args[1:4]]  # type: ignore[index]
+    codes, scales, zeros = parts
+    assert codes is not None and scales is not None
+    return dequantize(codes, scales, zeros, node.args[4])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> None:
+    """To the bit; otherwise they are rounded, and the record says how far off they are."""
+    weight, spec = KINDS[kind], GRIDS[grid]
+    convert = ConvertQuantized(as_scheme(spec))
+    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
+    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
+    found, numbers = numbers_of(graph, node), weight.read()
+    (record,) = convert.conversions
+    assert (record.weight, record.number, record.block) == ("first.weight", spec.number, spec.group(COLUMNS))
+    assert record.source == weight.lattice.name  # type: ignore[union-attr]
+    assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.lattice, COLUMNS)  # type: ignore[arg-type]
+    error = (found - numbers).double()
+    if record.kept:
+        assert torch.equal(found, numbers) and record.error == record.max_abs == 0
+    else:
+        assert record.max_abs == error.abs().max() > 0
+        assert record.error == pytest.approx(
+            float(error.square().mean().sqrt() / numbers.double().square().mean().sqrt())
+        )
+        assert not torch.equal(found, numbers)
+    data = record.to_json()
+    assert json.loads(json.dumps(data)) == data and data["kept"] == record.kept and data["error"] == record.error
+    assert torch.equal(meant_numbers("first.weight", weight, as_scheme(spec)), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_shipped_every_format_is_kept(kind: str) -> None:
+    weight, convert = KINDS[kind], ConvertQuantized(scheme("as_shipped"))
+    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
+    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
+    assert torch.equal(numbers_of(graph, node), weight.read())
+    (record,) = convert.conversions
+    assert record.kept and record.number == weight.lattice.number  # type: ignore[union-attr]
+
+
+def test_errors_are_counted_once_however_often_codes_are_read() -> None:
+    convert = ConvertQuantized(scheme("int4_block128"))
+    graph, _ = Pipeline([convert]).run(linears()[0])
+    codes, weight = graph.weights["first.weight.codes"], linears()[0].weights["first.weight"].read()
+    (record,) = convert.conversions
+    assert (record.source, record.kept, record.error) == ("", False, 0)
+    for block in codes.blocks(limit=10_000):
+        assert len(block)
+    once = record.to_json()
+    codes.read(), graph.weights["first.weight.scales"].read(), codes.read_rows(17, 4200)
+    assert record.to_json() == once
+    error = (numbers_of(graph, graph.calls(ops.LINEAR_QUANTIZED)[0]) - weight).double()
+    assert record.max_abs == error.abs().max()
+    assert record.error == pytest.approx(float(error.norm() / weight.double().norm()))
+
+
+# Stacked weights.
+
+
+def stacked(*weights: Weight) -> Weight:
+    return Weight.concat(weights)
+
+
+@pytest.mark.parametrize("name", ["as_shipped", "int8", "int4", "int4_block32", "int8_channel", "fp8_e4m3", "sfp8"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Q4_0", "Q4_0", "Q4_0"),
+        ("Q4_0", "Q5_0", "Q8_0"),
+        ("Q5_0", "Q6_K", None),
+        ("Q4_0", "int4 by row", None),
+        (None, None, None),
+    ],
+)
+def test_packing_changes_no_number(name: str, kinds: tuple[str | None, ...]) -> None:
+    """Some targets pack projections and others do not; what was codes is kept whatever its neighbours are."""
+    # The parts are of very different sizes, and only the last does not fit SFP8 without a scale.
+    plain = [Weight.of(normal(index, 40, COLUMNS) * 30**index / 100, "float") for index in range(3)]
+    parts = [plain[index] if kind is None else KINDS[kind] for index, kind in enumerate(kinds)]
+    convert, alone = ConvertQuantized(scheme(name)), []
+    graph, _ = Pipeline([convert]).run(only({"first.weight": stacked(*parts)}))
+    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
+    found = numbers_of(graph, node)
+    for part in parts:
+        alone.append(ConvertQuantized(scheme(name)))
+        single, _ = Pipeline([alone[-1]]).run(only({"first.weight": part}))
+        (own,) = single.calls(ops.LINEAR_QUANTIZED)
+        expected, found = numbers_of(single, own), torch.cat((found[40:], found[:40]))
+        assert torch.equal(found[-40:], expected)
+    assert [record.weight for record in convert.conversions] == [
+        f"first.weight[{low}:{low + 40}]" for low in (0, 40, 80)
+    ]
+    for record, single_pass in zip(convert.conversions, alone, strict=True):
+        (expected_record,) = single_pass.conversions
+        assert dataclasses.replace(record, weight="first.weight") == expected_record
+
+
+def test_rows_of_stacked_weights_can_be_asked_for_in_any_way() -> None:
+    weight = stacked(KINDS["Q4_0"], KINDS["Q6_K"], Weight.of(normal(0, 40, COLUMNS), "float"))
+    graph, _ = Pipeline([ConvertQuantized(scheme("as_shipped"))]).run(only({"first.weight": weight}))
+    for part in ("codes", "scales"):
+        held = graph.weights[f"first.weight.{part}"]
+        whole = held.read()
+        assert whole.shape == held.shape
+        for start, stop in ((0, 1), (39, 41), (40, 80), (10, 120), (79, 81), (119, 120)):
+            assert torch.equal(held.read_rows(start, stop), whole[start:stop])
+
+
+def test_kinds_that_share_no_grid_are_rounded_to_the_schemes() -> None:
+    weight, convert = stacked(KINDS["Q8_0"], KINDS["fp8"], KINDS["uint4"]), ConvertQuantized(scheme("as_shipped"))
+    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
+    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
+    found = numbers_of(graph, node)
+    assert [record.kept for record in convert.conversions] == [True, False, False]
+    assert torch.equal(found[:40], KINDS["Q8_0"].read())
+    assert torch.equal(found[40:], rounded(weight.read()[40:], INT8_BLOCK32))
+
+
+@pytest.mark.parametrize("name", ["sfp8", "int8", "int4_block32"])
+def test_bad_rows_of_a_stacked_weight_are_named(name: str) -> None:
+    bad = normal(0, 40, COLUMNS)
+    bad[7, 7] = float("nan")
+    graph = only({"first.weight": stacked(KINDS["Q4_0"], Weight.of(bad))})
+    quantized, _ = Pipeline([ConvertQuantized(scheme(name))]).run(graph)
+    with pytest.raises(QuantizationError, match=r"first\.weight holds NaN or infinity in rows 40 to 80"):
+        quantized.weights["first.weight.codes"].read()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_scale_a_tensor_is_not_taken_of_bad_rows(bad: float) -> None:
+    """The largest number of all rows is needed before the first row is rounded."""
+    graph, _ = linears()
+    weight = graph.weights["first.weight"].read().clone()
+    weight[4321, 7] = bad
+    graph.weights["first.weight"] = Weight.of(weight)
+    quantized, _ = Pipeline([ConvertQuantized(scheme("sfp8"))]).run(graph)
+    with pytest.raises(QuantizationError, match=r"first\.weight holds NaN or infinity in rows 0 to 5000"):
+        quantized.weights["first.weight.codes"].read_rows(0, 10)
+
+
+def test_a_scale_that_does_not_fit_names_the_weight() -> None:
+    graph, _ = linears()
+    weight = graph.weights["first.weight"].read().clone()
+    weight[4500, 7] = 1e6
+    graph.weights["first.weight"] = Weight.of(weight)
+    quantized, _ = Pipeline([ConvertQuantized(scheme("int4_block32"))]).run(graph)
+    with pytest.raises(QuantizationError, match=r"first\.weight, rows 4096 to 5000: a scale does not fit float16"):
+        quantized.weights["first.weight.codes"].read()
+
+
+# From a GGUF file to what every target computes with.
+
+MIXED = {
+    "attn_q.weight": "Q4_0",
+    "attn_k.weight": "Q5_0",
+    "attn_v.weight": "Q6_K",
+    "attn_output.weight": "Q8_0",
+    "token_embd.weight": "Q8_0",
+    "ffn_gate.weight": "Q4_0",
+    "ffn_up.weight": "Q5_0",
+    "ffn_down.weight": "Q6_K",
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A small model of which every matrix is codes; queries, keys and values, gates and values of different kinds."""
+    config = dataclasses.replace(TINY, layer_kinds=("local", "global"))
+    path = tmp_path_factory.mktemp("gguf") / "mixed.gguf"
+    return load(write_gguf(path, config, random_weights(config, 0), types=MIXED))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["as_shipped", "int8", "sfp8"])
+def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixed: Model) -> None:
+    """Targets that pack projections and those that do not hold the numbers that the oracle has."""
+    graph = Case.of(mixed, "decode").graph
+    passes = pipeline(target, chunk=CHUNK, scheme=scheme(name))
+    made, _ = passes.run(graph)
+    (convert,) = [one for one in passes.passes if isinstance(one, ConvertQuantized)]
+    found = Counter[str]()
+    wanted = {
+        key: meant_numbers(key, weight, scheme(name)) for key, weight in mixed.weights.items() if len(weight.shape) == 2
+    }
+    nodes = dict.fromkeys(node.args[1:] for node in made.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
+    for args in nodes:
+        node = next(node for node in made.calls_all() if node.args[1:] == args)
+        numbers = numbers_of(made, node)
+        # Stacked weights are one after the other, in the order of the model.
+        while len(numbers):
+            key = next(key for key, part in wanted.items() if torch.equal(numbers[: len(part)], part))
+            found[key] += 1
+            numbers = numbers[len(wanted[key]) :]
+    assert found == Counter(dict.fromkeys(wanted, 1))
+    if name == "as_shipped":
+        assert all(torch.equal(numbers, mixed.weights[key].read()) for key, numbers in wanted.items())
+        assert all(record.kept and record.error == 0 for record in convert.conversions)
+    kept = Counter(record.source for record in convert.conversions if record.kept)
+    assert (
+        kept
+        == {
+            "as_shipped": {"Q4_0": 4, "Q5_0": 4, "Q6_K": 4, "Q8_0": 3},
+            "int8": {"Q4_0": 4, "Q5_0": 4, "Q8_0": 2},
+            "sfp8": {},
+        }[name]
+    )

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from transom.graphs.errors import ContextLengthError, TokenizerError
-from transom.validation.prompt import read_text
 from transom.zoo.model import Model
+from transom.zoo.prompt import read_text
 
 LENGTH = 2048
 """Tokens of a sequence, if the text and the context have as many and nothing else is said."""

@@ -1,0 +1,132 @@
+"""Schemes by name, what a spec may be, and that planned bytes are those of the codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.case import Case
+from transom.graphs.errors import QuantizationError
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import SCHEMES, SPECS, QuantSpec, scheme
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
+from transom.zoo.model import Model
+from transom.zoo.plan import plan
+
+NAMES = {
+    "none", "int8", "int4", "int4_table", "fp8", "fp8_activations", "as_shipped", "int4_block32", "int4_block128",
+    "int4_channel", "int8_block32", "int8_block128", "int8_channel", "fp8_e4m3", "sfp8",
+}  # fmt: skip
+TABLE, QUERY, DOWN = "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"
+
+
+def test_every_name() -> None:
+    assert set(SCHEMES) == NAMES
+    for name in NAMES:
+        assert scheme(name) is SCHEMES[name] and scheme(name).name == name
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_spec_by_name_is_for_every_projection(name: str) -> None:
+    made = scheme(name)
+    assert made.of(QUERY) == made.of(DOWN) == SPECS[name]
+    assert made.of(TABLE) == (SPECS["sfp8"] if name == "sfp8" else SPECS["int8_block128"])
+    assert made.numbers == {SPECS[name].number, made.of(TABLE).number}  # type: ignore[union-attr]
+
+
+def test_the_table_may_be_chosen_apart() -> None:
+    made = scheme("int4_channel:fp8_e4m3")
+    assert made.name == "int4_channel:fp8_e4m3" and not made.as_shipped and made.activations is None
+    assert made.of(DOWN) is SPECS["int4_channel"] and made.of(TABLE) is SPECS["fp8_e4m3"]
+    assert scheme("none:sfp8").of(DOWN) is None and scheme("none:sfp8").specs == (SPECS["sfp8"],)
+    assert scheme("sfp8:none").of(TABLE) is None and scheme("sfp8:none").numbers == {"sfp8"}
+    assert scheme("none:none").specs == ()
+
+
+def test_queries_keys_and_values_are_finer_under_int4() -> None:
+    made = scheme("int4")
+    for kind in ("q", "k", "v", "qkv"):
+        assert made.of(f"layers.3.self_attn.{kind}_proj.weight").bits == 8  # type: ignore[union-attr]
+    for name in (DOWN, "layers.3.self_attn.o_proj.weight", "layers.3.mlp.gate_up_proj.weight"):
+        spec = made.of(name)
+        assert spec is not None and (spec.bits, spec.symmetric) == (4, False)
+
+
+def test_activations_are_among_the_numbers() -> None:
+    assert scheme("fp8_activations").numbers == {"float8_e4m3fn", "int8"}
+    assert scheme("fp8_activations").activations == "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int3", "no quantisation scheme named 'int3': choose one of none, int8, int4"),
+        ("", "no quantisation scheme named ''"),
+        ("int4:", "'int4:' is no quantisation scheme: on either side of the colon .*int4_block32.*, not 'int4'"),
+        ("int4_channel:", "'int4_channel:' .* not ''"),
+        (":int8_block32", "':int8_block32' .* not ''"),
+        ("int4_channel:int7", "not 'int7'"),
+        ("int4_channel:sfp8:sfp8", "not 'sfp8:sfp8'"),
+    ],
+)
+def test_bad_names(name: str, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        scheme(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"number": "int3", "block": 32}, "unknown number 'int3': choose one of int4, int8, float8_e4m3fn, sfp8"),
+        ({"number": "int4", "block": 8}, "powers of two from 16 on, not 8"),
+        ({"number": "int4", "block": 48}, "powers of two from 16 on, not 48"),
+        ({"number": "int4", "block": 0}, "not 0"),
+        ({"number": "sfp8", "block": "tensor", "symmetric": False}, "sfp8 has no zero points"),
+        ({"number": "float8_e4m3fn", "block": 32, "symmetric": False}, "float8_e4m3fn has no zero points"),
+    ],
+)
+def test_bad_specs(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        QuantSpec(**fields)
+
+
+def test_blocks_are_halved_until_they_divide() -> None:
+    wide = QuantSpec(number="int8", block=256)
+    assert [(wide.group(n), wide.held_block(n)) for n in (512, 640, 96, 48)] == [
+        (256, 128),
+        (128, 128),
+        (32, 32),
+        (16, 16),
+    ]
+    row = QuantSpec(number="int8", block="row")
+    assert [(row.group(n), row.held_block(n)) for n in (640, 96)] == [(640, 128), (96, 32)]
+    for spec in (wide, row):
+        with pytest.raises(QuantizationError, match="40 columns cannot be cut into blocks of 16 or more"):
+            spec.held_block(40)
+
+
+def test_in_words() -> None:
+    assert QuantSpec(number="int4", block=32, symmetric=False).describe() == "int4 in blocks of 32 with zero points"
+    assert SPECS["int4_channel"].describe() == "int4 by row"
+    assert SPECS["sfp8"].describe() == "sfp8 by tensor"
+
+
+@pytest.fixture(scope="module")
+def plain(scored: Graph) -> Graph:
+    return Case(graph=scored).run(Canonicalize()).graph
+
+
+@pytest.mark.parametrize("name", [*sorted(NAMES), "int4_channel:int4_block32", "sfp8:none"])
+def test_planned_bytes_are_those_of_the_codes(name: str, tiny: Model, plain: Graph) -> None:
+    """The pass makes what the planner counts, to the byte; only what stays unquantised is planned in bfloat16."""
+    graph = plain.clone()
+    assert ConvertQuantized(scheme(name)).rewrite(graph) > 0 or name == "none"
+    found = 0
+    for key, weight in graph.weights.items():
+        if ".weight" not in key or f"{key}.codes" in graph.weights:
+            continue  # tables of rotations are none of the model's, and the manager drops what nobody reads
+        wide = key.endswith("weight") and (len(weight.shape) == 2 or name == "none")
+        found += weight.bytes // 2 if wide else weight.bytes
+    assert found == plan(tiny.config, context=64, quant=name).weight_bytes
