@@ -12,7 +12,6 @@ from transom.graphs.check import check
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, refresh
 
-
 Digest = tuple[str, ...]
 """What `Graph.digest` returns."""
 

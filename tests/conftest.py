@@ -1,8 +1,12 @@
-"""Models, graphs and numbers that several tests share. Each tiny model is traced once a session."""
+"""Models, graphs and numbers that several tests share."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from transom.export import compile as export_compile
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
+from transom.graphs.trace import Task, trace
+from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
@@ -35,6 +41,15 @@ console.width = 400
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA compiles a program once a run: workers and the processes that tests start share a cache."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="transom-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A pass that ran, and a copy of the graph as it left it."""
@@ -49,6 +64,31 @@ def stages_of(traced: Graph, target: str, quant: str = "none") -> list[Stage]:
     passes = pipeline(target, chunk=CHUNK, scheme=scheme(quant))
     passes.run(traced, on_pass=lambda ran, graph: found.append(Stage(ran, graph.clone())))
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """A configuration is traced once a process: weights are recipes that stand beside the graph."""
+    done: dict[tuple[Any, Task, torch.dtype], Graph] = {}
+
+    def remembered(
+        build: Callable[[], torch.nn.Module],
+        config: Any,
+        weights: Mapping[str, Weight],
+        *,
+        task: Task = "decode",
+        dtype: torch.dtype = torch.float32,
+    ) -> Graph:
+        key = (config, task, dtype)
+        if key not in done or done[key].weights.keys() - weights.keys():
+            done[key] = trace(build, config, weights, task=task, dtype=dtype)
+        graph = done[key].clone()
+        graph.weights = {name: weights[name].to(dtype) for name in graph.weights}
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_compile, "trace", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +140,7 @@ def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactor
     def make(target: str, quant: str) -> Exported:
         if (target, quant) not in done:
             graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(traced)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
-                artifact = transom.compile(
-                    tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}"
-                )
+            artifact = transom.compile(tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}")
             done[target, quant] = Exported(artifact.folder, graph)
         return done[target, quant]
 

@@ -25,7 +25,7 @@ Lowering = Callable[["Emitter", Node], Any]
 """Emits the calls for one node and returns its value, or a list of values if it has several."""
 
 _made: dict[tuple[Any, Tile], Any] = {}
-"""Every kernel that this process has made, by key and tile: TVM reads a kernel's text far slower than it compiles it."""
+"""Every kernel that this process has made, by key and tile: reading a kernel takes TVM longer than compiling it."""
 
 
 class Emitter:
