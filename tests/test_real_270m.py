@@ -76,14 +76,16 @@ def their_logits(theirs: Any, ids: list[int]) -> NDArray[np.float32]:
 
 
 def furthest(session: Session, their_logits: NDArray[np.float32], ids: list[int]) -> float:
-    """Largest difference from their logits over all positions of a text."""
+    """Largest difference from their logits over all positions of a text; NaN if one is."""
     session.reset()
-    worst, low = 0.0, 0
+    worst, low = [], 0
     for logits in session.feed(ids, wanted="all"):
-        expected = their_logits[low : low + len(logits)]
-        worst, low = max(worst, float(np.abs(logits - expected).max())), low + len(logits)
+        # In place, as new memory for so many numbers takes longer than the arithmetic.
+        difference = np.subtract(logits, their_logits[low : low + len(logits)], out=logits)
+        worst.append(np.abs(difference, out=difference).max())
+        low += len(logits)
     assert low == len(ids)
-    return worst
+    return float(np.max(worst))
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +111,14 @@ def test_the_plain_module(real: Model, their_logits: NDArray[np.float32], ids: l
 
 @pytest.mark.slow
 def test_every_stage_of_the_passes(traced_270m: Graph, their_logits: NDArray[np.float32], ids: list[int]) -> None:
-    """A divergence is found at the pass that made it."""
+    """A divergence is found at the pass that made it. A pass that changed nothing left the same graph."""
     found: dict[str, float] = {}
+    digests: set[tuple[str, ...]] = set()
 
     def measure(name: str, graph: Graph) -> None:
+        if graph.digest() in digests:
+            return
+        digests.add(graph.digest())
         session = ReferenceSession(graph, context=1024, chunk=CHUNK)
         found[name] = furthest(session, their_logits, ids[:STAGE_LENGTH])
 
@@ -120,7 +126,7 @@ def test_every_stage_of_the_passes(traced_270m: Graph, their_logits: NDArray[np.
     pipeline("onnxruntime", chunk=CHUNK, scheme=scheme("none")).run(
         traced_270m, on_pass=lambda ran, graph: measure(ran.name, graph)
     )
-    assert {name: worst for name, worst in found.items() if worst > ONNX_LOGITS_270M} == {}
+    assert {name: worst for name, worst in found.items() if not worst < ONNX_LOGITS_270M} == {}
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "onnx", "xla", "tvm"])
