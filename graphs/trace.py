@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
-import torch._dynamo.config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
@@ -88,6 +87,8 @@ def trace(
     Raises:
         TraceError: If the module cannot be exported, or a parameter has no weight.
     """
+    import torch._dynamo.config  # takes seconds
+
     # torch's cache of fake results keys them by symbols, which takes longer than computing the results.
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with uncached, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():

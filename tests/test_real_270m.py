@@ -78,11 +78,11 @@ def their_logits(theirs: Any, ids: list[int]) -> NDArray[np.float32]:
 def furthest(session: Session, their_logits: NDArray[np.float32], ids: list[int]) -> float:
     """Largest difference from their logits over all positions of a text; NaN if one is."""
     session.reset()
-    worst, low = [], 0
+    # Memory is taken once: new pages for so many numbers take longer than the arithmetic.
+    difference, worst, low = np.empty_like(their_logits[:CHUNK]), [], 0
     for logits in session.feed(ids, wanted="all"):
-        # In place, as new memory for so many numbers takes longer than the arithmetic.
-        difference = np.subtract(logits, their_logits[low : low + len(logits)], out=logits)
-        worst.append(np.abs(difference, out=difference).max())
+        part = np.subtract(logits, their_logits[low : low + len(logits)], out=difference[: len(logits)])
+        worst.append(np.abs(part, out=part).max())
         low += len(logits)
     assert low == len(ids)
     return float(np.max(worst))
