@@ -238,10 +238,8 @@ def _shape(value: Any) -> Any:
     return tuple(map(_shape, value)) if isinstance(value, (tuple, list)) else value
 
 
-@functools.lru_cache
-def _text(size: Any) -> str:
-    """A symbolic size in words, which takes sympy long."""
-    return str(size)
+# Sympy takes long to write a size.
+_text = functools.lru_cache(str)
 
 
 def fake_mode(graph: Graph) -> Any:
