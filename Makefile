@@ -31,7 +31,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py --out artifacts
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-large: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m large

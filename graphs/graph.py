@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -207,11 +208,9 @@ class Graph:
         env: dict[Node, Node] = {}
         for node in old.graph.nodes:
             env[node] = fx.node_copy(node, lambda used: env[used])
-        module = torch.fx.GraphModule(old.graph_module, fx)
-        module.meta.update(old.graph_module.meta)
         program = ExportedProgram(
-            root=module,
-            graph=module.graph,
+            root=old.graph_module,
+            graph=fx,
             graph_signature=copy.deepcopy(old.graph_signature),
             state_dict=dict(old.state_dict),
             range_constraints=dict(old.range_constraints),
@@ -237,8 +236,12 @@ class Graph:
 
 def _shape(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return (value.dtype, tuple(value.shape))
+        return (value.dtype, *(size if isinstance(size, int) else _text(size.node.expr) for size in value.shape))
     return tuple(map(_shape, value)) if isinstance(value, (tuple, list)) else value
+
+
+# Sympy takes long to write a size.
+_text = functools.lru_cache(str)
 
 
 def fake_mode(graph: Graph) -> Any:

@@ -192,7 +192,8 @@ def evaluate(graph: Graph, node: Node, sizes: Mapping[str, int], start: int) -> 
         sizes: Numbers for the symbols of the inputs' shapes; any other symbol is 1.
         start: Position of the first new token.
     """
-    known = {used: _stand_in(used, graph, sizes, start) for used in graph.user_inputs()}
+    needed = set(_upstream(node))
+    known = {used: _stand_in(used, graph, sizes, start) for used in graph.user_inputs() if used in needed}
     value = run_nodes([node], known)[node]
     assert isinstance(value, torch.Tensor)
     return value

@@ -87,7 +87,11 @@ def trace(
     Raises:
         TraceError: If the module cannot be exported, or a parameter has no weight.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():
+    import torch._dynamo.config  # takes seconds
+
+    # torch's cache of fake results keys them by symbols, which takes longer than computing the results.
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with uncached, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export warns of its own internals
         with _default_dtype(dtype):
             module = build().eval()

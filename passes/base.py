@@ -12,6 +12,9 @@ from transom.graphs.check import check
 from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, refresh
 
+Digest = tuple[str, ...]
+"""What `Graph.digest` returns."""
+
 
 class Pass(abc.ABC):
     """One rewrite. A pass edits the graph in place and tells how many sites it changed.
@@ -101,22 +104,25 @@ class Pipeline:
 
         Args:
             graph: Left as it is.
-            on_pass: Called with each pass and the graph it left behind.
+            on_pass: Called with each pass and the graph it left behind, whose module is compiled at the end only.
 
         Raises:
             InvariantError: If a pass breaks the IR's rules, its own promise, or lies about its count.
         """
         graph, records = graph.clone(), []
         check(graph)
+        digest = graph.digest()
         for current in self.passes:
-            records.append(_apply(current, graph))
+            record, digest = _apply(current, graph, digest)
+            records.append(record)
             if on_pass is not None:
                 on_pass(current, graph)
+        graph.module.recompile()
         return graph, records
 
 
-def _apply(current: Pass, graph: Graph) -> PassRecord:
-    began, before = time.perf_counter(), graph.digest()
+def _apply(current: Pass, graph: Graph, before: Digest) -> tuple[PassRecord, Digest]:
+    began = time.perf_counter()
     nodes, size = len(graph.calls_all()), graph.weight_bytes()
     current.skipped, current.notes = [], []
     current.requires(graph)
@@ -125,13 +131,13 @@ def _apply(current: Pass, graph: Graph) -> PassRecord:
         graph.drop_dead_code()
         graph.settle_outputs()
         refresh(graph)
-        graph.module.recompile()
-    if bool(changes) != (graph.digest() != before):
+    after = graph.digest()
+    if bool(changes) != (after != before):
         state = "changed" if not changes else "is as it was"
         raise InvariantError(f"{current.name} reported {changes} changes, but the graph {state}")
     check(graph)
     current.ensures(graph)
-    return PassRecord(
+    record = PassRecord(
         name=current.name,
         changes=changes,
         seconds=time.perf_counter() - began,
@@ -142,3 +148,4 @@ def _apply(current: Pass, graph: Graph) -> PassRecord:
         skipped=tuple(current.skipped),
         notes=tuple(current.notes),
     )
+    return record, after

@@ -23,11 +23,12 @@ class FoldConstants(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Replace every constant that something else depends on."""
-        constant: set[Node] = set()
+        # In the order of the graph, so that every run names and writes weights in one order.
+        constant: dict[Node, None] = {}
         for node in graph.calls_all():
             value = node.meta["val"]
             if all(used in constant for used in node.all_input_nodes) and _is_static(node, value):
-                constant.add(node)
+                constant[node] = None
         roots = [node for node in constant if any(user not in constant for user in node.users)]
         values = run_nodes(roots, {})
         for node in roots:

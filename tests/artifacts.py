@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from transom.graphs.graph import Graph
 
 CHUNK = 37
 """Most tokens in one call: more than two windows, and divides nothing."""
+
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+"""Threads for a large model: this process's share of the cores, as threads that wait for a core spin on another."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,13 @@
-"""Models, graphs and numbers that several tests share. Each tiny model is traced once a session."""
+"""Models, graphs and numbers that several tests share."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +23,8 @@ from transom.export.compile import trace_model
 from transom.graphs.errors import CheckpointError
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
+from transom.graphs.trace import Task, trace
+from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
@@ -36,6 +43,25 @@ console.width = 400
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA compiles a program once a run: workers and the processes that tests start share a cache."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="transom-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+LONGEST = ("test_real_270m", "test_conformance", "test_bisect", "test_faults", "test_tvm", "test_validate", "test_xla")
+"""Files that take longest, which run first: otherwise a core is idle while the last one ends."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first. Workers take file after file in this order."""
+    order = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A pass that ran, and a copy of the graph as it left it."""
@@ -50,6 +76,31 @@ def stages_of(traced: Graph, target: str, quant: str = "none") -> list[Stage]:
     passes = pipeline(target, chunk=CHUNK, scheme=scheme(quant))
     passes.run(traced, on_pass=lambda ran, graph: found.append(Stage(ran, graph.clone())))
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """A configuration is traced once a process: weights are recipes that stand beside the graph."""
+    done: dict[tuple[Any, Task, torch.dtype], Graph] = {}
+
+    def remembered(
+        build: Callable[[], torch.nn.Module],
+        config: Any,
+        weights: Mapping[str, Weight],
+        *,
+        task: Task = "decode",
+        dtype: torch.dtype = torch.float32,
+    ) -> Graph:
+        key = (config, task, dtype)
+        if key not in done or done[key].weights.keys() - weights.keys():
+            done[key] = trace(build, config, weights, task=task, dtype=dtype)
+        graph = done[key].clone()
+        graph.weights = {name: weights[name].to(dtype) for name in graph.weights}
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_compile, "trace", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -107,11 +158,7 @@ def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactor
     def make(target: str, quant: str) -> Exported:
         if (target, quant) not in done:
             graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(traced)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
-                artifact = transom.compile(
-                    tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}"
-                )
+            artifact = transom.compile(tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}")
             done[target, quant] = Exported(artifact.folder, graph)
         return done[target, quant]
 
@@ -120,8 +167,15 @@ def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def real() -> Model:
-    """The real Gemma 3 270M."""
+    """The real Gemma 3 270M. Its file is decoded once, which takes seconds; tests must not edit what they read."""
     try:
-        return load("gemma3-270m")
+        model = load("gemma3-270m")
     except CheckpointError as error:
         pytest.skip(str(error))
+    return dataclasses.replace(model, weights={name: held_once_read(weight) for name, weight in model.weights.items()})
+
+
+def held_once_read(weight: Weight) -> Weight:
+    """The same weight, in memory from its first reading on."""
+    read = functools.cache(weight.read)
+    return dataclasses.replace(weight, read_rows=lambda start, stop: read()[start:stop])

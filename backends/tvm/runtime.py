@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,11 +84,21 @@ def load_machine(library: Path) -> Any:
     """
     ffi = runtime()
     try:
-        machine = ffi.load_module(str(library))["vm_load_executable"]()
+        with _path_of_its_own(library) as path:
+            machine = ffi.load_module(str(path))["vm_load_executable"]()
         machine["vm_initialization"](CPU, 0, POOLED, CPU, 0, POOLED)
     except Exception as error:  # the runtime raises whatever class the failing part chose
         raise ArtifactError(f"TVM cannot load {library}: {str(error).strip().splitlines()[0]}") from error
     return machine
+
+
+@contextlib.contextmanager
+def _path_of_its_own(library: Path) -> Iterator[Path]:
+    """A path that no library was loaded from: the loader takes equal paths for the same library, replaced or not."""
+    with tempfile.TemporaryDirectory(prefix="transom-") as folder:
+        path = Path(folder) / library.name
+        path.symlink_to(library.resolve())
+        yield path
 
 
 _pools = threading.local()

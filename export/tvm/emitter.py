@@ -24,6 +24,9 @@ from transom.graphs.node import Node
 Lowering = Callable[["Emitter", Node], Any]
 """Emits the calls for one node and returns its value, or a list of values if it has several."""
 
+_made: dict[tuple[Any, Tile], Any] = {}
+"""Every kernel that this process has made, by key and tile: reading a kernel takes TVM longer than compiling it."""
+
 
 class Emitter:
     """State of one function while it is written.
@@ -154,14 +157,16 @@ class Emitter:
         """Call a kernel of our own.
 
         Args:
-            key: Equal keys share a kernel.
+            key: Equal keys share a kernel, in every module; it holds all that `make` depends on but the tile.
             make: Makes the kernel; its parameters are the inputs, then the outputs.
             inputs: Values.
             outputs: Shapes of new float32 outputs.
             in_place: Indices of inputs that it writes; they follow the outputs in what is returned.
         """
         if key not in self._kernels:
-            self._kernels[key] = self.builder.add_func(make(), str(key[0]))
+            if (key, self.tile) not in _made:
+                _made[key, self.tile] = make()
+            self._kernels[key] = self.builder.add_func(_made[key, self.tile], str(key[0]))
         types = [relax.TensorType(list(shape), "float32") for shape in outputs]
         types += [relax.TensorType(inputs[index].ty.shape, inputs[index].ty.dtype) for index in in_place]
         kernel, given = self._kernels[key], list(inputs)

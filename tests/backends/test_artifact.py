@@ -15,7 +15,6 @@ from tests.artifacts import CHUNK, Export
 from transom.backends.artifact import MANIFEST, Manifest, new_folder, read_manifest, write_manifest
 from transom.export import compile as export_compile
 from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, TargetError
-from transom.graphs.graph import Graph
 from transom.zoo.model import Model
 
 
@@ -231,23 +230,17 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert names(tmp_path) == []
 
 
-def test_a_failing_export_leaves_nothing(
-    tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_export_leaves_nothing(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
     monkeypatch.setattr(export_compile, "_write_companions", fail)
     with pytest.raises(KeyboardInterrupt):
         transom.compile(tiny, out=tmp_path / "model")
     assert names(tmp_path) == []
 
 
-def test_progress_counts_passes_and_bytes(
-    tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
+def test_progress_counts_passes_and_bytes(tiny: Model, tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     transom.compile(tiny, out=tmp_path / "model", context=64, on_progress=lambda *step: steps.append(step))
     assert {stage for stage, _, _ in steps} == {"trace", "passes", "weights"}

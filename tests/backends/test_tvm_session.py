@@ -97,6 +97,18 @@ def test_taps(tiny: Model, tmp_path: Path, text: list[int]) -> None:
             assert np.abs(session.tapped[name] - expected).max() < FP32_LOGITS, name
 
 
+def test_an_artifact_that_was_replaced(exported: Export, tmp_path: Path, text: list[int]) -> None:
+    """The code of the first one is still loaded."""
+    kept = []
+    for quant in ("none", "int4"):
+        pair = exported("tvm", quant)
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(pair.folder, tmp_path / "model")
+        kept.append(transom.open(tmp_path / "model", threads=1))
+        expected = pair.reference().logits(text[:20])
+        assert np.abs(kept[-1].logits(text[:20]) - expected).max() < FP32_LOGITS, quant
+
+
 def test_threads_give_the_same_numbers(artifact: Exported, text: list[int]) -> None:
     one, two = artifact.session(), transom.open(artifact.folder, threads=2)
     for tokens in (text[:80], text[80:81], text[81:90]):

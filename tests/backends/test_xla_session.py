@@ -21,7 +21,6 @@ from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE
-from transom.export import compile as export_compile
 from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
 from transom.graphs.graph import Graph, Tap
 from transom.graphs.schemes import scheme
@@ -123,10 +122,7 @@ class TapSome(Pass):
         return 3
 
 
-def test_taps_have_no_padding(
-    tiny: Model, traced: Graph, tmp_path: Path, text: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
+def test_taps_have_no_padding(tiny: Model, traced: Graph, tmp_path: Path, text: list[int]) -> None:
     transom.compile(tiny, target="xla", context=64, chunk=CHUNK, before=[TapSome()], out=tmp_path / "model")
     passes = [TapSome(), *pipeline("xla", chunk=CHUNK, scheme=scheme("none")).passes]
     graph, _ = type(pipeline("xla", chunk=CHUNK, scheme=scheme("none")))(passes).run(traced)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ import transom
 from tests.conformance.reference import TEXT
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session as TransomSession
-from transom.export import compile as export_compile
 from transom.export.compile import trace_model
 from transom.graphs.graph import Graph
 from transom.graphs.schemes import scheme
@@ -94,9 +92,7 @@ class ArtifactRuntime:
         out = self.work / f"{folder.name}-{self.target}-{chunk}"
         if not out.exists():
             model, graph = traced(folder)
-            # Tracing takes longer than all the rest.
-            with mock.patch.object(export_compile, "trace_model", lambda model, dtype: graph):
-                transom.compile(model, target=self.target, chunk=chunk, context=context, out=out)
+            transom.compile(model, target=self.target, traced=graph, chunk=chunk, context=context, out=out)
         return SessionAdapter(transom.open(out, threads=1))
 
 

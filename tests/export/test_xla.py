@@ -24,7 +24,6 @@ from tests.tolerances import BFLOAT16_LOGITS_XLA, FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
-from transom.export import compile as export_compile
 from transom.export.compile import trace_model
 from transom.export.exporter import Request
 from transom.graphs import ops, sfp8
@@ -135,9 +134,7 @@ def test_bfloat16(
     traced_bfloat16: Graph,
     tmp_path: Path,
     text: list[int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: traced_bfloat16)
     artifact = transom.compile(
         tiny, target="xla", quant=quant, dtype="bfloat16", context=128, chunk=CHUNK, out=tmp_path / "model"
     )

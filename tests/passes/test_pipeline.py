@@ -119,6 +119,13 @@ def test_records_tell_what_happened(request: pytest.FixtureRequest, target: str,
     assert all(set(record.to_json()) >= {"name", "changes", "seconds", "skipped"} for record in records)
 
 
+def test_every_run_gives_the_same_graph(traced: Graph) -> None:
+    """Names and order of weights too: an export has the same bytes each time."""
+    first, second = (pipeline("tvm", chunk=4, scheme=scheme("none")).run(traced)[0] for _ in range(2))
+    assert first.digest() == second.digest()
+    assert list(first.weights) == list(second.weights)
+
+
 def test_an_unknown_target_is_named() -> None:
     with pytest.raises(TargetError, match="'abacus': choose one of onnxruntime"):
         pipeline("abacus", chunk=4, scheme=scheme("none"))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from transom.cli import main
-from transom.graphs.graph import Graph
-from transom.validation import candidates
 from transom.validation.result import Validation
 from transom.validation.validate import validate_sources
 from transom.zoo.model import Model
@@ -22,13 +20,7 @@ TARGETS = ("reference", "onnxruntime", "onnx")
 
 
 @pytest.fixture
-def traced_once(traced: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validations of gemma3-tiny take the graph that other tests traced."""
-    monkeypatch.setattr(candidates, "trace_model", lambda model, dtype: traced)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], traced_once: None) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run `transom ARGS`; returns (exit code, standard output, standard error)."""
 
     def run(*args: object) -> tuple[int, str, str]:
@@ -45,12 +37,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tra
 
 
 @pytest.fixture(scope="session")
-def good(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Validation, Path]]:
+def good(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Validation, Path]:
     """gemma3-tiny on all targets of these tests, and the folder that holds its artifacts. Copy what you change."""
     out = tmp_path_factory.mktemp("validated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "trace_model", lambda model, dtype: traced)
-        yield validate_sources(tiny, targets=TARGETS, out=out, threads=1, layers=True), out
+    return validate_sources(tiny, targets=TARGETS, out=out, threads=1, layers=True), out
 
 
 def parsed(path: Path) -> dict[str, object]:

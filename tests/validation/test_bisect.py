@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -13,18 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import transom
-from tests.artifacts import CHUNK
+from tests.artifacts import CHUNK, THREADS
 from tests.case import Case
 from tests.conftest import WINDOW
 from tests.validation.faults import FAULTS, Spoil, argument
 from transom.backends.artifact import read_manifest
+from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.cli import main
-from transom.export import compile as export_compile
-from transom.export.compile import trace_model
 from transom.graphs.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -36,7 +35,7 @@ from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.validation.bisection import bisect as bisection
-from transom.validation.bisection import eager, sources
+from transom.validation.bisection import sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import Difference, compare, describe_positions
@@ -50,18 +49,6 @@ CALLS = plan_calls(window=WINDOW, chunk=CHUNK, decode=12)
 SHORT: dict[str, Any] = {"length": 2 * WINDOW + 3, "decode": 2}
 """Enough for what does not depend on a cache's wrap."""
 Find = Callable[[Sequence[Pass]], Verdict]
-
-
-@pytest.fixture(autouse=True)
-def traced_once(tiny: Model, traced: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gemma3-tiny is traced once for all tests."""
-
-    def trace(model: Model, dtype: torch.dtype = torch.float32) -> Graph:
-        is_tiny = (model.config, model.revision, dtype) == (tiny.config, tiny.revision, torch.float32)
-        return traced if is_tiny else trace_model(model, dtype=dtype)
-
-    for module in (bisection, sources, eager):
-        monkeypatch.setattr(module, "trace_model", trace)
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +330,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture(scope="module")
-def folders(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts of the tiny model: good, with a fault, and both without taps."""
     root, made = tmp_path_factory.mktemp("bisect"), {}
     passes = FAULTS["a window in a late layer only"].passes()
@@ -359,7 +346,6 @@ def folders(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(pipelines.PIPELINES, "onnx", list_of)
-            patch.setattr(export_compile, "trace_model", lambda model, dtype: traced)
             before = [AddTaps()] if taps else []
             made[name] = transom.compile(
                 tiny, target="onnx", context=128, chunk=CHUNK, before=before, out=root / name
@@ -477,7 +463,8 @@ def test_a_target_at_fault_is_traced_to_its_pass(cli: Cli, monkeypatch: pytest.M
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_two_targets_agree_on_the_real_model(real: Model) -> None:
+def test_two_targets_agree_on_the_real_model(real: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "open_session", functools.partial(open_session, threads=THREADS))
     verdict = transom.bisect("onnxruntime", "onnx", model=real)
     assert not verdict.diverged, verdict
     assert verdict.compared == 309

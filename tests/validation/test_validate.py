@@ -215,7 +215,7 @@ def test_a_wrong_greedy_token(cli: Cli, artifact: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantised_targets_have_an_oracle_of_the_same_numbers(tiny: Model, traced_once: None, quant: str) -> None:
+def test_quantised_targets_have_an_oracle_of_the_same_numbers(tiny: Model, quant: str) -> None:
     found = transom.validate(tiny, targets=("reference", "onnxruntime"), quant=quant, threads=1)
     assert found.passed, [result.failures for result in found.targets.values()]
     reference, runtime = found.targets.values()
@@ -285,7 +285,7 @@ def test_a_failure_is_certified_too(artifact: Path, monkeypatch: pytest.MonkeyPa
     assert "NaN" not in (artifact / CERTIFICATE).read_text()
 
 
-def test_a_model_without_a_tokenizer_reads_random_tokens(tmp_path: Path, traced_once: None) -> None:
+def test_a_model_without_a_tokenizer_reads_random_tokens(tmp_path: Path) -> None:
     config = preset("gemma3-tiny")
     write_checkpoint(tmp_path / "model", config, random_weights(config, 0))
     found = transom.validate(tmp_path / "model", targets=["reference"], seed=3)
@@ -377,7 +377,7 @@ def test_folders_are_tried_before_the_oracle(
     assert code == 2 and ("cannot write to" if case == "not writable" else "another CPU") in err
 
 
-def test_a_broken_quantisation(tiny: Model, traced_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_quantisation(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle has the same codes, so nothing else would tell."""
     honest = rounding.round_rows
 

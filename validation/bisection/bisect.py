@@ -185,7 +185,7 @@ class _Plan:
 
     def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
         quant = self.context.quant
-        return open_source(source, self.model, self.traced, quant=quant, context=self.total, chunk=self.chunk)
+        return open_source(source, self.model, lambda: self.traced, quant=quant, context=self.total, chunk=self.chunk)
 
     def interpret(self, graph: Graph) -> Session:
         return ReferenceSession(graph, context=self.total, chunk=self.chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,14 @@ def manifest_of(source: Source) -> Manifest | None:
 
 @contextlib.contextmanager
 def open_source(
-    source: Source, model: Model, traced: Graph, *, quant: str, context: int, chunk: int
+    source: Source, model: Model, traced: Callable[[], Graph], *, quant: str, context: int, chunk: int
 ) -> Iterator[Session]:
     """A session with taps; what had to be exported for it is removed at the end.
 
     Args:
         source: What to open.
         model: The model.
-        traced: Its decode graph as traced, without taps.
+        traced: Makes its decode graph as traced, without taps; called if something has to be made from it.
         quant: Scheme of what has to be made first.
         context: Longest sequence.
         chunk: Most new tokens in a call.
@@ -81,15 +81,15 @@ def open_source(
     elif source == EAGER:
         yield EagerSession(model, quant, context=context, chunk=chunk)
     elif source == REFERENCE:
-        yield ReferenceSession(reference_graph(tapped(traced), quant), context=context, chunk=chunk)
+        yield ReferenceSession(reference_graph(tapped(traced()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
         options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
-        with _compiled(model, traced, options) as session:
+        with _compiled(model, traced(), options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
         passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph = stage_graph(tapped(traced), passes, stage, target)
+        graph = stage_graph(tapped(traced()), passes, stage, target)
         yield ReferenceSession(graph, context=context, chunk=chunk)
     else:
         yield open_session(Path(source), verify=False)
