@@ -16,9 +16,10 @@ import torch
 from transom.backends.artifact import Manifest, new_folder, write_manifest
 from transom.backends.reference.session import cache_records, tap_records
 from transom.export.exporter import Request, exporter
-from transom.export.ranges import TOKENS, trace_ranges
+from transom.export.ranges import TOKENS, activation_scales, trace_ranges
 from transom.graphs.errors import ContextLengthError, TargetError
 from transom.graphs.graph import Graph
+from transom.graphs.number_format import float_format
 from transom.graphs.schemes import scheme
 from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
@@ -26,6 +27,7 @@ from transom.passes.base import Pass, Pipeline
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
+from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS
 from transom.zoo.architectures import ARCHITECTURES
 from transom.zoo.model import Model
@@ -140,6 +142,13 @@ def compile_model(
             on_progress("passes", len(done), len(passes.passes))
 
         graph, records = passes.run(traced, on_pass=on_pass)
+        if (number := scheme(quant).activations) is not None:
+            prompt = make_prompt(model, min(TOKENS, context), None)
+            scales = activation_scales(
+                graph, prompt.ids, float_format(number), context=context, chunk=chunk, on_progress=on_progress
+            )
+            graph, last = Pipeline([QuantizeActivations(scales, number)]).run(graph)
+            records = [*records, *last]
         total, written = graph.weight_bytes(), 0
 
         def on_bytes(count: int) -> None:

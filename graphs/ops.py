@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from transom.graphs.quantized import block_of, dequantize
+from transom.graphs.rounding import FLOAT8, FLOAT8_MAX
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -239,6 +240,21 @@ def _(
     return scales.new_empty((*tokens.shape, codes.shape[1] * block_of(codes, number)))
 
 
+@torch.library.custom_op("transom::round_activations", mutates_args=())
+@_body
+def round_activations(x: torch.Tensor, scale: float, number: str) -> torch.Tensor:
+    """Round activations to 8-bit floats and back: `x / scale` to the nearest of them, what is out of range clamped."""
+    if number != "float8_e4m3fn":
+        raise ValueError(f"activations are rounded to float8_e4m3fn, not to {number!r}")
+    narrow = (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+    return (narrow.float() * scale).to(x.dtype)
+
+
+@round_activations.register_fake
+def _(x: torch.Tensor, scale: float, number: str) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
 # The operations as graphs name them.
 RMS_NORM = torch.ops.transom.rms_norm.default
 ADD_RMS_NORM = torch.ops.transom.add_rms_norm.default
@@ -249,5 +265,6 @@ ATTENTION = torch.ops.transom.attention.default
 CACHED_ATTENTION = torch.ops.transom.cached_attention.default
 LINEAR_QUANTIZED = torch.ops.transom.linear_quantized.default
 EMBEDDING_QUANTIZED = torch.ops.transom.embedding_quantized.default
+ROUND_ACTIVATIONS = torch.ops.transom.round_activations.default
 
 BODIES |= {getattr(torch.ops.transom, function.__name__).default: function for function in _bodies}

@@ -15,6 +15,7 @@ import torch
 
 from transom.graphs.errors import QuantizationError
 from transom.graphs.quantized import decode, pack
+from transom.graphs.recover import recover, saved_dtype
 from transom.graphs.rounding import Method, Rounded, held, round_rows
 from transom.graphs.schemes import QuantSpec
 from transom.graphs.weight import Lattice, Weight
@@ -33,6 +34,7 @@ class Conversion:
         block: Columns that share a scale; all where the spec says so.
         source: Format of the checkpoint's codes; "" if it had none.
         kept: Whether those codes are kept to the bit.
+        recovered: Rows whose numbers were found to stand on the grid already, so that nothing was rounded again.
         max_abs: Largest error of a number.
         error: Root of the mean squared error, as a share of the root of the mean square of the numbers.
     """
@@ -42,6 +44,7 @@ class Conversion:
     block: int
     source: str
     kept: bool
+    recovered: int = 0
     max_abs: float = 0.0
     squares: float = 0.0
     total: float = 0.0
@@ -59,6 +62,7 @@ class Conversion:
             "block": self.block,
             "source": self.source,
             "kept": self.kept,
+            "recovered": self.recovered,
             "max_abs": self.max_abs,
             "error": self.error,
         }
@@ -174,6 +178,9 @@ class _Part:
         is_whole: bool,
     ) -> None:
         self.method = method
+        # Numbers of a checkpoint may stand on a grid although it holds no codes; the first rows tell.
+        self._saved: tuple[torch.dtype, int] | None = None
+        self._may_recover = weight.lattice is None and spec.is_integer and spec.symmetric
         columns, lattice = weight.shape[1], weight.lattice
         self.name, self.weight, self.spec, self.joint, self.start = name, weight, spec, joint, start
         self.record = Conversion(
@@ -248,18 +255,30 @@ class _Part:
         self._check_finite(rows, start, stop)
         if self.spec.block == "tensor" and self._tensor_max is None:
             self._tensor_max = self._largest()
+        recovered = self._recover(rows)
         try:
-            found = round_rows(rows, self.spec, self.method, tensor_max=self._tensor_max)
+            found = recovered or round_rows(rows, self.spec, self.method, tensor_max=self._tensor_max)
         except QuantizationError as error:
             raise QuantizationError(f"{self.name}, {self._rows_of(start, stop)}: {error}") from None
         if start not in self._measured:
             self._measured.add(start)
+            self.record.recovered += 0 if recovered is None else len(rows)
             again = decode(found.codes, found.scales, found.zero_points, self.spec.number)
             error_RK = again.view_as(rows).sub_(rows)
             self.record.max_abs = max(self.record.max_abs, float(error_RK.abs().max()))
             self.record.squares += float(error_RK.square_().sum())
             self.record.total += float(rows.square().sum())
         return found
+
+    def _recover(self, rows: torch.Tensor) -> Rounded | None:
+        if not self._may_recover:
+            return None
+        if self._saved is None:
+            self._saved = saved_dtype(rows)
+        columns = rows.shape[1]
+        found = recover(rows.view(len(rows), -1, self.spec.group(columns)), self.spec, self._saved)
+        self._may_recover = found is not None
+        return None if found is None else held(found, self.spec, columns)
 
     def _largest(self) -> float:
         found, start = 0.0, 0

@@ -71,7 +71,7 @@ class InsertObservers(Pass):
             if held is None:
                 self.skipped.append(f"{layer_path(node) or node.name}: the linear's weight is no input with a name")
                 continue
-            name = f"{re.sub(r'[.]weight([.].*)?$', '', held[0])}.input"
+            name = input_name(held[0])
             if name in seen:
                 self.skipped.append(f"{name}: another linear of the same weight is observed")
                 continue
@@ -134,6 +134,11 @@ def narrow_values(graph: Graph, dtype: torch.dtype) -> dict[str, Node]:
         if node.meta["val"].dtype == dtype
         or any(is_call(user, *CASTS) and user.meta["val"].dtype == dtype for user in node.users)
     }
+
+
+def input_name(weight: str) -> str:
+    """Name of what the linear of a weight, or of its codes, reads."""
+    return f"{re.sub(r'[.]weight([.].*)?$', '', weight)}.input"
 
 
 def layer_of(name: str) -> int | None:

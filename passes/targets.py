@@ -28,13 +28,18 @@ class Target:
     options: frozenset[str] = frozenset()
 
 
+_FLOAT8 = frozenset({"float8_e4m3fn"})
+
 TARGETS: dict[str, Target] = {
-    "onnxruntime": Target(text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)"),
-    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it"),
+    "onnxruntime": Target(
+        text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)", activations=_FLOAT8
+    ),
+    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8),
     "xla": Target(
         text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
         dtypes=("float32", "bfloat16", "float16"),
+        activations=_FLOAT8,
         options=frozenset({"topology"}),
     ),
     "tvm": Target(

@@ -193,7 +193,8 @@ class _Run:
         if self.settings.start != "gptq":
             return found
         count = min(len(self._sequences), max(1, 8192 // self.settings.length))
-        order = torch.randperm(len(self._sequences), generator=self._generator)[:count]
+        # Not those that training begins with: what they lose would tell nothing.
+        order = self._order(0)[-count:]
         rounded = calibrate(
             self._traced,
             {name: spec for name, spec in self.specs.items() if spec.block != "tensor"},
@@ -255,8 +256,11 @@ class _Run:
         count = len(self._sequences)
         for place in range(index * self.settings.batch, (index + 1) * self.settings.batch):
             epoch, offset = divmod(place, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch))
-            yield self._sequences[order[offset]]
+            yield self._sequences[self._order(epoch)[offset]]
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        return torch.randperm(len(self._sequences), generator=generator)
 
     def state(self) -> dict[str, Any]:
         """All that a later step depends on."""

@@ -169,6 +169,12 @@ class Emitter:
 
         return str(self.once(key, make))
 
+    def float8_zero(self) -> str:
+        """Name of the zero that makes QuantizeLinear give 8-bit floats (E4M3)."""
+        name = "zero_float8"
+        self._initializers[name] = helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+        return name
+
     def initializer(self, name: str, weight: Weight, element_type: int | None = None) -> str:
         """Write a weight and return its name.
 

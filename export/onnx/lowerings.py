@@ -148,6 +148,13 @@ def _rotary(emitter: Emitter, node: Node) -> str | None:
     return None
 
 
+@SHARED.lowers(ops.ROUND_ACTIVATIONS)
+def _round_activations(emitter: Emitter, node: Node) -> str:
+    x, scale, _ = node.args
+    grid = (emitter.constant(np.array(scale, np.float32)), emitter.float8_zero())
+    return str(emitter.op("DequantizeLinear", emitter.op("QuantizeLinear", emitter.value(x), *grid), *grid))
+
+
 def _rotation_table(emitter: Emitter, table: Node, batch: Any) -> str:
     """Cosines or sines [T, H / 2] as [B, T, H / 2]."""
 

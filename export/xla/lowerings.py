@@ -20,6 +20,7 @@ from transom.export.xla.attention import HIDDEN, cached_attention
 from transom.export.xla.narrow import embedding_quantized, linear_quantized
 from transom.graphs import ops
 from transom.graphs.match import aten
+from transom.graphs.rounding import FLOAT8_MAX
 
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: jnp.float32,
@@ -271,3 +272,10 @@ def _embedding_quantized(
     tokens: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
 ) -> jax.Array:
     return embedding_quantized(tokens, codes, scales, zero_points, number)
+
+
+@TABLE.lowers(ops.ROUND_ACTIVATIONS)
+def _round_activations(x: jax.Array, scale: float, number: str) -> jax.Array:
+    # Clamped first: what is out of range would become NaN.
+    scaled = jnp.clip(x.astype(jnp.float32) / scale, -FLOAT8_MAX, FLOAT8_MAX)
+    return (scaled.astype(getattr(jnp, number)).astype(jnp.float32) * scale).astype(x.dtype)

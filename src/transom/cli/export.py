@@ -97,10 +97,11 @@ def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("weights", "from", "to", "codes", "worst error", title="Quantised weights")
     kinds: dict[tuple[Any, ...], list[float]] = {}
     for entry in conversions:
-        key = (entry["source"] or "numbers", f"{entry['number']}, {entry['block']} a scale", entry["kept"])
+        fate = "kept to the bit" if entry["kept"] else "found on their grid" if entry["recovered"] else "rounded"
+        key = (entry["source"] or "numbers", f"{entry['number']}, {entry['block']} a scale", fate)
         kinds.setdefault(key, []).append(entry["error"])
-    for (source, number, kept), errors in kinds.items():
-        words = "kept to the bit" if kept else "rounded"
+    for (source, number, words), errors in kinds.items():
+        kept = words == "kept to the bit"
         table.add_row(str(len(errors)), escape(source), number, words, "" if kept else f"{max(errors):.2%}")
     return table
 
