@@ -54,6 +54,13 @@ class Conversion:
         """See the class."""
         return float((self.squares / self.total) ** 0.5) if self.total else 0.0
 
+    def measure(self, numbers: torch.Tensor, meant: torch.Tensor) -> None:
+        """Take account of some numbers and what their codes mean, float32 of one shape."""
+        errors = meant - numbers
+        self.max_abs = max(self.max_abs, float(errors.abs().max()))
+        self.squares += float(errors.square_().sum())
+        self.total += float(numbers.square().sum())
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return {
@@ -264,10 +271,7 @@ class _Part:
             self._measured.add(start)
             self.record.recovered += 0 if recovered is None else len(rows)
             again = decode(found.codes, found.scales, found.zero_points, self.spec.number)
-            error_RK = again.view_as(rows).sub_(rows)
-            self.record.max_abs = max(self.record.max_abs, float(error_RK.abs().max()))
-            self.record.squares += float(error_RK.square_().sum())
-            self.record.total += float(rows.square().sum())
+            self.record.measure(rows, again.view_as(rows))
         return found
 
     def _recover(self, rows: torch.Tensor) -> Rounded | None:

@@ -19,6 +19,7 @@ from transom.graphs.rounding import Rounded
 from transom.graphs.schemes import QuantSpec
 from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
+from transom.passes.conversion import Conversion
 from transom.training.checkpoint import with_codes
 from transom.training.gptq import gptq
 from transom.training.stages import Stage, Stages
@@ -34,7 +35,7 @@ def calibrate(
     *,
     quantizer: Quantizer = gptq,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Weight]:
+) -> tuple[dict[str, Weight], dict[str, Conversion]]:
     """Round the weights of linears for a text.
 
     Args:
@@ -45,13 +46,14 @@ def calibrate(
         on_progress: Called with layers (done, total).
 
     Returns:
-        Weights that carry their codes, by name.
+        Weights that carry their codes, and what became of them, by name.
 
     Raises:
         QuantizationError: If a weight is not finite, or what goes into it is not.
     """
     stages = Stages(graph)
     found: dict[str, Weight] = {}
+    records: dict[str, Conversion] = {}
     batches = [stages.start(tokens_T[None]) for tokens_T in sequences_NT]
     with torch.no_grad():
         for done, stage in enumerate(stages.stages):
@@ -64,13 +66,20 @@ def calibrate(
                     with one_thread():
                         codes = quantizer(weights[name], moments, specs[name])
                     found[name] = with_codes(weight, specs[name], codes)
-                    weights[name] = found[name].read()
+                    records[name] = _record(name, weight, specs[name])
+                    raw, weights[name] = weights[name], found[name].read()
+                    records[name].measure(raw, weights[name])
             for values in batches:
                 outputs = stages.run(stage, weights, [values[node] for node in stage.inputs])
                 values |= zip(stage.outputs, outputs, strict=True)
                 _forget(values, stages, done)
             on_progress(done + 1, len(stages.stages))
-    return found
+    return found, records
+
+
+def _record(name: str, weight: Weight, spec: QuantSpec) -> Conversion:
+    source = weight.lattice.name if weight.lattice else ""
+    return Conversion(weight=name, number=spec.number, block=spec.group(weight.shape[1]), source=source, kept=False)
 
 
 def _weight(graph: Graph, node: Node) -> tuple[str, Weight]:

@@ -195,7 +195,7 @@ class _Run:
         count = min(len(self._sequences), max(1, 8192 // self.settings.length))
         # Not those that training begins with: what they lose would tell nothing.
         order = self._order(0)[-count:]
-        rounded = calibrate(
+        rounded, _ = calibrate(
             self._traced,
             {name: spec for name, spec in self.specs.items() if spec.block != "tensor"},
             self._sequences[order],

@@ -88,17 +88,18 @@ def quantize_model(
         sequences = None
         if method == "gptq" and text is not None:
             sequences = read_sequences(model, text, min(SEQUENCE, model.config.context))[:samples]
-        graph = score_graph(model)
+        graph, calibrated = score_graph(model), {}
         if sequences is not None:
             linears = {}
             for name, weight in graph.weights.items():
                 if TABLE not in name and (spec := scheme_spec(made, name, weight)):
                     linears[name] = spec_of(name, weight, spec, as_shipped=made.as_shipped)
-            rounded = calibrate(
+            rounded, calibrated = calibrate(
                 graph, linears, sequences, on_progress=lambda done, total: on_progress("calibrate", done, total)
             )
             graph.weights.update(rounded)
-        conversions = write_converted(graph, model, folder, quant=quant, method=method, on_progress=on_progress)
+        converted = write_converted(graph, model, folder, quant=quant, method=method, on_progress=on_progress)
+    conversions = tuple(calibrated.get(record.weight, record) for record in converted)
     return Quantized(folder=out, quant=quant, conversions=conversions)
 
 

@@ -74,7 +74,7 @@ def test_sites_that_were_not_seen_are_reported(graph: Graph) -> None:
 def test_targets_round_as_the_reference_does(
     target: str, tiny: Model, traced: Graph, text: list[int], tmp_path: Path
 ) -> None:
-    """Past the window, in chunks. A number near the middle of two codes may fall to either, so not to the last digit."""
+    """Past the window, in chunks. A number between two codes may fall to either, so not to the last digit."""
     if target == "xla":
         pytest.importorskip("jax", reason="the xla extra is not installed")
     artifact = transom.compile(tiny, target=target, quant=QUANT, chunk=CHUNK, traced=traced, out=tmp_path / "a")

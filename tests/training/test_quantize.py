@@ -182,6 +182,7 @@ def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
     assert code == 0, err
     report = json.loads(text)
     assert report["method"] == "gptq" and report["scheme"] == "int4_block32"
+    assert all(0.01 < entry["error"] < 0.3 for entry in report["conversions"] if "layers" in entry["weight"])
     assert {entry["weight"] for entry in report["conversions"]} == {
         name for name, weight in load(out).weights.items() if weight.lattice is not None
     }
