@@ -88,7 +88,8 @@ def quantize_model(
         sequences = None
         if method == "gptq" and text is not None:
             sequences = read_sequences(model, text, min(SEQUENCE, model.config.context))[:samples]
-        graph, calibrated = score_graph(model), {}
+        graph = score_graph(model)
+        calibrated: dict[str, Conversion] = {}
         if sequences is not None:
             linears = {}
             for name, weight in graph.weights.items():

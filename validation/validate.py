@@ -42,7 +42,7 @@ def validate_sources(
     model_or_dirs: str | Path | Model | Sequence[str | Path | Model],
     *,
     targets: Sequence[str] | None = None,
-    quant: str = "none",
+    quant: str | None = None,
     dtype: str | None = None,
     context: int | None = None,
     chunk: int | None = None,
@@ -66,7 +66,7 @@ def validate_sources(
             exported artifacts of that model; or both.
         targets: Names to compile for; "reference" interprets the rewritten graph. By default, with a model, all whose
             libraries are installed; with artifacts alone, none.
-        quant: Scheme to compile with.
+        quant: Scheme to compile with; by default that of the codes beside the checkpoint, if there are some.
         dtype: What to compute in; by default each target's first.
         context: Longest sequence to compile for; by default enough for the longest prompt.
         chunk: Most new tokens in one call; by default one and a half windows.
@@ -88,16 +88,16 @@ def validate_sources(
         ContextLengthError: If the context is too short or longer than the model's.
         TokenizerError: If the text cannot be read.
     """
-    scheme(quant)
+    scheme(quant or "none")
     if targets is not None:
-        check_targets(list(targets), quant=quant, dtype=dtype)
+        check_targets(list(targets), quant=quant or "none", dtype=dtype)
     if overwrite and out is None:
         raise ConfigError("nothing is kept that could replace anything: leave out --overwrite, or give --out")
     inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads)
     config = inputs.model.config
     if not inputs.compiles and targets is None:
         given = {
-            "quant": quant != "none",
+            "quant": quant is not None,
             "dtype": dtype is not None,
             "context": context is not None,
             "chunk": chunk is not None,
@@ -108,6 +108,7 @@ def validate_sources(
         }
         if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
             raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
+    quant = inputs.model.quant if quant is None else quant
     names, not_run = _names(inputs, targets, quant, dtype)
     compiled = _settings(config, quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
     candidates = told_apart(

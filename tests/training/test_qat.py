@@ -16,8 +16,9 @@ from transom.graphs.errors import QuantizationError, TrainingError
 from transom.graphs.schemes import SPECS, QuantSpec, scheme
 from transom.passes.base import Pipeline
 from transom.passes.fake_quantize import FakeQuantize
-from transom.training import qat
-from transom.training.qat import QatSettings, dithered, into_cells, train
+from transom.training.latent import dithered, into_cells
+from transom.training.qat import QatSettings, train
+from transom.training.qat_run import QatRun
 from transom.training.quantize import quantize_model, score_graph
 from transom.training.stages import Stages
 from transom.zoo.model import Model, load
@@ -58,15 +59,15 @@ def test_calibration_is_where_it_begins(tiny: Model, words: Path, tmp_path: Path
 def test_what_is_written_is_what_was_trained(quant: str, tiny: Model, words: Path, tmp_path: Path) -> None:
     """Fake-quantised logits, the checkpoint's, and the artifact's, which keeps every code."""
     settings = dataclasses.replace(SHORT, quant=quant, steps=3)
-    last: list[qat._Run] = []
+    last: list[QatRun] = []
     with pytest.MonkeyPatch.context() as patch:
-        finished = qat._Run.result
+        finished = QatRun.result
 
-        def keep(run: qat._Run) -> object:
+        def keep(run: QatRun) -> object:
             last.append(run)
             return finished(run)
 
-        patch.setattr(qat._Run, "result", keep)
+        patch.setattr(QatRun, "result", keep)
         train(tiny, settings, text=words, out=tmp_path / "q", target="onnx")
     run, again = last[0], load(tmp_path / "q")
     ids = torch.tensor([[(7 * step) % 500 for step in range(70)]])

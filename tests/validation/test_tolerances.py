@@ -73,6 +73,9 @@ def test_which_tolerance_is_whose() -> None:
     assert tolerance("onnxruntime", dtype="float32", quant="int4") is INT8
     # Dequantised weights times float32 activations: the oracle's own products.
     assert tolerance("reference", dtype="float32", quant="int4") is FLOAT32
+    assert tolerance("onnxruntime", dtype="float32", quant="sfp8") is FLOAT32
+    assert tolerance("xla", dtype="float32", quant="fp8_activations") is INT8
+    assert tolerance("reference", dtype="float32", quant="fp8_activations") is FLOAT32
     assert tolerance("xla", dtype="bfloat16", quant="none") is BFLOAT16
     with pytest.raises(TargetError, match="float64"):
         tolerance("xla", dtype="float64", quant="none")

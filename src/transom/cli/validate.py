@@ -33,7 +33,10 @@ def validate(
         str | None,
         typer.Option(help="Names with commas between: reference, and those of transom list; by default all installed."),
     ] = None,
-    quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Weight quantisation: a scheme of transom list; by default what the checkpoint holds."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="What to compute in: float32; xla: bfloat16, float16 too.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default enough for four windows.")] = None,
     chunk: Annotated[

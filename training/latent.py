@@ -1,0 +1,34 @@
+"""Where the numbers that are trained begin, before they are rounded."""
+
+from __future__ import annotations
+
+import torch
+
+from transom.graphs.schemes import QuantSpec
+
+
+def into_cells(weight_RK: torch.Tensor, meant_RK: torch.Tensor, divisors_RG: torch.Tensor) -> torch.Tensor:
+    """Move every number as little as possible, so that it rounds to what it should mean.
+
+    A little inside the border of the cell: there it may still turn to either side, which is what training is for.
+    """
+    half_RK = 0.49 * _by_column(divisors_RG.abs(), weight_RK)
+    return torch.maximum(torch.minimum(weight_RK, meant_RK + half_RK), meant_RK - half_RK)
+
+
+def _by_column(x_RG: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+    return x_RG.repeat_interleave(weight_RK.shape[1] // x_RG.shape[1], 1)
+
+
+def dithered(
+    weight_RK: torch.Tensor, divisors_RG: torch.Tensor, spec: QuantSpec, generator: torch.Generator
+) -> torch.Tensor:
+    """Noise for weights that were quantised before: many then stand just between two codes, and all turn at once.
+
+    On the 270M's GGUF half of the numbers of Q5_0 tensors are ties of Q4_0, and the first step of Adam explodes
+    without noise. A sixteenth of a step of the grid to either side is no loss.
+    """
+    if not spec.is_integer:
+        return weight_RK
+    noise_RK = torch.rand(weight_RK.shape, generator=generator) - 0.5
+    return weight_RK + 0.125 * noise_RK * _by_column(divisors_RG.abs(), weight_RK)
