@@ -54,8 +54,8 @@ class QatSettings:
     steps: int = 5000
     length: int = 256
     batch: int = 1
-    learning_rate: float = 1e-5
-    scale_rate: float = 1e-3
+    learning_rate: float = 5e-6
+    scale_rate: float = 1e-4
     start: Literal["nearest", "gptq"] = "gptq"
     samples: int | None = None
     head_dtype: Literal["float32", "bfloat16"] = "float32"

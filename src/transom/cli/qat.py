@@ -27,8 +27,8 @@ def qat(
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 5000,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 256,
     batch: Annotated[int, typer.Option(help="Sequences in a step.", min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of weights, at its peak.", min=0)] = 1e-5,
-    scale_rate: Annotated[float, typer.Option(help="Of scales, as a share of their size.", min=0)] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of weights, at its peak.", min=0)] = 5e-6,
+    scale_rate: Annotated[float, typer.Option(help="Of scales, as a share of their size.", min=0)] = 1e-4,
     start: Annotated[
         str, typer.Option(help="nearest, or gptq to begin with codes calibrated on the same text.")
     ] = "gptq",
