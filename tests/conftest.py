@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 import transom
 from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
+from transom.cli import main
 from transom.cli.options import console
 from transom.export import compile as export_compile
 from transom.export.compile import trace_model
@@ -28,6 +30,8 @@ from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
+
+Cli = Callable[..., tuple[int, str, str]]
 
 WINDOW = 16
 """Window of gemma3-tiny."""
@@ -52,7 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
-LONGEST = ("test_real_270m", "test_conformance", "test_bisect", "test_faults", "test_tvm", "test_validate", "test_xla")
+LONGEST = (
+    "test_real_270m", "test_conformance", "test_bisect", "test_faults", "test_tvm", "test_validate", "test_xla",
+    "test_bit_equality", "test_evaluate", "test_onnx", "test_quantize", "test_qat",
+)  # fmt: skip
 """Files that take longest, which run first: otherwise a core is idle while the last one ends."""
 
 
@@ -101,6 +108,23 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_compile, "trace", remembered)
         yield
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run `transom ARGS`; returns (exit code, standard output, standard error)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["transom", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

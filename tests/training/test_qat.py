@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import transom
+from tests.conftest import Cli
 from tests.training.test_quantize import divergence
-from tests.validation.conftest import Cli
 from transom.graphs.errors import QuantizationError, TrainingError
 from transom.graphs.schemes import SPECS, QuantSpec, scheme
 from transom.passes.base import Pipeline

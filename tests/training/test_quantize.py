@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 import transformers
 
 import transom
-from tests.validation.conftest import Cli
+from tests.conftest import Cli
 from transom.graphs.errors import CheckpointError, QuantizationError, TokenizerError
 from transom.graphs.schemes import scheme
+from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import meant_numbers
 from transom.training.quantize import PtqMethod, quantize_model
 from transom.zoo.checkpoints.lattice import LATTICE
+from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.model import Model, load
 
 SCHEMES = ["int4_block32", "int4", "int4_channel", "fp8_e4m3", "sfp8", "int8_block32:none"]
@@ -173,6 +176,28 @@ def test_codes_of_another_spec_are_rounded_and_said(tiny: Model, tmp_path: Path)
     assert not kept["layers.0.mlp.down_proj.weight"]["kept"]
     assert kept["layers.0.mlp.down_proj.weight"]["source"] == "int8 in blocks of 32"
     assert 0.05 < kept["layers.0.mlp.down_proj.weight"]["error"] < 0.12
+
+
+@pytest.mark.parametrize("quant", ["int4_block32", "int4_channel"])
+def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: Path) -> None:
+    """As checkpoints trained for 4 bits are released: bfloat16, and nothing beside it."""
+    quantize_model(tiny, quant=quant, out=tmp_path / "codes")
+    coded = load(tmp_path / "codes")
+    bare = {name: dataclasses.replace(weight, lattice=None) for name, weight in coded.weights.items()}
+    write_checkpoint(tmp_path / "bare", tiny.config, bare, dtype=torch.bfloat16)
+    again = load(tmp_path / "bare")
+    assert again.quant == "none"
+    found = quantize_model(again, quant=f"{quant}:none", out=tmp_path / "found")
+    for record in found.conversions:
+        weight = again.weights[record.weight]
+        assert record.recovered == weight.shape[0] and not record.kept
+        meant = load(tmp_path / "found").weights[record.weight].read()
+        assert torch.equal(meant.bfloat16(), weight.read()), "to the last bit of what was saved"
+        near = meant_numbers(record.weight, Weight.of(coded.weights[record.weight].read()), scheme(quant))
+        assert float((meant - near).abs().max()) <= 2**-8 * float(near.abs().max())
+    # What is on no grid is rounded, and said to be.
+    rounded = quantize_model(tiny, quant=quant, out=tmp_path / "rounded")
+    assert not any(record.recovered for record in rounded.conversions)
 
 
 def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:

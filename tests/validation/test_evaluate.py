@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 import transom
 from tests.artifacts import Export
-from tests.conftest import WINDOW
+from tests.conftest import WINDOW, Cli
 from tests.tolerances import FP32_LOGITS
-from tests.validation.conftest import Cli, parsed
+from tests.validation.conftest import parsed
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.graphs.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
 from transom.graphs.graph import Graph

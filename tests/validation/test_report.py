@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.validation.conftest import TARGETS, Cli
+from tests.conftest import Cli
+from tests.validation.conftest import TARGETS
 from transom.validation.charts import Chart, Series, draw, thinned
 from transom.validation.report import render
 from transom.validation.result import Validation

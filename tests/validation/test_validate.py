@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 import transom
 from tests.artifacts import CHUNK, Export
-from tests.conftest import WINDOW
-from tests.validation.conftest import TARGETS, Cli
+from tests.conftest import WINDOW, Cli
+from tests.validation.conftest import TARGETS
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.session import Session
 from transom.export.exporter import exporter
