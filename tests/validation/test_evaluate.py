@@ -250,13 +250,14 @@ def test_the_table_and_the_files(cli: Cli, words: Path, tmp_path: Path) -> None:
     files = {name: tmp_path / f"e.{name}" for name in ("json", "html")} | {"plot": tmp_path / "e.svg"}
     options = [part for name, path in files.items() for part in (f"--{name}", path)]
     code, out, err = cli(
-        "evaluate", "gemma3-tiny", "--text", words, "--schemes", "int8,fp8", "--length", 40, *options, *Fast
+        *("evaluate", "gemma3-tiny", "--text", words, "--schemes", "fp8_activations", "--targets", "onnxruntime,tvm"),
+        *("--length", 40, *options, *Fast),
     )
     assert code == 0, err
-    assert "plain module" in out and "onnxruntime int8" in out and "not run: onnxruntime fp8" in out
+    assert "plain module" in out and "onnxruntime fp8_activations" in out and "not run: tvm fp8_activations" in out
     found = parsed(files["json"])
-    assert list(found["not_run"]) == ["onnxruntime fp8"]  # type: ignore[call-overload]
-    assert "8-bit floats" in files["html"].read_text()
+    assert list(found["not_run"]) == ["tvm fp8_activations"]  # type: ignore[call-overload]
+    assert "rounds no activations" in files["html"].read_text()
     assert files["plot"].read_text().startswith("<svg xmlns=")
 
 
@@ -334,7 +335,7 @@ def test_what_fails_alone_is_told(tiny: Model, words: Path, monkeypatch: pytest.
         (("--schemes", ","), "no scheme is named"),
         (("--targets", "cuda"), "no target named 'cuda': choose one of onnxruntime"),
         (("--targets", "reference"), "no target named 'reference'"),
-        (("--schemes", "fp8"), "holds no 8-bit floats"),
+        (("--schemes", "fp8_activations", "--targets", "tvm"), "rounds no activations"),
         (("--dtype", "float16"), "not in 'float16'"),
         (("--length", 1000), "do not fit into a context of 512"),
         (("--context", 32, "--length", 40), "do not fit into a context of 32"),
