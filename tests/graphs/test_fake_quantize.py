@@ -32,7 +32,7 @@ def test_the_known_answer_of_learned_steps() -> None:
     step = torch.ones(1, 1, requires_grad=True)
     found = fake_quantize(weight, step, None, QuantSpec(number="int4", block="row").key)
     assert found.tolist() == [[-8, -1, 0, 7]]
-    found.sum().backward()  # type: ignore[no-untyped-call]
+    found.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[0, 1, 1, 0]]
     assert step.grad is not None
     # Times the square root of the number of weights and the highest code, by which the gradient is scaled.
@@ -43,7 +43,7 @@ def test_a_negative_scale_clips_at_the_other_end() -> None:
     weight = torch.tensor([[-10.0, 7.9, 8.4, 9.0]], requires_grad=True)
     found = fake_quantize(weight, torch.full((1, 1), -1.0), None, SPECS["int4_block32"].key)
     assert found.tolist() == [[-7, 8, 8, 8]]
-    found.sum().backward()  # type: ignore[no-untyped-call]
+    found.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[0, 1, 1, 0]]
 
 
@@ -52,7 +52,7 @@ def test_gradients_of_scales_agree_with_differences() -> None:
     spec = QuantSpec(number="int8", block=32)
     weight, upstream = normal(3, 64), normal(3, 64, seed=1)
     step = (weight.view(3, 2, 32).abs().amax(-1) / 100).requires_grad_(True)
-    (fake_quantize(weight, step, None, spec.key) * upstream).sum().backward()  # type: ignore[no-untyped-call]
+    (fake_quantize(weight, step, None, spec.key) * upstream).sum().backward()
     scaled = weight.view(3, 2, 32) / step.detach()[..., None]
     expected = ((scaled.round() - scaled) * upstream.view(3, 2, 32)).sum(-1) / (32 * 127) ** 0.5
     torch.testing.assert_close(step.grad, expected)
@@ -61,6 +61,6 @@ def test_gradients_of_scales_agree_with_differences() -> None:
 @pytest.mark.parametrize("name", ["fp8_e4m3", "sfp8"])
 def test_floats_pass_the_gradient_through(name: str) -> None:
     weight, step = normal(2, 128).requires_grad_(True), torch.ones(2, 1, requires_grad=True)
-    (3 * fake_quantize(weight, step, None, SPECS[name].key)).sum().backward()  # type: ignore[no-untyped-call]
+    (3 * fake_quantize(weight, step, None, SPECS[name].key)).sum().backward()
     assert weight.grad is not None and torch.equal(weight.grad, torch.full((2, 128), 3.0))
     assert step.grad is None

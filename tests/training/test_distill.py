@@ -26,7 +26,7 @@ def test_against_autograd(rows: int, softcap: float | None, monkeypatch: pytest.
     again = hidden.detach().clone().requires_grad_(True)
     log_p, log_q = teacher.logits(taught).log_softmax(-1), student.logits(again).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    (2 * expected).backward()
+    (2 * expected).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(hidden.grad, again.grad)
 
@@ -59,6 +59,6 @@ def test_the_loss_on_draws_is_their_cross_entropy_less_their_entropy() -> None:
     p = torch.zeros(3, 20).scatter_add_(1, ids, torch.full((3, 4), 0.25))
     log_q = head.logits(again).log_softmax(-1)
     expected = (torch.special.xlogy(p, p) - p * log_q).sum(-1).mean()
-    expected.backward()  # type: ignore[no-untyped-call]
+    expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(hidden.grad, again.grad)

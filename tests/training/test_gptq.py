@@ -19,10 +19,8 @@ SPEC_LIST = [
 def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     """Correlated activations with a few large columns, as a model's are."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, columns // 2, generator=generator) @ torch.randn(
-        columns // 2, columns, generator=generator
-    )
-    mixed = mixed / columns**0.5 + 0.1 * torch.randn(rows, columns, generator=generator)
+    few, many = (torch.randn(size, generator=generator) for size in ((rows, columns // 2), (columns // 2, columns)))
+    mixed: torch.Tensor = few @ many / columns**0.5 + 0.1 * torch.randn(rows, columns, generator=generator)
     mixed[:, ::17] *= 5
     return mixed
 

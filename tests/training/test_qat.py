@@ -51,7 +51,7 @@ def test_calibration_is_where_it_begins(tiny: Model, words: Path, tmp_path: Path
     """The first loss is that of calibrated codes, not of rounding to nearest."""
     first = {}
     for start in ("nearest", "gptq"):
-        settings = dataclasses.replace(SHORT, steps=1, start=start, learning_rate=0.0)  # type: ignore[arg-type]
+        settings = dataclasses.replace(SHORT, steps=1, start=start, learning_rate=0.0)
         (first[start],) = train(tiny, settings, text=words, out=tmp_path / start, target=None)
     assert first["gptq"] < 0.5 * first["nearest"]
 
