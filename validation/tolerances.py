@@ -65,6 +65,17 @@ BFLOAT16 = Tolerance(
     f"measured on gemma3-tiny. {_ROUNDED}",
 )
 
+FLOAT8_ACTIVATIONS = Tolerance(
+    relative=0.4,
+    kl_mean=0.1,
+    kl_max=1.0,
+    top1=0.7,
+    tie=0.12,
+    reason="activations are rounded to 8-bit floats, four significant bits: a share of 0.16, mean KL of 0.024 and "
+    "top-1 of 83% were measured on gemma3-tiny, whose random logits are close to each other. Too wide to tell a window "
+    "that is off by one: validate the same weights without rounded activations (fp8) for that",
+)
+
 FLOAT16 = Tolerance(
     relative=0.02,
     kl_mean=1e-3,
@@ -107,7 +118,7 @@ def tolerance(target: str, *, dtype: str, quant: str) -> Tolerance:
         raise TargetError(f"no tolerance is known for {dtype!r}: add one to validation/tolerances.py")
     made = scheme(quant)
     if made.activations is not None and target != "reference":
-        return INT8  # 8-bit floats are no coarser, and the reference runs before activations are rounded
+        return FLOAT8_ACTIVATIONS  # the reference runs before activations are rounded
     integers = any(spec.is_integer for spec in made.specs)
     return INT8 if integers and target in INT8_ACTIVATIONS else FLOAT32
 

@@ -43,7 +43,8 @@ class OnnxRuntimeSession(Session):
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
         )
-        self._runtime = _load(folder / MODEL_FILE, threads)
+        floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
+        self._runtime = _load(folder / MODEL_FILE, threads, widens=bool(floats))
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._taps = [tap.name for tap in manifest.taps]
@@ -90,7 +91,8 @@ class OnnxRuntimeSession(Session):
                 yield cache, self._arrays[cache.name]
 
 
-def _load(path: Path, threads: int | None) -> Any:
+def _load(path: Path, threads: int | None, *, widens: bool) -> Any:
+    """Make a session; `widens`: weights of 8-bit floats become float32 now, or they would at every call."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -105,7 +107,8 @@ def _load(path: Path, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     # Otherwise the shared embedding would be folded into a second copy for its other reader.
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
+    folded = 2**40 if widens else 2**20
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     try:
         with huge_pages():
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -19,6 +19,7 @@ from transom.validation.lengths import default_chunk, default_context, schedule,
 from transom.validation.oracle import Reading
 from transom.validation.tolerances import (
     BFLOAT16,
+    FLOAT8_ACTIVATIONS,
     FLOAT32,
     INT8,
     QUANTIZATION_LIMITS,
@@ -74,7 +75,7 @@ def test_which_tolerance_is_whose() -> None:
     # Dequantised weights times float32 activations: the oracle's own products.
     assert tolerance("reference", dtype="float32", quant="int4") is FLOAT32
     assert tolerance("onnxruntime", dtype="float32", quant="sfp8") is FLOAT32
-    assert tolerance("xla", dtype="float32", quant="fp8_activations") is INT8
+    assert tolerance("xla", dtype="float32", quant="fp8_activations") is FLOAT8_ACTIVATIONS
     assert tolerance("reference", dtype="float32", quant="fp8_activations") is FLOAT32
     assert tolerance("xla", dtype="bfloat16", quant="none") is BFLOAT16
     with pytest.raises(TargetError, match="float64"):

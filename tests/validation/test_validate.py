@@ -333,9 +333,8 @@ def test_what_is_not_run_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_targets_that_cannot_hold_a_scheme_are_listed() -> None:
     found, missing = candidates.installed_targets(quant="fp8_activations", dtype=None)
-    assert found == ["reference"]
-    assert set(missing) == {"onnxruntime", "onnx", "xla", "tvm"}
-    assert all("rounds no activations" in reason for reason in missing.values())
+    assert found == ["reference", "onnxruntime", "onnx", "xla"]
+    assert set(missing) == {"tvm"} and "rounds no activations" in missing["tvm"]
 
 
 @pytest.mark.parametrize("broken", ["run", "open"])
@@ -381,8 +380,8 @@ def test_a_broken_quantisation(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> 
     """The oracle has the same codes, so nothing else would tell."""
     honest = rounding.round_rows
 
-    def halved(rows: Any, spec: Any, **options: Any) -> Any:
-        found = honest(rows, spec, **options)
+    def halved(*args: Any, **options: Any) -> Any:
+        found = honest(*args, **options)
         return dataclasses.replace(found, scales=found.scales / 2)
 
     monkeypatch.setattr(conversion, "round_rows", halved)
@@ -428,7 +427,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "numbers in a folder": (("gemma3-tiny", "--json", "{artifact}"), "cannot write"),
     "folder exists": (("gemma3-tiny", "--targets", "onnx", "--out", "{artifact}/.."), "--overwrite"),
     "nothing to overwrite": (("gemma3-tiny", "--overwrite"), "--out"),
-    "scheme of another target": (("gemma3-tiny", "--targets", "onnx", "--quant", "fp8_activations"), "activations"),
+    "scheme of another target": (("gemma3-tiny", "--targets", "tvm", "--quant", "fp8_activations"), "activations"),
     "quant of an artifact": (("{artifact}", "--quant", "int8"), "--quant"),
     "dtype of an artifact": (("{artifact}", "--dtype", "float32"), "--dtype"),
     "context of an artifact": (("{artifact}", "--context", 64), "--context"),
