@@ -61,7 +61,8 @@ class Stages:
         if graph.task != "score":
             raise InvariantError(f"only a 'score' graph can be cut into stages, not one for {graph.task!r}")
         self.graph, self.device = graph, torch.device(device)
-        self._names = {node: graph.weight_names()[name] for name, node in _weight_nodes(graph).items()}
+        nodes = graph.placeholders()
+        self._names = {nodes[placeholder]: name for placeholder, name in graph.weight_names().items()}
         (self._tokens,) = graph.user_inputs()
         self._head = _head(graph)
         self._hidden, self._table = self._head.args[0], self._head.args[1]
@@ -140,7 +141,7 @@ class Stages:
             weights: Every weight of the graph, by name.
             recompute: Forget what a layer computed, and compute it again on the way back: memory for time.
         """
-        values: Values = {self._tokens: tokens_BT.to(self.device)}
+        values = self.start(tokens_BT)
         for stage in self.stages:
             inputs = [values[node] for node in stage.inputs]
             run: Callable[..., Any] = lambda *given, stage=stage: self.run(stage, weights, given)  # noqa: E731
@@ -162,11 +163,6 @@ class Stages:
 
 
 Watch = Callable[[Node, Any, Any], None] | None
-
-
-def _weight_nodes(graph: Graph) -> dict[str, Node]:
-    nodes = graph.placeholders()
-    return {name: nodes[name] for name in graph.weight_names()}
 
 
 def _layer(node: Node) -> int | None:
