@@ -126,7 +126,8 @@ def _largest_fits(largest: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         # Its makers scale only what would not fit.
         return torch.where(largest <= sfp8.LARGEST, 1.0, largest / sfp8.LARGEST)
     top = FLOAT8_MAX if spec.number == "float8_e4m3fn" else 2 ** (spec.bits - 1) - 1
-    return _no_zeros(largest / top)
+    # Codes are found with the scale as it is held, where that is narrower.
+    return _no_zeros((largest / top).to(getattr(torch, spec.scale_dtype)).float())
 
 
 def _no_zeros(scales: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class QuantSpec:
     block: int | Literal["row", "tensor"]
     symmetric: bool = True
     signed_scale: bool = False
-    scale_dtype: Literal["float32", "float16"] = "float32"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     modules: str = ""
 
     def __post_init__(self) -> None:
@@ -166,6 +166,9 @@ SPECS: dict[str, QuantSpec] = {
     "int8_channel": QuantSpec(number="int8", block="row"),
     "fp8_e4m3": QuantSpec(number="float8_e4m3fn", block=128),
     "sfp8": QuantSpec(number="sfp8", block="tensor"),
+    # What TensorRT takes to the bit: its scales are of the dtype that it computes in, and positive.
+    "int4_block32_bf16": QuantSpec(number="int4", block=32, scale_dtype="bfloat16"),
+    "fp8_channel": QuantSpec(number="float8_e4m3fn", block="row", scale_dtype="bfloat16"),
 }
 """What projections and tables can be, by name; a scheme may be written LINEARS:TABLE with two of these names."""
 
@@ -176,6 +179,8 @@ _TABLE = SPECS["int8_block128"]
 # of what 4 bits everywhere lose in perplexity.
 _INTO_ATTENTION = dataclasses.replace(SPECS["int8_block32"], modules=r"self_attn\.(q|k|v|qkv)_proj")
 _INT4 = QuantSpec(number="int4", block=32, symmetric=False)
+_OWN_TABLE = ("sfp8", "int4_block32_bf16", "fp8_channel")
+_FP8 = SPECS["fp8_channel"]
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -191,9 +196,13 @@ SCHEMES: dict[str, Scheme] = {
         ),
         Scheme(name="fp8", linears=(SPECS["fp8_e4m3"],), table=_TABLE),
         Scheme(name="fp8_activations", linears=(SPECS["fp8_e4m3"],), table=_TABLE, activations="float8_e4m3fn"),
+        Scheme(name="fp8_channel_activations", linears=(_FP8,), table=_FP8, activations="float8_e4m3fn"),
         # Weights that a GGUF file holds as codes stay what they are; others come as near as 8 bits can.
         Scheme(name="as_shipped", linears=(SPECS["int8_block32"],), table=SPECS["int8_block32"], as_shipped=True),
-        *(Scheme(name=name, linears=(spec,), table=spec if name == "sfp8" else _TABLE) for name, spec in SPECS.items()),
+        *(
+            Scheme(name=name, linears=(spec,), table=spec if name in _OWN_TABLE else _TABLE)
+            for name, spec in SPECS.items()
+        ),
     )
 }
 

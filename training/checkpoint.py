@@ -51,6 +51,7 @@ def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
         bits=spec.bits,
         block=spec.held_block(columns),
         symmetric=spec.symmetric,
+        scale_dtype=spec.scale_dtype,
         read_rows=read_codes,
     )
     return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=lattice)

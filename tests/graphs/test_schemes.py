@@ -17,7 +17,8 @@ from transom.zoo.plan import plan
 
 NAMES = {
     "none", "int8", "int4", "int4_table", "fp8", "fp8_activations", "as_shipped", "int4_block32", "int4_block128",
-    "int4_channel", "int8_block32", "int8_block128", "int8_channel", "fp8_e4m3", "sfp8",
+    "int4_channel", "int8_block32", "int8_block128", "int8_channel", "fp8_e4m3", "sfp8", "int4_block32_bf16",
+    "fp8_channel", "fp8_channel_activations",
 }  # fmt: skip
 TABLE, QUERY, DOWN = "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"
 
@@ -32,7 +33,8 @@ def test_every_name() -> None:
 def test_a_spec_by_name_is_for_every_projection(name: str) -> None:
     made = scheme(name)
     assert made.of(QUERY) == made.of(DOWN) == SPECS[name]
-    assert made.of(TABLE) == (SPECS["sfp8"] if name == "sfp8" else SPECS["int8_block128"])
+    own = ("sfp8", "int4_block32_bf16", "fp8_channel")
+    assert made.of(TABLE) == SPECS[name if name in own else "int8_block128"]
     assert made.numbers == {SPECS[name].number, made.of(TABLE).number}  # type: ignore[union-attr]
 
 

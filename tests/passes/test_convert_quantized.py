@@ -252,10 +252,21 @@ def test_a_graph_with_8_bit_floats(tiny: Model, text: list[int], text_logits: ND
 COLUMNS = 256
 
 
-def held_as(number: Number, bits: int, block: int, *, symmetric: bool = True, rows: int = 40, seed: int = 0) -> Weight:
-    """A weight that is codes of some kind, with scales of either sign."""
+def held_as(
+    number: Number,
+    bits: int,
+    block: int,
+    *,
+    symmetric: bool = True,
+    rows: int = 40,
+    seed: int = 0,
+    positive: bool = False,
+) -> Weight:
+    """A weight that is codes of some kind, with scales of either sign; or positive ones that bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
     scales = (torch.randn(rows, COLUMNS // block, generator=generator) / 100).half().float()
+    if positive:
+        scales = scales.abs().clamp(min=1e-4).bfloat16().float()
     zeros = None if symmetric else torch.randint(0, 2**bits, scales.shape, generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 2**bits, (rows, COLUMNS), generator=generator)
     if number == "float8_e4m3fn":
@@ -278,6 +289,7 @@ def held_as(number: Number, bits: int, block: int, *, symmetric: bool = True, ro
         bits=bits,
         block=block,
         symmetric=symmetric,
+        scale_dtype="bfloat16" if positive else "float32",
         read_rows=lambda start, stop: (
             codes[start:stop],
             scales[start:stop],
@@ -299,6 +311,8 @@ KINDS = {
     "int8 in 128": held_as("int8", 8, 128),
     "fp8": held_as("float8_e4m3fn", 8, 128),
     "sfp8": held_as("sfp8", 8, COLUMNS),
+    "int4 of bfloat16 scales": held_as("int4", 4, 32, positive=True),
+    "fp8 by row of bfloat16 scales": held_as("float8_e4m3fn", 8, COLUMNS, positive=True),
 }
 GRIDS = {
     **SPECS,
@@ -313,11 +327,16 @@ KEPT = {
     "Q8_0": {"int8_block32", "int8 with zeros", "int8 in 16"},
     "uint4": {"int4 with zeros"},
     "uint8": {"int8 with zeros"},
-    "int4 by row": {*SPECS, "int4 with zeros", "int8 with zeros", "int8 in 16"} - {"fp8_e4m3", "sfp8"},
+    "int4 by row": {*SPECS, "int4 with zeros", "int8 with zeros", "int8 in 16"} 
+    - {"fp8_e4m3", "sfp8", "int4_block32_bf16", "fp8_channel"},
     "int8 in 128": {"int8_block32", "int8_block128", "int8_channel", "int8 with zeros", "int8 in 16"},
     "fp8": {"fp8_e4m3"},
     "sfp8": {"sfp8"},
-}
+    "int4 of bfloat16 scales": {
+        "int4_block32", "int4_block32_bf16", "int8_block32", "int4 with zeros", "int8 with zeros", "int8 in 16"
+    },
+    "fp8 by row of bfloat16 scales": {"fp8_e4m3", "fp8_channel"},
+}  # fmt: skip
 """Which grids hold the codes of which format."""
 
 

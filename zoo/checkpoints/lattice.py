@@ -77,6 +77,7 @@ def _lattice(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tu
         bits=spec.bits,
         block=block,
         symmetric=spec.symmetric,
+        scale_dtype=spec.scale_dtype,
         read_rows=functools.partial(_read_codes, name, entries, spec, blocks),
     )
 
