@@ -32,6 +32,7 @@ class Lattice:
         bits: Bits that hold every code; an integer format may need fewer than its number has.
         block: Columns that share one scale.
         symmetric: Whether zero is the code in the middle, so that there are no zero points.
+        scale_dtype: What every scale can be rounded to without a change; "bfloat16" ones are positive too.
         read_rows: `(start, stop) -> (codes [rows, K], scales float32 [rows, K / block], zero points)`. Symmetric
             integers are int8, with zero as 0, others uint8, with zero points uint8 [rows, K / block]; else None.
     """
@@ -42,6 +43,7 @@ class Lattice:
     block: int
     symmetric: bool
     read_rows: Callable[[int, int], Codes]
+    scale_dtype: str = "float32"
 
     def with_block(self, block: int) -> Lattice:
         """The same codes in smaller blocks, with every scale repeated; `block` divides this lattice's."""
@@ -68,6 +70,7 @@ class Weight:
         origin: Where the numbers come from, for error messages and manifests.
         lattice: The codes that the numbers were made from, if the checkpoint holds such codes.
         parts: What it was stacked from, if it was; each may have a lattice of its own.
+        exact: What it was before it was converted to another dtype, so that quantisation rounds only once.
     """
 
     shape: tuple[int, ...]
@@ -76,6 +79,7 @@ class Weight:
     origin: str
     lattice: Lattice | None = None
     parts: tuple[Weight, ...] = ()
+    exact: Weight | None = None
 
     @staticmethod
     def of(tensor: torch.Tensor, origin: str = "memory") -> Weight:
@@ -158,5 +162,8 @@ class Weight:
             return self
         parts = tuple(part.to(dtype) for part in self.parts)
         return dataclasses.replace(
-            self.map_rows(lambda rows: rows.to(dtype), dtype=dtype), lattice=self.lattice, parts=parts
+            self.map_rows(lambda rows: rows.to(dtype), dtype=dtype),
+            lattice=self.lattice,
+            parts=parts,
+            exact=self.exact or self,
         )

@@ -79,6 +79,8 @@ def can_hold(spec: QuantSpec, lattice: Lattice, columns: int) -> bool:
     """Whether a spec's grid can hold a lattice's codes and scales as they are."""
     if lattice.block % spec.held_block(columns):
         return False
+    if spec.scale_dtype == "bfloat16" and lattice.scale_dtype != "bfloat16":
+        return False
     if not spec.is_integer or lattice.number not in ("int4", "int8"):
         return spec.number == lattice.number
     return lattice.bits <= spec.bits and (lattice.symmetric or (not spec.symmetric and lattice.bits == spec.bits))
@@ -185,6 +187,7 @@ class _Part:
         is_whole: bool,
     ) -> None:
         self.method = method
+        weight = weight.exact or weight
         # Numbers of a checkpoint may stand on a grid although it holds no codes; the first rows tell.
         self._saved: tuple[torch.dtype, int] | None = None
         self._may_recover = weight.lattice is None and spec.is_integer and spec.symmetric
@@ -281,6 +284,10 @@ class _Part:
             self._saved = saved_dtype(rows)
         columns = rows.shape[1]
         found = recover(rows.view(len(rows), -1, self.spec.group(columns)), self.spec, self._saved)
+        if found is not None and self.spec.scale_dtype == "bfloat16":
+            # Runtimes that take such scales take none below zero.
+            held_as = found.scales.to(torch.bfloat16).float()
+            found = found if torch.equal(held_as, found.scales) and bool((held_as > 0).all()) else None
         self._may_recover = found is not None
         return None if found is None else held(found, self.spec, columns)
 
