@@ -178,8 +178,30 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for name, digest in zip(names, hashes, strict=True)
     }
     manifest = dataclasses.replace(manifest, files=files)
-    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    _write(folder, manifest)
     return manifest
+
+
+def add_file(folder: Path, manifest: Manifest, name: str, details: Mapping[str, Any]) -> Manifest:
+    """Let a manifest know of a file that was made from the others.
+
+    Args:
+        folder: The artifact, which holds the file already.
+        manifest: Its manifest.
+        name: Of the file.
+        details: What the manifest's details are from now on.
+    """
+    path = folder / name
+    entry = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    manifest = dataclasses.replace(manifest, details=details, files={**manifest.files, name: entry})
+    _write(folder, manifest)
+    return manifest
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    draft = folder / f".{MANIFEST}.partial-{uuid.uuid4().hex[:8]}"
+    draft.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    os.replace(draft, folder / MANIFEST)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:

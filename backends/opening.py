@@ -46,4 +46,8 @@ def _session(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None, thre
         from transom.backends.tvm.session import TvmSession
 
         return TvmSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+    if manifest.target == "tensorrt":
+        from transom.backends.tensorrt.opening import open_tensorrt
+
+        return open_tensorrt(folder, manifest, tokenizer=tokenizer, threads=threads)
     raise TargetError(f"{folder} is for the target {manifest.target!r}, which this transom cannot run: update transom")

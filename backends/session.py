@@ -45,12 +45,22 @@ class Tokenizer(Protocol):
 class Session(abc.ABC):
     """Runs a model step by step.
 
+    Args:
+        context: Most tokens that the caches can hold.
+        chunk: Most new tokens in one call of the runtime.
+        vocab_size: Width of the logits.
+        caches: Every cache tensor.
+        stop_ids: Tokens that end a text.
+        tokenizer: None if the model has none.
+        whole_writes: Whether the runtime writes into a ring of slots only up to its end, so that a call stops there.
+
     Attributes:
         position: Tokens that the caches hold.
         context: Most tokens that they can hold.
         chunk: Most new tokens in one call of the runtime.
         tokenizer: None if the model has none; then prompts are token ids.
         tapped: What the taps of the artifact said in the last call of the runtime, by name; empty without taps.
+        note: What users should know of how it runs, in words; "" if it is as they expect.
     """
 
     def __init__(
@@ -62,11 +72,15 @@ class Session(abc.ABC):
         caches: Sequence[CacheRecord],
         stop_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
+        whole_writes: bool = False,
     ) -> None:
         self.context, self.chunk, self.vocab_size = context, chunk, vocab_size
         self.caches, self.stop_ids, self.tokenizer = tuple(caches), frozenset(stop_ids), tokenizer
+        rings = {cache.slots for cache in self.caches if cache.window is not None and cache.slots is not None}
+        self._rings = rings if whole_writes else set()
         self.position = 0
         self.tapped: dict[str, NDArray[Any]] = {}
+        self.note = ""
         self._slots = 0
         self._intact = True
         self._streams = 0
@@ -129,9 +143,11 @@ class Session(abc.ABC):
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise TokenizerError(f"token ids must lie in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}")
         self.reserve(self.position + ids.size)
-        for low in range(0, ids.size, self.chunk):
-            part = ids[low : low + self.chunk]
-            last = low + part.size == ids.size
+        low = 0
+        while low < ids.size:
+            part = ids[low : low + self._room()]
+            low += part.size
+            last = low == ids.size
             positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
             self._intact = False
             logits = self._run(part, positions)
@@ -140,6 +156,10 @@ class Session(abc.ABC):
             on_chunk(part.size)
             if wanted == "all" or last:
                 yield logits
+
+    def _room(self) -> int:
+        """Most new tokens of the next call."""
+        return min(self.chunk, *(slots - self.position % slots for slots in self._rings), self.chunk)
 
     def prefill(self, tokens: Sequence[int], *, on_chunk: Callable[[int], None] = lambda count: None) -> Float:
         """Run tokens after those that the caches hold; returns the logits [V] of the last one.

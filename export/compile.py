@@ -20,7 +20,7 @@ from transom.export.ranges import TOKENS, activation_scales, trace_ranges
 from transom.graphs.errors import ContextLengthError, TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.number_format import float_format
-from transom.graphs.schemes import scheme
+from transom.graphs.schemes import SCHEMES, scheme
 from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline
@@ -28,7 +28,7 @@ from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
-from transom.passes.targets import TARGETS
+from transom.passes.targets import TARGETS, Target
 from transom.zoo.architectures import ARCHITECTURES
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -160,6 +160,8 @@ def compile_model(
             target=target,
             context=context,
             chunk=chunk,
+            quant=quant,
+            dtype=dtype,
             topology=topology,
             cpu=cpu,
             on_bytes=on_bytes,
@@ -221,7 +223,14 @@ def check_options(target: str, quant: str, dtype: str | None, **given: str | Non
     able = TARGETS[target]
     made = scheme(quant)
     if lacking := sorted({spec.number for spec in made.specs} - able.numbers):
-        raise TargetError(f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose int8")
+        raise TargetError(
+            f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose {_held_by(able)}"
+        )
+    for spec in made.specs:
+        if reason := able.refuses(spec):
+            raise TargetError(
+                f"the target {target!r} holds no {spec.describe()} of {quant!r}, as {reason}: choose {_held_by(able)}"
+            )
     if made.activations is not None and made.activations not in able.activations:
         takers = [name for name, other in TARGETS.items() if made.activations in other.activations]
         others = f"choose {' or '.join(takers)}" if takers else "no target does"
@@ -232,6 +241,17 @@ def check_options(target: str, quant: str, dtype: str | None, **given: str | Non
         only = ", ".join(name for name, other in TARGETS.items() if option in other.options)
         raise TargetError(f"the target {target!r} takes no {option}: only {only} does")
     return dtype or able.dtypes[0]
+
+
+def _held_by(target: Target) -> str:
+    """Schemes that a target can hold, in words."""
+    names = [
+        name
+        for name, made in SCHEMES.items()
+        if all(spec.number in target.numbers and not target.refuses(spec) for spec in made.specs)
+        and (made.activations is None or made.activations in target.activations)
+    ]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:

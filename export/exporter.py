@@ -22,6 +22,8 @@ class Request:
         target: A key of `EXPORTERS`.
         context: Longest sequence, in tokens.
         chunk: Largest number of new tokens in one call.
+        quant: Scheme of the weights.
+        dtype: What is computed in.
         topology: TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: Processor to make machine code for, such as "aarch64"; by default this machine's.
         on_bytes: Called with the number of weight bytes written each time.
@@ -31,6 +33,8 @@ class Request:
     target: str
     context: int
     chunk: int
+    quant: str = "none"
+    dtype: str = "float32"
     topology: str | None = None
     cpu: str | None = None
     on_bytes: Callable[[int], None] = lambda count: None
@@ -67,6 +71,7 @@ EXPORTERS: dict[str, str] = {
     "onnx": "transom.export.onnx.export",
     "xla": "transom.export.xla.export",
     "tvm": "transom.export.tvm.export",
+    "tensorrt": "transom.export.tensorrt.export",
 }
 """Module whose `export` is the target's exporter."""
 

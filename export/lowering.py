@@ -29,6 +29,12 @@ class Table(dict[Any, Callable[..., Any]]):
 
         return register
 
+    def replaces(self, *targets: Any) -> Callable[[Function], Function]:
+        """Register a function in place of the one that the table has."""
+        for target in targets:
+            del self[target]
+        return self.lowers(*targets)
+
 
 def require_supported(graph: Graph, lowerings: Mapping[Any, Any], target: str) -> None:
     """Check that a table has every operation of a graph.

@@ -29,6 +29,10 @@ class UnsupportedOpsError(TransomError):
     """A graph holds operations that the target cannot lower; all of them are named at once."""
 
 
+class DialectError(TransomError):
+    """A model breaks rules of the runtime that it is for; all breaches are named at once."""
+
+
 class QuantizationError(TransomError):
     """A quantisation scheme is unknown, or cannot hold a tensor."""
 
@@ -43,6 +47,10 @@ class ArtifactError(TransomError):
 
 class TargetError(TransomError):
     """A target is unknown, or what it needs to run is not installed."""
+
+
+class BuildError(TransomError):
+    """A vendor's builder could not make an engine of an artifact."""
 
 
 class ContextLengthError(TransomError):

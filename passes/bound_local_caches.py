@@ -29,13 +29,15 @@ class BoundLocalCaches(Pass):
 
     Args:
         chunk: Largest number of new tokens in one call.
+        whole_chunks: Whether slots are rounded up to a multiple of the chunk, for runtimes whose writes must not cross
+            a ring's end: then chunks that start at multiples of the chunk need not be cut.
     """
 
     after = (FuseAttention, FuseCacheWrites)
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, *, whole_chunks: bool = False) -> None:
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.whole_chunks = chunk, whole_chunks
         self._grows: set[str] = set()
 
     def requires(self, graph: Graph) -> None:
@@ -58,6 +60,8 @@ class BoundLocalCaches(Pass):
                 )
                 window = None
             slots = window + self._slack(node) if window else None
+            if slots and self.whole_chunks:
+                slots = -(-slots // self.chunk) * self.chunk
             if slots is not None and cache.slots is None:
                 batch, heads, _, width = node.meta["val"].shape
                 with fake_mode(graph):

@@ -94,7 +94,24 @@ def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
     ]
 
 
-PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx, "xla": _xla, "tvm": _tvm}
+def _tensorrt(chunk: int, scheme: Scheme) -> list[Pass]:
+    return [
+        Canonicalize(),
+        ShareEmbedding(),
+        FuseAttention(),
+        FuseCacheWrites(),
+        FuseNorms(),
+        FuseRotary(),
+        FuseGatedMLP(),
+        PackProjections(),
+        SelectLogits(),
+        BoundLocalCaches(chunk, whole_chunks=True),
+        FoldConstants(),
+        ConvertQuantized(scheme),
+    ]
+
+
+PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx, "xla": _xla, "tvm": _tvm, "tensorrt": _tensorrt}
 
 
 def pipeline(target: str, *, chunk: int, scheme: Scheme) -> Pipeline:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
-from transom.graphs.schemes import BITS
+from transom.graphs.schemes import BITS, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class Target:
         extra: The extra of this package that brings what it needs; None if nothing more is needed.
         dtypes: What it can compute in; the first one is the default.
         numbers: What quantised weights may be made of; see `graphs.schemes.Number`.
+        refuses: Why it cannot hold weights of a spec of these numbers; None if it can.
         activations: What activations may be rounded to.
         options: Export options that only some targets take: "topology", "cpu".
     """
@@ -24,8 +26,19 @@ class Target:
     extra: str | None = None
     dtypes: tuple[str, ...] = ("float32",)
     numbers: frozenset[str] = frozenset(BITS)
+    refuses: Callable[[QuantSpec], str | None] = lambda spec: None
     activations: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
+
+
+def _tensorrt(spec: QuantSpec) -> str | None:
+    if not spec.symmetric:
+        return "it takes no zero points"
+    if spec.signed_scale:
+        return "it takes positive scales only"
+    if not spec.is_integer and isinstance(spec.block, int):
+        return "it takes 8-bit floats with one scale a row"
+    return None
 
 
 _FLOAT8 = frozenset({"float8_e4m3fn"})
@@ -46,5 +59,12 @@ TARGETS: dict[str, Target] = {
         text="machine code made by Apache TVM, for this CPU or for another one with --cpu",
         extra="tvm",
         options=frozenset({"cpu"}),
+    ),
+    "tensorrt": Target(
+        text="strongly typed ONNX for TensorRT (10.15 and newer) and TensorRT for RTX; transom build makes the engine",
+        dtypes=("bfloat16", "float16"),
+        numbers=frozenset({"int4", "float8_e4m3fn"}),
+        refuses=_tensorrt,
+        activations=_FLOAT8,
     ),
 }

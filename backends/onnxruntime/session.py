@@ -32,6 +32,8 @@ class OnnxRuntimeSession(Session):
         ArtifactError: If it cannot load the model.
     """
 
+    whole_writes = False
+
     def __init__(
         self, folder: Path, manifest: Manifest, *, tokenizer: Tokenizer | None = None, threads: int | None = None
     ) -> None:
@@ -42,9 +44,9 @@ class OnnxRuntimeSession(Session):
             caches=manifest.caches,
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
+            whole_writes=self.whole_writes,
         )
-        floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
-        self._runtime = _load(folder / MODEL_FILE, threads, widens=bool(floats))
+        self._runtime = self._load(folder, manifest, threads)
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._taps = [tap.name for tap in manifest.taps]
@@ -67,7 +69,7 @@ class OnnxRuntimeSession(Session):
             old = arrays.get(cache.name)
             if old is None or cache.slots is None:
                 # Pages of zeros take no memory until they are written.
-                new = np.zeros((1, cache.heads, cache.slots or slots, cache.width), cache.dtype)
+                new = np.zeros((1, cache.heads, cache.slots or slots, cache.width), self._cache_type(cache)[0])
                 if old is not None:
                     new[:, :, : old.shape[2]] = old
                 arrays[cache.name] = new
@@ -81,9 +83,20 @@ class OnnxRuntimeSession(Session):
     def _bind(self, cache: CacheRecord) -> None:
         """Let the runtime read and write one buffer in place."""
         array = self._arrays[cache.name]
-        place: Any = ("cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        place: Any = ("cpu", 0, self._cache_type(cache)[1], array.shape, array.ctypes.data)
         self._binding.bind_input(cache.name, *place)
         self._binding.bind_output(f"{cache.name}.out", *place)
+
+    def _cache_type(self, cache: CacheRecord) -> tuple[Any, Any]:
+        """What numpy and the runtime call the dtype of a cache."""
+        return cache.dtype, np.dtype(cache.dtype).type
+
+    def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
+        """Open the model."""
+        floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
+        # Weights of 8-bit floats become float32 now, or they would at every call. Of other models the shared embedding
+        # would be folded into a second copy for its other reader.
+        return load(str(folder / MODEL_FILE), threads, folded=2**40 if floats else 2**20)
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
         for cache in self.caches:
@@ -91,8 +104,20 @@ class OnnxRuntimeSession(Session):
                 yield cache, self._arrays[cache.name]
 
 
-def _load(path: Path, threads: int | None, *, widens: bool) -> Any:
-    """Make a session; `widens`: weights of 8-bit floats become float32 now, or they would at every call."""
+def load(model: str | bytes, threads: int | None, *, folded: int, folder: Path | None = None) -> Any:
+    """Make a session of the runtime.
+
+    Args:
+        model: A file, or what would stand in one.
+        threads: Threads; by default the runtime's own choice.
+        folded: Bytes of the largest constant that is computed when the model is loaded.
+        folder: Where a model that is no file has its data. What such a model says is then computed as it stands: no
+            operation is fused with another.
+
+    Raises:
+        TargetError: If ONNX Runtime is missing or too old.
+        ArtifactError: If it cannot load the model.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -106,11 +131,14 @@ def _load(path: Path, threads: int | None, *, widens: bool) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Otherwise the shared embedding would be folded into a second copy for its other reader.
-    folded = 2**40 if widens else 2**20
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
+    if folder is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         with huge_pages():
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises a dozen classes without a common base
-        raise ArtifactError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+        where = model if isinstance(model, str) else folder
+        raise ArtifactError(f"ONNX Runtime cannot load {where}: {str(error).splitlines()[0]}") from error

@@ -43,6 +43,7 @@ ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.uint8: TensorProto.UINT8,
     torch.int8: TensorProto.INT8,
     torch.bool: TensorProto.BOOL,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }
 
 Lowering = Callable[["Emitter", Node], Any]
@@ -59,6 +60,7 @@ class Dialect:
         ir_version: Version of the file format.
         domains: Further operator domains, with their versions.
         lowerings: Lowering by exact operation.
+        widens: Whether logits and taps leave as float32, whatever is computed in.
     """
 
     name: str
@@ -66,13 +68,30 @@ class Dialect:
     ir_version: int
     domains: Mapping[str, int]
     lowerings: Mapping[Any, Lowering]
+    widens: bool = False
 
 
 class Emitter:
-    """State of one export: the nodes so far, and the data file that weights stream into."""
+    """State of one export: the nodes so far, and the data file that weights stream into.
 
-    def __init__(self, graph: Graph, dialect: Dialect, data: BinaryIO, *, on_bytes: Callable[[int], None]) -> None:
-        self.graph, self.dialect = graph, dialect
+    Args:
+        graph: What to lower.
+        dialect: What to write.
+        data: Where weights go.
+        on_bytes: Called with the number of weight bytes written each time.
+        fixed: Sizes that symbols of the graph have for good, by symbol.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        dialect: Dialect,
+        data: BinaryIO,
+        *,
+        on_bytes: Callable[[int], None],
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
+        self.graph, self.dialect, self._fixed = graph, dialect, fixed or {}
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
         self._data, self._on_bytes = data, on_bytes
@@ -103,18 +122,28 @@ class Emitter:
         returned = self.graph.output.args[0]
         names = ["logits", *(f"{cache.name}.out" for cache in self.graph.caches)]
         for name, node in zip(names, returned, strict=False):
-            self._rename(self.value(node), name)
-            outputs.append(self._describe(name, node.meta["val"]))
+            value, wide = self.value(node), node.meta["val"]
+            if name == "logits":
+                value, wide = self._result(value, wide)
+            self._rename(value, name)
+            outputs.append(self._describe(name, wide))
         for tap, node in zip(self.graph.taps, returned[len(names) :], strict=True):
             # Several taps may show one value, and an output has one name.
-            self._rename(self.op("Identity", self.value(node)), tap.name)
-            outputs.append(self._describe(tap.name, node.meta["val"]))
+            value, wide = self._result(self.value(node), node.meta["val"])
+            self._rename(self.op("Identity", value) if wide is node.meta["val"] else value, tap.name)
+            outputs.append(self._describe(tap.name, wide))
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self.dialect.opset)]
         opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]
         return helper.make_model(
             proto, opset_imports=opsets, ir_version=self.dialect.ir_version, producer_name="transom"
         )
+
+    def _result(self, value: str, like: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A value as it leaves the model, and what it is then."""
+        if not self.dialect.widens or like.dtype == torch.float32:
+            return value, like
+        return self.op("Cast", value, to=TensorProto.FLOAT), like.to(torch.float32)
 
     def value(self, node: Any) -> str:
         """Name of a node's value; weights are written when they are first asked for."""
@@ -163,11 +192,29 @@ class Emitter:
         key = (array.dtype.str, array.shape, array.tobytes())
 
         def make() -> str:
-            name = f"constant_{len(self._memo)}"
+            name = f"constant_{len(self._initializers)}"
             self._initializers[name] = numpy_helper.from_array(array, name)
             return name
 
         return str(self.once(key, make))
+
+    def number(self, value: float | torch.Tensor, dtype: torch.dtype, *, shared: bool = True) -> str:
+        """Name of a small constant of any dtype.
+
+        Args:
+            value: What it is.
+            dtype: What it is held in.
+            shared: Whether equal constants may be one.
+        """
+        tensor = torch.as_tensor(value).to(dtype)
+        raw = _bytes(tensor)
+
+        def make() -> str:
+            name = f"constant_{len(self._initializers)}"
+            self._initializers[name] = helper.make_tensor(name, ELEMENT_TYPES[dtype], tensor.shape, raw, raw=True)
+            return name
+
+        return str(self.once((dtype, tuple(tensor.shape), raw), make)) if shared else make()
 
     def float8_zero(self) -> str:
         """Name of the zero that makes QuantizeLinear give 8-bit floats (E4M3)."""
@@ -209,6 +256,7 @@ class Emitter:
 
     def size(self, symbol: Any) -> str:
         """An int64 vector [1] with one size: a number, or a symbol that some input's shape holds."""
+        symbol = self.fixed(symbol)
         if isinstance(symbol, int):
             return self.constant(np.array([symbol]))
 
@@ -221,8 +269,13 @@ class Emitter:
 
         return str(self.once(("size", str(symbol)), make))
 
+    def fixed(self, size: Any) -> Any:
+        """A size as a number, if it is one for good."""
+        return size if isinstance(size, int) else self._fixed.get(str(size), size)
+
     def _describe(self, name: str, value: torch.Tensor) -> onnx.ValueInfoProto:
-        shape = [size if isinstance(size, int) else self._axis_name(str(size)) for size in value.shape]
+        sizes = [self.fixed(size) for size in value.shape]
+        shape = [size if isinstance(size, int) else self._axis_name(str(size)) for size in sizes]
         return helper.make_tensor_value_info(name, ELEMENT_TYPES[value.dtype], shape)
 
     def _axis_name(self, symbol: str) -> str:
@@ -246,12 +299,19 @@ class Emitter:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     tensor = tensor.contiguous()
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+    if tensor.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        return tensor.numpy().tobytes()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def write(
-    graph: Graph, dialect: Dialect, folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None
-) -> None:
+    graph: Graph,
+    dialect: Dialect,
+    folder: Path,
+    *,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    fixed: Mapping[str, int] | None = None,
+) -> onnx.ModelProto:
     """Write `model.onnx` and `model.onnx.data`.
 
     Peak memory is a few row blocks, however large the model is.
@@ -261,11 +321,16 @@ def write(
         dialect: What to write.
         folder: Where; it exists.
         on_bytes: Called with the number of weight bytes written each time.
+        fixed: Sizes that symbols of the graph have for good, by symbol.
+
+    Returns:
+        The model, without its data.
 
     Raises:
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
     require_supported(graph, dialect.lowerings, dialect.name)
     with open(folder / DATA_FILE, "wb") as data:
-        model = Emitter(graph, dialect, data, on_bytes=on_bytes).emit()
+        model = Emitter(graph, dialect, data, on_bytes=on_bytes, fixed=fixed).emit()
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    return model

@@ -25,7 +25,7 @@ def _embedding(emitter: Emitter, node: Node) -> str:
 def _operand(emitter: Emitter, value: Any, dtype: torch.dtype) -> str:
     if is_node(value):
         return emitter.value(value)
-    return emitter.constant(torch.tensor(value, dtype=dtype).numpy())
+    return emitter.number(value, dtype)
 
 
 def add_bias(emitter: Emitter, node: Node, product: str) -> str:
@@ -141,11 +141,20 @@ def _gated_gelu(emitter: Emitter, node: Node) -> str:
 def _rotary(emitter: Emitter, node: Node) -> str | None:
     x, cos, sin, heads_first = node.args
     tables = [_rotation_table(emitter, table, x.meta["val"].shape[0]) for table in (cos, sin)]
+    narrow, wide = x.meta["val"].dtype, cos.meta["val"].dtype
     if heads_first:
-        return str(emitter.op("RotaryEmbedding", emitter.value(x), *tables))
+        value = cast(emitter, emitter.value(x), narrow, wide)
+        return cast(emitter, emitter.op("RotaryEmbedding", value, *tables), wide, narrow)
     heads = int(x.meta["val"].shape[2])
-    emitter.flat[node] = str(emitter.op("RotaryEmbedding", emitter.flattened(x), *tables, num_heads=heads))
+    value = cast(emitter, emitter.flattened(x), narrow, wide)
+    rotated = emitter.op("RotaryEmbedding", value, *tables, num_heads=heads)
+    emitter.flat[node] = cast(emitter, rotated, wide, narrow)
     return None
+
+
+def cast(emitter: Emitter, value: str, dtype: torch.dtype, to: torch.dtype) -> str:
+    """A value of one dtype in another."""
+    return value if dtype == to else str(emitter.op("Cast", value, to=ELEMENT_TYPES[to]))
 
 
 @SHARED.lowers(ops.ROUND_ACTIVATIONS)

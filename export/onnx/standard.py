@@ -10,10 +10,9 @@ import functools
 from typing import Any
 
 import numpy as np
-import torch
-from onnx import TensorProto
 
 from transom.export.lowering import Table
+from transom.export.onnx.blocked import Blocked, transposed
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
@@ -21,9 +20,6 @@ from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import block_of, pack, unpack
-from transom.graphs.schemes import BITS
-from transom.graphs.weight import Weight
 
 TABLE = Table(SHARED)
 
@@ -51,7 +47,7 @@ def _linear(emitter: Emitter, node: Node) -> str:
         product = emitter.op("Reshape", product, shape, allowzero=1)
     else:
         name, weight = held
-        table_name = emitter.initializer(f"{name}.transposed", _transposed(weight))
+        table_name = emitter.initializer(f"{name}.transposed", transposed(weight))
         product = emitter.op("MatMul", emitter.value(x), table_name)
     return add_bias(emitter, node, product)
 
@@ -62,7 +58,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
     if number in FLOATS:
         table = emitter.op("Transpose", looked_up(emitter, codes, scales, number), perm=[1, 0])
         return str(emitter.op("MatMul", emitter.value(node.args[0]), table))
-    matrix = _Blocked(emitter, node.args[1:])
+    matrix = Blocked(emitter, node.args[1:])
     weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
     return str(emitter.op("MatMul", emitter.value(node.args[0]), weight))
 
@@ -73,75 +69,12 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     _, codes, scales, _, number = node.args
     if number in FLOATS:
         return looked_up(emitter, codes, scales, number, rows=node.args[0])
-    matrix, tokens = _Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
+    matrix, tokens = Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
     if matrix.bits < 8:
         raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")
     columns = [emitter.op("Gather", name, tokens, axis=1) for name in matrix.inputs()]
     found = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
     return str(emitter.op("Transpose", found, perm=[1, 2, 0]))
-
-
-class _Blocked:
-    """A quantised matrix as DequantizeLinear takes it for MatMul: codes [K, N], scales and zero points [K / block, N].
-
-    Runtimes fuse this layout into their quantised products; they do not fuse a transposed one.
-    """
-
-    def __init__(self, emitter: Emitter, parts: Any) -> None:
-        self._emitter = emitter
-        self._codes, self._scales, self._zero_points, self.number = parts
-        self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
-        self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
-
-    def inputs(self) -> list[str]:
-        """Names of codes, scales and, if the blocks have them, zero points."""
-        scales = self._emitter.graph.weight_of(self._scales)
-        assert scales is not None
-        names = [
-            self._integers(self._codes, self.blocks * self.block),
-            self._emitter.initializer(f"{scales[0]}.transposed", _transposed(scales[1])),
-        ]
-        if self._zero_points is not None:
-            names.append(self._integers(self._zero_points, self.blocks))
-        return names
-
-    def _integers(self, node: Node, columns: int) -> str:
-        """Write codes [N, columns] as [columns, N]; without zero points they become signed."""
-        held = self._emitter.graph.weight_of(node)
-        assert held is not None
-        name, weight = held
-        signed, bits, number = self._zero_points is None, self.bits, self.number
-
-        def rows(packed: torch.Tensor) -> torch.Tensor:
-            codes = unpack(packed.flatten(1), number, columns)
-            # Subtracting the middle code, in two's complement.
-            return codes - 2 ** (bits - 1) if signed else codes
-
-        plain = _transposed(weight.map_rows(rows, row_shape=(columns,)))
-        if bits == 4:
-            if self.rows % 2:
-                raise QuantizationError(
-                    f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8"
-                )
-            plain = plain.map_rows(lambda part: pack(part & 15, number), row_shape=(self.rows // 2,))
-        kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
-        kind = kinds.get((bits, signed), TensorProto.UINT8)
-        return self._emitter.initializer(f"{name}.transposed", plain, kind)
-
-
-def _transposed(weight: Weight) -> Weight:
-    """A matrix [N, K] as [K, N], read in strips of columns so that no block is larger than the strip asked for."""
-    rows, columns = weight.shape
-
-    def read_rows(first: int, last: int) -> torch.Tensor:
-        strip = torch.empty(last - first, rows, dtype=weight.dtype)
-        position = 0
-        for block in weight.blocks():
-            strip[:, position : position + block.shape[0]] = block[:, first:last].T
-            position += block.shape[0]
-        return strip
-
-    return Weight(shape=(columns, rows), dtype=weight.dtype, read_rows=read_rows, origin=weight.origin)
 
 
 @TABLE.lowers(ops.WRITE_CACHE)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, evaluate, export, models, qat, quantize, ranges, run, validate
+from transom.cli import bisect, build, evaluate, export, models, qat, quantize, ranges, run, validate
 from transom.graphs.errors import TransomError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ def common(
 
 models.register(app)
 export.register(app)
+build.register(app)
 run.register(app)
 validate.register(app)
 bisect.register(app)

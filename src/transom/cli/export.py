@@ -42,7 +42,9 @@ def export(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence; by default the model's own.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Largest number of new tokens in one call.", min=1)] = None,
-    dtype: Annotated[str | None, typer.Option(help="What to compute in: float32; xla: bfloat16, float16 too.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="What to compute in: float32; xla and tensorrt: bfloat16, float16.")
+    ] = None,
     topology: Annotated[
         str | None, typer.Option(help="For xla: compile ahead of time for these TPUs, such as v5e:2x2.")
     ] = None,

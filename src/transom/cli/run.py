@@ -207,6 +207,8 @@ def _open(folder: Path, threads: int | None) -> tuple[Session, float]:
 
     began = time.perf_counter()
     session = transom.open(folder, threads=threads)
+    if session.note:
+        progress_console.print(f"[yellow]note:[/yellow] {escape(session.note)}", highlight=False)
     return session, time.perf_counter() - began
 
 

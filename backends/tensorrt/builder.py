@@ -1,0 +1,266 @@
+"""Builds an engine from the ONNX file of an artifact. TensorRT for RTX needs no GPU for it. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from transom.backends.artifact import MODEL_FILE, Manifest, add_file, read_manifest
+from transom.backends.tensorrt.library import Library
+from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
+from transom.graphs.errors import ArtifactError, BuildError, TargetError
+
+RTX_DEFAULT = (80, 86, 89, 120)
+"""Compute capabilities, times ten, that an RTX engine covers unless others are named: those of RTX's own default."""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """An engine beside an artifact.
+
+    Attributes:
+        file: Its name.
+        library: "tensorrt" or "tensorrt_rtx".
+        version: Of the library; no other version runs the engine.
+        compute: Compute capabilities, times ten; empty if it is for the GPU that built it.
+        portable: Whether it runs on Ampere and newer.
+        weight_streaming: Whether weights may stay in host memory.
+        bytes: Its size.
+        seconds: How long the build took.
+    """
+
+    file: str
+    library: str
+    version: str
+    compute: tuple[int, ...]
+    portable: bool
+    weight_streaming: bool
+    bytes: int
+    seconds: float
+
+
+def engines(manifest: Manifest) -> list[EngineRecord]:
+    """The engines that stand beside an artifact."""
+    return [
+        EngineRecord(**{**entry, "compute": tuple(entry["compute"])}) for entry in manifest.details.get("engines", ())
+    ]
+
+
+def build_engine(
+    folder: Path,
+    library: Library,
+    *,
+    compute: Sequence[int] | None = None,
+    portable: bool = False,
+    weight_streaming: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> EngineRecord:
+    """Build an engine, write it into the artifact, and note it in the manifest.
+
+    Args:
+        folder: A `tensorrt` artifact.
+        library: What to build with.
+        compute: For TensorRT for RTX: compute capabilities, times ten, such as 89 and 120; by default all that the
+            artifact can run on.
+        portable: For TensorRT: an engine for Ampere and newer, in place of this GPU alone.
+        weight_streaming: Let weights stay in host memory when it runs, where the library can.
+        overwrite: Whether to replace an engine of that name.
+        on_progress: Told of the builder's phases.
+
+    Raises:
+        ArtifactError: If the folder is no `tensorrt` artifact, is damaged, or has such an engine.
+        TargetError: If the library cannot do what is asked, or finds no GPU that it needs.
+        BuildError: If the library does not take the model, or cannot build it.
+    """
+    manifest = read_manifest(folder)
+    if manifest.target != "tensorrt":
+        raise ArtifactError(f"{folder} is for the target {manifest.target!r}: export it with --target tensorrt")
+    sidecar = read_sidecar(folder)
+    chosen = _compute(library, sidecar, compute)
+    if portable and library.is_rtx:
+        raise TargetError("an engine of TensorRT for RTX is for the GPUs of --cc: leave out --portable")
+    name = f"{library.name}{''.join(f'-sm{one}' for one in chosen)}{'-portable' if portable else ''}.engine"
+    path = folder / name
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"{path} exists already: pass --overwrite")
+    draft = folder / f".{name}.partial-{uuid.uuid4().hex[:8]}"
+    began = time.perf_counter()
+    try:
+        with open(draft, "wb") as file:
+            _build(folder / MODEL_FILE, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
+        record = EngineRecord(
+            file=name,
+            library=library.name,
+            version=library.version,
+            compute=chosen,
+            portable=portable,
+            weight_streaming=weight_streaming,
+            bytes=draft.stat().st_size,
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        os.replace(draft, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+    others = [entry for entry in manifest.details.get("engines", ()) if entry["file"] != name]
+    add_file(folder, manifest, name, {**manifest.details, "engines": [*others, dataclasses.asdict(record)]})
+    return record
+
+
+def _compute(library: Library, sidecar: Sidecar, asked: Sequence[int] | None) -> tuple[int, ...]:
+    if not library.is_rtx:
+        if asked:
+            raise TargetError("TensorRT builds for the GPU of this machine: leave out --cc, or pass --rtx")
+        return ()
+    kinds = library.module.ComputeCapability
+    known = [number for number in range(200) if hasattr(kinds, f"SM{number}")]
+    chosen = asked or [number for number in RTX_DEFAULT if number >= sidecar.least_sm and number in known]
+    for number in chosen:
+        if number not in known:
+            raise TargetError(
+                f"{library.title} builds for no compute capability {number}: choose of {', '.join(map(str, known))}"
+            )
+        if number < sidecar.least_sm:
+            raise TargetError(
+                f"this artifact needs a compute capability of {sidecar.least_sm} or more, not {number}: leave it out "
+                "of --cc, or export in another --dtype or --quant"
+            )
+    return tuple(sorted(set(chosen)))
+
+
+def _build(
+    model: Path,
+    file: BinaryIO,
+    library: Library,
+    sidecar: Sidecar,
+    compute: tuple[int, ...],
+    portable: bool,
+    weight_streaming: bool,
+    on_progress: OnProgress,
+) -> None:
+    trt = library.module
+    log = _logger(trt)
+    builder = _made(library, lambda: trt.Builder(log), log)
+    # Ignored from 11 on, where nothing else exists; needed before.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    on_progress("parse", 0, 1)
+    # By its path, as its weights lie beside it.
+    if not parser.parse_from_file(str(model)):
+        raise BuildError(f"{library.title} does not take {model}:\n{_refusals(parser)}")
+    on_progress("parse", 1, 1)
+    config = builder.create_builder_config()
+    for index, number in enumerate(compute):
+        config.num_compute_capabilities = len(compute)
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+    if portable:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if weight_streaming:
+        if not hasattr(trt.BuilderFlag, "WEIGHT_STREAMING"):
+            raise TargetError(f"{library.title} cannot stream weights: leave out --weight-streaming")
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    for wanted in sidecar.profiles:
+        profile = builder.create_optimization_profile()
+        for name, shapes in wanted.inputs.items():
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{library.title} does not take the profile {wanted.name!r}: {log.said()}")
+    monitor = _monitor(trt, on_progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    if not _serialize(trt, builder, network, config, file):
+        raise BuildError(f"{library.title} cannot build {model}: {log.said()}")
+
+
+def _made(library: Library, make: Callable[[], Any], log: Any) -> Any:
+    """A builder; without a GPU, TensorRT does not even make that."""
+    try:
+        made = make()
+    except (TypeError, RuntimeError) as error:
+        raise TargetError(
+            f"{library.title} finds no GPU to build on ({log.said() or error}): build with --rtx, which needs none"
+        ) from None
+    return made
+
+
+def _refusals(parser: Any) -> str:
+    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    return "\n".join(
+        f"  {error.node_name() or 'the model'} ({error.node_operator()}): {error.desc()}" for error in found
+    )
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+    """Write the engine piece by piece where the library can, so that it never stands in memory twice."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        engine = builder.build_serialized_network(network, config)
+        if engine is not None:
+            file.write(memoryview(engine))
+        return engine is not None
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps what went wrong, and says nothing by itself."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(message.split()))
+
+        def said(self) -> str:
+            return self.errors[-1][:400] if self.errors else ""
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+    if not hasattr(trt, "IProgressMonitor"):
+        return None
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """The outermost phases of a build."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._steps[phase_name] = num_steps
+                on_progress("build", 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._steps:
+                on_progress("build", step + 1, self._steps[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            if steps := self._steps.pop(phase_name, None):
+                on_progress("build", steps, steps)
+
+    return Monitor()

@@ -1,0 +1,32 @@
+"""A `tensorrt` artifact on ONNX Runtime's CPU provider: a check of its numbers where no GPU is, not a fast way to run.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto
+
+from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.onnxruntime.session import OnnxRuntimeSession, load
+from transom.backends.tensorrt.widening import read, widened
+
+_TYPES = {"bfloat16": (np.uint16, TensorProto.BFLOAT16), "float16": (np.float16, np.float16)}
+
+
+class CpuSession(OnnxRuntimeSession):
+    """The very ONNX file that engines are built from, computed by `widening.widened`."""
+
+    whole_writes = True
+
+    def _cache_type(self, cache: CacheRecord) -> tuple[Any, Any]:
+        return _TYPES[cache.dtype]
+
+    def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
+        model: ModelProto = widened(read(str(folder / MODEL_FILE)))
+        # All weights are widened once, when the model is loaded.
+        return load(model.SerializeToString(), threads, folded=2**40, folder=folder)

@@ -1,0 +1,141 @@
+"""Runs an engine on a GPU, through torch's tensors: caches stay there, and are written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.tensorrt.builder import EngineRecord
+from transom.backends.tensorrt.library import Library
+from transom.backends.tensorrt.sidecar import read_sidecar
+from transom.graphs.errors import ArtifactError, SessionError
+
+
+class EngineSession(Session):
+    """A `tensorrt` artifact with an engine.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        record: Which engine.
+        library: TensorRT of the engine's version.
+        device: A GPU.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ArtifactError: If the library cannot read the engine, or would not keep the caches in place.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        record: EngineRecord,
+        library: Library,
+        *,
+        device: str = "cuda",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            caches=manifest.caches,
+            stop_ids=manifest.stop_ids,
+            tokenizer=tokenizer,
+            whole_writes=True,
+        )
+        self._device, self._sidecar, trt = torch.device(device), read_sidecar(folder), library.module
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine((folder / record.file).read_bytes())
+        if engine is None:
+            raise ArtifactError(
+                f"{library.title} cannot read {record.file}, which {record.library} {record.version} built: build it "
+                "again with transom build"
+            )
+        for output, given in self._sidecar.aliases.items():
+            if (found := engine.get_aliased_input_tensor(output)) != given:
+                raise ArtifactError(
+                    f"{record.file} does not write the cache {given!r} in place (its output shares memory with "
+                    f"{found!r}): build it again with transom build"
+                )
+        if record.weight_streaming:
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        self._engine = engine
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise ArtifactError(f"the GPU has no memory to run {record.file}: export with a shorter --context")
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._profiles = {profile.name: index for index, profile in enumerate(self._sidecar.profiles)}
+        self._profile: int | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._taps = [tap.name for tap in manifest.taps]
+
+    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+        # An engine wants at least one position; what nobody asked for is not read.
+        wanted = logit_positions if logit_positions.size else np.zeros(1, np.int64)
+        handle = 0 if self._stream is None else self._stream.cuda_stream
+        self._choose_profile("decode" if tokens.size == 1 else "prefill", handle)
+        given = {"tokens": tokens[None], "start": np.array(self.position), "logit_positions": wanted}
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in given.items()}
+        for name, tensor in inputs.items():
+            self._must(self._context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
+            self._bind(name, tensor)
+        outputs = {name: self._output(name) for name in ("logits", *self._taps)}
+        if self._stream is not None:
+            # The copies above ran on torch's stream.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._must(self._context.execute_async_v3(handle), "could not run")
+        if self._stream is not None:
+            self._stream.synchronize()
+        self.tapped = {name: outputs[name].cpu().numpy() for name in self._taps}
+        logits: Float = outputs["logits"][0, : logit_positions.size].cpu().numpy()
+        return logits
+
+    def _choose_profile(self, name: str, handle: int) -> None:
+        index = self._profiles[name]
+        if index != self._profile:
+            self._must(self._context.set_optimization_profile_async(index, handle), f"has no profile {name!r}")
+            self._profile = index
+            self._bind_caches()
+
+    def _output(self, name: str) -> torch.Tensor:
+        shape = tuple(self._context.get_tensor_shape(name))
+        tensor = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._bind(name, tensor)
+        return tensor
+
+    def _bind(self, name: str, tensor: torch.Tensor) -> None:
+        self._must(self._context.set_tensor_address(name, tensor.data_ptr()), f"takes no {name}")
+
+    def _must(self, done: bool, what: str) -> None:
+        if not done:
+            raise SessionError(f"the engine {what}, at position {self.position}: see TensorRT's messages above")
+
+    def _allocate(self, slots: int) -> None:
+        """Caches are static, so they are made once, and both names of each are bound to one address."""
+        if self._tensors:
+            return
+        for cache in self.caches:
+            shape = (1, cache.heads, cache.slots or slots, cache.width)
+            tensor = torch.zeros(shape, dtype=getattr(torch, cache.dtype), device=self._device)
+            self._tensors[cache.name] = tensor
+        self._bind_caches()
+
+    def _bind_caches(self) -> None:
+        for output, given in self._sidecar.aliases.items():
+            for name in (given, output):
+                self._bind(name, self._tensors[given])
+
+    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
+        for cache in self.caches:
+            if cache.name in self._tensors:
+                yield cache, self._tensors[cache.name]

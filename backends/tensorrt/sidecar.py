@@ -1,0 +1,108 @@
+"""`tensorrt.json`: what a builder and a runtime must know beside the ONNX file. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transom.graphs.errors import ArtifactError
+
+SIDECAR = "tensorrt.json"
+VERSION = 1
+
+Shape = tuple[int, ...]
+
+PORTABILITY = {
+    "tensorrt": "an engine runs under the version of TensorRT that built it, on the model of GPU that built it; built "
+    "with --portable, on Ampere and newer",
+    "tensorrt_rtx": "an engine runs under the version of TensorRT for RTX that built it, on the compute capabilities "
+    "that it was built for; kernels are chosen when it first runs there",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Which shapes an engine is made for.
+
+    Attributes:
+        name: "prefill" or "decode".
+        inputs: Smallest, likeliest and largest shape of every input that has no fixed one.
+    """
+
+    name: str
+    inputs: Mapping[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer's caches: keys that it sees (None: all), and slots of either cache."""
+
+    layer: int
+    window: int | None
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """Beside the ONNX file.
+
+    Attributes:
+        dtype: What is computed in, and held in the caches.
+        batch: Sequences in one call.
+        aliases: Input of every cache output: both are one address.
+        layers: Windows and capacities.
+        profiles: In the order of the engine's profiles.
+        least_sm: Least compute capability, times ten: 80 for bfloat16, 89 for 8-bit floats.
+        portability: Where an engine runs, by library that built it.
+        calls: How a runtime must call it, in words.
+    """
+
+    dtype: str
+    batch: int
+    aliases: Mapping[str, str]
+    layers: tuple[Layer, ...]
+    profiles: tuple[Profile, ...]
+    least_sm: int
+    portability: Mapping[str, str] = dataclasses.field(default_factory=lambda: PORTABILITY)
+    calls: str = (
+        "`start` is the position of the first new token. Position p of a local layer is written to slot p % slots, "
+        "and no call may cross a ring's end: it holds at most slots - start % slots new tokens. Every cache output is "
+        "bound to the address of its input."
+    )
+
+    def write(self, folder: Path) -> None:
+        """Write the file."""
+        (folder / SIDECAR).write_text(json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n")
+
+
+def read_sidecar(folder: Path) -> Sidecar:
+    """Read the file.
+
+    Raises:
+        ArtifactError: If it is missing, malformed, or of another version.
+    """
+    path = folder / SIDECAR
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        version = data.pop("version")
+        if version != VERSION:
+            raise ArtifactError(f"{path} is of version {version}, this transom reads {VERSION}: use a matching transom")
+        profiles = tuple(
+            Profile(
+                name=entry["name"],
+                inputs={name: _three(shapes) for name, shapes in entry["inputs"].items()},
+            )
+            for entry in data.pop("profiles")
+        )
+        layers = tuple(Layer(**entry) for entry in data.pop("layers"))
+        return Sidecar(profiles=profiles, layers=layers, **data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
+
+
+def _three(shapes: Any) -> tuple[Shape, Shape, Shape]:
+    least, likely, most = (tuple(int(size) for size in shape) for shape in shapes)
+    return least, likely, most

@@ -1,0 +1,84 @@
+"""Quantised matrices in the layout of DequantizeLinear and MatMul, and plain ones in that of MatMul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnx import TensorProto
+
+from transom.export.onnx.emitter import Emitter
+from transom.graphs.errors import QuantizationError
+from transom.graphs.node import Node
+from transom.graphs.quantized import block_of, pack, unpack
+from transom.graphs.schemes import BITS
+from transom.graphs.weight import Weight
+
+
+class Blocked:
+    """A quantised matrix as DequantizeLinear takes it for MatMul: codes [K, N], scales and zero points [K / block, N].
+
+    Runtimes fuse this layout into their quantised products; they do not fuse a transposed one.
+
+    Args:
+        emitter: Of the export.
+        parts: Codes, scales, zero points or None, and number, as in `graphs.ops`.
+        held: How the scales are held, in place of float32.
+    """
+
+    def __init__(self, emitter: Emitter, parts: Any, held: Callable[[Weight], Weight] = lambda scales: scales) -> None:
+        self._emitter, self._held = emitter, held
+        self._codes, self._scales, self._zero_points, self.number = parts
+        self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
+        self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
+
+    def inputs(self) -> list[str]:
+        """Names of codes, scales and, if the blocks have them, zero points."""
+        scales = self._emitter.graph.weight_of(self._scales)
+        assert scales is not None
+        names = [
+            self._integers(self._codes, self.blocks * self.block),
+            self._emitter.initializer(f"{scales[0]}.transposed", transposed(self._held(scales[1]))),
+        ]
+        if self._zero_points is not None:
+            names.append(self._integers(self._zero_points, self.blocks))
+        return names
+
+    def _integers(self, node: Node, columns: int) -> str:
+        """Write codes [N, columns] as [columns, N]; without zero points they become signed."""
+        held = self._emitter.graph.weight_of(node)
+        assert held is not None
+        name, weight = held
+        signed, bits, number = self._zero_points is None, self.bits, self.number
+
+        def rows(packed: torch.Tensor) -> torch.Tensor:
+            codes = unpack(packed.flatten(1), number, columns)
+            # Subtracting the middle code, in two's complement.
+            return codes - 2 ** (bits - 1) if signed else codes
+
+        plain = transposed(weight.map_rows(rows, row_shape=(columns,)))
+        if bits == 4:
+            if self.rows % 2:
+                raise QuantizationError(
+                    f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8"
+                )
+            plain = plain.map_rows(lambda part: pack(part & 15, number), row_shape=(self.rows // 2,))
+        kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
+        kind = kinds.get((bits, signed), TensorProto.UINT8)
+        return self._emitter.initializer(f"{name}.transposed", plain, kind)
+
+
+def transposed(weight: Weight) -> Weight:
+    """A matrix [N, K] as [K, N], read in strips of columns so that no block is larger than the strip asked for."""
+    rows, columns = weight.shape
+
+    def read_rows(first: int, last: int) -> torch.Tensor:
+        strip = torch.empty(last - first, rows, dtype=weight.dtype)
+        position = 0
+        for block in weight.blocks():
+            strip[:, position : position + block.shape[0]] = block[:, first:last].T
+            position += block.shape[0]
+        return strip
+
+    return Weight(shape=(columns, rows), dtype=weight.dtype, read_rows=read_rows, origin=weight.origin)

@@ -1,0 +1,208 @@
+"""The `tensorrt` dialect: what TensorRT 10.15 and newer and TensorRT for RTX take of opset 24, strongly typed.
+
+Everything has one dtype, float16 or bfloat16, but for what the model itself computes in float32: norms, rotations and
+positions. Caches are static and written in place. A local cache is a ring whose writes never cross its end: TensorRT
+has no circular TensorScatter, so a session cuts chunks there. The masks are built once and shared by all layers of a
+kind, as Attention has no window there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from transom.export.lowering import Table
+from transom.export.onnx.blocked import Blocked, transposed
+from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.lowerings import SHARED, add_bias, cast, new_positions, start
+from transom.graphs import ops
+from transom.graphs.errors import QuantizationError
+from transom.graphs.match import aten
+from transom.graphs.node import Node
+from transom.graphs.quantized import block_of
+from transom.graphs.weight import Weight
+
+TABLE = Table(SHARED)
+
+
+@TABLE.lowers(ops.RMS_NORM)
+def _rms_norm(emitter: Emitter, node: Node) -> str:
+    x, weight, eps = node.args
+    wide = cast(emitter, emitter.value(x), x.meta["val"].dtype, torch.float32)
+    scale = cast(emitter, emitter.value(weight), weight.meta["val"].dtype, torch.float32)
+    normed = emitter.op("RMSNormalization", wide, scale, axis=-1, epsilon=eps)
+    return cast(emitter, normed, torch.float32, node.meta["val"].dtype)
+
+
+@TABLE.lowers(aten.linear.default)
+def _linear(emitter: Emitter, node: Node) -> str:
+    x, table = node.args[:2]
+    held = emitter.graph.weight_of(table)
+    if held is None or len(table.users) > 1:
+        # A table that an embedding reads too keeps its layout.
+        matrix = emitter.op("Transpose", emitter.value(table), perm=[1, 0])
+    else:
+        name, weight = held
+        matrix = emitter.initializer(f"{name}.transposed", transposed(weight))
+    return add_bias(emitter, node, emitter.op("MatMul", emitter.value(x), matrix))
+
+
+@TABLE.lowers(ops.LINEAR_QUANTIZED)
+def _linear_quantized(emitter: Emitter, node: Node) -> str:
+    x, codes, scales, zero_points, number = node.args
+    dtype = x.meta["val"].dtype
+    if len(codes.users) > 1:
+        matrix = emitter.op("Transpose", _table(emitter, *node.args[1:]), perm=[1, 0])
+        return str(emitter.op("MatMul", emitter.value(x), matrix))
+    if number == "float8_e4m3fn":
+        name, weight = _held(emitter, codes)
+        parts = [
+            emitter.initializer(f"{name}.transposed", transposed(_bytes(weight)), TensorProto.FLOAT8E4M3FN),
+            _row_scales(emitter, scales, dtype),
+        ]
+        matrix = emitter.op("DequantizeLinear", *parts, axis=1)
+    else:
+        blocked = Blocked(emitter, (codes, scales, zero_points, number), lambda part: _scales(part, dtype))
+        matrix = emitter.op("DequantizeLinear", *blocked.inputs(), axis=0, block_size=blocked.block)
+    return str(emitter.op("MatMul", emitter.value(x), matrix))
+
+
+@TABLE.lowers(ops.EMBEDDING_QUANTIZED)
+def _embedding_quantized(emitter: Emitter, node: Node) -> str:
+    """Rows of the dequantised table: TensorRT takes no DequantizeLinear of looked-up rows."""
+    tokens, codes = node.args[:2]
+    rows = emitter.op("Gather", _table(emitter, *node.args[1:]), emitter.value(tokens), axis=0)
+    return cast(emitter, rows, _table_dtype(codes), torch.float32)
+
+
+def _table_dtype(codes: Node) -> torch.dtype:
+    """What the head computes in; without one, what looked-up rows, float32 by definition, are turned into."""
+    heads = [user.args[0] for user in codes.users if user.target is ops.LINEAR_QUANTIZED]
+    embeddings = [user for user in codes.users if user.target is ops.EMBEDDING_QUANTIZED]
+    found: torch.dtype = [*heads, *(user for node in embeddings for user in node.users)][0].meta["val"].dtype
+    return found
+
+
+def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None, number: str) -> str:
+    """The dequantised table [V, D], made once for the embedding and the head."""
+    dtype = _table_dtype(codes)
+
+    def make() -> str:
+        name, weight = _held(emitter, codes)
+        _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
+        block = block_of(codes.meta["val"], number)
+        if number == "float8_e4m3fn":
+            parts = [emitter.initializer(name, _bytes(weight), TensorProto.FLOAT8E4M3FN)]
+            parts.append(_row_scales(emitter, scales, dtype))
+            return str(emitter.op("DequantizeLinear", *parts, axis=0))
+        # Both nibbles of every byte, from codes around 8 to codes around zero, in two's complement.
+        signed = weight.map_rows(lambda part: part.flatten(1) ^ 0x88, row_shape=(blocks * block // 2,))
+        held_name, held = _held(emitter, scales)
+        parts = [
+            emitter.initializer(name, signed, TensorProto.INT4),
+            emitter.initializer(held_name, _scales(held, dtype)),
+        ]
+        return str(emitter.op("DequantizeLinear", *parts, axis=1, block_size=block))
+
+    return str(emitter.once(("table", codes), make))
+
+
+def _held(emitter: Emitter, node: Node) -> tuple[str, Weight]:
+    held = emitter.graph.weight_of(node)
+    assert held is not None, f"{node} is no weight"
+    return held
+
+
+def _bytes(codes: Weight) -> Weight:
+    """Codes of 8-bit floats [R, G, C] as bytes [R, G * C]."""
+    _, blocks, block = codes.shape
+    return codes.map_rows(
+        lambda part: part.view(torch.uint8).flatten(1), row_shape=(blocks * block,), dtype=torch.uint8
+    )
+
+
+def _scales(scales: Weight, dtype: torch.dtype) -> Weight:
+    """Scales in the dtype that is computed in, which TensorRT asks for.
+
+    Raises:
+        QuantizationError: If one is not positive there, or is infinite.
+    """
+
+    def narrowed(part: torch.Tensor) -> torch.Tensor:
+        narrow = part.to(dtype)
+        if not bool(((narrow > 0) & torch.isfinite(narrow)).all()):
+            raise QuantizationError(
+                f"a scale of {scales.origin} is not positive in {dtype}, which TensorRT asks for: choose "
+                "int4_block32_bf16 or fp8_channel, in bfloat16"
+            )
+        return narrow
+
+    return scales.map_rows(narrowed, dtype=dtype)
+
+
+def _row_scales(emitter: Emitter, scales: Node, dtype: torch.dtype) -> str:
+    """Scales [R, G] of which every row has one, as [R]."""
+    name, weight = _held(emitter, scales)
+
+    def first(part: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(part, part[:, :1].expand_as(part)):
+            raise QuantizationError(f"{name}: TensorRT takes 8-bit floats with one scale a row: choose fp8_channel")
+        return part[:, 0]
+
+    return emitter.initializer(f"{name}.rows", _scales(weight.map_rows(first, row_shape=()), dtype))
+
+
+@TABLE.replaces(ops.ROUND_ACTIVATIONS)
+def _round_activations(emitter: Emitter, node: Node) -> str:
+    x, scale, _ = node.args
+    # A scale for each of the two: sharing constants crashes builders of some versions.
+    scales = [emitter.number(scale, x.meta["val"].dtype, shared=False) for _ in range(2)]
+    codes = emitter.op("QuantizeLinear", emitter.value(x), scales[0], output_dtype=TensorProto.FLOAT8E4M3FN)
+    return str(emitter.op("DequantizeLinear", codes, scales[1]))
+
+
+@TABLE.lowers(ops.WRITE_CACHE)
+def _write_cache(emitter: Emitter, node: Node) -> str:
+    cache, new, _ = node.args
+    slots = emitter.fixed(cache.meta["val"].shape[2])
+
+    def make() -> str:
+        slot = emitter.op("Mod", start(emitter), emitter.constant(np.array(slots)))
+        return str(emitter.op("Reshape", slot, emitter.constant(np.array([1]))))
+
+    indices = emitter.once(("write_indices", slots), make)
+    return str(emitter.op("TensorScatter", emitter.value(cache), emitter.value(new), indices, axis=-2, mode="linear"))
+
+
+@TABLE.lowers(ops.ATTENTION)
+def _attention(emitter: Emitter, node: Node) -> str:
+    q, k, v, _, scale, window = node.args
+    tokens, slots = q.meta["val"].shape[2], emitter.fixed(k.meta["val"].shape[2])
+    mask = emitter.once(("mask", str(slots), window), lambda: _mask(emitter, tokens, slots, window))
+    inputs = [emitter.value(value) for value in (q, k, v)]
+    return str(emitter.op("Attention", *inputs, mask, scale=scale))
+
+
+def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
+    """Which slots each new token sees, bool [1, 1, T, S]; see `graphs.ops.visible`."""
+    axes = emitter.constant(np.array([0, 1, 3]))
+    positions = emitter.once("mask_positions", lambda: emitter.op("Unsqueeze", new_positions(emitter, tokens), axes))
+    # Stored, as a Range here makes the builder of TensorRT for RTX 1.7 fail.
+    slot = emitter.initializer(f"slots_{slots}", Weight.of(torch.arange(slots).view(1, 1, 1, slots)))
+    if not window:
+        # Never full before the context ends, so slot j holds position j.
+        return str(emitter.op("GreaterOrEqual", positions, slot))
+    zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
+    # Slot j of a ring holds position last - (last - j) % S.
+    last = emitter.op("Sub", emitter.op("Add", start(emitter), emitter.size(tokens)), one)
+    age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.constant(np.array(slots)))
+    keys = emitter.op("Sub", last, age)
+    distance = emitter.op("Sub", positions, keys)
+    held = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
+    return str(emitter.op("And", held, emitter.op("Less", distance, emitter.constant(np.array(window)))))
+
+
+DIALECT = Dialect(name="tensorrt", opset=24, ir_version=11, domains={}, lowerings=TABLE, widens=True)

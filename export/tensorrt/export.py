@@ -1,0 +1,86 @@
+"""The exporter of the `tensorrt` target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from transom.backends.artifact import MODEL_FILE, CacheRecord
+from transom.backends.reference.session import cache_records
+from transom.backends.tensorrt.sidecar import Layer, Profile, Sidecar
+from transom.export.exporter import Lowered, Request
+from transom.export.onnx import emitter
+from transom.export.tensorrt.dialect import DIALECT
+from transom.export.tensorrt.verify.verify import require
+from transom.graphs.graph import Graph
+from transom.graphs.schemes import scheme
+
+BATCH = 1
+
+
+def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+    """Write `model.onnx`, its data and `tensorrt.json`, and verify the model.
+
+    Raises:
+        UnsupportedOpsError: Naming every operation that the dialect cannot express.
+        QuantizationError: If a scale is not positive in the compute dtype.
+        DialectError: Naming everything that TensorRT would not take, or would compute otherwise.
+    """
+    tokens, nodes = graph.user_inputs()[0].meta["val"], graph.placeholders()
+    fixed = {str(tokens.shape[0]): BATCH}
+    growing = [nodes[cache.input].meta["val"].shape[2] for cache in graph.caches if cache.slots is None]
+    fixed |= {str(slots): request.context for slots in growing}
+    model = emitter.write(graph, DIALECT, folder, on_bytes=request.on_bytes, fixed=fixed)
+    require(model)
+    caches = tuple(dataclasses.replace(cache, slots=cache.slots or request.context) for cache in cache_records(graph))
+    sidecar(caches, request).write(folder)
+    return Lowered(
+        payload=MODEL_FILE,
+        libraries=("onnx",),
+        caches=caches,
+        details={"engines": []},
+        not_done=_rounded_scales(request),
+    )
+
+
+def sidecar(caches: Sequence[CacheRecord], request: Request) -> Sidecar:
+    """What stands beside the model."""
+    numbers, dtype = scheme(request.quant).numbers, request.dtype
+    layers = {
+        cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or request.context)
+        for cache in caches
+    }
+    chunk = min(request.chunk, request.context)
+    # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
+    several = min(2, chunk)
+    return Sidecar(
+        dtype=dtype,
+        batch=BATCH,
+        aliases={f"{cache.name}.out": cache.name for cache in caches},
+        layers=tuple(layers.values()),
+        profiles=(_profile("prefill", chunk, chunk), _profile("decode", 1, several)),
+        least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
+    )
+
+
+def _profile(name: str, likely: int, most: int) -> Profile:
+    return Profile(
+        name=name,
+        inputs={
+            "tokens": ((BATCH, 1), (BATCH, likely), (BATCH, most)),
+            "logit_positions": ((1,), (1,), (most,)),
+        },
+    )
+
+
+def _rounded_scales(request: Request) -> tuple[str, ...]:
+    """Scales have the dtype that is computed in; those of some schemes have more digits."""
+    wide = [spec.describe() for spec in scheme(request.quant).specs if spec.scale_dtype == "float32"]
+    if not wide:
+        return ()
+    share = {"bfloat16": "0.2%", "float16": "0.025%"}[request.dtype]
+    return (
+        f"scales of {' and '.join(dict.fromkeys(wide))} were rounded to {request.dtype}, each by at most {share}; "
+        "int4_block32_bf16 and fp8_channel lose nothing",
+    )

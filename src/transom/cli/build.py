@@ -1,0 +1,115 @@
+"""`transom build` and `verify`: from a `tensorrt` artifact to an engine, and whether TensorRT would take a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Folder, Json, console, print_json, size
+from transom.graphs.errors import ArtifactError, TargetError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(build)
+    app.command()(verify)
+
+
+def build(
+    folder: Folder,
+    rtx: Annotated[bool, typer.Option("--rtx", help="Use TensorRT for RTX, which needs no GPU to build.")] = False,
+    cc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N", help="For TensorRT for RTX: compute capabilities, such as 89,120; by default all that fit."
+        ),
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="For TensorRT: an engine for Ampere and newer, not this GPU alone.")
+    ] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Let weights stay in host memory when the engine runs.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an engine of that name.")] = False,
+    json: Json = False,
+) -> None:
+    """Build a TensorRT engine beside the ONNX file of a tensorrt artifact."""
+    from transom.backends.tensorrt.builder import build_engine
+    from transom.backends.tensorrt.library import find_library
+
+    compute = None if cc is None else compute_capabilities(cc)
+    library = find_library(rtx=rtx)
+    with stage_bars() as on_progress:
+        record = build_engine(
+            folder,
+            library,
+            compute=compute,
+            portable=portable,
+            weight_streaming=weight_streaming,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    if json:
+        print_json({"folder": str(folder), **dataclasses.asdict(record)})
+        return
+    where = f"SM {', '.join(f'{one // 10}.{one % 10}' for one in record.compute)}" if record.compute else "this GPU"
+    if record.portable:
+        where = "Ampere and newer"
+    console.print(
+        f"{escape(str(folder / record.file))}: {library.title}, for {where}, {size(record.bytes)}, built in "
+        f"{record.seconds:.1f} s",
+        highlight=False,
+    )
+
+
+def compute_capabilities(text: str) -> list[int]:
+    """Numbers such as 89 of a list such as "89,120" or "8.9,12.0".
+
+    Raises:
+        TargetError: If it is no such list.
+    """
+    try:
+        found = [round(float(part) * 10) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise TargetError(f"--cc takes compute capabilities with commas between, such as 89,120, not {text!r}")
+    return found
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A tensorrt artifact, or any ONNX file.")],
+    json: Json = False,
+) -> None:
+    """Check an ONNX model against what TensorRT takes, and what it would get wrong without a word."""
+    import onnx
+
+    from transom.backends.artifact import MODEL_FILE
+    from transom.export.tensorrt.verify.verify import RULES
+    from transom.export.tensorrt.verify.verify import verify as find
+
+    file = path / MODEL_FILE if path.is_dir() else path
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except FileNotFoundError:
+        raise ArtifactError(f"{file} does not exist: name an artifact or an ONNX file") from None
+    except Exception as error:  # protobuf's own classes
+        raise ArtifactError(f"{file} is no ONNX model ({type(error).__name__}: {error})") from error
+    findings = find(model)
+    if json:
+        print_json({"file": str(file), "rules": len(RULES), "findings": [dataclasses.asdict(one) for one in findings]})
+    elif findings:
+        table = Table("rule", "where", "what")
+        for finding in findings:
+            table.add_row(finding.rule, escape(finding.where), escape(finding.what))
+        console.print(table)
+    else:
+        console.print(f"{escape(str(file))}: nothing breaks the {len(RULES)} rules", highlight=False)
+    if findings:
+        raise typer.Exit(1)
