@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transom.backends.artifact import MODEL_FILE, Manifest, add_file, read_manifest
+from transom.backends.artifact import MODEL_FILE, add_file, read_manifest
+from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
 from transom.graphs.errors import ArtifactError, BuildError, TargetError
@@ -20,38 +21,6 @@ RTX_DEFAULT = (80, 86, 89, 120)
 """Compute capabilities, times ten, that an RTX engine covers unless others are named: those of RTX's own default."""
 
 OnProgress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineRecord:
-    """An engine beside an artifact.
-
-    Attributes:
-        file: Its name.
-        library: "tensorrt" or "tensorrt_rtx".
-        version: Of the library; no other version runs the engine.
-        compute: Compute capabilities, times ten; empty if it is for the GPU that built it.
-        portable: Whether it runs on Ampere and newer.
-        weight_streaming: Whether weights may stay in host memory.
-        bytes: Its size.
-        seconds: How long the build took.
-    """
-
-    file: str
-    library: str
-    version: str
-    compute: tuple[int, ...]
-    portable: bool
-    weight_streaming: bool
-    bytes: int
-    seconds: float
-
-
-def engines(manifest: Manifest) -> list[EngineRecord]:
-    """The engines that stand beside an artifact."""
-    return [
-        EngineRecord(**{**entry, "compute": tuple(entry["compute"])}) for entry in manifest.details.get("engines", ())
-    ]
 
 
 def build_engine(
@@ -233,7 +202,9 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def said(self) -> str:
-            return self.errors[-1][:400] if self.errors else ""
+            # The first is the cause; that there is no GPU is said of every build without one.
+            causes = [error for error in self.errors if "cudaError" not in error] or self.errors
+            return causes[0][:400] if causes else ""
 
     return Logger()
 

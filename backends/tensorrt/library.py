@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transom.backends.tensorrt.engines import TITLES
 from transom.graphs.errors import TargetError
 
 MINIMUM = (10, 15)
@@ -45,7 +46,7 @@ class Library:
     @property
     def title(self) -> str:
         """As people call it."""
-        return f"TensorRT {'for RTX ' if self.is_rtx else ''}{self.version}"
+        return f"{TITLES[self.name]} {self.version}"
 
 
 def find_library(*, rtx: bool = False) -> Library:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transom.backends.artifact import Manifest
 from transom.backends.session import Session, Tokenizer
-from transom.backends.tensorrt.builder import EngineRecord, engines
 from transom.backends.tensorrt.cpu import CpuSession
+from transom.backends.tensorrt.engines import EngineRecord, engines
 from transom.backends.tensorrt.library import Library, find_library
 from transom.graphs.errors import TargetError
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord, Manifest
 from transom.backends.session import Float, Session, Tokenizer
-from transom.backends.tensorrt.builder import EngineRecord
+from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import read_sidecar
 from transom.graphs.errors import ArtifactError, SessionError
@@ -58,7 +58,7 @@ class EngineSession(Session):
         engine = self._runtime.deserialize_cuda_engine((folder / record.file).read_bytes())
         if engine is None:
             raise ArtifactError(
-                f"{library.title} cannot read {record.file}, which {record.library} {record.version} built: build it "
+                f"{library.title} cannot read {record.file}, which {record.title} built: build it "
                 "again with transom build"
             )
         for output, given in self._sidecar.aliases.items():
@@ -84,8 +84,11 @@ class EngineSession(Session):
         wanted = logit_positions if logit_positions.size else np.zeros(1, np.int64)
         handle = 0 if self._stream is None else self._stream.cuda_stream
         self._choose_profile("decode" if tokens.size == 1 else "prefill", handle)
-        given = {"tokens": tokens[None], "start": np.array(self.position), "logit_positions": wanted}
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in given.items()}
+        inputs = {
+            "tokens": torch.from_numpy(tokens)[None].contiguous().to(self._device),
+            "start": torch.tensor(self.position, device=self._device),
+            "logit_positions": torch.from_numpy(wanted).to(self._device),
+        }
         for name, tensor in inputs.items():
             self._must(self._context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
             self._bind(name, tensor)

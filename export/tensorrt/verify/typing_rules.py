@@ -15,7 +15,8 @@ KNOWN = frozenset(
     {"Add", "And", "Attention", "Cast", "Concat", "Cos", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand"}
     | {"Gather", "GatherND", "Gelu", "Gemm", "GreaterOrEqual", "Greater", "Identity", "Less", "LessOrEqual", "MatMul"}
     | {"Mod", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal"}
-    | {"ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Sin", "Slice"}
+    | {"ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "ScatterND", "Shape"}
+    | {"Sigmoid", "Sin", "Slice"}
     | {"Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TensorScatter", "Transpose", "Unsqueeze", "Where"}
 )
 NARROW_BLOCKS = {"TRT_FP4DynamicQuantize": 16, "TRT_MXFP8DynamicQuantize": 32, "TRT_MXFP8QuantizeLinear": 32}

@@ -58,11 +58,8 @@ def build(
     if json:
         print_json({"folder": str(folder), **dataclasses.asdict(record)})
         return
-    where = f"SM {', '.join(f'{one // 10}.{one % 10}' for one in record.compute)}" if record.compute else "this GPU"
-    if record.portable:
-        where = "Ampere and newer"
     console.print(
-        f"{escape(str(folder / record.file))}: {library.title}, for {where}, {size(record.bytes)}, built in "
+        f"{escape(str(folder / record.file))}: {record.title}, for {record.where}, {size(record.bytes)}, built in "
         f"{record.seconds:.1f} s",
         highlight=False,
     )
@@ -101,6 +98,8 @@ def verify(
         raise ArtifactError(f"{file} does not exist: name an artifact or an ONNX file") from None
     except Exception as error:  # protobuf's own classes
         raise ArtifactError(f"{file} is no ONNX model ({type(error).__name__}: {error})") from error
+    if not model.graph.node:
+        raise ArtifactError(f"{file} is no ONNX model: it has no operations")
     findings = find(model)
     if json:
         print_json({"file": str(file), "rules": len(RULES), "findings": [dataclasses.asdict(one) for one in findings]})

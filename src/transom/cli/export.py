@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,6 +24,9 @@ from transom.cli.options import (
     progress_console,
     size,
 )
+
+if TYPE_CHECKING:
+    from transom.backends.artifact import Manifest
 
 
 def register(app: typer.Typer) -> None:
@@ -92,6 +95,17 @@ def export(
         console.print(conversions_table(manifest.conversions))
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)
+
+
+def engines_table(manifest: Manifest) -> Table:
+    """The engines that were built of an artifact."""
+    from transom.backends.tensorrt.engines import engines
+
+    table = Table("engine", "built by", "for", "size", "built in", title="Engines")
+    for engine in engines(manifest):
+        cells = (engine.title, engine.where, size(engine.bytes), f"{engine.seconds:.1f} s")
+        table.add_row(escape(engine.file), *cells)
+    return table
 
 
 def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
@@ -174,6 +188,8 @@ def inspect(
             cells = [size(report[f"{kind}_bytes"]) for kind in ("argument", "alias", "temp", "peak")]
             tpu.add_row(program, *cells, f"{report['flops']:.3g}", f"{report['compile_s']:.1f} s")
         console.print(tpu)
+    if manifest.details.get("engines"):
+        console.print(engines_table(manifest))
     passes = Table("pass", "changes", "calls", "weights", title="Passes")
     for record in manifest.passes:
         calls = f"{record['nodes_before']} → {record['nodes_after']}"

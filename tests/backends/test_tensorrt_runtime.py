@@ -1,0 +1,229 @@
+"""The runtime of engines, on a double that computes; and on a GPU, where one is."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import transom
+from tests.backends import tensorrt_double
+from tests.backends.tensorrt_double import ENGINE, VERSION, double
+from tests.tolerances import BFLOAT16_LOGITS_TENSORRT
+from transom.backends.artifact import Manifest, add_file, read_manifest
+from transom.backends.session import Session
+from transom.backends.tensorrt import opening
+from transom.backends.tensorrt.builder import build_engine
+from transom.backends.tensorrt.cpu import CpuSession
+from transom.backends.tensorrt.engines import EngineRecord
+from transom.backends.tensorrt.library import find_library
+from transom.backends.tensorrt.runtime import EngineSession
+from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
+from transom.zoo.model import Model
+
+CHUNK, CONTEXT, RING = 20, 128, 40
+TEXT = [7 + index * 37 % 500 for index in range(3 * RING + 5)]
+
+
+def record(**changes: Any) -> EngineRecord:
+    given = {
+        "file": "double.engine", "library": "tensorrt", "version": VERSION, "compute": (), "portable": False,
+        "weight_streaming": False, "bytes": len(ENGINE), "seconds": 1.0,
+    }  # fmt: skip
+    return EngineRecord(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with an engine that only the double runs."""
+    out = tmp_path_factory.mktemp("tensorrt") / "model"
+    transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
+    (out / "double.engine").write_bytes(ENGINE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Manifest:
+    return read_manifest(folder)
+
+
+def opened(folder: Path, manifest: Manifest, **changes: Any) -> tuple[EngineSession, tensorrt_double.Calls]:
+    library, calls = double(folder)
+    return EngineSession(folder, manifest, record(**changes), library, device="cpu"), calls
+
+
+def test_the_numbers_are_those_of_the_file(folder: Path, manifest: Manifest) -> None:
+    """Prefill in chunks longer than the window, then decode across three wraps, in caches that only torch holds."""
+    session, calls = opened(folder, manifest)
+    wanted = transom.open(folder, threads=1).logits(TEXT)
+    found = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
+    assert np.sqrt(np.square(np.array(found) - wanted[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT
+    np.testing.assert_array_equal(session.logits(TEXT), wanted)
+    assert {called for called, _ in calls.made} == {
+        "deserialize_cuda_engine", "set_optimization_profile_async", "set_input_shape", "set_tensor_address",
+        "execute_async_v3",
+    }  # fmt: skip
+
+
+def test_caches_are_bound_in_place_once_and_kept(folder: Path, manifest: Manifest) -> None:
+    session, calls = opened(folder, manifest)
+    session.prefill(TEXT[:CHUNK])
+    tensors = {cache.name: array for cache, array in session._cache_arrays()}
+    for name, tensor in tensors.items():
+        addresses = {memory for given, memory in calls.of("set_tensor_address") if given in (name, f"{name}.out")}
+        assert addresses == {tensor.data_ptr()}
+    held = {name: tensor.clone() for name, tensor in tensors.items()}
+    session.decode(TEXT[CHUNK])
+    again = {cache.name: array for cache, array in session._cache_arrays()}
+    assert all(again[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
+    assert all(not torch.equal(again[name], held[name]) for name in held), "every layer wrote its token"
+    slot = 2 * 2 * 32 * 2
+    assert session.cache_bytes() == {"local": 4 * RING * slot, "global": 2 * CONTEXT * slot}
+
+
+def test_profiles_and_shapes(folder: Path, manifest: Manifest) -> None:
+    """Prefill and decode each have their profile, which is chosen when it changes; no call crosses a ring's end."""
+    session, calls = opened(folder, manifest)
+    session.prefill(TEXT[:50])
+    for token in TEXT[50:53]:
+        session.decode(token)
+    session.prefill(TEXT[53:90])
+    assert [index for index, _ in calls.of("set_optimization_profile_async")] == [0, 1, 0]
+    shapes = [shape for name, shape in calls.of("set_input_shape") if name == "tokens"]
+    assert shapes == [(1, 20), (1, 20), (1, 10), (1, 1), (1, 1), (1, 1), (1, 20), (1, 7), (1, 10)]
+    positions = [shape for name, shape in calls.of("set_input_shape") if name == "logit_positions"]
+    assert set(positions) == {(1,)}, "never none, which engines do not take"
+    assert {shape for name, shape in calls.of("set_input_shape") if name == "start"} == {()}
+
+
+def test_reset_and_context(folder: Path, manifest: Manifest) -> None:
+    session, _ = opened(folder, manifest)
+    first = session.logits(TEXT[:30])
+    np.testing.assert_array_equal(session.logits(TEXT[:30]), first)
+    with pytest.raises(ContextLengthError, match="export with a larger --context"):
+        session.prefill([5] * (CONTEXT + 1))
+    assert list(session.generate(TEXT[:5], max_new_tokens=4)) == list(
+        transom.open(folder, threads=1).generate(TEXT[:5], max_new_tokens=4)
+    )
+
+
+def test_an_engine_that_cannot_be_read(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
+    library, _ = double(folder)
+    (folder / "other.engine").write_bytes(b"of another version")
+    with pytest.raises(ArtifactError, match=r"cannot read other.engine, which TensorRT .* built: build it again"):
+        EngineSession(folder, manifest, record(file="other.engine"), library, device="cpu")
+
+
+def test_an_engine_that_would_copy_its_caches(folder: Path, manifest: Manifest) -> None:
+    library, _ = double(folder, separate="cache.3.key.out")
+    with pytest.raises(ArtifactError, match=r"does not write the cache 'cache.3.key' in place"):
+        EngineSession(folder, manifest, record(), library, device="cpu")
+
+
+def test_a_call_that_the_engine_refuses(folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = opened(folder, manifest)
+    session.prefill(TEXT[:3])
+    monkeypatch.setattr(tensorrt_double.IExecutionContext, "execute_async_v3", lambda self, handle: False)
+    with pytest.raises(SessionError, match="could not run, at position 3"):
+        session.decode(5)
+    with pytest.raises(SessionError, match="reset"):
+        session.decode(5)
+
+
+def test_streamed_weights(folder: Path, manifest: Manifest) -> None:
+    session, _ = opened(folder, manifest, weight_streaming=True)
+    assert session._engine.weight_streaming_budget_v2 == 12345
+    session, _ = opened(folder, manifest)
+    assert session._engine.weight_streaming_budget_v2 == 0
+
+
+# Which session opens.
+
+
+def listed(folder: Path, *records: EngineRecord) -> Manifest:
+    manifest = read_manifest(folder)
+    details = {"engines": [one.__dict__ for one in records]}
+    return add_file(folder, manifest, "double.engine", details)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of compute capability 8.9, for as long as nobody computes on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+
+
+def test_without_a_gpu_the_file_runs_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    session = transom.open(folder, threads=1)
+    assert isinstance(session, CpuSession) and "torch finds no GPU" in session.note
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ([], "no engine was built: transom build"),
+        ([record(library="tensorrt_rtx", compute=(120,))], r"no engine is for this GPU \(compute capability 89\)"),
+        ([record(version="10.16.0")], "no engine is for this GPU"),
+    ],
+)
+def test_without_a_fitting_engine(
+    records: list[EngineRecord], reason: str, folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "find_library", lambda *, rtx: double(folder)[0])
+    with pytest.raises(TargetError, match=reason):
+        opening._engine(listed(folder, *records))
+
+
+def test_the_engine_that_fits(folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for this machine is preferred to one that is portable, and that to RTX's."""
+    library = double(folder)[0]
+    monkeypatch.setattr(opening, "find_library", lambda *, rtx: library)
+    own, portable = record(file="own.engine"), record(file="portable.engine", portable=True)
+    assert opening._engine(listed(folder, portable, own)) == (own, library)
+    assert opening._engine(listed(folder, record(compute=(120,)), portable)) == (portable, library)
+
+
+# What the double stands for.
+
+
+@pytest.mark.parametrize("name", ["Runtime", "ICudaEngine", "IExecutionContext"])
+def test_the_double_has_the_real_signatures(name: str) -> None:
+    """Names of the arguments, in order, of every method that sessions call; those that they leave out follow."""
+    try:
+        real = getattr(find_library(rtx=True).module, name)
+    except TargetError as error:
+        pytest.skip(str(error))
+    ours = getattr(tensorrt_double, name)
+    methods = [method for method, value in vars(ours).items() if inspect.isfunction(value) and method[0] != "_"]
+    assert methods
+    for method in methods:
+        wanted = [parameter for parameter in inspect.signature(getattr(ours, method)).parameters if parameter != "self"]
+        documented = re.findall(rf"\b{method}\((self: [^)]*)\)", getattr(real, method).__doc__)
+        found = [re.findall(r"(\w+): ", line)[1:] for line in documented]
+        assert any(names[: len(wanted)] == wanted for names in found), (method, found)
+    if name == "ICudaEngine":
+        assert hasattr(real, "weight_streaming_budget_v2")
+
+
+def test_on_a_gpu(tiny: Model, tmp_path: Path) -> None:
+    """The one test of kernels: numbers, decode across wraps, caches in place."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    try:
+        library = find_library()
+    except TargetError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "model"
+    transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
+    build_engine(out, library)
+    wanted = CpuSession(out, read_manifest(out), threads=1).logits(TEXT)
+    session: Session = transom.open(out)
+    assert isinstance(session, EngineSession)
+    found = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
+    assert np.sqrt(np.square(np.array(found) - wanted[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT
