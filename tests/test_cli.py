@@ -53,7 +53,7 @@ def test_plan_options(cli: Cli) -> None:
 def test_list_and_show(cli: Cli) -> None:
     listed = json.loads(cli("list", "--json")[1])
     assert {"gemma3-tiny", "gemma3-270m", "gemma3-27b"} <= {row["name"] for row in listed["models"]}
-    assert set(listed["targets"]) == {"onnxruntime", "onnx", "xla", "tvm"}
+    assert set(listed["targets"]) == {"onnxruntime", "onnx", "xla", "tvm", "tensorrt"}
     assert "gemma3-27b" in cli("list")[1]
     shown = json.loads(cli("show", "gemma3-27b", "--json")[1])
     assert shown["attention_scale"] == 168**-0.5

@@ -256,7 +256,7 @@ class Recorder:
             ERROR = 1
 
         class Config:
-            hardware_compatibility_level = None
+            hardware_compatibility_level: Any = None
             progress_monitor = None
 
             def set_flag(self, flag: str) -> None:

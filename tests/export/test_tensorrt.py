@@ -35,8 +35,8 @@ from transom.passes.pipelines import PIPELINES
 from transom.zoo.model import Model, load
 
 CONTEXT = 512
-RING = 2 * CHUNK
-"""Slots of a local layer: the window and a chunk, less one, rounded up to whole chunks."""
+RING = WINDOW + CHUNK
+"""Slots of a local layer."""
 
 LENGTH = 3 * RING + 19
 """Past three wraps."""
@@ -130,9 +130,10 @@ def test_no_call_crosses_the_end_of_a_ring(first: int, compiled: Compiled, long_
     assert rms(np.concatenate(parts), whole[first:]) < BFLOAT16_LOGITS_TENSORRT
 
 
-def test_whole_chunks_are_not_cut(compiled: Compiled, long_text: list[int]) -> None:
+def test_a_chunk_is_cut_once_a_ring(compiled: Compiled, long_text: list[int]) -> None:
     session = transom.open(compiled(), threads=1)
-    assert [len(part) for part in session.feed(long_text, wanted="all")] == [CHUNK] * 6 + [LENGTH - 6 * CHUNK]
+    calls = [len(part) for part in session.feed(long_text, wanted="all")]
+    assert calls == [CHUNK, WINDOW] * 3 + [LENGTH - 3 * RING]
 
 
 def test_bytes_of_caches(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
@@ -294,11 +295,11 @@ def test_float32_is_refused(tiny: Model, tmp_path: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, WINDOW, CONTEXT])
 def test_any_chunk(chunk: int, tiny: Model, long_text: list[int], tmp_path: Path) -> None:
-    """Rings are whole chunks; a chunk of one decodes only."""
+    """A chunk of one decodes only; a chunk of the whole context is cut where the ring ends."""
     out = tmp_path / "model"
     transom.compile(tiny, target="tensorrt", chunk=chunk, context=CONTEXT, out=out)
     session = transom.open(out, threads=1)
     wanted = reference(tiny, "none", "bfloat16").logits(long_text)
-    ring = -(-(WINDOW + chunk - 1) // chunk) * chunk
+    ring = WINDOW + chunk
     assert {cache.slots for cache in session.caches if cache.window} == {ring}
     assert rms(session.logits(long_text), wanted) < BFLOAT16_LOGITS_TENSORRT
