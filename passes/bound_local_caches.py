@@ -29,15 +29,13 @@ class BoundLocalCaches(Pass):
 
     Args:
         chunk: Largest number of new tokens in one call.
-        spare: Slots beside those that are needed. With one, a window and a chunk that are multiples of a power of two
-            make rings that are, too; kernels prefer those, and fewer chunks are cut where writes end with a ring.
     """
 
     after = (FuseAttention, FuseCacheWrites)
 
-    def __init__(self, chunk: int, *, spare: int = 0) -> None:
+    def __init__(self, chunk: int) -> None:
         super().__init__()
-        self.chunk, self.spare = chunk, spare
+        self.chunk = chunk
         self._grows: set[str] = set()
 
     def requires(self, graph: Graph) -> None:
@@ -59,7 +57,7 @@ class BoundLocalCaches(Pass):
                     f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
                 )
                 window = None
-            slots = window + self._slack(node) + self.spare if window else None
+            slots = window + self._slack(node) if window else None
             if slots is not None and cache.slots is None:
                 batch, heads, _, width = node.meta["val"].shape
                 with fake_mode(graph):

@@ -105,7 +105,7 @@ def _tensorrt(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseGatedMLP(),
         PackProjections(),
         SelectLogits(),
-        BoundLocalCaches(chunk, spare=1),
+        BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),
     ]

@@ -65,8 +65,7 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
         tokens: Length of the longest prompt.
     """
     found, failures = session.cache_bytes(), []
-    # A chunk overwrites as many slots less one; one target keeps a spare slot.
-    most = config.window + session.chunk
+    most = config.window + session.chunk - 1
     local = [cache for cache in session.caches if config.layer_window(cache.layer) is not None]
     for cache in local:
         if cache.window is None or cache.slots is None:

@@ -26,7 +26,7 @@ from transom.backends.tensorrt.runtime import EngineSession
 from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
 from transom.zoo.model import Model
 
-CHUNK, CONTEXT, RING = 20, 128, 36
+CHUNK, CONTEXT, RING = 20, 128, 35
 TEXT = [7 + index * 37 % 500 for index in range(3 * RING + 5)]
 
 
@@ -95,7 +95,7 @@ def test_profiles_and_shapes(folder: Path, manifest: Manifest) -> None:
     session.prefill(TEXT[53:90])
     assert [index for index, _ in calls.of("set_optimization_profile_async")] == [0, 1, 0]
     shapes = [shape for name, shape in calls.of("set_input_shape") if name == "tokens"]
-    assert shapes == [(1, size) for size in (20, 16, 14, 1, 1, 1, 19, 18)]
+    assert shapes == [(1, size) for size in (20, 15, 15, 1, 1, 1, 17, 20)]
     positions = [shape for name, shape in calls.of("set_input_shape") if name == "logit_positions"]
     assert set(positions) == {(1,)}, "never none, which engines do not take"
     assert {shape for name, shape in calls.of("set_input_shape") if name == "start"} == {()}

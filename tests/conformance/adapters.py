@@ -24,10 +24,15 @@ from transom.zoo.model import Model, load
 
 
 class SessionAdapter:
-    """A session of this project."""
+    """A session of this project.
 
-    def __init__(self, session: TransomSession) -> None:
-        self.session = session
+    Args:
+        session: The session.
+        width: Bytes of a number in its caches.
+    """
+
+    def __init__(self, session: TransomSession, width: int = 4) -> None:
+        self.session, self.width = session, width
 
     def reset(self) -> None:
         self.session.reset()
@@ -43,14 +48,15 @@ class SessionAdapter:
         return {cache.layer: int(array.shape[2]) for cache, array in self.session._cache_arrays()}
 
     def cache_bytes(self) -> int:
-        return sum(self.session.cache_bytes().values())
+        # The suite counts in float32.
+        return sum(self.session.cache_bytes().values()) * 4 // self.width
 
 
 @functools.cache
-def traced(folder: Path) -> tuple[Model, Graph]:
+def traced(folder: Path, dtype: str = "float32") -> tuple[Model, Graph]:
     """A case's model and its decode graph, traced once a session."""
     model = load(folder)
-    return model, trace_model(model)
+    return model, trace_model(model, dtype=getattr(torch, dtype))
 
 
 class StageRuntime:
@@ -81,19 +87,21 @@ class ArtifactRuntime:
     Args:
         target: A key of `TARGETS`.
         work: Folder for the artifacts.
+        dtype: What it computes in.
     """
 
     capabilities: frozenset[str] = frozenset()
 
-    def __init__(self, target: str, work: Path) -> None:
-        self.name, self.target, self.work = target, target, work
+    def __init__(self, target: str, work: Path, dtype: str = "float32") -> None:
+        self.name, self.target, self.work, self.dtype = target, target, work, dtype
 
     def open(self, folder: Path, *, chunk: int, context: int) -> SessionAdapter:
         out = self.work / f"{folder.name}-{self.target}-{chunk}"
         if not out.exists():
-            model, graph = traced(folder)
-            transom.compile(model, target=self.target, traced=graph, chunk=chunk, context=context, out=out)
-        return SessionAdapter(transom.open(out, threads=1))
+            model, graph = traced(folder, self.dtype)
+            options = {"traced": graph, "dtype": self.dtype, "chunk": chunk, "context": context}
+            transom.compile(model, target=self.target, out=out, **options)
+        return SessionAdapter(transom.open(out, threads=1), getattr(torch, self.dtype).itemsize)
 
 
 class HuggingFaceRuntime:

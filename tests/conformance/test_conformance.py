@@ -10,7 +10,7 @@ from tests.conformance.adapters import ArtifactRuntime, HuggingFaceRuntime, Stag
 from tests.conformance.cases import CASES
 from tests.conformance.eager import EagerRuntime
 from tests.conformance.runner import Report, run_suite
-from tests.tolerances import CONFORMANCE_LOGITS
+from tests.tolerances import CONFORMANCE_FLOAT16, CONFORMANCE_LOGITS
 from transom.export.exporter import exporter
 from transom.graphs.errors import TargetError
 from transom.passes.pipelines import PIPELINES
@@ -22,7 +22,7 @@ IMAGE_CASES = [case.name for case in CASES if case.images]
 LONG = ("decode_far", "mixed_chunks")
 """The schedules that reach most edges."""
 
-# All cases go through the two ways to keep a cache, write first and attend first. The other two pipelines hold the
+# All cases go through the two ways to keep a cache, write first and attend first. The other pipelines hold the
 # passes of the first one, or a part of them.
 FEW = ("two_periods", "window_one", "wide_heads")
 STAGES = [
@@ -54,8 +54,12 @@ def test_artifacts(target: str, name: str, suite: dict[str, Path], tmp_path: Pat
         exporter(target)
     except TargetError as error:
         pytest.skip(str(error))
-    runtime = ArtifactRuntime(target, tmp_path)
-    expect_clean(run_suite(runtime, [suite[name]], tolerance=CONFORMANCE_LOGITS, schedules=LONG))
+    # The more exact one of those that a target without float32 has.
+    dtype = "float32" if "float32" in TARGETS[target].dtypes else "float16"
+    tolerance = CONFORMANCE_LOGITS if dtype == "float32" else CONFORMANCE_FLOAT16
+    expect_clean(
+        run_suite(ArtifactRuntime(target, tmp_path, dtype), [suite[name]], tolerance=tolerance, schedules=LONG)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in (*TEXT_CASES, *IMAGE_CASES) if name != "window_one"])

@@ -31,6 +31,7 @@ from transom.backends.artifact import MODEL_FILE
 from transom.backends.safetensors import reading
 from transom.export import safetensors
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.tensorrt import dialect
 from transom.graphs import ops
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph, Tap
@@ -231,12 +232,29 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
     return whole, single
 
 
+def of_tensorrt(graph: Graph, folder: Path) -> tuple[Found, Found]:
+    """The file that engines are built from, in float32; its scales lose nothing in bfloat16."""
+    emitter.write(graph, dialect.DIALECT, folder)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = ort.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+    model = onnx.load(folder / MODEL_FILE)
+    scales = [entry for entry in model.graph.initializer if ".scales" in entry.name]
+    assert scales
+    for entry in scales:
+        held = torch.from_numpy(onnx.numpy_helper.to_array(entry).copy())
+        assert torch.equal(held.bfloat16().float(), held) and bool((held > 0).all()), entry.name
+    return _asked(lambda feeds: session.run(None, feeds))
+
+
 RUNTIMES = {
     "reference": of_reference,
     "onnxruntime": of_onnxruntime,
     "onnx": of_onnx,
     "xla": of_xla,
     "tvm": of_tvm,
+    "tensorrt": of_tensorrt,
 }
 
 
@@ -253,21 +271,32 @@ def expect_equal(graph: Graph, quant: str, target: str, folder: Path, made: Grap
             np.testing.assert_array_equal(some, expected.T[SOME])
 
 
-QUANTS = sorted(SCHEMES.keys() - {"none", "fp8_activations", "as_shipped"})
+QUANTS = sorted(SCHEMES.keys() - {"none", "fp8_activations", "fp8_channel_activations", "as_shipped"})
 """What `fp8_activations` does to weights is what `fp8` does."""
 
+PAIRS = [
+    (quant, target)
+    for quant in QUANTS
+    for target in RUNTIMES
+    if target != "tensorrt" or all(spec.scale_dtype == "bfloat16" for spec in SCHEMES[quant].specs)
+]
+"""Of the schemes that TensorRT takes, those whose scales it must not round."""
 
-@pytest.mark.parametrize("target", RUNTIMES)
-@pytest.mark.parametrize("quant", QUANTS)
+
+def test_tensorrt_is_among_them() -> None:
+    assert {quant for quant, target in PAIRS if target == "tensorrt"} == {"int4_block32_bf16", "fp8_channel"}
+
+
+@pytest.mark.parametrize(("quant", "target"), PAIRS)
 def test_weights_are_equal_to_the_bit(quant: str, target: str, plain: Graph, tmp_path: Path) -> None:
-    if (target, quant) == ("onnx", "int4_table"):
+    if target == "onnx" and quant in ("int4_table", "int4_block32_bf16"):
         with pytest.raises(QuantizationError, match="8-bit table"):
             expect_equal(plain, quant, target, tmp_path)
         return
     expect_equal(plain, quant, target, tmp_path)
 
 
-@pytest.mark.parametrize("target", RUNTIMES)
+@pytest.mark.parametrize("target", sorted(RUNTIMES.keys() - {"tensorrt"}))
 @pytest.mark.parametrize("quant", ["as_shipped", "int8_block32:int8_block32"])
 def test_weights_of_a_gguf_file_are_equal_to_the_bit(quant: str, target: str, shipped: Graph, tmp_path: Path) -> None:
     expect_equal(shipped, quant, target, tmp_path)
