@@ -109,6 +109,7 @@ def measure(
         not_reached=plans.not_reached,
         failures=tuple(failures),
         by_position=tuple(float(value) for value in longest.differences.relative),
+        note=session.note,
         seconds=sum(run.seconds for run in found) + seconds,
     )
 

@@ -213,6 +213,8 @@ def _details(name: str, result: TargetResult) -> str:
         facts.append(
             ("mean KL from the unquantised model", f"{number(result.kl_unquantized)} nats, {limit} is allowed")
         )
+    if result.note:
+        facts.append(("note", escape(result.note)))
     if result.not_reached:
         facts.append(("not reached", escape("; ".join(result.not_reached))))
     allowed = (

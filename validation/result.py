@@ -102,6 +102,7 @@ class TargetResult:
         failures: Why it fails, in plain words; empty if it passes.
         by_position: `max_rel` of every position of the longest prompt.
         layers: Differences of intermediate values, if they were asked for.
+        note: What to know of how it was run; see `backends.session.Session.note`.
         seconds: Time of the target alone.
     """
 
@@ -125,6 +126,7 @@ class TargetResult:
     failures: tuple[str, ...]
     by_position: tuple[float, ...]
     layers: tuple[LayerResult, ...] = ()
+    note: str = ""
     seconds: float
 
     @property

@@ -94,12 +94,19 @@ def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Ite
     """Run the calls from empty caches; yields each one's taps, positions first, and its last logits [1, V].
 
     Raises:
-        ArtifactError: If the session does not run a call at once.
+        ArtifactError: If the taps do not show every token of a call.
     """
     session.reset()
     for call in calls:
-        logits = session.prefill(list(tokens[call.start : call.start + call.count]))
-        found = {name: _positions_first(name, value) for name, value in session.tapped.items()}
+        # The runtime may take a call in two, where a ring ends within it.
+        parts: dict[str, list[Float]] = {}
+
+        def keep(count: int, parts: dict[str, list[Float]] = parts) -> None:
+            for name, value in session.tapped.items():
+                parts.setdefault(name, []).append(_positions_first(name, value))
+
+        logits = session.prefill(list(tokens[call.start : call.start + call.count]), on_chunk=keep)
+        found = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
         if short := [name for name, value in found.items() if len(value) != call.count]:
             raise ArtifactError(f"{short[0]} has {len(found[short[0]])} positions for a call of {call.count} tokens")
         yield {**found, LOGITS: np.asarray(logits, np.float32)[None]}

@@ -120,6 +120,8 @@ def _show(found: Validation) -> None:
             f"{result.window:,}, prompts of {lengths or 'no length'}; {result.seconds:.1f} s[/dim]",
             highlight=False,
         )
+        if result.note:
+            console.print(f"[yellow]{escape(name)}:[/yellow] {escape(result.note)}", highlight=False)
         for line in result.not_reached:
             console.print(f"[yellow]{escape(name)}, not reached:[/yellow] {escape(line)}", highlight=False)
     for name, reason in found.not_run.items():
