@@ -21,6 +21,7 @@ class Tolerance:
 
     Attributes:
         relative: Largest difference of any logit, as a share of the largest logit of its position.
+        outliers: Share of a run's positions that may be up to `OUTLIER` times as far off.
         kl_mean: Mean over positions of KL(oracle || target), in nats.
         kl_max: The largest of any position, in nats.
         top1: Least share of positions where the likeliest token is the same.
@@ -29,12 +30,16 @@ class Tolerance:
     """
 
     relative: float
+    outliers: float = 0.0
     kl_mean: float
     kl_max: float
     top1: float
     tie: float
     reason: str
 
+
+OUTLIER = 3.0
+"""How far an outlier may be off, in terms of `Tolerance.relative`."""
 
 FLOAT32 = Tolerance(
     relative=3e-5,
@@ -57,12 +62,15 @@ _ROUNDED = (
 
 BFLOAT16 = Tolerance(
     relative=0.1,
+    outliers=0.005,
     kl_mean=0.02,
     kl_max=0.5,
     top1=0.85,
     tie=0.04,
     reason="bfloat16 keeps 8 bits of weights and activations: a share of 0.035, KL up to 0.002 and top-1 of 94% were "
-    f"measured on gemma3-tiny. {_ROUNDED}",
+    "measured on gemma3-tiny. On the real 270M a position or two in two thousand are sensitive: where the median share "
+    "is 0.011, the largest was 0.10 on one runtime and 0.09, elsewhere, in plain PyTorch; KL stays below 0.01 there. "
+    f"{_ROUNDED}",
 )
 
 FLOAT8_ACTIVATIONS = Tolerance(

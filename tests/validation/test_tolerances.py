@@ -78,6 +78,7 @@ def test_which_tolerance_is_whose() -> None:
     assert tolerance("xla", dtype="float32", quant="fp8_activations") is FLOAT8_ACTIVATIONS
     assert tolerance("reference", dtype="float32", quant="fp8_activations") is FLOAT32
     assert tolerance("xla", dtype="bfloat16", quant="none") is BFLOAT16
+    assert tolerance("tensorrt", dtype="bfloat16", quant="fp8_channel_activations") is FLOAT8_ACTIVATIONS
     with pytest.raises(TargetError, match="float64"):
         tolerance("xla", dtype="float64", quant="none")
     for bound in (FLOAT32, BFLOAT16, INT8):
@@ -109,6 +110,15 @@ def test_every_bound_can_fail_alone(found: Differences, words: str) -> None:
     failures = judge("prefill", found, FLOAT32)
     assert failures and all(line.startswith("a prompt of 140: ") for line in failures)
     assert any(words in line for line in failures), failures
+
+
+def test_a_few_positions_may_be_sensitive_in_bfloat16() -> None:
+    """Two of a thousand, and not without bound; of a few decoded positions, none."""
+    far = dataclasses.replace(BFLOAT16, outliers=0.05)
+    assert judge("prefill", made(max_abs=[1.5, 1.5]), far) == []
+    assert "3 of 40" in judge("prefill", made(max_abs=[1.5, 1.5, 1.5]), far)[0]
+    assert "by 3.5e-01" in judge("prefill", made(max_abs=[3.5]), far)[0]
+    assert judge("prefill", made(max_abs=[1.5]), BFLOAT16) != []
 
 
 def test_ties_are_no_disagreement() -> None:

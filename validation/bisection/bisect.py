@@ -29,6 +29,7 @@ from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES, pipeline
+from transom.passes.targets import TARGETS
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import agreement, compare, differences, explain, first_divergent
 from transom.validation.bisection.recording import Call, plan_calls, record, steps
@@ -254,7 +255,7 @@ def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
     if manifest is not None:
         allowed = tolerance(manifest.target, dtype=manifest.dtype, quant=manifest.quantization)
     elif isinstance(source, str) and source in PIPELINES:
-        allowed = tolerance(source, dtype="float32", quant=quant)
+        allowed = tolerance(source, dtype=TARGETS[source].dtypes[0], quant=quant)
     else:
         return TAPS
     return TAPS if allowed is FLOAT32 else allowed.relative

@@ -84,7 +84,9 @@ def open_source(
         yield ReferenceSession(reference_graph(tapped(traced()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
         options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
-        with _compiled(model, traced(), options) as session:
+        dtype = TARGETS[source].dtypes[0]
+        graph = traced() if dtype == "float32" else trace_model(model, dtype=getattr(torch, dtype))
+        with _compiled(model, graph, options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
