@@ -38,7 +38,7 @@ test-large: $(VENV)/.dev-installed
 
 validate: $(VENV)/.dev-installed
 	@mkdir -p artifacts
-	$(BIN)/transom validate gemma3-270m --targets reference,onnxruntime,onnx,xla,tvm \
+	$(BIN)/transom validate gemma3-270m --targets reference,onnxruntime,onnx,xla,tvm,tensorrt \
 		--out artifacts/validated --overwrite --html artifacts/report.html --json artifacts/report.json
 
 lint: $(VENV)/.dev-installed

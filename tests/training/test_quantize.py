@@ -13,7 +13,7 @@ import transformers
 
 import transom
 from tests.conftest import Cli
-from tests.tolerances import INT8_ACTIVATIONS
+from tests.tolerances import BFLOAT16_LOGITS_TENSORRT, INT8_ACTIVATIONS
 from transom.graphs.errors import CheckpointError, QuantizationError, TokenizerError
 from transom.graphs.schemes import scheme
 from transom.graphs.weight import Weight
@@ -23,7 +23,7 @@ from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.model import Model, load
 
-SCHEMES = ["int4_block32", "int4", "int4_channel", "fp8_e4m3", "sfp8", "int8_block32:none"]
+SCHEMES = ["int4_block32", "int4", "int4_channel", "int4_block32_bf16", "fp8_channel", "sfp8", "int8_block32:none"]
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +63,27 @@ def test_a_checkpoint_means_what_its_codes_mean(quant: str, tiny: Model, tmp_pat
         assert entry.error == pytest.approx(float(difference.norm() / tiny.weights[name].read().norm()), rel=1e-5)
 
 
-def test_what_is_deployed_are_the_codes(tiny: Model, calibration: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "target", "bound"),
+    [("int4_block32", "onnx", INT8_ACTIVATIONS), ("int4_block32_bf16", "tensorrt", BFLOAT16_LOGITS_TENSORRT)],
+)
+def test_what_is_deployed_are_the_codes(
+    quant: str, target: str, bound: float, tiny: Model, calibration: Path, tmp_path: Path
+) -> None:
     """Through packing, and although rounding to nearest would give other codes."""
-    quantize_model(tiny, quant="int4_block32", out=tmp_path / "q", method="gptq", text=calibration)
+    quantize_model(tiny, quant=quant, out=tmp_path / "q", method="gptq", text=calibration)
     again = load(tmp_path / "q")
-    artifact = transom.compile(again, out=tmp_path / "artifact", target="onnx")
-    assert artifact.manifest.quantization == "int4_block32"
+    artifact = transom.compile(again, out=tmp_path / "artifact", target=target)
+    assert artifact.manifest.quantization == quant
     assert artifact.manifest.conversions and all(entry["kept"] for entry in artifact.manifest.conversions)
-    near = numbers(tiny, "int4_block32")
+    near = numbers(tiny, quant)
     assert not torch.equal(again.weights["layers.0.mlp.up_proj.weight"].read(), near["layers.0.mlp.up_proj.weight"])
     with torch.no_grad():
         ids = [(7 * step) % 500 for step in range(60)]
         expected, _ = again.eager()(torch.tensor([ids]), torch.tensor(0), None)
     session = transom.open(tmp_path / "artifact")
     difference = torch.from_numpy(session.logits(ids)) - expected[0]
-    assert float(difference.square().mean().sqrt()) < INT8_ACTIVATIONS, "int8 activations of the runtime alone"
+    assert float(difference.square().mean().sqrt()) < bound, "what the runtime computes in, and nothing else"
 
 
 def test_transformers_read_it(tiny: Model, tmp_path: Path) -> None:
