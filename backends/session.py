@@ -159,7 +159,7 @@ class Session(abc.ABC):
 
     def _room(self) -> int:
         """Most new tokens of the next call."""
-        return min(self.chunk, *(slots - self.position % slots for slots in self._rings), self.chunk)
+        return min([self.chunk, *(slots - self.position % slots for slots in self._rings)])
 
     def prefill(self, tokens: Sequence[int], *, on_chunk: Callable[[int], None] = lambda count: None) -> Float:
         """Run tokens after those that the caches hold; returns the logits [V] of the last one.

@@ -65,6 +65,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first. Workers take file after file in this order."""
+    for item in items:
+        if "rtx" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.rtx)
     order = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -76,11 +76,14 @@ def _profile(name: str, likely: int, most: int) -> Profile:
 
 def _rounded_scales(request: Request) -> tuple[str, ...]:
     """Scales have the dtype that is computed in; those of some schemes have more digits."""
-    wide = [spec.describe() for spec in scheme(request.quant).specs if spec.scale_dtype == "float32"]
+    made = scheme(request.quant)
+    wide = [spec.describe() for spec in made.specs if spec.scale_dtype == "float32"]
+    if made.activations is not None:
+        wide.append("activations")
     if not wide:
         return ()
     share = {"bfloat16": "0.2%", "float16": "0.025%"}[request.dtype]
     return (
         f"scales of {' and '.join(dict.fromkeys(wide))} were rounded to {request.dtype}, each by at most {share}; "
-        "int4_block32_bf16 and fp8_channel lose nothing",
+        "those of int4_block32_bf16 and fp8_channel need not be",
     )

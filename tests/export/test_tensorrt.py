@@ -261,6 +261,7 @@ def test_wide_scales_are_reported(compiled: Compiled) -> None:
     (line,) = not_done("int4_channel:none")
     assert "rounded to bfloat16" in line and "0.2%" in line
     assert not_done("int4_block32_bf16") == []
+    assert not_done("fp8_channel_activations")[0].startswith("scales of activations were rounded")
 
 
 def test_scales_that_vanish_are_refused(tmp_path: Path) -> None:
