@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 import transom
 from tests.artifacts import THREADS
-from tests.tolerances import FP32_LOGITS_270M, ONNX_LOGITS_270M
+from tests.tolerances import BFLOAT16_270M, FP32_LOGITS_270M, ONNX_LOGITS_270M
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
+from transom.backends.tensorrt.builder import build_engine
+from transom.backends.tensorrt.library import find_library
 from transom.export.compile import trace_model
+from transom.graphs.errors import TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.number_format import float_format
 from transom.graphs.schemes import scheme
@@ -165,6 +168,30 @@ def test_cache_bytes_at_32k(session_270m: Session) -> None:
     textbook, all_global = row * (3 * 32_768 + 15 * WINDOW), row * 18 * 32_768
     assert abs(sum(found.values()) / textbook - 1) < 0.15
     assert sum(found.values()) < 0.2 * all_global
+
+
+@pytest.mark.parametrize(
+    "quant",
+    ["none", *(pytest.param(quant, marks=pytest.mark.large) for quant in ("int4_block32_bf16", "fp8_channel"))],
+)
+def test_a_tensorrt_engine(
+    quant: str, real: Model, their_logits: NDArray[np.float32], ids: list[int], tmp_path: Path
+) -> None:
+    """Compiled for two generations of GPUs without one; unquantised, the file's numbers are theirs in bfloat16."""
+    transom.compile(real, target="tensorrt", quant=quant, chunk=CHUNK, out=tmp_path / "model")
+    if quant == "none":
+        session = transom.open(tmp_path / "model", threads=THREADS)
+        found = session.logits(ids)
+        shares = np.abs(found - their_logits).max(-1) / np.abs(their_logits).max(-1)
+        assert np.median(shares) < BFLOAT16_270M and (shares > 10 * BFLOAT16_270M).mean() < 0.005
+        assert (found.argmax(-1) == their_logits.argmax(-1)).mean() > 0.95
+    try:
+        library = find_library(rtx=True)
+    except TargetError as error:
+        pytest.skip(str(error))
+    record = build_engine(tmp_path / "model", library, compute=[89, 120])
+    data = (tmp_path / "model" / "model.onnx.data").stat().st_size
+    assert data < record.bytes < 1.15 * data, "one copy of the weights"
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
         # Never full before the context ends, so slot j holds position j.
         return str(emitter.op("GreaterOrEqual", positions, slot))
     zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
-    # Slot j of a ring holds position last - (last - j) % S.
+    # Slot j of a ring holds position last - (last - j) % S. Were a remainder negative, as in C, the slot would seem to
+    # hold a position to come, and be masked all the same.
     last = emitter.op("Sub", emitter.op("Add", start(emitter), emitter.size(tokens)), one)
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.constant(np.array(slots)))
     keys = emitter.op("Sub", last, age)
