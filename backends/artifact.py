@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Manifest:
             its codes were kept to the bit, and the error if not.
         not_done: In plain words, what was left undone.
         libraries: Versions that made it.
-        files: sha256 and size of every other file.
+        files: sha256 and size of every other file; engines, which are built later, have theirs in the details.
     """
 
     target: str
@@ -178,30 +178,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for name, digest in zip(names, hashes, strict=True)
     }
     manifest = dataclasses.replace(manifest, files=files)
-    _write(folder, manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
     return manifest
 
 
-def add_file(folder: Path, manifest: Manifest, name: str, details: Mapping[str, Any]) -> Manifest:
-    """Let a manifest know of a file that was made from the others.
+def update_details(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the details in a manifest, as it stands now; a reader sees the old one or the new one, never a part.
 
-    Args:
-        folder: The artifact, which holds the file already.
-        manifest: Its manifest.
-        name: Of the file.
-        details: What the manifest's details are from now on.
+    Raises:
+        ArtifactError: If it cannot be read or written.
     """
-    path = folder / name
-    entry = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    manifest = dataclasses.replace(manifest, details=details, files={**manifest.files, name: entry})
-    _write(folder, manifest)
-    return manifest
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
+    path = folder / MANIFEST
     draft = folder / f".{MANIFEST}.partial-{uuid.uuid4().hex[:8]}"
-    draft.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
-    os.replace(draft, folder / MANIFEST)
+    try:
+        data = json.loads(path.read_text())
+        change(data["details"])
+        draft.write_text(json.dumps(data, indent=1) + "\n")
+        os.replace(draft, path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"cannot update {path}: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def hash_of(path: Path) -> str:
+    """The sha256 of a file."""
+    return _sha256(path)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:

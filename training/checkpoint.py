@@ -54,7 +54,8 @@ def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
         scale_dtype=spec.scale_dtype,
         read_rows=read_codes,
     )
-    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=lattice)
+    # What it was before, exactly or in parts, is not what it is now.
+    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=lattice, exact=None, parts=())
 
 
 def write_quantized(
@@ -102,4 +103,4 @@ def _meant(graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> Weight:
         part = None if zeros is None else zeros.read_rows(start, stop)
         return dequantize(codes.read_rows(start, stop), scales.read_rows(start, stop), part, spec.number)
 
-    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=None)
+    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=None, exact=None, parts=())

@@ -8,7 +8,7 @@ from transom.backends.artifact import CacheRecord
 from transom.backends.session import Session
 from transom.validation.compare import Array, Differences
 from transom.validation.result import CacheResult
-from transom.validation.tolerances import OUTLIER, Tolerance
+from transom.validation.tolerances import Tolerance
 from transom.zoo.config import DecoderConfig
 from transom.zoo.plan import CACHE_DTYPES, plan
 
@@ -28,7 +28,7 @@ def judge(kind: str, found: Differences, bound: Tolerance) -> list[str]:
     where = f"a prompt of {length}" if kind == "prefill" else f"decoding {found.first} to {length - 1}"
     failures = []
     bad = _beyond(found.relative, bound.relative, found.first)
-    if bad and not (bad[2] <= bound.outliers * len(found.kl) and bad[1] <= OUTLIER * bound.relative):
+    if bad and not (bad[2] <= bound.outliers * len(found.kl) and bad[1] <= bound.outlier * bound.relative):
         position, value, count = bad
         failures.append(
             f"{where}: logits differ from position {position} on, by {value:.1e} of the largest; "

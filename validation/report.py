@@ -217,9 +217,12 @@ def _details(name: str, result: TargetResult) -> str:
         facts.append(("note", escape(result.note)))
     if result.not_reached:
         facts.append(("not reached", escape("; ".join(result.not_reached))))
+    sensitive = ""
+    if bound.outliers:
+        sensitive = f" ({number(bound.outlier * bound.relative)} at {bound.outliers:.1%} of the positions)"
     allowed = (
-        f"Allowed: {number(bound.relative)} of the largest logit, {number(bound.kl_mean)} nats on average and "
-        f"{number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}, a tie of {number(bound.tie)}. "
+        f"Allowed: {number(bound.relative)} of the largest logit{sensitive}, {number(bound.kl_mean)} nats on average "
+        f"and {number(bound.kl_max)} at one position, top-1 agreement {bound.top1:.0%}, a tie of {number(bound.tie)}. "
         f"Reason: {bound.reason}."
     )
     return "\n".join(

@@ -21,7 +21,8 @@ class Tolerance:
 
     Attributes:
         relative: Largest difference of any logit, as a share of the largest logit of its position.
-        outliers: Share of a run's positions that may be up to `OUTLIER` times as far off.
+        outliers: Share of a run's positions that may be further off.
+        outlier: How far, in terms of `relative`.
         kl_mean: Mean over positions of KL(oracle || target), in nats.
         kl_max: The largest of any position, in nats.
         top1: Least share of positions where the likeliest token is the same.
@@ -31,15 +32,13 @@ class Tolerance:
 
     relative: float
     outliers: float = 0.0
+    outlier: float = 3.0
     kl_mean: float
     kl_max: float
     top1: float
     tie: float
     reason: str
 
-
-OUTLIER = 3.0
-"""How far an outlier may be off, in terms of `Tolerance.relative`."""
 
 FLOAT32 = Tolerance(
     relative=3e-5,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 import uuid
@@ -11,14 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transom.backends.artifact import MODEL_FILE, add_file, read_manifest
-from transom.backends.tensorrt.engines import EngineRecord
+from transom.backends.artifact import MODEL_FILE, hash_of, read_manifest
+from transom.backends.tensorrt.engines import EngineRecord, note_engine
+from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
 from transom.graphs.errors import ArtifactError, BuildError, TargetError
 
 RTX_DEFAULT = (80, 86, 89, 120)
-"""Compute capabilities, times ten, that an RTX engine covers unless others are named: those of RTX's own default."""
+"""Compute capabilities, times ten, that an RTX engine covers unless others are named: those of RTX's own default, the
+last one with those after it."""
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -38,8 +39,8 @@ def build_engine(
     Args:
         folder: A `tensorrt` artifact.
         library: What to build with.
-        compute: For TensorRT for RTX: compute capabilities, times ten, such as 89 and 120; by default all that the
-            artifact can run on.
+        compute: For TensorRT for RTX: compute capabilities, times ten, such as 89 and 120; by default those of
+            `RTX_DEFAULT` that the artifact can run on.
         portable: For TensorRT: an engine for Ampere and newer, in place of this GPU alone.
         weight_streaming: Let weights stay in host memory when it runs, where the library can.
         overwrite: Whether to replace an engine of that name.
@@ -66,25 +67,37 @@ def build_engine(
     try:
         with open(draft, "wb") as file:
             _build(folder / MODEL_FILE, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
+        seconds = time.perf_counter() - began
+        own, gpu = _this_gpu() if not library.is_rtx else (0, "")
         record = EngineRecord(
             file=name,
             library=library.name,
             version=library.version,
-            compute=chosen,
+            compute=chosen or ((own,) if own else ()),
+            gpu=gpu,
             portable=portable,
             weight_streaming=weight_streaming,
             bytes=draft.stat().st_size,
-            seconds=round(time.perf_counter() - began, 1),
+            seconds=round(seconds, 1),
+            sha256=hash_of(draft),
         )
+        # Not before all is known of it, so that file and manifest change together.
         os.replace(draft, path)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
-    others = [entry for entry in manifest.details.get("engines", ()) if entry["file"] != name]
-    add_file(folder, manifest, name, {**manifest.details, "engines": [*others, dataclasses.asdict(record)]})
+    note_engine(folder, record)
     return record
+
+
+def _this_gpu() -> tuple[int, str]:
+    """Compute capability, times ten, and name of the first GPU; 0 and "" where torch finds none."""
+    try:
+        return this_gpu()
+    except TargetError:
+        return 0, ""
 
 
 def _compute(library: Library, sidecar: Sidecar, asked: Sequence[int] | None) -> tuple[int, ...]:
@@ -131,8 +144,9 @@ def _build(
         raise BuildError(f"{library.title} does not take {model}:\n{_refusals(parser)}")
     on_progress("parse", 1, 1)
     config = builder.create_builder_config()
-    for index, number in enumerate(compute):
+    if compute:
         config.num_compute_capabilities = len(compute)
+    for index, number in enumerate(compute):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
     if portable:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -146,10 +160,14 @@ def _build(
             profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"{library.title} does not take the profile {wanted.name!r}: {log.said()}")
-    monitor = _monitor(trt, on_progress)
+    raised: list[BaseException] = []
+    monitor = _monitor(trt, on_progress, raised)
     if monitor is not None:
         config.progress_monitor = monitor
-    if not _serialize(trt, builder, network, config, file):
+    done = _serialize(trt, builder, network, config, file, raised)
+    if raised:
+        raise raised[0]
+    if not done:
         raise BuildError(f"{library.title} cannot build {model}: {log.said()}")
 
 
@@ -171,8 +189,11 @@ def _refusals(parser: Any) -> str:
     )
 
 
-def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
-    """Write the engine piece by piece where the library can, so that it never stands in memory twice."""
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO, raised: list[BaseException]) -> bool:
+    """Write the engine piece by piece where the library can, so that it never stands in memory twice.
+
+    The library swallows what its callbacks raise, so that is kept in `raised`.
+    """
     if not hasattr(builder, "build_serialized_network_to_stream"):
         engine = builder.build_serialized_network(network, config)
         if engine is not None:
@@ -184,7 +205,13 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO
             trt.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
-            return file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+            except BaseException as error:
+                raised.append(error)
+                return 0
+            return len(data)
 
     return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
 
@@ -209,13 +236,20 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+def _monitor(trt: Any, on_progress: OnProgress, raised: list[BaseException]) -> Any:
+    """Tells of the outermost phases of a build, and ends it if that raises, as Ctrl-C does."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """The outermost phases of a build."""
+    def tell(done: int, total: int) -> bool:
+        try:
+            if not raised:
+                on_progress("build", done, total)
+        except BaseException as error:
+            raised.append(error)
+        return not raised
 
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
@@ -223,15 +257,14 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self._steps[phase_name] = num_steps
-                on_progress("build", 0, num_steps)
+                tell(0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._steps:
-                on_progress("build", step + 1, self._steps[phase_name])
-            return True
+            steps = self._steps.get(phase_name)
+            return not raised if steps is None else tell(step + 1, steps)
 
         def phase_finish(self, phase_name: str) -> None:
             if steps := self._steps.pop(phase_name, None):
-                on_progress("build", steps, steps)
+                tell(steps, steps)
 
     return Monitor()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
-from transom.backends.artifact import Manifest
+from transom.backends.artifact import Manifest, hash_of, update_details
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+
+_BLACKWELL = 120
+"""An RTX engine for this compute capability, times ten, runs on later ones too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,21 +21,25 @@ class EngineRecord:
         file: Its name.
         library: "tensorrt" or "tensorrt_rtx".
         version: Of the library; no other version runs the engine.
-        compute: Compute capabilities, times ten; empty if it is for the GPU that built it.
+        compute: Compute capabilities, times ten, that it was built for; empty if that is not known.
+        gpu: The model of GPU that it was built on and is for; "" if it is not bound to one.
         portable: Whether it runs on Ampere and newer.
         weight_streaming: Whether weights may stay in host memory.
         bytes: Its size.
         seconds: How long the build took.
+        sha256: Of the file.
     """
 
     file: str
     library: str
     version: str
     compute: tuple[int, ...]
+    gpu: str
     portable: bool
     weight_streaming: bool
     bytes: int
     seconds: float
+    sha256: str
 
     @property
     def title(self) -> str:
@@ -43,9 +51,22 @@ class EngineRecord:
         """Which GPUs run it, in words."""
         if self.portable:
             return "Ampere and newer"
-        if not self.compute:
-            return "the GPU that built it"
+        if self.library == "tensorrt":
+            return self.gpu or "the GPU that built it"
         return f"SM {', '.join(f'{one // 10}.{one % 10}' for one in self.compute)}"
+
+    def fits(self, compute: int, gpu: str) -> bool:
+        """Whether it is for a GPU of a compute capability, times ten, and a name."""
+        if self.portable:
+            return compute >= 80
+        if self.library == "tensorrt":
+            return self.gpu in ("", gpu)
+        return any(one == compute or one == _BLACKWELL < compute for one in self.compute)
+
+    def stands(self, folder: Path) -> bool:
+        """Whether its file is there, whole."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.bytes and hash_of(path) == self.sha256
 
 
 def engines(manifest: Manifest) -> list[EngineRecord]:
@@ -53,3 +74,18 @@ def engines(manifest: Manifest) -> list[EngineRecord]:
     return [
         EngineRecord(**{**entry, "compute": tuple(entry["compute"])}) for entry in manifest.details.get("engines", ())
     ]
+
+
+def note_engine(folder: Path, record: EngineRecord) -> None:
+    """Put an engine into the manifest, in place of one of the same name.
+
+    Raises:
+        ArtifactError: If the manifest cannot be read or written.
+    """
+
+    def change(details: dict[str, object]) -> None:
+        listed = details.get("engines")
+        others = [entry for entry in listed if entry["file"] != record.file] if isinstance(listed, list) else []
+        details["engines"] = [*others, dataclasses.asdict(record)]
+
+    update_details(folder, change)

@@ -62,7 +62,10 @@ def find_library(*, rtx: bool = False) -> Library:
     if not rtx:
         try:
             module = importlib.import_module("tensorrt")
-            return _recent(Library(module=module, name="tensorrt", version=str(module.__version__)))
+            library = Library(module=module, name="tensorrt", version=str(module.__version__))
+            if _is_recent(library):
+                return library
+            reasons.append(f"TensorRT {library.version} has no TensorScatter, {MINIMUM[0]}.{MINIMUM[1]} has")
         except (ImportError, OSError, AttributeError) as error:
             reasons.append(_line(error))
     try:
@@ -70,17 +73,12 @@ def find_library(*, rtx: bool = False) -> Library:
         return Library(module=module, name="tensorrt_rtx", version=str(module.__version__))
     except (ImportError, OSError, AttributeError) as error:
         reasons.append(_line(error))
-    raise TargetError(f"no TensorRT is installed ({'; '.join(reasons)}): {INSTALL}")
+    raise TargetError(f"no TensorRT that would do is installed ({'; '.join(reasons)}): {INSTALL}")
 
 
-def _recent(library: Library) -> Library:
+def _is_recent(library: Library) -> bool:
     major, minor = (int(part) for part in re.findall(r"\d+", library.version)[:2])
-    if (major, minor) < MINIMUM:
-        raise TargetError(
-            f"TensorRT {library.version} has no TensorScatter: pip install 'tensorrt>={MINIMUM[0]}.{MINIMUM[1]}', or "
-            "pass --rtx"
-        )
-    return library
+    return (major, minor) >= MINIMUM
 
 
 def _import_rtx() -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 from transom.backends.artifact import Manifest
 from transom.backends.session import Session, Tokenizer
-from transom.backends.tensorrt.cpu import CpuSession
 from transom.backends.tensorrt.engines import EngineRecord, engines
+from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library, find_library
-from transom.graphs.errors import TargetError
+from transom.graphs.errors import ArtifactError, TargetError
 
 
 def open_tensorrt(
@@ -20,44 +20,42 @@ def open_tensorrt(
 
     Raises:
         TargetError: If ONNX Runtime, which stands in for a GPU, is missing or too old.
-        ArtifactError: If an engine or the model cannot be read.
+        ArtifactError: If the model cannot be read.
     """
+    reason = "no engine is for this GPU and the TensorRT that is installed: transom build"
     try:
-        record, library = _engine(manifest)
+        for record, library in candidates(folder, manifest):
+            from transom.backends.tensorrt.runtime import EngineSession
+
+            try:
+                return EngineSession(folder, manifest, record, library, tokenizer=tokenizer)
+            except ArtifactError as error:
+                reason = str(error)
     except TargetError as error:
-        session = CpuSession(folder, manifest, tokenizer=tokenizer, threads=threads)
-        session.note = f"its ONNX file runs on the CPU, to check numbers, not for speed: {error}"
-        return session
-    from transom.backends.tensorrt.runtime import EngineSession
+        reason = str(error)
+    from transom.backends.tensorrt.cpu import CpuSession
 
-    return EngineSession(folder, manifest, record, library, tokenizer=tokenizer)
+    session = CpuSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+    session.note = f"its ONNX file runs on the CPU, to check numbers, not for speed: {reason}"
+    return session
 
 
-def _engine(manifest: Manifest) -> tuple[EngineRecord, Library]:
-    """The engine to run, and what runs it."""
-    compute = _gpu()
+def candidates(folder: Path, manifest: Manifest) -> Iterator[tuple[EngineRecord, Library]]:
+    """Engines that can run here, with what runs them: first one for this very GPU, then a portable one, then RTX's.
+
+    Raises:
+        TargetError: If there is no GPU, or no engine at all.
+    """
+    compute, gpu = this_gpu()
     found = engines(manifest)
     if not found:
         raise TargetError("no engine was built: transom build")
-    # An engine that was built for this very machine is preferred to one that is portable.
     for record in sorted(found, key=lambda record: (record.library != "tensorrt", record.portable)):
-        if record.compute and compute not in record.compute:
+        if not record.fits(compute, gpu):
             continue
-        library = find_library(rtx=record.library == "tensorrt_rtx")
-        if (library.name, library.version) == (record.library, record.version):
-            return record, library
-    raise TargetError(
-        f"no engine is for this GPU (compute capability {compute}) and the TensorRT that is installed: transom build"
-    )
-
-
-def _gpu() -> int:
-    """Compute capability of the first GPU, times ten."""
-    if importlib.util.find_spec("torch") is None:
-        raise TargetError("torch, which finds the GPU, is not installed")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise TargetError("torch finds no GPU")
-    major, minor = torch.cuda.get_device_capability()
-    return int(major) * 10 + int(minor)
+        try:
+            library = find_library(rtx=record.library == "tensorrt_rtx")
+        except TargetError:
+            continue
+        if (library.name, library.version) == (record.library, record.version) and record.stands(folder):
+            yield record, library

@@ -53,10 +53,10 @@ def _linear(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
     x, codes, scales, zero_points, number = node.args
-    dtype = x.meta["val"].dtype
+    dtype = _held_in(emitter, x.meta["val"].dtype)
     if len(codes.users) > 1:
         matrix = emitter.op("Transpose", _table(emitter, *node.args[1:]), perm=[1, 0])
-        return str(emitter.op("MatMul", emitter.value(x), matrix))
+        return _product(emitter, x, matrix, _table_dtype(emitter, codes))
     if number == "float8_e4m3fn":
         name, weight = _held(emitter, codes)
         parts = [
@@ -67,7 +67,17 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
     else:
         blocked = Blocked(emitter, (codes, scales, zero_points, number), lambda part: _scales(part, dtype))
         matrix = emitter.op("DequantizeLinear", *blocked.inputs(), axis=0, block_size=blocked.block)
-    return str(emitter.op("MatMul", emitter.value(x), matrix))
+    return _product(emitter, x, matrix, dtype)
+
+
+def _product(emitter: Emitter, x: Node, matrix: str, dtype: torch.dtype) -> str:
+    return str(emitter.op("MatMul", emitter.value(x), cast(emitter, matrix, dtype, x.meta["val"].dtype)))
+
+
+def _held_in(emitter: Emitter, computed: torch.dtype) -> torch.dtype:
+    """Dtype of scales: what is computed in, and in float32 islands that of the caches."""
+    caches = [emitter.graph.placeholders()[cache.input].meta["val"].dtype for cache in emitter.graph.caches]
+    return caches[0] if caches and computed == torch.float32 else computed
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
@@ -75,20 +85,20 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Rows of the dequantised table: TensorRT takes no DequantizeLinear of looked-up rows."""
     tokens, codes = node.args[:2]
     rows = emitter.op("Gather", _table(emitter, *node.args[1:]), emitter.value(tokens), axis=0)
-    return cast(emitter, rows, _table_dtype(codes), torch.float32)
+    return cast(emitter, rows, _table_dtype(emitter, codes), torch.float32)
 
 
-def _table_dtype(codes: Node) -> torch.dtype:
+def _table_dtype(emitter: Emitter, codes: Node) -> torch.dtype:
     """What the head computes in; without one, what looked-up rows, float32 by definition, are turned into."""
     heads = [user.args[0] for user in codes.users if user.target is ops.LINEAR_QUANTIZED]
     embeddings = [user for user in codes.users if user.target is ops.EMBEDDING_QUANTIZED]
-    found: torch.dtype = [*heads, *(user for node in embeddings for user in node.users)][0].meta["val"].dtype
-    return found
+    first = [*heads, *(user for node in embeddings for user in node.users)][0]
+    return _held_in(emitter, first.meta["val"].dtype)
 
 
 def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None, number: str) -> str:
     """The dequantised table [V, D], made once for the embedding and the head."""
-    dtype = _table_dtype(codes)
+    dtype = _table_dtype(emitter, codes)
 
     def make() -> str:
         name, weight = _held(emitter, codes)
@@ -128,15 +138,16 @@ def _scales(scales: Weight, dtype: torch.dtype) -> Weight:
     """Scales in the dtype that is computed in, which TensorRT asks for.
 
     Raises:
-        QuantizationError: If one is not positive there, or is infinite.
+        QuantizationError: If one is not positive there, is infinite, or so small that it loses digits.
     """
 
     def narrowed(part: torch.Tensor) -> torch.Tensor:
         narrow = part.to(dtype)
-        if not bool(((narrow > 0) & torch.isfinite(narrow)).all()):
+        is_held = (narrow >= torch.finfo(dtype).smallest_normal) | (narrow.float() == part)
+        if not bool((is_held & (narrow > 0) & torch.isfinite(narrow)).all()):
             raise QuantizationError(
-                f"a scale of {scales.origin} is not positive in {dtype}, which TensorRT asks for: choose "
-                "int4_block32_bf16 or fp8_channel, in bfloat16"
+                f"a scale of {scales.origin} is not positive, too large or too small for {dtype}, which TensorRT holds "
+                "it in: choose int4_block32_bf16 or fp8_channel, in bfloat16"
             )
         return narrow
 

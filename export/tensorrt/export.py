@@ -82,7 +82,7 @@ def _rounded_scales(request: Request) -> tuple[str, ...]:
         wide.append("activations")
     if not wide:
         return ()
-    share = {"bfloat16": "0.2%", "float16": "0.025%"}[request.dtype]
+    share = {"bfloat16": "0.4%", "float16": "0.05%"}[request.dtype]
     return (
         f"scales of {' and '.join(dict.fromkeys(wide))} were rounded to {request.dtype}, each by at most {share}; "
         "those of int4_block32_bf16 and fp8_channel need not be",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import shutil
 import sys
@@ -18,7 +19,8 @@ from onnx import TensorProto
 
 import transom
 from tests.conftest import Cli
-from transom.backends.artifact import MODEL_FILE, read_manifest
+from transom.backends.artifact import MODEL_FILE, read_manifest, update_details
+from transom.backends.tensorrt import builder
 from transom.backends.tensorrt.builder import build_engine
 from transom.backends.tensorrt.engines import engines
 from transom.backends.tensorrt.library import Library, find_library
@@ -26,6 +28,7 @@ from transom.backends.tensorrt.sidecar import SIDECAR
 from transom.cli.build import compute_capabilities
 from transom.export.tensorrt.verify.verify import verify
 from transom.graphs.errors import ArtifactError, BuildError, TargetError
+from transom.validation.certificate import read_certificate, write_certificate
 from transom.zoo.model import Model
 
 CHUNK, CONTEXT = 20, 128
@@ -75,9 +78,52 @@ def test_every_scheme_builds(quant: str, dtype: str, tiny: Model, rtx: Library, 
     assert (record.file, record.bytes, record.compute) == (path.name, path.stat().st_size, (89, 120))
     assert record.seconds > 0 and record.version == rtx.version
     manifest = read_manifest(out)
-    assert engines(manifest) == [record] and manifest.files[path.name]["bytes"] == record.bytes
+    assert engines(manifest) == [record] and record.stands(out)
     assert ("parse", 1, 1) in told and {stage for stage, _, _ in told} == {"parse", "build"}
     assert sorted(file.name for file in out.iterdir() if file.name.startswith(".")) == []
+
+
+class Full(io.BytesIO):
+    """A disk with room for some bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 300_000:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk(folder: Path, rtx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT swallows what its writer raises, and calls that a success."""
+    plain = builder._serialize
+
+    def full(trt: Any, one: Any, network: Any, config: Any, file: Any, raised: Any) -> bool:
+        return plain(trt, one, network, config, Full(), raised)
+
+    monkeypatch.setattr(builder, "_serialize", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        build_engine(folder, rtx, compute=[89])
+    assert not list(folder.glob("*.engine")) and not list(folder.glob(".*")) and not engines(read_manifest(folder))
+
+
+def test_ctrl_c_ends_a_build(folder: Path, rtx: Library) -> None:
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "build" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(folder, rtx, compute=[89], on_progress=interrupted)
+    assert not list(folder.glob("*.engine")) and not list(folder.glob(".*"))
+
+
+def test_a_certificate_outlives_a_build(folder: Path, rtx: Library, cli: Cli) -> None:
+    """An engine changes nothing of what was validated; one that was deleted is not missed."""
+    write_certificate(folder, {"passed": True, "date": "today", "result": {}})
+    record = build_engine(folder, rtx, compute=[89])
+    assert read_certificate(folder).state == "valid"
+    (folder / record.file).unlink()
+    assert transom.open(folder, threads=1).note and build_engine(folder, rtx, compute=[89]).file == record.file
+    update_details(folder, lambda details: details.update(other=1))
+    assert read_certificate(folder).state == "stale"
 
 
 def test_an_engine_is_kept_unless_told(folder: Path, rtx: Library) -> None:
@@ -205,7 +251,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_wheels_one_line_says_what_to_install(nothing: None, folder: Path, cli: Cli) -> None:
     for options in ((), ("--rtx",)):
         code, out, err = cli("build", folder, *options)
-        assert (code, out) == (2, "") and "no TensorRT is installed" in err
+        assert (code, out) == (2, "") and "no TensorRT that would do is installed" in err
         assert "transom[tensorrt-rtx]" in err and "--rtx" in err and "Traceback" not in err
         assert len(err.strip().splitlines()) == 1
 
@@ -224,15 +270,16 @@ def test_tensorrt_comes_first(version: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.title == f"TensorRT {version}"
 
 
-def test_tensorrt_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_that_is_too_old(nothing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake("10.13.3"))
-    with pytest.raises(TargetError, match=r"TensorRT 10.13.3 has no TensorScatter: pip install 'tensorrt>=10.15'"):
+    with pytest.raises(TargetError, match=r"TensorRT 10.13.3 has no TensorScatter, 10.15 has.*pip install"):
         find_library()
 
 
 def test_rtx_stands_in(rtx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert find_library() == rtx
+    for missing in (None, fake("10.13.3")):
+        monkeypatch.setitem(sys.modules, "tensorrt", missing)
+        assert find_library() == rtx
 
 
 def test_nvidias_own_package_of_rtx_comes_before_bare_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

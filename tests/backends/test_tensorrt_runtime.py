@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 import re
 from pathlib import Path
@@ -15,12 +17,12 @@ import transom
 from tests.backends import tensorrt_double
 from tests.backends.tensorrt_double import ENGINE, VERSION, double
 from tests.tolerances import BFLOAT16_LOGITS_TENSORRT
-from transom.backends.artifact import Manifest, add_file, read_manifest
+from transom.backends.artifact import Manifest, read_manifest, update_details
 from transom.backends.session import Session
 from transom.backends.tensorrt import opening
 from transom.backends.tensorrt.builder import build_engine
 from transom.backends.tensorrt.cpu import CpuSession
-from transom.backends.tensorrt.engines import EngineRecord
+from transom.backends.tensorrt.engines import EngineRecord, note_engine
 from transom.backends.tensorrt.library import find_library
 from transom.backends.tensorrt.runtime import EngineSession
 from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
@@ -32,8 +34,9 @@ TEXT = [7 + index * 37 % 500 for index in range(3 * RING + 5)]
 
 def record(**changes: Any) -> EngineRecord:
     given = {
-        "file": "double.engine", "library": "tensorrt", "version": VERSION, "compute": (), "portable": False,
-        "weight_streaming": False, "bytes": len(ENGINE), "seconds": 1.0,
+        "file": "double.engine", "library": "tensorrt", "version": VERSION, "compute": (89,), "gpu": "a GPU",
+        "portable": False, "weight_streaming": False, "bytes": len(ENGINE), "seconds": 1.0,
+        "sha256": hashlib.sha256(ENGINE).hexdigest(),
     }  # fmt: skip
     return EngineRecord(**{**given, **changes})
 
@@ -146,9 +149,12 @@ def test_streamed_weights(folder: Path, manifest: Manifest) -> None:
 
 
 def listed(folder: Path, *records: EngineRecord) -> Manifest:
-    manifest = read_manifest(folder)
-    details = {"engines": [one.__dict__ for one in records]}
-    return add_file(folder, manifest, "double.engine", details)
+    """The manifest with these engines, whose files exist."""
+    update_details(folder, lambda details: details.update(engines=[]))
+    for one in records:
+        (folder / one.file).write_bytes(ENGINE)
+        note_engine(folder, one)
+    return read_manifest(folder)
 
 
 @pytest.fixture
@@ -156,6 +162,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of compute capability 8.9, for as long as nobody computes on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
 def test_without_a_gpu_the_file_runs_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,29 +171,57 @@ def test_without_a_gpu_the_file_runs_on_the_cpu(folder: Path, monkeypatch: pytes
     assert isinstance(session, CpuSession) and "torch finds no GPU" in session.note
 
 
+RTX = {"file": "rtx.engine", "library": "tensorrt_rtx", "gpu": ""}
+
+
 @pytest.mark.parametrize(
     ("records", "reason"),
     [
         ([], "no engine was built: transom build"),
-        ([record(library="tensorrt_rtx", compute=(120,))], r"no engine is for this GPU \(compute capability 89\)"),
+        ([record(**RTX, compute=(120,))], "no engine is for this GPU"),
         ([record(version="10.16.0")], "no engine is for this GPU"),
+        ([record(gpu="another GPU")], "no engine is for this GPU"),
+        ([record(sha256="0" * 64)], "no engine is for this GPU"),
+        ([record(bytes=5)], "no engine is for this GPU"),
     ],
 )
 def test_without_a_fitting_engine(
     records: list[EngineRecord], reason: str, folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The artifact still opens: on the CPU, and says why."""
     monkeypatch.setattr(opening, "find_library", lambda *, rtx: double(folder)[0])
-    with pytest.raises(TargetError, match=reason):
-        opening._engine(listed(folder, *records))
+    listed(folder, *records)
+    session = transom.open(folder, threads=1)
+    assert isinstance(session, CpuSession) and reason in session.note
 
 
-def test_the_engine_that_fits(folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for this machine is preferred to one that is portable, and that to RTX's."""
+def test_the_engines_that_fit(folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for this very GPU comes before one that is portable, and that before RTX's."""
     library = double(folder)[0]
-    monkeypatch.setattr(opening, "find_library", lambda *, rtx: library)
-    own, portable = record(file="own.engine"), record(file="portable.engine", portable=True)
-    assert opening._engine(listed(folder, portable, own)) == (own, library)
-    assert opening._engine(listed(folder, record(compute=(120,)), portable)) == (portable, library)
+    ours = {False: library, True: dataclasses.replace(library, name="tensorrt_rtx")}
+    monkeypatch.setattr(opening, "find_library", lambda *, rtx: ours[rtx])
+    own, portable = record(file="own.engine"), record(file="portable.engine", portable=True, gpu="another GPU")
+    rtx = record(**RTX, compute=(80, 89))
+    manifest = listed(folder, rtx, portable, record(file="other.engine", gpu="another GPU"), own)
+    assert list(opening.candidates(folder, manifest)) == [(own, library), (portable, library), (rtx, ours[True])]
+
+
+def test_an_engine_that_cannot_be_read_gives_way_to_the_next(
+    folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "find_library", lambda *, rtx: double(folder)[0])
+    spoilt = b"of another driver"
+    bad = record(file="own.engine", bytes=len(spoilt), sha256=hashlib.sha256(spoilt).hexdigest())
+    listed(folder, bad)
+    (folder / "own.engine").write_bytes(spoilt)
+    session = transom.open(folder, threads=1)
+    assert isinstance(session, CpuSession) and "cannot read own.engine" in session.note
+
+
+def test_which_gpus_an_engine_is_for() -> None:
+    assert record(**RTX, compute=(89, 120)).fits(121, "any") and not record(**RTX, compute=(89,)).fits(90, "any")
+    assert record(portable=True).fits(90, "any") and not record(portable=True).fits(75, "any")
+    assert record().fits(89, "a GPU") and not record().fits(89, "another GPU") and record(gpu="").fits(89, "any")
 
 
 # What the double stands for.
@@ -209,6 +244,39 @@ def test_the_double_has_the_real_signatures(name: str) -> None:
         assert any(names[: len(wanted)] == wanted for names in found), (method, found)
     if name == "ICudaEngine":
         assert hasattr(real, "weight_streaming_budget_v2")
+
+
+CALLED = {
+    "Builder": {
+        "create_network": ["flags"],
+        "create_builder_config": [],
+        "create_optimization_profile": [],
+        "build_serialized_network": ["network", "config"],
+        "build_serialized_network_to_stream": ["network", "config", "writer"],
+    },
+    "OnnxParser": {"parse_from_file": ["model"], "get_error": ["index"]},
+    "IBuilderConfig": {
+        "set_flag": ["flag"],
+        "add_optimization_profile": ["profile"],
+        "set_compute_capability": ["compute_capability", "index"],
+    },
+    "IOptimizationProfile": {"set_shape": ["input", "min", "opt", "max"]},
+}
+"""What the builder calls, with as many arguments."""
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_what_the_builder_calls_exists(name: str) -> None:
+    try:
+        module = find_library(rtx=True).module
+    except TargetError as error:
+        pytest.skip(str(error))
+    for method, arguments in CALLED[name].items():
+        documented = re.findall(rf"\b{method}\((self: [^)]*)\)", getattr(getattr(module, name), method).__doc__)
+        found = [re.findall(r"(\w+): ", line)[1:] for line in documented]
+        assert any(len(names) >= len(arguments) for names in found), (method, found)
+    for attribute in ("num_compute_capabilities", "progress_monitor", "hardware_compatibility_level"):
+        assert hasattr(module.IBuilderConfig, attribute)
 
 
 def test_on_a_gpu(tiny: Model, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_wide_scales_are_reported(compiled: Compiled) -> None:
         return list(json.loads((compiled(quant) / "manifest.json").read_text())["not_done"])
 
     (line,) = not_done("int4_channel:none")
-    assert "rounded to bfloat16" in line and "0.2%" in line
+    assert "rounded to bfloat16" in line and "0.4%" in line
     assert not_done("int4_block32_bf16") == []
     assert not_done("fp8_channel_activations")[0].startswith("scales of activations were rounded")
 
@@ -271,7 +271,7 @@ def test_scales_that_vanish_are_refused(tmp_path: Path) -> None:
     (name,) = [key for key in weights if key.endswith("layers.0.mlp.down_proj.weight")]
     small = weights[name].map_rows(lambda rows: rows * 1e-9)
     model = dataclasses.replace(model, weights={**weights, name: small})
-    with pytest.raises(QuantizationError, match=r"not positive in torch.float16.*bfloat16"):
+    with pytest.raises(QuantizationError, match=r"not positive, too large or too small for torch.float16.*bfloat16"):
         transom.compile(
             model, target="tensorrt", quant="int4_block32_bf16:none", dtype="float16", context=64, out=tmp_path / "m"
         )

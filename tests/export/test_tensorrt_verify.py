@@ -47,7 +47,7 @@ BROKEN: dict[str, tuple[str, ModelProto]] = {
         "opset",
         model(SCATTER, CACHE, 'o = TensorScatter<axis=-2, mode="linear">(c, n, at)', opset=23),
     ),
-    "an unknown operation": ("operation", model(f"{BF16} x", f"{BF16} y", "y = Celu(x)")),
+    "an unknown operation": ("operation", model(f"{BF16} x", f"{BF16} y", "y = Det(x)")),
     "an unknown domain": ("operation", model(f"{BF16} x", f"{BF16} y", "y = trt.Something(x)")),
     "a mixed dtype add": ("mixed-types", model(f"{BF16} x, {F32} z", f"{BF16} y", "y = Add(x, z)")),
     "float64": ("double", model("double[1,t,64] x", "double[1,t,64] y", "y = Tanh(x)")),
@@ -108,8 +108,35 @@ BROKEN: dict[str, tuple[str, ModelProto]] = {
         "attention-causal",
         model(f"{QKV}, bool[1,1,t,48] m", OUT, "y = Attention<is_causal=1>(q, k, v, m)"),
     ),
-    "is_causal alone": ("attention-causal", model(QKV, OUT, "y = Attention<is_causal=1>(q, k, v)")),
-    "no mask": ("attention-causal", model(QKV, OUT, "y = Attention(q, k, v)")),
+    "is_causal alone": (
+        "attention-causal",
+        model(f"{SCATTER}, bfloat16[1,4,t,32] q", f"{OUT}, {CACHE}",
+              "o = TensorScatter<axis=-2>(c, n, at) y = Attention<is_causal=1>(q, o, o)"),
+    ),
+    "no mask": (
+        "attention-causal",
+        model(f"{SCATTER}, bfloat16[1,4,t,32] q", f"{OUT}, {CACHE}",
+              "o = TensorScatter<axis=-2>(c, n, at) y = Attention(q, o, o)"),
+    ),
+    "queries of another dtype": (
+        "mixed-types",
+        model("float16[1,4,t,32] q, bfloat16[1,2,48,32] k, bool[1,1,t,48] m", "float16[1,4,t,32] y",
+              "y = Attention(q, k, k, m)"),
+    ),
+    "a choice of two dtypes": (
+        "mixed-types",
+        model(f"bool[1,t,64] c, {BF16} x, {F32} z", f"{BF16} y", "y = Where(c, x, z)"),
+    ),
+    "activations with a float32 scale": (
+        "scale-type",
+        model(f"{BF16} x", "float8e4m3fn[1,t,64] y", "y = QuantizeLinear<output_dtype=17>(x, s)",
+              s=tensor(TensorProto.FLOAT, value=0.5)),
+    ),
+    "4-bit floats in blocks of 32": (
+        "narrow-blocks",
+        model(f"{BF16} x, float4e2m1[64,8] w", "bfloat16[1,t,8] y",
+              "d = DequantizeLinear<axis=0, block_size=32>(w, s) y = MatMul(x, d)", **SCALE),
+    ),
     "a float mask": (
         "attention-mask",
         model(f"{QKV}, float[1,1,t,48] m", OUT, "y = Attention(q, k, v, m)"),
@@ -265,6 +292,16 @@ TAKEN = {
         f"{QKV}, int64[1,1,t,1] p, int64[1,1,1,48] j", f"{OUT}, bfloat16[1,4,t,32] z",
         "m = Less(j, p) y = Attention(q, k, v, m) n = LessOrEqual(j, p) z = Attention(q, k, v, n)",
     ),
+    "attention without a cache": model("bfloat16[1,4,t,32] q", OUT, "y = Attention<qk_matmul_output_mode=0>(q, q, q)"),
+    "a pair that shares a scale": model(
+        f"{BF16} x", f"{BF16} y", "q = QuantizeLinear<output_dtype=17>(x, s) y = DequantizeLinear(q, s)",
+        s=tensor(TensorProto.BFLOAT16, value=0.5),
+    ),
+    "MXFP8": model(
+        f"{BF16} x", f"{BF16} y", "q, s = trt.TRT_MXFP8DynamicQuantize<block_size=32>(x) "
+        "y = trt.TRT_MXFP8DequantizeLinear<block_size=32>(q, s)",
+    ),
+    "an ordinary network": model(f"{BF16} x", f"{BF16} y", "r = Relu(x) m = Max(r, x) y = Abs(m)"),
     "NVFP4": model(f"{BF16} x, float s", f"{BF16} y", "y = trt.TRT_FP4DynamicQuantize<block_size=16>(x, s)"),
 }  # fmt: skip
 
@@ -315,13 +352,22 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert code == 0 and f"{len(RULES)} rules" in out
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no model"])
-def test_the_command_on_what_is_no_model(content: bytes | None, tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"no model", "DequantizeLinear with one input"])
+def test_the_command_on_what_is_no_model(content: bytes | str | None, tmp_path: Path, cli: Cli) -> None:
     path = tmp_path / "model.onnx"
-    if content is not None:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content is not None:
+        onnx.save(model("int8[4] x", "float[4] y", "y = DequantizeLinear(x)"), path)
     code, out, err = cli("verify", path)
     assert (code, out) == (2, "") and str(path) in err.replace("\n", "") and "Traceback" not in err
+
+
+def test_a_long_chain() -> None:
+    """A mask that thousands of nodes make."""
+    chain = " ".join(f"m{index + 1} = Not(m{index})" for index in range(3000))
+    whole = model(f"{QKV}, bool[1,1,t,48] m0", OUT, f"{chain} y = Attention(q, k, v, m3000)")
+    assert verify(whole) == []
 
 
 def test_weights_may_lie_outside(tmp_path: Path) -> None:

@@ -86,6 +86,18 @@ def test_what_is_deployed_are_the_codes(
     assert float(difference.square().mean().sqrt()) < bound, "what the runtime computes in, and nothing else"
 
 
+def test_a_checkpoint_in_bfloat16_is_calibrated_too(tiny: Model, calibration: Path, tmp_path: Path) -> None:
+    """What it was before it was widened is not read again."""
+    name = "layers.0.mlp.up_proj.weight"
+    half = dataclasses.replace(tiny, weights={key: one.to(torch.bfloat16) for key, one in tiny.weights.items()})
+    half.weights.update({key: dataclasses.replace(one, exact=None) for key, one in half.weights.items()})
+    found = {}
+    for method, text in (("nearest", None), ("gptq", calibration)):
+        quantize_model(half, quant="int4_block32", out=tmp_path / method, method=method, text=text)  # type: ignore[arg-type]
+        found[method] = load(tmp_path / method).weights[name].read()
+    assert not torch.equal(found["nearest"], found["gptq"])
+
+
 def test_transformers_read_it(tiny: Model, tmp_path: Path) -> None:
     quantize_model(tiny, quant="int4_block32", out=tmp_path / "q")
     theirs = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)

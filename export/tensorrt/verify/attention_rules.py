@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from transom.export.tensorrt.verify.view import HALF, Rule, View, attribute, given, type_name
 
@@ -16,7 +16,9 @@ STATIC_KEYS = 16384
 """Most keys that a kernel for exactly one query takes; at 24,576 none was found."""
 
 _MASK, _PAST_KEY, _PAST_VALUE, _LENGTHS = 3, 4, 5, 6
-_ATTRIBUTES = frozenset({"scale", "is_causal", "q_num_heads", "kv_num_heads", "softcap", "softmax_precision"})
+_ATTRIBUTES = frozenset(
+    {"scale", "is_causal", "q_num_heads", "kv_num_heads", "softcap", "softmax_precision", "qk_matmul_output_mode"}
+)
 
 
 def _forms(view: View) -> Iterator[tuple[str, str]]:
@@ -53,6 +55,8 @@ def _causal(view: View) -> Iterator[tuple[str, str]]:
         causal, masked = attribute(node, "is_causal", 0), given(node, _MASK)
         if causal and masked:
             yield node.name, "is_causal with a mask is rejected: the mask says all"
+        elif not _over_a_cache(view, node):
+            continue
         elif causal:
             yield (
                 node.name,
@@ -60,6 +64,11 @@ def _causal(view: View) -> Iterator[tuple[str, str]]:
             )
         elif not masked:
             yield node.name, "Attention without a mask sees every slot, empty ones too: give a mask"
+
+
+def _over_a_cache(view: View, node: NodeProto) -> bool:
+    maker = view.maker(given(node, 1))
+    return maker is not None and maker.op_type == "TensorScatter"
 
 
 def _mask_type(view: View) -> Iterator[tuple[str, str]]:
@@ -103,7 +112,7 @@ RULES = (
     Rule(name="attention-form", text="Attention of four axes and one output, without past or softcap", check=_forms),
     Rule(name="attention-lengths", text="no nonpad_kv_seqlen, which is dropped without a word", check=_lengths),
     Rule(name="attention-window", text="no attribute that TensorRT does not know", check=_window),
-    Rule(name="attention-causal", text="a mask in place of is_causal", check=_causal),
+    Rule(name="attention-causal", text="a mask, and no is_causal, over a cache", check=_causal),
     Rule(name="attention-mask", text="bool masks of four axes", check=_mask_type),
     Rule(name="shared-mask", text="one mask for all layers of a kind", check=_shared_masks),
     Rule(

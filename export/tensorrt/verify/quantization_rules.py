@@ -35,6 +35,8 @@ def _scales(view: View) -> Iterator[tuple[str, str]]:
             if kind and wanted != kind:
                 names = f"{type_name(kind)} for numbers of {type_name(wanted)}"
                 yield node.name, f"a scale of {names} is rejected: give the scale that dtype"
+        elif kind and (x := view.type(node.input[0])) and x != kind:
+            yield node.name, f"a scale of {type_name(kind)} for numbers of {type_name(x)}: give the scale that dtype"
         if kind and kind not in HALF and view.type(node.input[0]) in (TensorProto.INT4, *FLOAT8):
             yield node.name, f"a scale of {type_name(kind)}: scales have the dtype that is computed in, half precision"
 
@@ -47,7 +49,7 @@ def _positive(view: View) -> Iterator[tuple[str, str]]:
 
 
 def _shared(view: View) -> Iterator[tuple[str, str]]:
-    counts = Counter(node.input[1] for node in view.of(*_QDQ))
+    counts = Counter(node.input[1] for node in view.of("DequantizeLinear"))
     for name, count in counts.items():
         if count > 1:
             yield name, f"a scale that {count} nodes share makes builders crash: give every node a copy"

@@ -6,23 +6,38 @@ from collections.abc import Iterator
 
 from onnx import TensorProto
 
-from transom.export.tensorrt.verify.view import FLOAT8, FLOATS, Rule, View, attribute, given, type_name
+from transom.export.tensorrt.verify.view import FLOAT8, Rule, View, attribute, given, type_name
 
 OPSETS = range(23, 27)
 OPSET = 24
 
 KNOWN = frozenset(
-    {"Add", "And", "Attention", "Cast", "Concat", "Cos", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand"}
-    | {"Gather", "GatherND", "Gelu", "Gemm", "GreaterOrEqual", "Greater", "Identity", "Less", "LessOrEqual", "MatMul"}
-    | {"Mod", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal"}
-    | {"ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "ScatterND", "Shape"}
-    | {"Sigmoid", "Sin", "Slice"}
-    | {"Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TensorScatter", "Transpose", "Unsqueeze", "Where"}
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Cast
+    Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace
+    DequantizeLinear Div Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND
+    Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid
+    HardSwish Identity If InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+    LogSoftmax Loop MatMul Max MaxPool Mean Min Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad
+    Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding Round ScatterElements ScatterND
+    Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Swish
+    Tan Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor
+    """.split()
 )
-NARROW_BLOCKS = {"TRT_FP4DynamicQuantize": 16, "TRT_MXFP8DynamicQuantize": 32, "TRT_MXFP8QuantizeLinear": 32}
-"""Operations of TensorRT's own domain, with the only block that each takes."""
+"""Operations that TensorRT's parser has."""
 
-_SAME_TYPE = frozenset({"Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Concat", "Pow", "Equal", "Less", "LessOrEqual"})
+NARROW_BLOCKS = {"TRT_FP4": 16, "TRT_MXFP8": 32}
+"""The only block of operations of TensorRT's own whose names begin so."""
+
+_SAME_TYPE = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "MatMul", "Gemm", "Concat", "Pow"), slice(None)),
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), slice(None)),
+    "Where": slice(1, 3),
+    "Attention": slice(0, 3),
+}
+"""Operations with the inputs that must be of one dtype."""
+
 _UNKNOWN_TYPES = frozenset({TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2})
 
 
@@ -39,9 +54,9 @@ def _operations(view: View) -> Iterator[tuple[str, str]]:
             if node.op_type not in KNOWN:
                 yield (
                     node.name,
-                    f"{node.op_type} is not among the operations seen to parse: lower it to those",
+                    f"{node.op_type} is no operation of TensorRT's parser: lower it to others",
                 )
-        elif node.op_type not in NARROW_BLOCKS:
+        elif not node.op_type.startswith("TRT_"):
             yield (
                 node.name,
                 f"{node.domain}.{node.op_type} is of a domain unknown to TensorRT: use standard ONNX",
@@ -52,7 +67,7 @@ def _mixed(view: View) -> Iterator[tuple[str, str]]:
     for node in view.nodes:
         if node.op_type not in _SAME_TYPE:
             continue
-        kinds = {view.type(name) for name in node.input if name} - {0}
+        kinds = {view.type(name) for name in node.input[_SAME_TYPE[node.op_type]] if name} - {0}
         if len(kinds) > 1:
             names = " and ".join(sorted(map(type_name, kinds)))
             yield node.name, f"{node.op_type} of {names}: a strongly typed network does not convert; insert a Cast"
@@ -83,9 +98,8 @@ def _rotary(view: View) -> Iterator[tuple[str, str]]:
 
 
 def _four_bits(view: View) -> Iterator[tuple[str, str]]:
-    named = {**{name: tensor.data_type for name, tensor in view.initializers.items()}}
-    named |= {name: view.type(name) for node in view.nodes for name in node.output}
-    for name, kind in named.items():
+    for name in (*view.initializers, *(name for node in view.nodes for name in node.output)):
+        kind = view.type(name)
         if kind in _UNKNOWN_TYPES:
             yield name, f"{type_name(kind)}: TensorRT's only 4-bit integer is int4; shift the codes to be signed"
 
@@ -99,20 +113,19 @@ def _narrow_floats(view: View) -> Iterator[tuple[str, str]]:
 
 def _narrow_blocks(view: View) -> Iterator[tuple[str, str]]:
     for node in view.nodes:
-        wanted = NARROW_BLOCKS.get(node.op_type)
-        found = attribute(node, "block_size")
+        wanted = next((block for prefix, block in NARROW_BLOCKS.items() if node.op_type.startswith(prefix)), None)
+        found = attribute(node, "block_size", wanted)
         if wanted is not None and found != wanted:
             yield node.name, f"{node.op_type} with blocks of {found}: it takes blocks of {wanted} only"
-
-
-def compute_types(view: View) -> set[int]:
-    """Float types that matrices are multiplied in."""
-    return {view.type(name) for node in view.of("MatMul", "Gemm", "Attention") for name in node.input[:2]} & set(FLOATS)
+    for node in view.of("DequantizeLinear"):
+        block = attribute(node, "block_size", 0)
+        if view.type(node.input[0]) == TensorProto.FLOAT4E2M1 and block != NARROW_BLOCKS["TRT_FP4"]:
+            yield node.name, f"4-bit floats in blocks of {block}: TensorRT takes blocks of 16 only"
 
 
 RULES = (
     Rule(name="opset", text="opset 24, or another one that parses", check=_opset),
-    Rule(name="operation", text="operations that were seen to parse", check=_operations),
+    Rule(name="operation", text="operations that TensorRT's parser has", check=_operations),
     Rule(name="mixed-types", text="operands of one dtype", check=_mixed),
     Rule(name="double", text="no float64", check=_double),
     Rule(name="norm", text="RMSNormalization of one dtype", check=_norm),

@@ -117,21 +117,20 @@ class View:
 
     def recipe(self, name: str) -> str:
         """How a value is computed: two values of one recipe are equal."""
-        if name not in self._recipes:
-            node, tensor = self.maker(name), self.initializers.get(name)
-            if node is not None:
-                parts = [
-                    *map(self.recipe, node.input),
-                    *sorted(entry.SerializeToString().hex() for entry in node.attribute),
-                ]
-                text = f"{node.op_type} {list(node.output).index(name)} {parts}"
-            elif tensor is not None and tensor.data_location != TensorProto.EXTERNAL:
+        if not self._recipes:
+            self._write_recipes()
+        return self._recipes.get(name, name)
+
+    def _write_recipes(self) -> None:
+        for name, tensor in self.initializers.items():
+            if tensor.data_location != TensorProto.EXTERNAL:
                 array = numpy_helper.to_array(tensor)
-                text = f"{array.dtype} {array.shape} {array.tobytes().hex()}"
-            else:
-                text = name
-            self._recipes[name] = hashlib.sha256(text.encode()).hexdigest()
-        return self._recipes[name]
+                self._recipes[name] = _digest(f"{array.dtype} {array.shape} {array.tobytes().hex()}")
+        for node in self.nodes:  # a node stands after those that it reads
+            attributes = sorted(entry.SerializeToString().hex() for entry in node.attribute)
+            parts = [self._recipes.get(name, name) for name in node.input]
+            for index, name in enumerate(node.output):
+                self._recipes[name] = _digest(f"{node.op_type} {index} {parts} {attributes}")
 
     def constant(self, name: str) -> np.ndarray[Any, Any] | None:
         """The numbers of a small constant in the model; None for what is computed or lies outside."""
@@ -139,6 +138,10 @@ class View:
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
             return None
         return numpy_helper.to_array(tensor)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

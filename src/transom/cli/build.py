@@ -100,7 +100,10 @@ def verify(
         raise ArtifactError(f"{file} is no ONNX model ({type(error).__name__}: {error})") from error
     if not model.graph.node:
         raise ArtifactError(f"{file} is no ONNX model: it has no operations")
-    findings = find(model)
+    try:
+        findings = find(model)
+    except Exception as error:  # what is wrong with it, onnx says in several ways
+        raise ArtifactError(f"{file} is no valid ONNX model ({str(error).strip().splitlines()[0]})") from error
     if json:
         print_json({"file": str(file), "rules": len(RULES), "findings": [dataclasses.asdict(one) for one in findings]})
     elif findings:
