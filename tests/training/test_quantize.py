@@ -89,8 +89,8 @@ def test_what_is_deployed_are_the_codes(
 def test_a_checkpoint_in_bfloat16_is_calibrated_too(tiny: Model, calibration: Path, tmp_path: Path) -> None:
     """What it was before it was widened is not read again."""
     name = "layers.0.mlp.up_proj.weight"
-    half = dataclasses.replace(tiny, weights={key: one.to(torch.bfloat16) for key, one in tiny.weights.items()})
-    half.weights.update({key: dataclasses.replace(one, exact=None) for key, one in half.weights.items()})
+    saved = {key: dataclasses.replace(one.to(torch.bfloat16), exact=None) for key, one in tiny.weights.items()}
+    half = dataclasses.replace(tiny, weights=saved)
     found = {}
     for method, text in (("nearest", None), ("gptq", calibration)):
         quantize_model(half, quant="int4_block32", out=tmp_path / method, method=method, text=text)  # type: ignore[arg-type]
