@@ -20,6 +20,10 @@ from transom.graphs.errors import ArtifactError, TargetError
 FOLDER_VARIABLE = "TRANSOM_TVM_RUNTIME"
 """Environment variable with the folder of the two libraries; by default that of the installed apache-tvm."""
 
+BIND_VARIABLE = "TVM_BIND_THREADS"
+"""Environment variable by which TVM is told to pin threads to cores. Left to itself it pins the calling thread too, to
+the first core and for good, so that whatever else runs in the process shares that core; here it does if asked to."""
+
 CPU, POOLED = 1, 2
 """TVM's numbers for a kind of device, and for an allocator that keeps memory for the next call."""
 
@@ -33,6 +37,7 @@ def runtime() -> Any:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     require("apache-tvm-ffi", *(() if folder else ("apache-tvm",)))
+    os.environ.setdefault(BIND_VARIABLE, "0")
     try:
         with _without_torch():
             import tvm_ffi

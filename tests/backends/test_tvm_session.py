@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -204,3 +205,11 @@ def test_damaged_files(name: str, damage: Any, message: str, artifact: Exported,
         read_manifest(folder)
     with pytest.raises(ArtifactError, match=message):
         TvmSession(folder, manifest)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells which cores a thread may use")
+def test_the_callers_thread_is_not_pinned(artifact: Exported, text: list[int]) -> None:
+    before = os.sched_getaffinity(0)
+    for threads in (1, None):
+        transom.open(artifact.folder, threads=threads).logits(text[:5])
+        assert os.sched_getaffinity(0) == before
