@@ -183,27 +183,39 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def update_details(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the details in a manifest, as it stands now; a reader sees the old one or the new one, never a part.
+    """Change the details in a manifest, as it stands now.
 
     Raises:
         ArtifactError: If it cannot be read or written.
     """
     path = folder / MANIFEST
-    draft = folder / f".{MANIFEST}.partial-{uuid.uuid4().hex[:8]}"
     try:
         data = json.loads(path.read_text())
         change(data["details"])
-        draft.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(draft, path)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"cannot update {path}: {error}") from error
+    replace_file(path, json.dumps(data, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    # A link stays a link; what is no file, such as a terminal, has no draft.
+    path = path.resolve()
+    draft = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
-
-
-def hash_of(path: Path) -> str:
-    """The sha256 of a file."""
-    return _sha256(path)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -256,10 +268,11 @@ def _check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
 
 def _hashes(paths: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(_sha256, paths))
+        return list(pool.map(hash_of, paths))
 
 
-def _sha256(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """The sha256 of a file."""
     # A mapped file would count as resident memory, so it is read through one small buffer a thread.
     digest = hashlib.sha256()
     buffer = memoryview(_buffer())

@@ -94,24 +94,7 @@ def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
     ]
 
 
-def _tensorrt(chunk: int, scheme: Scheme) -> list[Pass]:
-    return [
-        Canonicalize(),
-        ShareEmbedding(),
-        FuseAttention(),
-        FuseCacheWrites(),
-        FuseNorms(),
-        FuseRotary(),
-        FuseGatedMLP(),
-        PackProjections(),
-        SelectLogits(),
-        BoundLocalCaches(chunk),
-        FoldConstants(),
-        ConvertQuantized(scheme),
-    ]
-
-
-PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx, "xla": _xla, "tvm": _tvm, "tensorrt": _tensorrt}
+PIPELINES = {"onnxruntime": _onnxruntime, "onnx": _onnx, "xla": _xla, "tvm": _tvm, "tensorrt": _onnx}
 
 
 def pipeline(target: str, *, chunk: int, scheme: Scheme) -> Pipeline:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import MANIFEST
+from transom.backends.artifact import MANIFEST, replace_file
 from transom.graphs.errors import ArtifactError
 
 CERTIFICATE = "validation.json"
@@ -51,27 +49,6 @@ class Certificate:
         if self.state == "stale":
             return f"{verdict} on {self.date}, but the manifest has changed since: run transom validate again"
         return f"{verdict} on {self.date}"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file; a reader sees the old one or the new one, never a part.
-
-    Raises:
-        ArtifactError: If it cannot be written.
-    """
-    # A link stays a link; what is no file, such as a terminal, has no draft.
-    path = path.resolve()
-    draft = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -133,7 +133,7 @@ def _build(
 ) -> None:
     trt = library.module
     log = _logger(trt)
-    builder = _made(library, lambda: trt.Builder(log), log)
+    builder = _builder(library, log)
     # Ignored from 11 on, where nothing else exists; needed before.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -171,15 +171,14 @@ def _build(
         raise BuildError(f"{library.title} cannot build {model}: {log.said()}")
 
 
-def _made(library: Library, make: Callable[[], Any], log: Any) -> Any:
+def _builder(library: Library, log: Any) -> Any:
     """A builder; without a GPU, TensorRT does not even make that."""
     try:
-        made = make()
+        return library.module.Builder(log)
     except (TypeError, RuntimeError) as error:
         raise TargetError(
             f"{library.title} finds no GPU to build on ({log.said() or error}): build with --rtx, which needs none"
         ) from None
-    return made
 
 
 def _refusals(parser: Any) -> str:
@@ -200,7 +199,7 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO
             file.write(memoryview(engine))
         return engine is not None
 
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]  # found when it runs
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
@@ -217,7 +216,7 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: BinaryIO
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc]  # found when it runs
         """Keeps what went wrong, and says nothing by itself."""
 
         def __init__(self) -> None:
@@ -249,7 +248,7 @@ def _monitor(trt: Any, on_progress: OnProgress, raised: list[BaseException]) -> 
             raised.append(error)
         return not raised
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # found when it runs
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from transom.backends.artifact import MODEL_FILE
 from transom.export.lowering import require_supported
@@ -188,15 +188,8 @@ class Emitter:
 
     def constant(self, array: np.ndarray[Any, Any]) -> str:
         """Name of a small constant; equal constants share one."""
-        array = np.asarray(array)
-        key = (array.dtype.str, array.shape, array.tobytes())
-
-        def make() -> str:
-            name = f"constant_{len(self._initializers)}"
-            self._initializers[name] = numpy_helper.from_array(array, name)
-            return name
-
-        return str(self.once(key, make))
+        tensor = torch.from_numpy(np.asarray(array))
+        return self.number(tensor, tensor.dtype)
 
     def number(self, value: float | torch.Tensor, dtype: torch.dtype, *, shared: bool = True) -> str:
         """Name of a small constant of any dtype.

@@ -51,15 +51,14 @@ def sidecar(caches: Sequence[CacheRecord], request: Request) -> Sidecar:
         cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or request.context)
         for cache in caches
     }
-    chunk = min(request.chunk, request.context)
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
-    several = min(2, chunk)
+    several = min(2, request.chunk)
     return Sidecar(
         dtype=dtype,
         batch=BATCH,
         aliases={f"{cache.name}.out": cache.name for cache in caches},
         layers=tuple(layers.values()),
-        profiles=(_profile("prefill", chunk, chunk), _profile("decode", 1, several)),
+        profiles=(_profile("prefill", request.chunk, request.chunk), _profile("decode", 1, several)),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
     )
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from onnx import NodeProto, TensorProto
 
-from transom.export.tensorrt.verify.view import HALF, Rule, View, attribute, given, type_name
+from transom.backends.tensorrt.widening import HALF
+from transom.export.tensorrt.verify.view import Rule, View, attribute, given, type_name
 
 HEAD = 256
 """Longest head of the fused kernels."""

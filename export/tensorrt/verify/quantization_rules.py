@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from onnx import NodeProto, TensorProto
 
-from transom.export.tensorrt.verify.view import FLOAT8, HALF, Rule, View, attribute, given, type_name
+from transom.backends.tensorrt.widening import HALF
+from transom.export.tensorrt.verify.view import FLOAT8, Rule, View, attribute, given, type_name
 
 BLOCKS = (16, 256)
 """Least and most numbers of an int4 block."""

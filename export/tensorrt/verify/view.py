@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-FLOATS = (*HALF, TensorProto.FLOAT, TensorProto.DOUBLE)
 FLOAT8 = (
     TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E4M3FNUZ,
