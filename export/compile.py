@@ -197,6 +197,7 @@ def compile_model(
                     for conversion in ran.conversions
                 ],
                 not_done=[
+                    *model.left_out,
                     *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
                     *lowered.not_done,
                 ],

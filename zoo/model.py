@@ -42,6 +42,7 @@ class Model:
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
+        left_out: In plain words, what the source holds beside the model, such as a vision tower.
     """
 
     config: DecoderConfig
@@ -50,6 +51,7 @@ class Model:
     source: str
     revision: str
     quant: str = "none"
+    left_out: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -100,12 +102,19 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         )
     quant = "none"
     if source.is_dir():
-        opened, quant = lattice.attach(source, safetensors.open_safetensors(source, config))
-        revision = safetensors.revision(source)
+        opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
+        weights_read, quant = lattice.attach(source, opened.weights)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
+        weights_read = opened.weights
     return Model(
-        config=config, weights=opened, tokenizer=tokenizer, source=str(name_or_path), revision=revision, quant=quant
+        config=config,
+        weights=weights_read,
+        tokenizer=tokenizer,
+        source=str(name_or_path),
+        revision=revision,
+        quant=quant,
+        left_out=opened.left_out,
     )
 
 

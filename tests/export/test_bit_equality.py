@@ -111,7 +111,7 @@ def plain() -> Graph:
 def shipped(plain: Graph, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     """The same graph, with weights that a GGUF file holds as codes."""
     path = tmp_path_factory.mktemp("gguf") / "codes.gguf"
-    _, weights = open_gguf(write_gguf(path, TINY, random_weights(TINY, 0), types=SHIPPED))
+    weights = open_gguf(write_gguf(path, TINY, random_weights(TINY, 0), types=SHIPPED))[1].weights
     graph = plain.clone()
     for name in (TABLE, QUERY, DOWN):
         graph.weights[name] = dataclasses.replace(weights[name], shape=(ROWS, COLUMNS))

@@ -24,6 +24,7 @@ from transom.graphs.errors import CheckpointError, ConfigError
 from transom.graphs.schemes import Number
 from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.architectures import tensor_shapes
+from transom.zoo.checkpoints.checkpoint import Checkpoint
 from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, Header, TensorInfo, read_header
 from transom.zoo.config import DecoderConfig, LayerKind, Rope, tile
 
@@ -48,12 +49,12 @@ _HASHED_WHOLE = 2**30
 """Files up to this many bytes are identified by all their bytes: about half a second at most."""
 
 
-def open_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Weight]]:
+def open_gguf(path: Path) -> tuple[DecoderConfig, Checkpoint]:
     """Read the head of a GGUF file; the tensors stay where they are until read.
 
     Returns:
-        The configuration, named after the file, and float32 weights by the names of the module's state dict. Weights
-        that the file holds as integers times a scale (Q4_0, Q5_0, Q8_0, Q6_K) carry that lattice.
+        The configuration, named after the file, and float32 weights. Those that the file holds as integers times a
+        scale (Q4_0, Q5_0, Q8_0, Q6_K) carry that lattice.
 
     Raises:
         CheckpointError: If the file is damaged, a tensor is missing, has the wrong shape or a type that we do not
@@ -70,9 +71,10 @@ def open_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Weight]]:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{path}: {len(missing)} of {len(shapes)} tensors are missing: {shown}: fetch it again")
     gguf = _gguf()
-    return config, {
+    weights = {
         name: _weight(gguf, header, names[name], shape, is_norm=len(shape) == 1) for name, shape in shapes.items()
     }
+    return config, Checkpoint(weights=weights)
 
 
 def read_config(header: Header) -> DecoderConfig:

@@ -20,6 +20,7 @@ import torch
 from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
+from transom.zoo.checkpoints.checkpoint import Checkpoint
 from transom.zoo.config import DecoderConfig
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,7 +41,7 @@ class Entry:
     stop: int
 
 
-def open_safetensors(folder: Path, config: DecoderConfig) -> dict[str, Weight]:
+def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     """Find the text decoder's weights; nothing but headers is read.
 
     Args:
@@ -48,7 +49,7 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> dict[str, Weight]:
         config: Says which tensors are needed, and their shapes.
 
     Returns:
-        Weights by the names of the module's state dict, in the dtype of the checkpoint.
+        Weights in the dtype of the checkpoint.
 
     Raises:
         CheckpointError: If a file is missing, truncated or corrupt, or a tensor is missing or has the wrong shape or
@@ -64,7 +65,9 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> dict[str, Weight]:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shapes)} tensors are missing: {shown}: fetch the complete checkpoint"
         )
-    return {name: _weight(prefix + name, entries[prefix + name], shape) for name, shape in shapes.items()}
+    return Checkpoint(
+        weights={name: _weight(prefix + name, entries[prefix + name], shape) for name, shape in shapes.items()}
+    )
 
 
 def revision(folder: Path) -> str:

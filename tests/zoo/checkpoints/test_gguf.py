@@ -44,7 +44,7 @@ def test_configuration(tiny_gguf: Path) -> None:
 
 
 def test_weights_come_back(tiny_gguf: Path) -> None:
-    _, weights = open_gguf(tiny_gguf)
+    weights = open_gguf(tiny_gguf)[1].weights
     assert list(weights) == list(WEIGHTS)
     for name, weight in WEIGHTS.items():
         # Norms went through 1 + w and back.
@@ -53,7 +53,7 @@ def test_weights_come_back(tiny_gguf: Path) -> None:
 
 
 def test_every_type_is_what_the_package_says(quantised_gguf: Path) -> None:
-    _, weights = open_gguf(quantised_gguf)
+    weights = open_gguf(quantised_gguf)[1].weights
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(quantised_gguf).tensors}
     seen = set()
     for name, weight in weights.items():
@@ -68,7 +68,7 @@ def test_every_type_is_what_the_package_says(quantised_gguf: Path) -> None:
 
 
 def test_lattices_are_exact(quantised_gguf: Path) -> None:
-    _, weights = open_gguf(quantised_gguf)
+    weights = open_gguf(quantised_gguf)[1].weights
     theirs = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(quantised_gguf).tensors}
     seen = set()
     for name, weight in weights.items():
@@ -206,7 +206,8 @@ def test_header_agrees_with_the_package(tiny_gguf: Path) -> None:
 
 @pytest.mark.real
 def test_real_270m(real_gguf: Path) -> None:
-    config, weights = open_gguf(real_gguf)
+    config, opened = open_gguf(real_gguf)
+    weights = opened.weights
     assert dataclasses.replace(config, name="gemma3-270m") == preset("gemma3-270m")
     assert sum(weight.lattice is not None for weight in weights.values()) == 81 + 10 + 9
     assert revision(real_gguf) == "sha256:a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

@@ -34,7 +34,7 @@ def test_every_prefix(tmp_path: Path, tensors: dict[str, torch.Tensor], prefix: 
     safetensors.torch.save_file(
         {prefix + name: tensor for name, tensor in tensors.items()} | others, tmp_path / "model.safetensors"
     )
-    opened = open_safetensors(tmp_path, TINY)
+    opened = open_safetensors(tmp_path, TINY).weights
     assert list(opened) == list(tensors)
     for name, tensor in tensors.items():
         assert opened[name].dtype == torch.bfloat16
@@ -42,7 +42,7 @@ def test_every_prefix(tmp_path: Path, tensors: dict[str, torch.Tensor], prefix: 
 
 
 def test_rows_in_ranges(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    opened = open_safetensors(save(tmp_path, tensors), TINY)
+    opened = open_safetensors(save(tmp_path, tensors), TINY).weights
     weight = opened["layers.3.mlp.down_proj.weight"]
     assert torch.equal(weight.read_rows(5, 17), tensors["layers.3.mlp.down_proj.weight"][5:17])
     assert torch.equal(opened["norm.weight"].read_rows(1, 4), tensors["norm.weight"][1:4])
@@ -56,7 +56,7 @@ def test_what_we_write_both_read(tmp_path: Path, dtype: torch.dtype, shard_bytes
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) == 1) == (shard_bytes == 10**9)
     theirs = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
-    ours = open_safetensors(tmp_path, TINY)
+    ours = open_safetensors(tmp_path, TINY).weights
     for name, weight in weights.items():
         assert torch.equal(ours[name].read(), weight.read().to(dtype))
         assert torch.equal(theirs[f"model.{name}"], weight.read().to(dtype))
@@ -108,7 +108,7 @@ def test_damaged_files(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None
 
 
 def test_a_file_that_shrinks_after_opening(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    opened = open_safetensors(save(tmp_path, tensors), TINY)
+    opened = open_safetensors(save(tmp_path, tensors), TINY).weights
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="changed since"):
