@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from transom.graphs.errors import ConfigError
 
 LayerKind = Literal["local", "global"]
+
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "num_layers": 2**10,
+    "window": 2**31 - 1,
+    "context": 2**31 - 1,
+}
+"""No model comes near these sizes: a larger one is a damaged config. Runtimes count positions in 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +58,10 @@ class DecoderConfig:
         norm_eps: Epsilon of every RMSNorm.
         context: Longest sequence the model was made for, in tokens.
         logit_softcap: `cap * tanh(logits / cap)` on the final logits, or None.
+
+    Raises:
+        ConfigError: If a size is no whole number within bounds, a number is not positive and finite, or heads do not
+            divide.
     """
 
     name: str
@@ -64,18 +82,36 @@ class DecoderConfig:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = {
-            field: getattr(self, field)
-            for field in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-        } | {"window": self.window, "context": self.context}
-        if bad := {name: value for name, value in sizes.items() if value < 1}:
-            raise ConfigError(f"{self.name}: sizes must be positive, got {bad}")
+        sizes: dict[str, Any] = {
+            **{name: getattr(self, name) for name in _LARGEST if name != "num_layers"},
+            "num_layers": len(self.layer_kinds),
+        }
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size <= _LARGEST[name]:
+                raise ConfigError(
+                    f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {_LARGEST[name]:,}"
+                )
+        numbers: dict[str, Any] = {
+            "rope_local.theta": self.rope_local.theta,
+            "rope_local.factor": self.rope_local.factor,
+            "rope_global.theta": self.rope_global.theta,
+            "rope_global.factor": self.rope_global.factor,
+            "attention_scale": self.attention_scale,
+            "norm_eps": self.norm_eps,
+            **({} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}),
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")
+        if (width := self.num_heads * self.head_dim) > _LARGEST["hidden_size"]:
+            raise ConfigError(
+                f"{self.name}: {self.num_heads} heads of {self.head_dim} are {width:,} wide, at most "
+                f"{_LARGEST['hidden_size']:,} are supported"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")
-        if not self.layer_kinds:
-            raise ConfigError(f"{self.name}: a decoder needs at least one layer")
 
     @property
     def num_layers(self) -> int:

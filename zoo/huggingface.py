@@ -3,23 +3,34 @@
 Two generations exist. Up to transformers 4 a config holds `rope_theta`, `rope_local_base_freq`, `rope_scaling` and
 `sliding_window_pattern`; from 5 on `rope_parameters` and `layer_types`, each per kind of layer. Early Gemma 3 configs
 are sparse: whatever equals the class default is left out, so the defaults below are part of the format.
+
+A config is read as transformers 5 reads it. A key that bears on numbers is understood, or refused by name where its
+value is one that transformers itself refuses, reads in another way in its two generations, or that the zoo cannot
+compute. Keys that nothing reads are listed by `left_out`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transom.graphs.errors import ConfigError
+from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import DecoderConfig, LayerKind, Rope
+
+CONFIG = "config.json"
 
 _MODEL_TYPES = {"gemma3_text": "gemma3", "gemma3": "gemma3"}
 _LAYER_KINDS: dict[str, LayerKind] = {"sliding_attention": "local", "full_attention": "global"}
 _LAYER_TYPES = {kind: name for name, kind in _LAYER_KINDS.items()}
+# A bare trunk is a language model too, as the head is tied to the table.
+_ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel", "Gemma3Model")
 
 # Class defaults of Gemma3TextConfig, transformers 5.23.
-_DEFAULTS: dict[str, Any] = {
+_SIZES = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -28,15 +39,40 @@ _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-6,
-    "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "use_bidirectional_attention": False,
 }
-_THETA_GLOBAL, _THETA_LOCAL, _PATTERN = 1e6, 1e4, 6
+_EPS, _SCALAR, _PATTERN = 1e-6, 256, 6
+_THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
+_ACTIVATION = "gelu_pytorch_tanh"
+
+# Keys with one value that the model file computes; absent is that value too. None stands in the list where
+# transformers takes null for it.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": (_ACTIVATION,),
+    "hidden_act": (_ACTIVATION, None),
+    "tie_word_embeddings": (True,),
+    "attention_bias": (False,),
+    "mlp_bias": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "is_causal": (True, None),
+    "use_sliding_window": (True, None),
+    "partial_rotary_factor": (1, None),
+    "per_layer_config": (None, {}),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
+# What other tools write into a config whose tensors they packed.
+_PACKED = ("quantization_config", "compression_config", "quantization")
+# Keys that transformers' class stores and never applies.
+_DEAD = ("attn_logit_softcapping",)
+_WITHOUT_NUMBERS = {
+    "architectures", "model_type", "text_config", "vision_config", "transformers_version", "dtype", "torch_dtype",
+    "use_cache", "cache_implementation", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id",
+    "pad_token_id", "_name_or_path", "name_or_path", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "_attn_implementation",
+    "attn_implementation", "_attn_implementation_autoset", "mm_tokens_per_image", "boi_token_index",
+    "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id", "_sliding_window_pattern",
+}  # fmt: skip
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -45,50 +81,61 @@ def read_config(folder: Path) -> DecoderConfig:
     Raises:
         ConfigError: If the file is missing or corrupt, or describes a model that the zoo does not hold.
     """
-    path = folder / "config.json"
-    outer = _load(path)
-    model_type = outer.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ConfigError(f"{path}: unknown model_type {model_type!r}: known are {', '.join(_MODEL_TYPES)}")
-    text = outer if model_type == "gemma3_text" else outer.get("text_config") or {}
-    if not isinstance(text, dict):
-        raise ConfigError(f"{path}: text_config must be an object, got {text!r}")
-    values = _DEFAULTS | {key: text[key] for key in _DEFAULTS if text.get(key) is not None}
-    if text is not outer and outer.get("tie_word_embeddings") is not None:
-        values["tie_word_embeddings"] = values["tie_word_embeddings"] and outer["tie_word_embeddings"]
-    for key, only in (
-        ("hidden_activation", "gelu_pytorch_tanh"),
-        ("tie_word_embeddings", True),
-        ("attention_bias", False),
-        ("use_bidirectional_attention", False),
-    ):
-        if values[key] != only:
-            raise ConfigError(f"{path}: {key} = {values[key]!r} is not supported, only {only!r}: choose another model")
-    # Only the text-only class applies it; `attn_logit_softcapping` is stored but applied by none.
-    softcap = text.get("final_logit_softcapping") if text is outer else None
-    try:
-        if (scalar := float(values["query_pre_attn_scalar"])) <= 0:
-            raise ValueError(f"query_pre_attn_scalar {scalar} is not positive")
-        return DecoderConfig(
-            name=folder.resolve().name,
-            architecture=_MODEL_TYPES[model_type],
-            vocab_size=int(values["vocab_size"]),
-            hidden_size=int(values["hidden_size"]),
-            intermediate_size=int(values["intermediate_size"]),
-            num_heads=int(values["num_attention_heads"]),
-            num_kv_heads=int(values["num_key_value_heads"]),
-            head_dim=int(values["head_dim"]),
-            layer_kinds=_layer_kinds(path, text, int(values["num_hidden_layers"])),
-            window=int(values["sliding_window"]),
-            rope_local=_rope(path, text, "sliding_attention", "rope_local_base_freq", _THETA_LOCAL),
-            rope_global=_rope(path, text, "full_attention", "rope_theta", _THETA_GLOBAL),
-            attention_scale=scalar**-0.5,
-            norm_eps=float(values["rms_norm_eps"]),
-            context=int(values["max_position_embeddings"]),
-            logit_softcap=None if softcap is None else float(softcap),
-        )
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: a value is missing or of the wrong type ({error}): fetch it again") from error
+    outer, text = _open(folder)
+    for keys in dict.fromkeys((outer, text)):
+        keys.refuse_packed()
+        keys.refuse_others()
+    layer_types = _layer_types(text)
+    window = text.whole("sliding_window", nullable="sliding_attention" not in layer_types)
+    scalar, hidden, heads = text.number("query_pre_attn_scalar", _SCALAR), *map(text.whole, _WIDTHS)
+    # transformers refuses it too, though nothing in the model divides so.
+    if hidden % heads:
+        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {heads}")
+    ropes = _ropes(text)
+    softcap = None
+    # Only the text-only class applies it.
+    if text is outer and text.get("final_logit_softcapping") is not None:
+        softcap = text.number("final_logit_softcapping", 0)
+    return DecoderConfig(
+        name=folder.resolve().name,
+        architecture=_MODEL_TYPES[outer.values["model_type"]],
+        vocab_size=text.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=text.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=text.whole("num_key_value_heads"),
+        head_dim=text.whole("head_dim"),
+        layer_kinds=tuple(_LAYER_KINDS[name] for name in layer_types),
+        window=window,
+        rope_local=ropes["sliding_attention"],
+        rope_global=ropes["full_attention"],
+        attention_scale=scalar**-0.5,
+        norm_eps=text.number("rms_norm_eps", _EPS),
+        context=text.whole("max_position_embeddings"),
+        logit_softcap=softcap,
+    )
+
+
+def left_out(folder: Path) -> tuple[str, ...]:
+    """What stands in a folder's `config.json` and is not applied, in plain words.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    outer, text = _open(folder)
+    dead = [*_DEAD, *([] if text is outer else ["final_logit_softcapping"])]
+    lines = [
+        f"{text.path.name}: {text.label(key)} = {value!r} is not applied, as transformers does not apply it either"
+        for key in dead
+        if (value := text.get(key)) is not None
+    ]
+    known = {*_WITHOUT_NUMBERS, *_READ, *_ONLY, *_PACKED, *_DEAD, "final_logit_softcapping"}
+    unknown = [
+        keys.label(key) for keys in dict.fromkeys((outer, text)) for key in sorted(keys.values) if key not in known
+    ]
+    if unknown:
+        lines.append(f"{text.path.name}: nothing reads the keys {', '.join(unknown)}")
+    return tuple(lines)
 
 
 def write_config(config: DecoderConfig, folder: Path) -> None:
@@ -115,55 +162,217 @@ def write_config(config: DecoderConfig, folder: Path) -> None:
             "full_attention": _rope_parameters(config.rope_global),
         },
         "final_logit_softcapping": config.logit_softcap,
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": _ACTIVATION,
         "tie_word_embeddings": True,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
-    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+_WIDTHS = ("hidden_size", "num_attention_heads")
+_READ = {
+    *_SIZES, "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "sliding_window_pattern", "rope_parameters",
+    "rope_scaling", *(key for key, _ in _THETAS.values()),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Keys:
+    """One JSON object of a config; every error names the file, the key and its value."""
+
+    path: Path
+    values: dict[str, Any]
+    prefix: str = ""
+
+    def label(self, key: str) -> str:
+        return self.prefix + key
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def refuse(self, key: str, reason: str) -> NoReturn:
+        raise ConfigError(f"{self.path}: {self.label(key)} is {_short(self.get(key))}: {reason}")
+
+    def whole(self, key: str, *, nullable: bool = False) -> int:
+        """A positive whole number; the class default where the key is absent."""
+        value = self.values.get(key, _SIZES[key])
+        if value is None and nullable:
+            return _SIZES[key]
+        if type(value) is not int or value < 1:
+            self.refuse(key, "expected a positive whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive finite number; the class default where the key is absent."""
+        value = self.values.get(key, default)
+        if not _is_positive(value):
+            self.refuse(key, "expected a positive finite number")
+        return float(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A JSON object, a copy; empty where it is absent or null."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "expected an object")
+        return dict(value or {})
+
+    def refuse_packed(self) -> None:
+        for key in _PACKED:
+            if (value := self.get(key)) is None:
+                continue
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            by = f" by {method}" if isinstance(method, str) else ""
+            raise ConfigError(
+                f"{self.path}: {self.label(key)} says that the weights are packed{by}: give the checkpoint that is not "
+                "quantised, or one whose weights were dequantised and whose config has that key no more"
+            )
+        if self.get("auto_map") is not None:
+            self.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
+
+    def refuse_others(self) -> None:
+        for key, allowed in _ONLY.items():
+            if key in self.values and not any(_same(self.values[key], value) for value in allowed):
+                self.refuse(key, f"only {allowed[0]!r} is supported, so choose another model")
+
+
+def _open(folder: Path) -> tuple[_Keys, _Keys]:
+    """The whole config, and its text part: the same object where the config is of text only."""
+    path = folder / CONFIG
+    outer = _Keys(path, _load(path))
+    model_type = outer.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        raise ConfigError(f"{path}: unknown model_type {_short(model_type)}: known are {', '.join(_MODEL_TYPES)}")
+    if (architectures := outer.get("architectures")) is not None:
+        if not isinstance(architectures, list) or any(name not in _ARCHITECTURES for name in architectures):
+            outer.refuse("architectures", f"expected a language model, one of {', '.join(_ARCHITECTURES)}")
+    if model_type == "gemma3_text":
+        return outer, outer
+    values = outer.get("text_config")
+    if not isinstance(values, dict) or not values.keys() & _SIZES.keys():
+        reason = "is missing" if "text_config" not in outer.values else f"is {_short(values)}"
+        raise ConfigError(
+            f"{path}: text_config {reason}, which describes the language model of a {model_type!r}: mend it, or set "
+            "model_type to 'gemma3_text' if the keys beside it are those of the language model"
+        )
+    text = _Keys(path, values, "text_config.")
+    if text.values.get("model_type", "gemma3_text") != "gemma3_text":
+        text.refuse("model_type", "expected 'gemma3_text'")
+    for key, default in _SIZES.items():
+        if key in outer.values and outer.values[key] != (inner := text.values.get(key, default)):
+            outer.refuse(key, f"text_config says {inner!r}")
+    return outer, text
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path.parent}: no config.json: give the folder of a Hugging Face checkpoint or a .gguf file"
-        ) from None
-    except (OSError, ValueError) as error:
+        raise ConfigError(explain_missing(path.parent, CONFIG)) from None
+    # A file of brackets alone exhausts the parser.
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error}): fetch it again") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a JSON object, got {type(data).__name__}: fetch it again")
     return data
 
 
-def _layer_kinds(path: Path, text: dict[str, Any], num_layers: int) -> tuple[LayerKind, ...]:
+def _layer_types(text: _Keys) -> list[str]:
+    count = text.whole("num_hidden_layers")
     if (names := text.get("layer_types")) is None:
-        pattern = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or _PATTERN)
-        return tuple("local" if (index + 1) % pattern else "global" for index in range(num_layers))
+        pattern = text.values.get("sliding_window_pattern", _PATTERN)
+        if type(pattern) is not int or pattern < 1:
+            text.refuse("sliding_window_pattern", "expected a positive whole number")
+        # transformers 5 writes it beside layer_types, and does not read it.
+        if text.values.get("_sliding_window_pattern", pattern) != pattern:
+            text.refuse("_sliding_window_pattern", f"without layer_types, transformers reads a pattern of {pattern}")
+        return ["full_attention" if index % pattern == pattern - 1 else "sliding_attention" for index in range(count)]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        text.refuse("layer_types", f"expected a list of {' and '.join(_LAYER_KINDS)}")
     if unknown := sorted(set(names) - set(_LAYER_KINDS)):
-        raise ConfigError(f"{path}: unknown layer_types {unknown}: known are {', '.join(_LAYER_KINDS)}")
-    if len(names) != num_layers:
-        raise ConfigError(f"{path}: {len(names)} layer_types for {num_layers} layers: they must be as many")
-    return tuple(_LAYER_KINDS[name] for name in names)
+        raise ConfigError(f"{text.path}: unknown layer_types {unknown}: known are {', '.join(_LAYER_KINDS)}")
+    if len(names) != count:
+        raise ConfigError(f"{text.path}: {len(names)} layer_types for {count} layers: they must be as many")
+    return list(names)
 
 
-def _rope(path: Path, text: dict[str, Any], layer_type: str, theta_key: str, default_theta: float) -> Rope:
-    values = dict((text.get("rope_parameters") or {}).get(layer_type) or {})
-    if layer_type == "full_attention":
-        values |= text.get("rope_scaling") or {}
-    rope_type = values.get("rope_type", values.get("type", "default"))
+def _ropes(text: _Keys) -> dict[str, Rope]:
+    """The rotary embedding of each kind of layer, from the keys of both generations, which must agree."""
+    parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
+    for key, entries, known in (("rope_parameters", parameters, _THETAS), ("rope_scaling", scaling, _ROPE_KEYS)):
+        if others := sorted(name for name, value in entries.items() if name not in known and value is not None):
+            text.refuse(key, f"{', '.join(others)} is not understood there, only {', '.join(known)}")
+    # transformers 4 takes `type` for `rope_type`; 5 overlooks it.
+    if scaling.get("type") is not None and scaling.get("rope_type") is None:
+        text.refuse("rope_scaling", "call its type rope_type: versions of transformers read type differently")
+    ropes = {}
+    for layer_type, (theta_key, theta) in _THETAS.items():
+        entry = parameters.get(layer_type) or {}
+        if not isinstance(entry, dict):
+            text.refuse("rope_parameters", f"expected an object for {layer_type}")
+        older = {} if theta_key not in text.values else {"rope_theta": text.values[theta_key]}
+        if layer_type == "full_attention":
+            older |= scaling
+        ropes[layer_type] = _rope(text, layer_type, theta, entry, older)
+    return ropes
+
+
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
+
+
+def _rope(text: _Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any]) -> Rope:
+    def refuse(reason: str) -> NoReturn:
+        raise ConfigError(f"{text.path}: {text.prefix}{layer_type}: {reason}")
+
+    for key, value in older.items():
+        if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
+            refuse(f"{key} is {_short(entry[key])} in rope_parameters and {_short(value)} beside it: they must agree")
+    values = {"rope_theta": theta, **older, **entry}
+    if others := sorted(name for name, value in values.items() if name not in _ROPE_KEYS and value is not None):
+        refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(_ROPE_KEYS)}")
+    names = {values[key] for key in ("rope_type", "type") if isinstance(values.get(key), str)}
+    if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
+        refuse(f"rope_type {_short(values.get('rope_type'))} and type {_short(values.get('type'))} must be one name")
+    rope_type = names.pop() if names else "default"
     if rope_type not in ("default", "linear"):
-        raise ConfigError(f"{path}: {layer_type} has rope_type {rope_type!r}: only default and linear are supported")
-    theta = values.get("rope_theta", text.get(theta_key))
-    return Rope(
-        theta=default_theta if theta is None else float(theta),
-        factor=float(values["factor"]) if rope_type == "linear" else 1.0,
-    )
+        refuse(f"rope_type {rope_type!r} is not supported, only default and linear are")
+    factor: Any = values.get("factor")
+    if rope_type == "default":
+        if factor not in (None, 1):
+            refuse(
+                f"its rotary embedding has the factor {_short(factor)} and no rope_type that uses it, such as linear"
+            )
+        factor = 1
+    if not _is_positive(factor):
+        refuse(f"the factor of its rotary embedding is {_short(factor)}, expected a positive finite number")
+    if not _is_positive(values["rope_theta"]):
+        refuse(f"rope_theta is {_short(values['rope_theta'])}, expected a positive finite number")
+    return Rope(theta=float(values["rope_theta"]), factor=float(factor))
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:
     if rope.factor == 1.0:
         return {"rope_type": "default", "rope_theta": rope.theta}
     return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a value is a number above zero that a float can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equality in which true is not 1."""
+    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
+
+
+def _short(value: Any) -> str:
+    """A value as errors show it."""
+    words = repr(value)
+    return words if len(words) <= 80 else words[:77] + "..."

@@ -100,16 +100,15 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
             f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
         )
-    quant = "none"
     if source.is_dir():
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
-        weights_read, quant = lattice.attach(source, opened.weights)
+        opened_weights, quant = lattice.attach(source, opened.weights)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
-        weights_read = opened.weights
+        opened_weights, quant = dict(opened.weights), "none"
     return Model(
         config=config,
-        weights=weights_read,
+        weights=opened_weights,
         tokenizer=tokenizer,
         source=str(name_or_path),
         revision=revision,

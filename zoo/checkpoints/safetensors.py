@@ -12,22 +12,26 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
+from transom.zoo.checkpoints.containers import ADAPTER, MERGE, explain_missing, is_pointer
+from transom.zoo.checkpoints.layout import Layout
+from transom.zoo.checkpoints.redundant import check_redundant
 from transom.zoo.config import DecoderConfig
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights may have, by the format's names."""
 
-# The text part's prefix: text-only checkpoints, the first multimodal ones, those since transformers 4.52, a bare trunk.
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,32 +46,60 @@ class Entry:
 
 
 def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
-    """Find the text decoder's weights; nothing but headers is read.
+    """Find the text decoder's weights; hardly more than headers is read.
 
     Args:
         folder: Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
         config: Says which tensors are needed, and their shapes.
 
     Returns:
-        Weights in the dtype of the checkpoint.
+        Weights in the dtype of the checkpoint. Every other tensor is part of something that is left out, or repeats
+        what the model holds already, which is checked: a head against the table when the table is read.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or corrupt, or a tensor is missing or has the wrong shape or
-            dtype.
+        CheckpointError: If a file is missing, truncated or corrupt, a tensor is missing or has the wrong shape or
+            dtype, or the checkpoint holds what the model does not know.
     """
+    if adapter := [name for name in ADAPTER if (folder / name).is_file()]:
+        raise CheckpointError(f"{folder}: {adapter[0]} stands beside the model: {MERGE}, or remove it")
+    entries = _entries(folder)
+    shapes = tensor_shapes(config)
+    layout = Layout.of(folder, entries, shapes)
+    weights = {
+        name: _weight(layout.sources[name], entries[layout.sources[name]], shape) for name, shape in shapes.items()
+    }
+    for name, others in layout.copies.items():
+        for other in others:
+            weights[name] = _with_copy(weights[name], _weight(other, entries[other], shapes[name]))
+    for in_file, name in layout.redundant.items():
+        check_redundant(name, _weight(in_file, entries[in_file], entries[in_file].shape), config)
+    return Checkpoint(weights=weights, left_out=layout.left_out(entries))
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """Where every tensor of a folder stands, by its name in the files."""
     entries: dict[str, Entry] = {}
     for path in _files(folder):
-        entries |= read_entries(path)[0]
-    shapes = tensor_shapes(config)
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in entries), _PREFIXES[0])
-    if missing := [prefix + name for name in shapes if prefix + name not in entries]:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shapes)} tensors are missing: {shown}: fetch the complete checkpoint"
-        )
-    return Checkpoint(
-        weights={name: _weight(prefix + name, entries[prefix + name], shape) for name, shape in shapes.items()}
-    )
+        for name, entry in read_entries(path)[0].items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{folder}: {name} stands in {entries[name].path.name} and {path.name}: remove one"
+                )
+            entries[name] = entry
+    if not (folder / SINGLE).is_file() and (wrong := _misplaced(folder, entries)):
+        raise CheckpointError(f"{folder / INDEX}: {wrong}: index and shards belong to different checkpoints")
+    return entries
+
+
+def _misplaced(folder: Path, entries: Mapping[str, Entry]) -> str:
+    """The first tensor that is not where the index says, in words; "" if all are."""
+    places = _weight_map(folder / INDEX)
+    for name, file in places.items():
+        if name not in entries:
+            return f"{file} lacks {name}"
+        if entries[name].path.name != file:
+            return f"{name} stands in {entries[name].path.name}, not in {file}"
+    return next((f"{entry.path.name} holds {name} too" for name, entry in entries.items() if name not in places), "")
 
 
 def revision(folder: Path) -> str:
@@ -80,22 +112,31 @@ def revision(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: has neither model.safetensors nor its .index.json: give a checkpoint folder")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a valid index ({error!r}): fetch it again") from error
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(explain_missing(folder, SINGLE))
+    names = sorted(set(_weight_map(folder / INDEX).values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: shards named by the index are missing: {', '.join(missing)}: fetch them")
     return [folder / name for name in names]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as the index says."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        if not places or not all(isinstance(file, str) and file == Path(file).name for file in places.values()):
+            raise ValueError("weight_map must give the file beside it that holds each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a valid index ({error!r}): fetch it again") from error
+    return dict(places)
+
+
 def _header_bytes(path: Path) -> bytes:
     size = path.stat().st_size
+    if is_pointer(path):
+        raise CheckpointError(f"{path}: the stand-in of Git LFS for a file that was not fetched: run git lfs pull")
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -131,6 +172,12 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     expected = max((entry.stop for entry in entries.values()), default=base)
     if size != expected:
         raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}: fetch the file again")
+    # The format's own library knows all its rules: no gaps, no overlaps, sizes that fit shapes.
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: the header is corrupt ({error}): fetch the file again") from error
     return entries, metadata
 
 
@@ -164,16 +211,27 @@ def _weight(name: str, entry: Entry, shape: tuple[int, ...]) -> Weight:
             f"{origin} has shape {list(entry.shape)}, expected {list(shape)}: config.json belongs to another checkpoint"
         )
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    if entry.stop - entry.start != shape[0] * row_bytes:
-        raise CheckpointError(
-            f"{origin} has {entry.stop - entry.start} bytes, expected {shape[0] * row_bytes}: fetch the file again"
-        )
     return Weight(
         shape=shape,
         dtype=dtype,
         read_rows=functools.partial(_read_rows, entry, dtype, row_bytes),
         origin=origin,
     )
+
+
+def _with_copy(weight: Weight, copy: Weight) -> Weight:
+    """The weight, held against its copy wherever rows of it are read."""
+
+    def read_rows(start: int, stop: int) -> torch.Tensor:
+        rows = weight.read_rows(start, stop)
+        if not torch.equal(rows.float(), copy.read_rows(start, stop).float()):
+            raise CheckpointError(
+                f"{copy.origin} is not equal to {weight.origin.rpartition(': ')[2]}, whose copy it should be, in rows "
+                f"{start} to {stop - 1}: heads that are not tied to the table are not supported"
+            )
+        return rows
+
+    return dataclasses.replace(weight, read_rows=read_rows)
 
 
 def _read_rows(entry: Entry, dtype: torch.dtype, row_bytes: int, start: int, stop: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -17,31 +18,175 @@ TINY = preset("gemma3-tiny")
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
+def tensors() -> Tensors:
     return {name: weight.read().bfloat16() for name, weight in random_weights(TINY, 0).items()}
 
 
-def save(folder: Path, tensors: dict[str, torch.Tensor], prefix: str = "model.") -> Path:
+Tensors = dict[str, torch.Tensor]
+
+
+def save(folder: Path, tensors: Tensors, prefix: str = "model.") -> Path:
     safetensors.torch.save_file(
         {prefix + name: tensor for name, tensor in tensors.items()}, folder / "model.safetensors"
     )
     return folder
 
 
-@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", ""])
-def test_every_prefix(tmp_path: Path, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    others = {"../vision": torch.zeros(3), "lm_head.weight": tensors["embed_tokens.weight"].clone()}
-    safetensors.torch.save_file(
-        {prefix + name: tensor for name, tensor in tensors.items()} | others, tmp_path / "model.safetensors"
-    )
-    opened = open_safetensors(tmp_path, TINY).weights
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "language_model.model.", "model.language_model.", "language_model.", "", "module._orig_mod.model."],
+)
+def test_every_prefix(tmp_path: Path, tensors: Tensors, prefix: str) -> None:
+    opened = open_safetensors(save(tmp_path, tensors, prefix), TINY).weights
     assert list(opened) == list(tensors)
     for name, tensor in tensors.items():
         assert opened[name].dtype == torch.bfloat16
         assert torch.equal(opened[name].read(), tensor)
 
 
-def test_rows_in_ranges(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def prefixed(tensors: Tensors, prefix: str = "model.") -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("metadata", [None, {"model.embed_tokens.weight": "lm_head.weight"}])
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [("model.", "lm_head.weight"), ("language_model.model.", "language_model.lm_head.weight"), ("", "lm_head.weight")],
+)
+def test_a_head_alone_is_the_table(
+    tmp_path: Path, tensors: Tensors, prefix: str, head: str, metadata: dict[str, str] | None
+) -> None:
+    named = prefixed(tensors, prefix)
+    named[head] = named.pop(f"{prefix}embed_tokens.weight")
+    safetensors.torch.save_file(named, tmp_path / "model.safetensors", metadata=metadata)
+    opened = open_safetensors(tmp_path, TINY).weights
+    assert list(opened) == list(tensors)
+    assert torch.equal(opened["embed_tokens.weight"].read(), tensors["embed_tokens.weight"])
+
+
+def test_a_head_must_equal_the_table(tmp_path: Path, tensors: Tensors) -> None:
+    table = tensors["embed_tokens.weight"]
+    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": table.float()}, tmp_path / "model.safetensors")
+    assert torch.equal(open_safetensors(tmp_path, TINY).weights["embed_tokens.weight"].read(), table)
+    other = table.clone()
+    other[300, 7] += 1
+    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": other}, tmp_path / "model.safetensors")
+    weight = open_safetensors(tmp_path, TINY).weights["embed_tokens.weight"]
+    assert torch.equal(weight.read_rows(0, 300), table[:300])
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight.* 256 to 511"):
+        weight.read_rows(256, 512)
+    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": other[:9]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[9, 64\]"):
+        open_safetensors(tmp_path, TINY)
+
+
+FREQUENCIES = 1.0 / TINY.rope_global.theta ** (torch.arange(0, 32, 2) / 32) / 8
+LOCAL_FREQUENCIES = 1.0 / TINY.rope_local.theta ** (torch.arange(0, 32, 2) / 32)
+REDUNDANT = {
+    "layers.0.self_attn.q_proj.bias": torch.zeros(128),
+    "layers.5.mlp.down_proj.bias": torch.zeros(64, dtype=torch.bfloat16),
+    "rotary_emb.inv_freq": FREQUENCIES,
+    "rotary_emb_local.inv_freq": LOCAL_FREQUENCIES,
+    "rotary_emb.full_attention_inv_freq": FREQUENCIES.bfloat16(),
+    "rotary_emb.sliding_attention_original_inv_freq": LOCAL_FREQUENCIES.half(),
+    "layers.2.self_attn.rotary_emb.inv_freq": FREQUENCIES,
+    "layers.1.self_attn.rotary_emb.inv_freq": LOCAL_FREQUENCIES,
+    "embed_tokens.embed_scale": torch.tensor(8.0),
+}
+
+
+@pytest.mark.parametrize("name", REDUNDANT)
+def test_redundant_tensors_are_checked(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    assert list(open_safetensors(save(tmp_path, tensors | {name: REDUNDANT[name]}), TINY).weights) == list(tensors)
+    other = REDUNDANT[name].clone().float()
+    other.view(-1)[-1] += 1
+    message = "is not zero" if name.endswith("bias") else "is not what config.json says"
+    with pytest.raises(CheckpointError, match=f"{name} {message}"):
+        open_safetensors(save(tmp_path, tensors | {name: other}), TINY)
+
+
+def test_parts_that_are_left_out_are_told(tmp_path: Path, tensors: Tensors) -> None:
+    vision = {
+        "vision_tower.vision_model.post_layernorm.weight": torch.zeros(1000),
+        "vision_tower.vision_model.post_layernorm.bias": torch.zeros(1000),
+        "multi_modal_projector.mm_soft_emb_norm.weight": torch.zeros(500_000, dtype=torch.bfloat16),
+    }
+    for prefix, outer in (("language_model.model.", ""), ("model.language_model.", "model.")):
+        safetensors.torch.save_file(prefixed(tensors, prefix) | prefixed(vision, outer), tmp_path / "model.safetensors")
+        assert open_safetensors(tmp_path, TINY).left_out == (
+            "the vision tower of the checkpoint is left out: 2 tensors, 0.0 MB",
+            "the projector of images of the checkpoint is left out: 1 tensors, 1.0 MB",
+        )
+
+
+Q = "layers.0.self_attn.q_proj"
+FOREIGN = {
+    "model.layers.6.mlp.up_proj.weight": r"1 tensors are not part.*config.json says that there are 6 layers",
+    "score.weight": "a head of another task",
+    "v_head.summary.weight": "a head of another task",
+    "model.norm2.weight": "not part of the model: model.norm2.weight: the model has no such part",
+    "model.layers.0.self_attn.sinks": "not part of the model: model.layers.0.self_attn.sinks",
+    "model.norms.bias": "not part of the model",
+    f"model.{Q}.lora_A.weight": "those of an adapter.*merge the adapter",
+    f"model.{Q}.base_layer.weight": "those of an adapter",
+    f"base_model.model.model.{Q}.weight": "those of an adapter",
+    f"model.{Q}.weight_scale": "packed by a quantiser",
+    f"model.{Q}.weight_scale_inv": "packed by a quantiser",
+    f"model.{Q}.qweight": "packed by a quantiser",
+    f"model.{Q}.scales": "packed by a quantiser",
+    f"model.{Q}.weight.absmax": "packed by a quantiser",
+    f"model.{Q}.weight.quant_state.bitsandbytes__nf4": "packed by a quantiser",
+    f"language_model.model.{Q}.weight": "not part of the model",
+    "language_model.model.embed_tokens.weight": "has 2 tables of tokens",
+    f"model._orig_mod.{Q}.weight": "are one tensor's names",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_the_model_does_not_hold_is_refused(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    safetensors.torch.save_file(prefixed(tensors) | {name: torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=FOREIGN[name]) as caught:
+        open_safetensors(tmp_path, TINY)
+    assert "\n" not in str(caught.value)
+
+
+def test_advice_names_the_cause(tmp_path: Path, tensors: Tensors) -> None:
+    fewer = {name: tensor for name, tensor in tensors.items() if "layers.5" not in name}
+    with pytest.raises(CheckpointError, match=r"the checkpoint holds 5 layers and config\.json says 6"):
+        open_safetensors(save(tmp_path, fewer), TINY)
+    with pytest.raises(CheckpointError, match=r"names begin with 'decoder\.', expected 'model\.'"):
+        open_safetensors(save(tmp_path, tensors, "decoder."), TINY)
+    with pytest.raises(
+        CheckpointError, match=r"80 of 80 .* its tensors are called wte: config.json belongs to another"
+    ):
+        open_safetensors(save(tmp_path, {"wte": torch.zeros(3)}, ""), TINY)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json stands beside the model: merge the adapter"):
+        open_safetensors(save(tmp_path, tensors), TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", r"no model\.safetensors, but pytorch_model\.bin: save the model as safetensors"),
+        ("consolidated.safetensors", r"consolidated\.safetensors: call the weights model\.safetensors"),
+        ("adapter_model.safetensors", "merge the adapter"),
+        ("tiny.gguf", "give the path of that file"),
+    ],
+)
+def test_another_container_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        open_safetensors(tmp_path, TINY)
+
+
+def test_the_stand_in_of_a_large_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(CheckpointError, match="run git lfs pull"):
+        open_safetensors(tmp_path, TINY)
+
+
+def test_rows_in_ranges(tmp_path: Path, tensors: Tensors) -> None:
     opened = open_safetensors(save(tmp_path, tensors), TINY).weights
     weight = opened["layers.3.mlp.down_proj.weight"]
     assert torch.equal(weight.read_rows(5, 17), tensors["layers.3.mlp.down_proj.weight"][5:17])
@@ -62,13 +207,13 @@ def test_what_we_write_both_read(tmp_path: Path, dtype: torch.dtype, shard_bytes
         assert torch.equal(theirs[f"model.{name}"], weight.read().to(dtype))
 
 
-def test_revision_changes_with_the_file(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_revision_changes_with_the_file(tmp_path: Path, tensors: Tensors) -> None:
     before = revision(save(tmp_path, tensors))
     assert revision(tmp_path) == before
     assert revision(save(tmp_path, tensors, "language_model.model.")) != before
 
 
-def test_missing_tensors_are_listed(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_missing_tensors_are_listed(tmp_path: Path, tensors: Tensors) -> None:
     gone = ("layers.2.mlp.up_proj.weight", "norm.weight")
     save(tmp_path, {name: tensor for name, tensor in tensors.items() if name not in gone})
     with pytest.raises(CheckpointError, match=r"2 of 80 .*model\.layers\.2\.mlp\.up_proj\.weight, model\.norm\.weight"):
@@ -84,15 +229,13 @@ def test_missing_tensors_are_listed(tmp_path: Path, tensors: dict[str, torch.Ten
         ("norm.weight", torch.zeros(64, dtype=torch.int64), r"norm\.weight is I64, expected one of F32"),
     ],
 )
-def test_wrong_tensors(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], name: str, replacement: torch.Tensor, said: str
-) -> None:
+def test_wrong_tensors(tmp_path: Path, tensors: Tensors, name: str, replacement: torch.Tensor, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         open_safetensors(save(tmp_path, tensors | {name: replacement}), TINY)
 
 
-def test_damaged_files(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match="has neither"):
+def test_damaged_files(tmp_path: Path, tensors: Tensors) -> None:
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors: give the folder"):
         open_safetensors(tmp_path, TINY)
     path = save(tmp_path, tensors) / "model.safetensors"
     whole = path.read_bytes()
@@ -105,9 +248,16 @@ def test_damaged_files(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None
     path.write_bytes(whole[:8] + b"x" * length + whole[8 + length :])
     with pytest.raises(CheckpointError, match="header is corrupt"):
         open_safetensors(tmp_path, TINY)
+    header = json.loads(whole[8 : 8 + length])
+    entry = header["model.layers.0.mlp.up_proj.weight"]
+    entry["data_offsets"] = [entry["data_offsets"][0] - 4, entry["data_offsets"][1] - 4]
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :])
+    with pytest.raises(CheckpointError, match="header is corrupt"):
+        open_safetensors(tmp_path, TINY)
 
 
-def test_a_file_that_shrinks_after_opening(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_a_file_that_shrinks_after_opening(tmp_path: Path, tensors: Tensors) -> None:
     opened = open_safetensors(save(tmp_path, tensors), TINY).weights
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
@@ -120,6 +270,31 @@ def test_damaged_index(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="model-00001-of-"):
         open_safetensors(tmp_path, TINY)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a valid index"):
+    for damaged in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="not a valid index"):
+            open_safetensors(tmp_path, TINY)
+
+
+def test_an_index_must_agree_with_its_shards(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    assert open_safetensors(tmp_path, TINY).weights
+    name, file = next(iter(index["weight_map"].items()))
+    other = next(shard for shard in index["weight_map"].values() if shard != file)
+    for change, message in (
+        ({name: other}, f"{name} stands in {file}, not in {other}"),
+        ({"model.absent": file}, f"{file} lacks model.absent"),
+    ):
+        path.write_text(json.dumps({"weight_map": index["weight_map"] | change}))
+        with pytest.raises(CheckpointError, match=message):
+            open_safetensors(tmp_path, TINY)
+    path.write_text(json.dumps({"weight_map": {n: f for n, f in index["weight_map"].items() if n != name}}))
+    with pytest.raises(CheckpointError, match=f"{file} holds {name} too"):
+        open_safetensors(tmp_path, TINY)
+    path.write_text(json.dumps(index))
+    shutil.copy(tmp_path / file, tmp_path / "extra.safetensors")
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.absent": "extra.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"stands in extra.safetensors and .*: remove one"):
         open_safetensors(tmp_path, TINY)

@@ -1,0 +1,43 @@
+"""What a folder holds in place of the file that was looked for, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of an adapter (PEFT's LoRA and others), which means nothing without its base."""
+
+MERGE = "merge the adapter into its base first (PEFT: merge_and_unload, then save_pretrained)"
+
+# Ends of names of other containers -> what to do with them.
+_OTHERS = {
+    ".gguf": "give the path of that file itself",
+    ".bin": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
+    ".pt": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
+    ".pth": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
+    ".ckpt": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
+    ".h5": "save the model as safetensors from PyTorch",
+    ".msgpack": "save the model as safetensors from PyTorch",
+    ".npz": "save the model as safetensors in Hugging Face's layout",
+    ".nemo": "convert it to Hugging Face's layout",
+    ".safetensors": "call the weights model.safetensors, or give their index model.safetensors.index.json",
+    ".index.json": "call the index model.safetensors.index.json",
+}
+_LFS = b"version https://git-lfs"
+
+
+def explain_missing(folder: Path, wanted: str) -> str:
+    """Say that a folder lacks a file, what it holds in its place, and what to do."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if adapter := [name for name in names if name in ADAPTER]:
+        return f"{folder}: no {wanted}, and {adapter[0]} says that it holds an adapter: {MERGE}"
+    for end, advice in _OTHERS.items():
+        if others := [name for name in names if name.endswith(end)]:
+            return f"{folder}: no {wanted}, but {others[0]}: {advice}"
+    return f"{folder}: no {wanted}: give the folder of a Hugging Face checkpoint or a .gguf file"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is the stand-in that Git LFS leaves where a large file was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
