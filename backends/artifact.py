@@ -3,6 +3,8 @@
     model.onnx, model.onnx.data     the payload, of an ONNX target
     manifest.json                   what it is, and a hash of every file
     tokenizer.json                  if the source had a tokenizer
+    tokenizer_config.json           its special tokens by role
+    chat_template.jinja             if the source had a chat template of its own
     generation_config.json          how its makers sample from it
     validation.json                 its numeric certificate, once `transom validate` has written it
 

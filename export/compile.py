@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +15,7 @@ from transom.backends.artifact import Manifest, new_folder, write_manifest
 from transom.backends.reference.session import cache_records, tap_records
 from transom.export.exporter import Request, exporter
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
-from transom.graphs.errors import ContextLengthError, TargetError
+from transom.graphs.errors import ContextLengthError, TargetError, TokenizerError
 from transom.graphs.graph import Graph
 from transom.graphs.number_format import float_format
 from transom.graphs.schemes import SCHEMES, scheme
@@ -30,16 +28,13 @@ from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
 from transom.zoo.architectures import ARCHITECTURES
+from transom.zoo.chat import compile_template
+from transom.zoo.generation import GENERATION
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
 
 CHUNK = 256
 """Default for the largest number of new tokens in one call."""
-
-GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-"""What Gemma 3's makers sample with, for sources that do not say."""
-
-GENERATION = "generation_config.json"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage, done, total): passes and programs are counted one by one, weights by bytes."""
@@ -187,7 +182,7 @@ def compile_model(
                 payload=lowered.payload,
                 details=lowered.details,
                 tpu=lowered.tpu,
-                stop_ids=model.tokenizer.stop_ids if model.tokenizer else (),
+                stop_ids=model.generation.stop_ids,
                 bos_id=model.tokenizer.bos_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
                 conversions=[
@@ -198,6 +193,7 @@ def compile_model(
                 ],
                 not_done=[
                     *model.left_out,
+                    *_without_template(model),
                     *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
                     *lowered.not_done,
                 ],
@@ -208,15 +204,23 @@ def compile_model(
 
 
 def _write_companions(model: Model, folder: Path) -> None:
-    generation: dict[str, Any] = dict(GEMMA_SAMPLING)
-    source = Path(model.source) / GENERATION
-    if source.is_file():
-        with contextlib.suppress(ValueError):
-            generation = json.loads(source.read_text())
+    bos_id = None
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
-        generation |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": list(model.tokenizer.stop_ids)}
-    (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
+        bos_id = model.tokenizer.bos_id
+    (folder / GENERATION).write_text(json.dumps(model.generation.to_json(bos_id), indent=1) + "\n")
+
+
+def _without_template(model: Model) -> list[str]:
+    """A line if the model's chat template cannot be used."""
+    template = model.tokenizer.config.template if model.tokenizer else None
+    if template is None:
+        return []
+    try:
+        compile_template(template)
+    except TokenizerError as error:
+        return [f"chat: {error}"]
+    return []
 
 
 def check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:

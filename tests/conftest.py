@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from transom.graphs.trace import Task, trace
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
+from transom.zoo.presets import preset
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -134,6 +137,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def tiny() -> Model:
     """gemma3-tiny: six layers LLGLLG, a window of 16, random weights."""
     return load("gemma3-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`gemma3-tiny` with random weights as a sharded Hugging Face folder in bfloat16."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = preset("gemma3-tiny")
+    write_checkpoint(folder, config, random_weights(config, 0), shard_bytes=200_000)
+    return folder
 
 
 @pytest.fixture(scope="session")

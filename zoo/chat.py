@@ -1,4 +1,4 @@
-"""Gemma's chat template: a conversation as one string.
+"""Conversations as one string: by the template that a checkpoint brings, or else Gemma's turns.
 
     <start_of_turn>user
     {system}
@@ -8,23 +8,29 @@
     {answer}<end_of_turn>
     <start_of_turn>model
 
-There is no system role: its text opens the first user turn. The beginning-of-sequence token is no part of the string;
-`Tokenizer.encode` puts it in front as an id.
+Gemma has no system role: its text opens the first user turn. A checkpoint's own template is a Jinja program; it runs
+in Jinja's sandbox, with the names and filters that Hugging Face's libraries give it. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from transom.graphs.errors import TokenizerError
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 class Message(TypedDict):
     """One turn.
 
     Attributes:
-        role: "system" (first message only), "user" or "assistant" ("model" is the same).
+        role: "system" (first message only), "user" or "assistant" ("model" is the same to Gemma).
         content: Its text.
     """
 
@@ -32,8 +38,93 @@ class Message(TypedDict):
     content: str
 
 
+def render_template(
+    template: str, tokens: Mapping[str, str], messages: Sequence[Message], add_generation_prompt: bool = True
+) -> str:
+    """Write a conversation by a checkpoint's own template.
+
+    Args:
+        template: Jinja source.
+        tokens: Special tokens by role, such as "bos_token", which templates may name.
+        messages: The conversation; which roles may stand where, the template says.
+        add_generation_prompt: Open the model's next turn at the end.
+
+    Raises:
+        TokenizerError: If the template is not valid, refuses the conversation, or fails.
+    """
+    compiled = compile_template(template)
+    try:
+        return compiled.render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **{"bos_token": "", "eos_token": "", **tokens},
+        )
+    # A template is a program of the checkpoint's: it may fail in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TokenizerError(f"the checkpoint's chat template does not take this conversation ({reason})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def compile_template(template: str) -> jinja2.Template:
+    """Compile a chat template.
+
+    Raises:
+        TokenizerError: If it is not valid Jinja.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    try:
+        return environment.from_string(template)
+    except (jinja2.TemplateError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        where = f" in line {line}" if line else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TokenizerError(f"the checkpoint's chat template is not valid{where} ({reason}): mend it") from error
+
+
+def _generation_tag() -> Any:
+    """The tag that marks the model's own words for training; here it is just its body."""
+    import jinja2.nodes
+    from jinja2.ext import Extension
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012 - Jinja reads this attribute of the class
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    return GenerationTag
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes what HTML must not hold.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _now(style: str) -> str:
+    return datetime.datetime.now().strftime(style)
+
+
 def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """Write a conversation in the form that Gemma was tuned on.
+    """Write a conversation in the form that Gemma was tuned on, without the beginning-of-sequence token.
 
     Args:
         messages: User and assistant in turn, user first; a system message may come before them.

@@ -22,7 +22,8 @@ from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
 from transom.zoo.gemma3 import Gemma3
-from transom.zoo.huggingface import read_config
+from transom.zoo.generation import Generation
+from transom.zoo.huggingface import left_out, read_config
 from transom.zoo.presets import PRESETS, preset
 from transom.zoo.tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ class Model:
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
+        generation: How its source says that text is generated.
         left_out: In plain words, what the source holds beside the model, such as a vision tower.
     """
 
@@ -51,6 +53,7 @@ class Model:
     source: str
     revision: str
     quant: str = "none"
+    generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
 
     @property
@@ -81,9 +84,15 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         CheckpointError: If its weights are missing or damaged, or cannot be downloaded.
         TokenizerError: If its tokenizer is malformed.
     """
-    patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
+    patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
     config, source = _locate(name_or_path, patterns)
-    tokenizer = _tokenizer(config, source)
+    if source is None and config.name == _PACKAGED and weights == "checkpoint":
+        source = packaged_gguf()
+    tokenizer, generation = _tokenizer(config, source), _generation(source)
+    if tokenizer is not None:
+        stop_ids = tuple(sorted({*generation.stop_ids, *tokenizer.stop_ids}))
+        generation = dataclasses.replace(generation, stop_ids=stop_ids)
+    beside = (*generation.left_out, *(tokenizer.left_out if tokenizer else ()))
     if weights == "random" or config.name == _TINY:
         return Model(
             config=config,
@@ -91,10 +100,9 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             tokenizer=tokenizer,
             source="random",
             revision=f"seed {seed}",
+            generation=generation,
+            left_out=beside,
         )
-    if source is None and config.name == _PACKAGED:
-        source = packaged_gguf()
-        tokenizer = Tokenizer.from_gguf(source)
     if source is None:
         raise CheckpointError(
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
@@ -103,6 +111,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     if source.is_dir():
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
         opened_weights, quant = lattice.attach(source, opened.weights)
+        beside = (*left_out(source), *beside)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
         opened_weights, quant = dict(opened.weights), "none"
@@ -113,7 +122,8 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         source=str(name_or_path),
         revision=revision,
         quant=quant,
-        left_out=opened.left_out,
+        generation=generation,
+        left_out=(*opened.left_out, *beside),
     )
 
 
@@ -178,6 +188,14 @@ def _tokenizer(config: DecoderConfig, source: Path | None) -> Tokenizer | None:
     if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokenizer.from_folder(source)
     return None
+
+
+def _generation(source: Path | None) -> Generation:
+    if source is None:
+        return Generation()
+    if source.is_file():
+        return Generation.from_gguf(source, read_header(source).metadata)
+    return Generation.from_folder(source)
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

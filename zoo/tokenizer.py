@@ -16,7 +16,9 @@ from pathlib import Path
 import tokenizers
 
 from transom.graphs.errors import TokenizerError
+from transom.zoo.chat import Message, render, render_template
 from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.tokenizer_config import TokenizerConfig
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -33,21 +35,30 @@ class Tokenizer:
 
     Attributes:
         bos_id: Goes in front of every text.
-        stop_ids: Any of them ends a generated text: end of sequence and, where there is one, end of turn.
+        stop_ids: Any of them ends a generated text: end of sequence, by Gemma's name and by the config's, and, where
+            there is one, end of turn.
+        config: What stands beside the vocabulary, such as the chat template.
+        left_out: In plain words, what of it is not applied.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig | None = None) -> None:
         """Wrap a tokenizer of the `tokenizers` library.
 
         Raises:
-            TokenizerError: If it has no <bos> or no <eos>.
+            TokenizerError: If it lacks <eos>, or the token that begins a text.
         """
         self._backend = backend
-        bos, eos, end_of_turn = (backend.token_to_id(name) for name in (_BOS, _EOS, _END_OF_TURN))
+        self.config = config or TokenizerConfig()
+        bos_name, eos_name = self.config.tokens.get("bos_token", _BOS), self.config.tokens.get("eos_token", _EOS)
+        bos, eos = backend.token_to_id(bos_name), backend.token_to_id(_EOS)
         if bos is None or eos is None:
-            raise TokenizerError(f"the tokenizer has no {_BOS if bos is None else _EOS}: it is not Gemma's")
+            raise TokenizerError(f"the tokenizer has no {bos_name if bos is None else _EOS}: it is not Gemma's")
         self.bos_id: int = bos
-        self.stop_ids: tuple[int, ...] = (eos,) if end_of_turn is None else (eos, end_of_turn)
+        ends = (backend.token_to_id(name) for name in (eos_name, _END_OF_TURN))
+        self.stop_ids: tuple[int, ...] = tuple(sorted({eos, *(token for token in ends if token is not None)}))
+        self.left_out = self.config.left_out
+        if backend.token_to_id(eos_name) is None:
+            self.left_out += (f"the tokenizer has no {eos_name}, which its config calls the end of a text",)
         self._silent = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
 
     @staticmethod
@@ -60,7 +71,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if path.is_file():
             try:
-                return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+                return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), TokenizerConfig.from_folder(folder))
             # The library raises plain Exception.
             except Exception as error:
                 if isinstance(error, TokenizerError):
@@ -70,7 +81,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"{folder}: has neither tokenizer.json nor tokenizer.model: copy one into it")
         try:
-            return Tokenizer(_build(*_sentencepiece_tables(path.read_bytes())))
+            return Tokenizer(_build(*_sentencepiece_tables(path.read_bytes())), TokenizerConfig.from_folder(folder))
         except (ValueError, IndexError, struct.error) as error:
             raise TokenizerError(f"{path}: not a SentencePiece model ({error}): fetch it again") from error
 
@@ -91,7 +102,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{path}: {len(pieces)} tokens, {len(scores)} scores, {len(kinds)} types: fetch the file again"
             )
-        return Tokenizer(_build(pieces, scores, kinds))
+        return Tokenizer(_build(pieces, scores, kinds), TokenizerConfig.from_gguf(path, metadata, pieces))
 
     @staticmethod
     def of_bytes(vocab_size: int) -> Tokenizer:
@@ -118,18 +129,40 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, which `from_folder` and Hugging Face's libraries read."""
+        """Write `tokenizer.json` and what stands beside it, which `from_folder` and Hugging Face's libraries read."""
         self._backend.save(str(folder / "tokenizer.json"), pretty=False)
+        self.config.save(folder)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised.
 
         Args:
             text: Any string.
-            bos: Start with `bos_id`, unless the text itself does.
+            bos: Start with `bos_id`, unless the text itself does, or the tokenizer's config says that none does.
         """
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
+        return [self.bos_id, *ids] if bos and self.config.adds_bos and ids[:1] != [self.bos_id] else ids
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation: by the checkpoint's own template, or by Gemma's turns if it has none.
+
+        A template writes the beginning-of-sequence token itself, if there is to be one.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Open the model's next turn at the end.
+
+        Raises:
+            TokenizerError: If the template is not valid, or the conversation breaks its rules.
+        """
+        if self.config.template is None:
+            return self.encode(render(messages, add_generation_prompt))
+        text = render_template(self.config.template, self._special_tokens(), messages, add_generation_prompt)
+        return self.encode(text, bos=False)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Tokens by role, for templates."""
+        return {"bos_token": _BOS, "eos_token": _EOS, **self.config.tokens}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""

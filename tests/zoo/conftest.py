@@ -8,9 +8,8 @@ import pytest
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.graphs.errors import CheckpointError
-from transom.zoo.checkpoints.random import random_weights, write_checkpoint
+from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.model import packaged_gguf
-from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer
 
 
@@ -33,12 +32,3 @@ def real_tokenizer(real_gguf: Path) -> Tokenizer:
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in float32."""
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", TINY, random_weights(TINY, 0))
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`gemma3-tiny` with random weights as a sharded Hugging Face folder in bfloat16."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = preset("gemma3-tiny")
-    write_checkpoint(folder, config, random_weights(config, 0), shard_bytes=200_000)
-    return folder

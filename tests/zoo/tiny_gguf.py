@@ -51,6 +51,7 @@ def write_gguf(
     skip: tuple[str, ...] = (),
     metadata: Mapping[str, object] | None = None,
     architecture: str = "gemma3",
+    general: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a model.
 
@@ -62,6 +63,7 @@ def write_gguf(
         skip: Tensors, by their names in the file, that are left out.
         metadata: Replaces metadata by key (without the architecture's prefix); None leaves it out.
         architecture: What `general.architecture` says.
+        general: Metadata by their whole keys.
     """
     writer = gguf.GGUFWriter(path, architecture)
     values: dict[str, object] = {
@@ -79,14 +81,15 @@ def write_gguf(
     }
     if config.rope_global.factor != 1:
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_global.factor}
-    for key, value in (values | dict(metadata or {})).items():
+    values |= metadata or {}
+    for key, value in ({f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {})).items():
         match value:
             case str():
-                writer.add_string(f"{architecture}.{key}", value)
+                writer.add_string(key, value)
             case float():
-                writer.add_float32(f"{architecture}.{key}", value)
+                writer.add_float32(key, value)
             case int():
-                writer.add_uint32(f"{architecture}.{key}", value)
+                writer.add_uint32(key, value)
     add_byte_tokenizer(writer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_layers)
     rng = np.random.default_rng(0)

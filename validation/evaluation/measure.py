@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from transom.backends.artifact import Manifest, read_manifest
-from transom.export.compile import GENERATION
 from transom.graphs.errors import TransomError
 from transom.validation.candidates import Candidate, OnProgress, Opener
 from transom.validation.compare import Array
@@ -19,9 +18,11 @@ from transom.validation.evaluation.speed import measure_speed
 from transom.validation.evaluation.text import Text
 from transom.validation.measure import in_a_line
 from transom.validation.oracle import Reading
+from transom.zoo.generation import GENERATION
 from transom.zoo.model import Model
+from transom.zoo.tokenizer_config import CONFIG, TEMPLATE
 
-_BESIDE = frozenset({"tokenizer.json", GENERATION})
+_BESIDE = frozenset({"tokenizer.json", CONFIG, TEMPLATE, GENERATION})
 """Files of an artifact that are the same whatever the scheme."""
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json as json_module
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,29 +134,23 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
     top_k: Annotated[int | None, typer.Option(help="By default what the artifact says.")] = None,
     top_p: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
-    min_p: MinP = 0.0,
+    min_p: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
     seed: SampleSeed = None,
     threads: Threads = None,
 ) -> None:
     """Talk with an instruction-tuned model. An empty line, or end of input, ends the conversation."""
-    from transom.zoo.chat import Message, render
+    from transom.zoo.chat import Message
+    from transom.zoo.generation import read_sampling
 
     session, _ = _open(folder, threads)
-    made_for = _generation(folder)
-    sampling = Sampling(
-        temperature=made_for.get("temperature", 1.0) if temperature is None else temperature,
-        top_k=made_for.get("top_k", 0) if top_k is None else top_k,
-        top_p=made_for.get("top_p", 1.0) if top_p is None else top_p,
-        min_p=min_p,
-        seed=seed,
-    )
+    sampling = _sampling(read_sampling(folder), temperature, top_k, top_p, min_p, seed)
     _stream(folder, session)
     assert session.tokenizer is not None
     messages: list[Message] = [Message(role="system", content=system)] if system else []
     held: list[int] = []
     while (line := _ask()) is not None:
         messages.append(Message(role="user", content=line))
-        ids = session.tokenizer.encode(render(messages))
+        ids = session.tokenizer.encode_chat(messages)
         same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
         keep = same == len(held) and len(ids) > same
@@ -173,13 +166,23 @@ def chat(
         messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    """How the model's makers sample from it."""
-    try:
-        found: dict[str, Any] = json_module.loads((folder / "generation_config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+def _sampling(
+    settings: Mapping[str, Any],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+) -> Sampling:
+    """What the artifact says, where the user does not say otherwise; greedy if it does not sample."""
+    own = 0.0 if not settings["do_sample"] else settings["temperature"]
+    return Sampling(
+        temperature=own if temperature is None else temperature,
+        top_k=settings.get("top_k", 0) if top_k is None else top_k,
+        top_p=settings.get("top_p", 1.0) if top_p is None else top_p,
+        min_p=settings.get("min_p", 0.0) if min_p is None else min_p,
+        seed=seed,
+    )
 
 
 def _ask() -> str | None:

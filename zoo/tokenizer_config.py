@@ -1,0 +1,167 @@
+"""What stands beside a tokenizer's vocabulary: its special tokens by role, and the template of conversations.
+
+Hugging Face keeps it in `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` (earlier
+`chat_template.json`), GGUF in its metadata. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transom.graphs.errors import TokenizerError
+
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+_OLDER_TEMPLATE, _TOKENS = "chat_template.json", "special_tokens_map.json"
+# Roles that templates may name, and their keys in GGUF.
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_GGUF = "tokenizer.ggml."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer's companions.
+
+    Attributes:
+        tokens: Role, such as "bos_token", -> the token's text.
+        adds_bos: Whether every text begins with the beginning-of-sequence token.
+        template: Jinja source of the chat template; None if the source has none.
+        left_out: In plain words, what is not applied.
+    """
+
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adds_bos: bool = True
+    template: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_folder(folder: Path) -> TokenizerConfig:
+        """Read a folder's files; each may be missing.
+
+        Raises:
+            TokenizerError: If one is malformed, or a template is no text.
+        """
+        config, older = _read_json(folder / CONFIG), _read_json(folder / _TOKENS)
+        tokens = {}
+        for role in _ROLES:
+            value = config.get(role)
+            value = older.get(role) if value is None else value
+            # A token with options is an object, whose content is its text.
+            text = value.get("content") if isinstance(value, dict) else value
+            if text is not None and not isinstance(text, str):
+                raise TokenizerError(
+                    f"{folder / CONFIG}: {role} is {value!r}, expected the token's text: fetch it again"
+                )
+            if text is not None:
+                tokens[role] = text
+        left_out = []
+        if config.get("add_eos_token"):
+            left_out.append(f"{CONFIG}: add_eos_token is not applied: a prompt is there to be continued")
+        template, others = _template(folder, config)
+        if others:
+            left_out.append(f"{CONFIG}: of the chat templates, {', '.join(others)} are not kept, only the default")
+        return TokenizerConfig(
+            tokens=tokens,
+            adds_bos=_flag(f"{folder / CONFIG}: add_bos_token", config.get("add_bos_token"), default=True),
+            template=template,
+            left_out=tuple(left_out),
+        )
+
+    @staticmethod
+    def from_gguf(path: Path, metadata: Mapping[str, object], pieces: Sequence[str]) -> TokenizerConfig:
+        """Read the metadata of a GGUF file.
+
+        Args:
+            path: The file, for errors.
+            metadata: Its metadata.
+            pieces: Text of every token, by id.
+
+        Raises:
+            TokenizerError: If an id is out of range, or a value is of the wrong type.
+        """
+        tokens = {}
+        for role, key in _ROLES.items():
+            token = metadata.get(_GGUF + key)
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < len(pieces):
+                raise TokenizerError(
+                    f"{path}: {_GGUF}{key} is {token!r}, expected an id below {len(pieces)}: convert the model again"
+                )
+            tokens[role] = pieces[token]
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"{path}: tokenizer.chat_template is no text: convert the model again")
+        eos = _flag(f"{path}: {_GGUF}add_eos_token", metadata.get(_GGUF + "add_eos_token"), default=False)
+        return TokenizerConfig(
+            tokens=tokens,
+            adds_bos=_flag(f"{path}: {_GGUF}add_bos_token", metadata.get(_GGUF + "add_bos_token"), default=True),
+            template=template,
+            left_out=(f"{_GGUF}add_eos_token is not applied: a prompt is there to be continued",) if eos else (),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `from_folder` and Hugging Face's libraries read."""
+        config = {**self.tokens, "add_bos_token": self.adds_bos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if self.template is not None:
+            (folder / TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """The default chat template, and the names of others that stand beside it."""
+    path = folder / TEMPLATE
+    if path.is_file():
+        try:
+            # Line ends are part of a template.
+            return path.read_bytes().decode("utf-8-sig"), []
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"cannot read the chat template {path}: {error}: fetch it again") from error
+    where, value = folder / CONFIG, config.get("chat_template")
+    if value is None:
+        where = folder / _OLDER_TEMPLATE
+        value = _read_json(where).get("chat_template")
+    if value is None or isinstance(value, str):
+        return value, []
+    try:
+        named = {entry["name"]: entry["template"] for entry in value}
+        template = named.pop("default")
+    except (TypeError, KeyError):
+        template, named = None, {}
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"{where}: chat_template is neither text nor a list of named ones with a 'default': fetch it again"
+        )
+    return template, sorted(map(str, named))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not readable as JSON ({error}): fetch it again, or remove it") from error
+    if not isinstance(data, dict):
+        raise TokenizerError(
+            f"{path}: must hold a JSON object, got {type(data).__name__}: fetch it again, or remove it"
+        )
+    return data
+
+
+def _flag(what: str, value: object, *, default: bool) -> bool:
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise TokenizerError(f"{what} is {value!r}, expected true or false")
+    return value
