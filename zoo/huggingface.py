@@ -54,7 +54,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False, None),
     "use_bidirectional_attention": (False, None),
-    "is_causal": (True, None),
+    # Here transformers takes null for false.
+    "is_causal": (True,),
     "use_sliding_window": (True, None),
     "partial_rotary_factor": (1, None),
     "per_layer_config": (None, {}),
@@ -228,7 +229,7 @@ class _Keys:
                 f"{self.path}: {self.label(key)} says that the weights are packed{by}: give the checkpoint that is not "
                 "quantised, or one whose weights were dequantised and whose config has that key no more"
             )
-        if self.get("auto_map") is not None:
+        if "auto_map" in self.values:
             self.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
 
     def refuse_others(self) -> None:
@@ -248,6 +249,8 @@ def _open(folder: Path) -> tuple[_Keys, _Keys]:
         if not isinstance(architectures, list) or any(name not in _ARCHITECTURES for name in architectures):
             outer.refuse("architectures", f"expected a language model, one of {', '.join(_ARCHITECTURES)}")
     if model_type == "gemma3_text":
+        if outer.get("text_config") is not None:
+            outer.refuse("text_config", "a gemma3_text is the language model itself: keep one of the two")
         return outer, outer
     values = outer.get("text_config")
     if not isinstance(values, dict) or not values.keys() & _SIZES.keys():
@@ -259,9 +262,10 @@ def _open(folder: Path) -> tuple[_Keys, _Keys]:
     text = _Keys(path, values, "text_config.")
     if text.values.get("model_type", "gemma3_text") != "gemma3_text":
         text.refuse("model_type", "expected 'gemma3_text'")
-    for key, default in _SIZES.items():
-        if key in outer.values and outer.values[key] != (inner := text.values.get(key, default)):
-            outer.refuse(key, f"text_config says {inner!r}")
+    for key in sorted(_READ):
+        inner = text.values.get(key, _SIZES.get(key))
+        if key in outer.values and outer.values[key] != inner:
+            outer.refuse(key, f"beside text_config, which says {_short(inner)}: they must agree")
     return outer, text
 
 

@@ -1,0 +1,239 @@
+"""Damaged and unusual Hugging Face checkpoints: either transformers' logits, or one line that says what is wrong.
+
+Keys of the config are dropped, nulled, swapped, re-typed and added; tensors are dropped, renamed, re-typed, re-shaped
+and added. What our reader takes, transformers must take too, and its logits must be ours. TRANSOM_FUZZ multiplies the
+number of inputs, for runs by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from tests.tolerances import FUZZED_LOGITS
+from transom.graphs.errors import TransomError
+from transom.zoo.model import load
+
+RUNS = int(os.environ.get("TRANSOM_FUZZ", "1"))
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 24, "hidden_size": 16,
+    "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 8, "sliding_window": 4,
+    "sliding_window_pattern": 3, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None,
+    "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False,
+    "final_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+TOKENS = torch.tensor([[2, 5, 9, 13, 7, 3, 21, 18, 4, 11, 6, 20, 8, 15]])
+"""More than three windows."""
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """The model's own, as they are named in a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float | None = None) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * (scale or shape[-1] ** -0.5)
+
+    state = {"model.embed_tokens.weight": draw(24, 16), "model.norm.weight": 1 + draw(16, scale=0.1)}
+    for index in range(3):
+        layer = f"model.layers.{index}."
+        shapes = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
+        state |= {f"{layer}self_attn.{name}.weight": draw(*shape) for name, shape in shapes.items()}
+        state |= {f"{layer}self_attn.{name}.weight": draw(8, scale=0.1) for name in ("q_norm", "k_norm")}
+        shapes = {"gate_proj": (12, 16), "up_proj": (12, 16), "down_proj": (16, 12)}
+        state |= {f"{layer}mlp.{name}.weight": draw(*shape) for name, shape in shapes.items()}
+        norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        state |= {f"{layer}{name}_layernorm.weight": draw(16, scale=0.1) for name in norms}
+    return state
+
+
+STATE = tensors()
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, 2, 3, 4, 5, 8, 16, 24, 64, -1, -3, 2**31, 2**40, 10**30, 0.0, 0.5, 1.0, 2.0, 8.0, 1e6,
+    1e-5, -1.0, 1e400, float("nan"), "", "8", "linear", "sliding_attention", "gelu", "silu", [], [1], [None], {},
+    ["full_attention"] * 3, ["sliding_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"],
+    ["chunked_attention"] * 3, {"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0},
+    {"factor": 4.0}, {"rope_type": "linear", "factor": 0}, {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "default"}, {"rope_type": "default", "rope_theta": 5e5},
+    {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
+    {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e4}},
+    {"sliding_attention": {"type": "linear", "factor": 2.0}}, {"quant_method": "gptq", "bits": 4},
+]  # fmt: skip
+ADDED = [
+    "rope_parameters", "layer_types", "_sliding_window_pattern", "use_sliding_window", "is_causal", "hidden_act",
+    "partial_rotary_factor", "use_bidirectional_attention", "attn_logit_softcapping", "quantization_config",
+    "quantization", "per_layer_config", "auto_map", "mlp_bias", "text_config", "some_key", "attention_dropout",
+]  # fmt: skip
+KEYS = [key for key in (*CONFIG, *ADDED) if key not in ("bos_token_id", "pad_token_id")]
+VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+EXTRA: dict[str, torch.Tensor] = {
+    "lm_head.weight": STATE["model.embed_tokens.weight"].clone(),
+    "model.layers.0.self_attn.q_proj.bias": torch.zeros(16),
+    "model.layers.1.mlp.up_proj.bias": torch.ones(12),
+    "model.layers.3.input_layernorm.weight": torch.zeros(16),
+    "model.rotary_emb.inv_freq": 1e6 ** -(torch.arange(0, 8, 2) / 8),
+    "model.rotary_emb_local.inv_freq": 1e6 ** -(torch.arange(0, 8, 2) / 8),
+    "model.embed_tokens.embed_scale": torch.tensor(4.0),
+    "score.weight": torch.zeros(2, 16),
+    "vision_tower.vision_model.post_layernorm.weight": torch.zeros(8),
+    "model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 16),
+    "model.layers.0.self_attn.q_proj.weight_scale": torch.ones(16, 1),
+    "model.layers.0.self_attn.sinks": torch.zeros(2),
+    "model.position_ids": torch.arange(4),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.float8_e4m3fn]
+
+keys, values, names = st.sampled_from(KEYS), st.sampled_from(VALUES), st.sampled_from(list(STATE))
+config_changes = st.one_of(
+    st.tuples(st.just("drop key"), keys),
+    st.tuples(st.just("set key"), keys, values),
+    st.tuples(st.just("set key"), keys, values),
+    st.tuples(st.just("set key"), keys, values),
+    st.tuples(st.just("swap keys"), keys, keys),
+    st.tuples(st.just("wrap config"), st.sampled_from(["gemma3", "gemma3_text", "gemma2", "llama"])),
+)
+tensor_changes = st.one_of(
+    st.tuples(st.just("drop tensor"), names),
+    st.tuples(st.just("add tensor"), st.sampled_from(list(EXTRA))),
+    st.tuples(st.just("rename tensor"), names, st.sampled_from([*STATE, *EXTRA])),
+    st.tuples(st.just("re-type tensor"), names, st.sampled_from(DTYPES)),
+    st.tuples(st.just("re-type all"), st.sampled_from(DTYPES[:3])),
+    st.tuples(st.just("re-shape tensor"), names, st.sampled_from(["transpose", "flatten", "cut", "grow", "scalar"])),
+    st.tuples(st.just("prefix all"), st.sampled_from(["", "language_model.model.", "model.language_model.", "x."])),
+    st.tuples(st.just("copy to head"), st.booleans()),
+)
+changes = st.lists(st.one_of(config_changes, config_changes, tensor_changes), min_size=1, max_size=3)
+
+
+def apply(change: tuple[Any, ...], config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Change a config, or tensors, in place."""
+    match change:
+        case ("drop key", key):
+            config.pop(key, None)
+        case ("set key", key, value):
+            config[key] = value
+        case ("swap keys", key, other):
+            config[key], config[other] = config.get(other), config.get(key)
+        case ("wrap config", model_type):
+            inner = dict(config)
+            config.clear()
+            config.update(model_type=model_type, text_config=inner, vision_config=VISION, mm_tokens_per_image=4)
+        case ("drop tensor", name):
+            state.pop(name, None)
+        case ("add tensor", name):
+            state[name] = EXTRA[name]
+        case ("rename tensor", name, other) if name in state:
+            state[other] = state.pop(name)
+        case ("re-type tensor", name, dtype) if name in state:
+            state[name] = state[name].to(dtype)
+        case ("re-type all", dtype):
+            state.update({name: tensor.to(dtype) for name, tensor in state.items()})
+        case ("re-shape tensor", name, how) if name in state:
+            tensor = state[name]
+            state[name] = {
+                "transpose": lambda: tensor.t().contiguous() if tensor.dim() == 2 else tensor[None],
+                "flatten": lambda: tensor.flatten(),
+                "cut": lambda: tensor[:-1].contiguous(),
+                "grow": lambda: torch.cat((tensor, tensor[:1])) if tensor.dim() else tensor[None],
+                "scalar": lambda: tensor.sum(),
+            }[how]()
+        case ("prefix all", prefix):
+            renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in state.items()}
+            state.clear()
+            state.update(renamed)
+        case ("copy to head", equal) if "model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"] * (1 if equal else 2)
+
+
+def our_logits(folder: Path) -> torch.Tensor | None:
+    """Logits [T, V] of the plain module; None if the checkpoint is refused, in one line."""
+    try:
+        model = load(folder)
+        with torch.no_grad():
+            logits: torch.Tensor = model.eager()(TOKENS, torch.tensor(0), None)[0][0]
+        return logits
+    except TransomError as error:
+        assert "\n" not in str(error) and str(folder.name) in str(error), str(error)
+        return None
+
+
+def named_for_transformers(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors by the names that transformers knows for this kind of model; it passes over others."""
+    table = next((name for name in state if name.endswith("embed_tokens.weight")), "model.embed_tokens.weight")
+    before = table.removesuffix("embed_tokens.weight")
+    after = "model." if config["model_type"] == "gemma3_text" else "model.language_model."
+    return {
+        after + name.removeprefix(before) if name.startswith(before) and "lm_head" not in name else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+def typed_for_transformers(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys for whose numbers transformers takes one type only."""
+    types = {"rms_norm_eps": float, "final_logit_softcapping": float, "query_pre_attn_scalar": int}
+    return {key: types[key](value) if key in types and value is not None else value for key, value in values.items()}
+
+
+def their_logits(folder: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: torch.Tensor = model(TOKENS).logits[0]
+    return logits
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Transformers tells of every tensor that it does not find."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def outcome(change_list: list[tuple[Any, ...]]) -> str:
+    """Hold a changed checkpoint against transformers; "read" or "refused"."""
+    config, state = dict(CONFIG), dict(STATE)
+    for change in change_list:
+        apply(change, config, state)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors")
+        ours = our_logits(folder)
+        if ours is None:
+            return "refused"
+        save_file(named_for_transformers(state, config), folder / "model.safetensors")
+        inner = {key: typed_for_transformers(config[key]) for key in ("text_config",) if config.get(key)}
+        (folder / "config.json").write_text(json.dumps(typed_for_transformers(config) | inner))
+        theirs = their_logits(folder)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= FUZZED_LOGITS * theirs.abs().max()
+    return "read"
+
+
+def test_the_unchanged_checkpoint_is_read() -> None:
+    assert outcome([]) == "read"
+
+
+@settings(max_examples=700 * RUNS, deadline=None, derandomize=True, database=None)
+@given(changes)
+def test_transformers_numbers_or_one_line(change_list: list[tuple[Any, ...]]) -> None:
+    outcome(change_list)
