@@ -93,6 +93,9 @@ def read_config(folder: Path) -> DecoderConfig:
     if hidden % heads:
         text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {heads}")
     ropes = _ropes(text)
+    for key in _DEAD:
+        if text.get(key) is not None:
+            text.number(key, 0)
     softcap = None
     # Only the text-only class applies it.
     if text is outer and text.get("final_logit_softcapping") is not None:

@@ -75,7 +75,7 @@ VALUES: list[Any] = [
 ADDED = [
     "rope_parameters", "layer_types", "_sliding_window_pattern", "use_sliding_window", "is_causal", "hidden_act",
     "partial_rotary_factor", "use_bidirectional_attention", "attn_logit_softcapping", "quantization_config",
-    "quantization", "per_layer_config", "auto_map", "mlp_bias", "text_config", "some_key", "attention_dropout",
+    "quantization", "per_layer_config", "auto_map", "mlp_bias", "text_config", "some_key",
 ]  # fmt: skip
 KEYS = [key for key in (*CONFIG, *ADDED) if key not in ("bos_token_id", "pad_token_id")]
 VISION = {
@@ -152,7 +152,7 @@ def apply(change: tuple[Any, ...], config: dict[str, Any], state: dict[str, torc
                 "flatten": lambda: tensor.flatten(),
                 "cut": lambda: tensor[:-1].contiguous(),
                 "grow": lambda: torch.cat((tensor, tensor[:1])) if tensor.dim() else tensor[None],
-                "scalar": lambda: tensor.sum(),
+                "scalar": lambda: tensor.flatten()[0],
             }[how]()
         case ("prefix all", prefix):
             renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -187,7 +187,12 @@ def named_for_transformers(state: dict[str, torch.Tensor], config: dict[str, Any
 
 def typed_for_transformers(values: dict[str, Any]) -> dict[str, Any]:
     """Keys for whose numbers transformers takes one type only."""
-    types = {"rms_norm_eps": float, "final_logit_softcapping": float, "query_pre_attn_scalar": int}
+    types = {
+        "rms_norm_eps": float,
+        "final_logit_softcapping": float,
+        "attn_logit_softcapping": float,
+        "query_pre_attn_scalar": int,
+    }
     return {key: types[key](value) if key in types and value is not None else value for key, value in values.items()}
 
 
@@ -221,6 +226,9 @@ def outcome(change_list: list[tuple[Any, ...]]) -> str:
         if ours is None:
             return "refused"
         save_file(named_for_transformers(state, config), folder / "model.safetensors")
+        text = config.get("text_config") or config
+        if text.get("query_pre_attn_scalar", 0) % 1:
+            return "read, and transformers takes whole numbers only"
         inner = {key: typed_for_transformers(config[key]) for key in ("text_config",) if config.get(key)}
         (folder / "config.json").write_text(json.dumps(typed_for_transformers(config) | inner))
         theirs = their_logits(folder)

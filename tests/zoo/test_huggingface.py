@@ -210,6 +210,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"),
     ({"final_logit_softcapping": -30.0}, "final_logit_softcapping is -30.0"),
     ({"final_logit_softcapping": True}, "final_logit_softcapping is True"),
+    ({"attn_logit_softcapping": "50"}, "attn_logit_softcapping is '50'"),
     ({"hidden_activation": None}, "hidden_activation is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"attention_bias": True}, "attention_bias is True"),
