@@ -87,7 +87,10 @@ def read_config(folder: Path) -> DecoderConfig:
         keys.refuse_packed()
         keys.refuse_others()
     layer_types = _layer_types(text)
-    window = text.whole("sliding_window", nullable="sliding_attention" not in layer_types)
+    local = "sliding_attention" in layer_types
+    if local and text.values.get("sliding_window", "") is None:
+        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
+    window = text.whole("sliding_window", nullable=not local)
     scalar, hidden, heads = text.number("query_pre_attn_scalar", _SCALAR), *map(text.whole, _WIDTHS)
     # transformers refuses it too, though nothing in the model divides so.
     if hidden % heads:
@@ -129,7 +132,7 @@ def left_out(folder: Path) -> tuple[str, ...]:
     outer, text = _open(folder)
     dead = [*_DEAD, *([] if text is outer else ["final_logit_softcapping"])]
     lines = [
-        f"{text.path.name}: {text.label(key)} = {value!r} is not applied, as transformers does not apply it either"
+        f"{text.path.name}: {text.label(key)} = {_short(value)} is not applied, as in transformers"
         for key in dead
         if (value := text.get(key)) is not None
     ]
@@ -238,7 +241,7 @@ class _Keys:
     def refuse_others(self) -> None:
         for key, allowed in _ONLY.items():
             if key in self.values and not any(_same(self.values[key], value) for value in allowed):
-                self.refuse(key, f"only {allowed[0]!r} is supported, so choose another model")
+                self.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
 
 
 def _open(folder: Path) -> tuple[_Keys, _Keys]:
@@ -380,6 +383,6 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """A value as errors show it."""
-    words = repr(value)
+    """A value as it stands in the file, for errors."""
+    words = json.dumps(value)
     return words if len(words) <= 80 else words[:77] + "..."
