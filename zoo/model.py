@@ -84,6 +84,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
     config, source = _locate(name_or_path, patterns)
     tokenizer = _tokenizer(config, source)
+    sizes = _vocabulary_lines(config, tokenizer)
     if weights == "random" or config.name == _TINY:
         return Model(
             config=config,
@@ -91,16 +92,19 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             tokenizer=tokenizer,
             source="random",
             revision=f"seed {seed}",
+            left_out=sizes,
         )
     if source is None and config.name == _PACKAGED:
         source = packaged_gguf()
         tokenizer = Tokenizer.from_gguf(source)
+        sizes = _vocabulary_lines(config, tokenizer)
     if source is None:
         raise CheckpointError(
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
             f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
         )
     quant = "none"
+    weights_read: Mapping[str, Weight]
     if source.is_dir():
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
         weights_read, quant = lattice.attach(source, opened.weights)
@@ -114,7 +118,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         source=str(name_or_path),
         revision=revision,
         quant=quant,
-        left_out=opened.left_out,
+        left_out=(*opened.left_out, *sizes),
     )
 
 
@@ -179,6 +183,21 @@ def _tokenizer(config: DecoderConfig, source: Path | None) -> Tokenizer | None:
     if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokenizer.from_folder(source)
     return None
+
+
+def _vocabulary_lines(config: DecoderConfig, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """In plain words, how a tokenizer's ids and the rows of the embedding differ, if they do."""
+    if tokenizer is None:
+        return ()
+    rows = config.vocab_size
+    if tokenizer.largest_id >= rows:
+        return (
+            f"the tokenizer has ids up to {tokenizer.largest_id}, the embedding {rows} rows: "
+            f"texts that become ids from {rows} on cannot be run",
+        )
+    if tokenizer.vocab_size < rows:
+        return (f"the tokenizer names {tokenizer.vocab_size} of {rows} rows of the embedding: the others have no text",)
+    return ()
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

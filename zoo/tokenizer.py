@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from transom.graphs.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.gguf_tokenizer import read_tables
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -76,22 +77,13 @@ class Tokenizer:
 
     @staticmethod
     def from_gguf(path: Path) -> Tokenizer:
-        """Build the tokenizer from the tables of a GGUF file.
+        """Build the tokenizer from the tables of a GGUF file, or of the set that the file is part of.
 
         Raises:
             CheckpointError: If the file is damaged.
             TokenizerError: If it holds no tokenizer of Gemma's kind.
         """
-        metadata = read_header(path).metadata
-        if (model := metadata.get("tokenizer.ggml.model")) != "llama":
-            raise TokenizerError(f"{path}: its tokenizer is {model!r}, expected 'llama', that is SentencePiece's")
-        tables = [metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
-        pieces, scores, kinds = (list(table) if isinstance(table, Iterable) else [] for table in tables)
-        if not len(pieces) == len(scores) == len(kinds) > 0:
-            raise TokenizerError(
-                f"{path}: {len(pieces)} tokens, {len(scores)} scores, {len(kinds)} types: fetch the file again"
-            )
-        return Tokenizer(_build(pieces, scores, kinds))
+        return Tokenizer(_build(*read_tables(read_header(path))))
 
     @staticmethod
     def of_bytes(vocab_size: int) -> Tokenizer:
@@ -116,6 +108,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special ones included; a model may have more rows than that."""
         return int(self._backend.get_vocab_size())
+
+    @property
+    def largest_id(self) -> int:
+        """The last id; `vocab_size - 1` unless ids were left out."""
+        return max(self.vocab_size - 1, *self._backend.get_added_tokens_decoder(), 0)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `from_folder` and Hugging Face's libraries read."""
