@@ -83,7 +83,11 @@ class Tokenizer:
             CheckpointError: If the file is damaged.
             TokenizerError: If it holds no tokenizer of Gemma's kind.
         """
-        return Tokenizer(_build(*read_tables(read_header(path))))
+        tables = read_tables(read_header(path))
+        try:
+            return Tokenizer(_build(*tables))
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     @staticmethod
     def of_bytes(vocab_size: int) -> Tokenizer:

@@ -107,6 +107,17 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
             f"{path}: keys and values differ in length ({head_dim} and {value_dim}{stated}): "
             "such attention is not supported, choose another model"
         )
+    if head_dim % 2:
+        raise ConfigError(
+            f"{path}: heads of {head_dim} ({keys.prefix}attention.key_length) cannot be rotated in pairs: "
+            "convert the model again"
+        )
+    num_kv_heads = keys.same_size_in_every_layer("attention.head_count_kv", blocks, num_heads)
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{path}: {num_heads} query heads cannot share {num_kv_heads} kv heads "
+            f"({keys.prefix}attention.head_count, head_count_kv): convert the model again"
+        )
     if num_heads * head_dim >= 2**31:
         raise keys.refuse("attention.head_count", f"too many heads of {head_dim}: convert the model again")
     ollama = any(key in keys for key in _OLLAMA)
@@ -120,7 +131,7 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
         hidden_size=hidden_size,
         intermediate_size=keys.same_size_in_every_layer("feed_forward_length", blocks),
         num_heads=num_heads,
-        num_kv_heads=keys.same_size_in_every_layer("attention.head_count_kv", blocks, num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         layer_kinds=kinds,
         # A model without local layers has no window; the context is one that hides nothing.
@@ -150,16 +161,18 @@ def _architecture(header: Header) -> str:
         "mmproj": "give the file of the language model",
         "imatrix": "give the file of the language model",
     }
-    if kind != "model":
+    # Arrays are compared by element, so that a kind must be a string first.
+    if not isinstance(kind, str) or kind != "model":
         what = advice.get(str(kind), "give the file of a whole model")
         raise ConfigError(f"{path}: general.type is {shown(kind)}, expected 'model': {what}")
     if adapter := next((key for key in metadata if key.startswith("adapter.")), None):
         raise ConfigError(f"{path}: {adapter} says that it is an adapter: {advice['adapter']}")
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        what = advice["mmproj"] if architecture == "clip" else "choose another model"
+        what = advice["mmproj"] if str(architecture) == "clip" else "choose another model"
         raise ConfigError(
-            f"{path}: unknown architecture {shown(architecture)}: known are {', '.join(ARCHITECTURES)}: {what}"
+            f"{path}: unknown architecture {shown(architecture)}: known are {', '.join(ARCHITECTURES)} "
+            f"(general.architecture): {what}"
         )
     return architecture
 

@@ -73,7 +73,7 @@ def account(gguf: ModuleType, header: Header, needed: Iterable[str], num_layers:
         )
     if (keys := _keys_of_parts(header)) and _VISION not in parts:
         parts[_VISION] = keys
-    return [f"{part} is not read, only the language model: {_listed(names)}" for part, names in parts.items()]
+    return [f"not read: {part} ({_listed(names)})" for part, names in parts.items()]
 
 
 def _part(header: Header, name: str, num_layers: int) -> str | None:

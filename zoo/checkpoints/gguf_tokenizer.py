@@ -35,10 +35,12 @@ def read_tables(header: Header) -> Tables:
         TokenizerError: If there is none, it is of another kind, or its tables contradict each other.
     """
     path, metadata = header.path, header.metadata
-    if (model := metadata.get(f"{_PREFIX}model")) != "llama":
+    model = metadata.get(f"{_PREFIX}model")
+    # An array is compared by element, so that the value must be a string first.
+    if not isinstance(model, str) or model != "llama":
         raise TokenizerError(
-            f"{path}: its tokenizer is {str(model)[:60]!r}, expected 'llama', that is SentencePiece's: convert the "
-            "model again with tokenizer.model beside it"
+            f"{path}: its tokenizer is {str(model)[:60]!r}, expected 'llama', that is SentencePiece's "
+            f"({_PREFIX}model): convert the model again with tokenizer.model beside it"
         )
     pieces = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(pieces, list) or not pieces:
