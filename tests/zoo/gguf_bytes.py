@@ -133,7 +133,8 @@ def decode(raw: bytes) -> File:
         name = string()
         axes = [take("<Q") for _ in range(take("<I"))]
         tensors.append(Tensor(name, axes, take("<I"), b"", take("<Q")))
-    start = -(-at // 32) * 32
+    alignment = int(dict(metadata).get("general.alignment", ("u32", 32))[1])
+    start = -(-at // alignment) * alignment
     for tensor in tensors:
         block, size = SIZES.get(tensor.type, (1, 0))
         begin = start + (tensor.offset or 0)

@@ -116,7 +116,7 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"{path}: {num_heads} query heads cannot share {num_kv_heads} kv heads "
-            f"({keys.prefix}attention.head_count, head_count_kv): convert the model again"
+            f"({keys.prefix}attention.head_count_kv): convert the model again"
         )
     if num_heads * head_dim >= 2**31:
         raise keys.refuse("attention.head_count", f"too many heads of {head_dim}: convert the model again")
