@@ -14,7 +14,7 @@ Tables = tuple[list[str], list[float], list[int]]
 """Pieces, scores and kinds, by id."""
 
 _PREFIX = "tokenizer.ggml."
-_NORMAL = 1
+_NORMAL, _UNUSED, _BYTE = 1, 5, 6
 _KINDS = range(1, 7)
 
 # What bears on ids, and the only value that Gemma's tokenizer has.
@@ -66,6 +66,7 @@ def read_tables(header: Header) -> Tables:
     _check_flags(header)
     _check_ids(header, pieces)
     _check_order(header, pieces, scores, kinds)
+    _check_unused(header, pieces, kinds)
     return pieces, scores.tolist(), kinds.tolist()
 
 
@@ -141,7 +142,7 @@ def _check_order(header: Header, pieces: list[str], scores: np.ndarray, kinds: n
     firsts: dict[float, str] = {}
     for index in np.flatnonzero(tied).tolist():
         piece, score = pieces[index], float(scores[index])
-        if not any(piece[:cut] in normal and piece[cut:] in normal for cut in range(1, len(piece))):
+        if not _splits(piece, normal):
             continue
         if score in firsts:
             raise TokenizerError(
@@ -149,3 +150,18 @@ def _check_order(header: Header, pieces: list[str], scores: np.ndarray, kinds: n
                 f"{score:g}, so the order of merges is unknown: convert the model again with tokenizer.model beside it"
             )
         firsts[score] = piece
+
+
+def _check_unused(header: Header, pieces: list[str], kinds: np.ndarray) -> None:
+    """llama.cpp merges neighbours into any piece, whatever its kind; we only into normal ones."""
+    known = set(pieces)
+    for index in np.flatnonzero((kinds == _UNUSED) | (kinds == _BYTE)).tolist():
+        if _splits(pieces[index], known):
+            raise TokenizerError(
+                f"{header.path}: {_PREFIX}token_type of {index} is {kinds[index]}, but its piece "
+                f"{pieces[index][:40]!r} can be merged from others: convert the model again"
+            )
+
+
+def _splits(piece: str, pieces: set[str]) -> bool:
+    return any(piece[:cut] in pieces and piece[cut:] in pieces for cut in range(1, len(piece)))

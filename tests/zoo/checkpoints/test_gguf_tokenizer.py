@@ -65,6 +65,7 @@ def test_an_empty_piece_is_named_after_its_id(tmp_path: Path) -> None:
         ({"scores": None}, "the same score 0, so the order of merges is unknown"),
         ({"token_type": ("array of i32", replaced(2, 7, 9))}, "token_type of 7 is 9"),
         ({"token_type": ("array of i32", replaced(2, 7, 0))}, "token_type of 7 is 0"),
+        ({"token_type": ("array of i32", replaced(2, 9, 5))}, "token_type of 9 is 5, but its piece 'he' can be merged"),
         ({"token_type": ("array of f32", [1.0] * 16)}, "token_type is no list of numbers"),
         ({"token_type": ("array of i32", [1] * 17)}, "17 values of tokenizer.ggml.token_type"),
         ({"bos_token_id": ("u32", 16)}, "bos_token_id is '16', expected one of 16 ids"),
