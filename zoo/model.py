@@ -42,7 +42,8 @@ class Model:
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
-        left_out: In plain words, what the source holds beside the model, such as a vision tower.
+        left_out: In plain words, what the source holds beside the model, such as a vision tower, what it asks for that
+            is not done, and how the tokenizer's ids and the rows of the embedding differ.
     """
 
     config: DecoderConfig

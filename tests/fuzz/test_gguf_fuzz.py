@@ -180,7 +180,7 @@ def changed_metadata(draw: st.DrawFn, file: File) -> list[str]:
 
 
 EXTRA = [
-    *["output.weight"] * 4, "rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.ffn_down.bias", "blk.0.attn_k.scale",
+    "output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.ffn_down.bias", "blk.0.attn_k.scale",
     "blk.2.attn_q.weight", "blk.0.attn_qkv.weight", "blk.0.attn_q.weight.lora_a", "v.patch_embd.weight",
     "mm.input_projection.weight", "blk.1.nextn.eh_proj.weight", "dense_2.weight", "surprise", "output_norm.bias",
 ]  # fmt: skip
@@ -504,6 +504,21 @@ def test_changed_tensors(data: st.DataObject) -> None:
     message = outcome(file.encode())
     if message and len(names) == 1:
         assert any(word in message for word in (names[0], "tensor", ".weight", "name")), (names, message)
+
+
+@bounded(60)
+@given(
+    name=st.sampled_from(["output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.ffn_up.scale"]),
+    at=st.integers(0, 511),
+    change=st.sampled_from([0.0, 1e-3, -1.0, math.nan]),
+)
+def test_redundant_tensors(name: str, at: int, change: float) -> None:
+    file = tiny()
+    content = np.full((16, 32), 0.0 if name.endswith("bias") else 1.0, np.float32)
+    content = dequantised(file.tensor("token_embd.weight")).copy() if name == "output.weight" else content
+    content.ravel()[at] += change
+    message = outcome(file.add(name, content).encode())
+    assert (name in message) if change else message == ""
 
 
 @bounded(150)
