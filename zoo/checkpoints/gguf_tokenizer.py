@@ -153,14 +153,29 @@ def _check_order(header: Header, pieces: list[str], scores: np.ndarray, kinds: n
 
 
 def _check_unused(header: Header, pieces: list[str], kinds: np.ndarray) -> None:
-    """llama.cpp merges neighbours into any piece, whatever its kind; we only into normal ones."""
+    """llama.cpp merges any neighbours into any piece, whatever their kinds; we only normal ones."""
     known = set(pieces)
-    for index in np.flatnonzero((kinds == _UNUSED) | (kinds == _BYTE)).tolist():
-        if _splits(pieces[index], known):
-            raise TokenizerError(
-                f"{header.path}: {_PREFIX}token_type of {index} is {kinds[index]}, but its piece "
-                f"{pieces[index][:40]!r} can be merged from others: convert the model again"
-            )
+    other = {pieces[index]: index for index in np.flatnonzero((kinds == _UNUSED) | (kinds == _BYTE)).tolist()}
+    lengths = sorted({len(piece) for piece in other})
+    for piece in pieces:
+        if piece in other and _splits(piece, known):
+            concerned = piece
+        else:
+            halves = [
+                half
+                for length in lengths
+                if length < len(piece)
+                for half, rest in ((piece[:length], piece[length:]), (piece[-length:], piece[:-length]))
+                if half in other and rest in known
+            ]
+            if not halves:
+                continue
+            concerned = halves[0]
+        index = other[concerned]
+        raise TokenizerError(
+            f"{header.path}: {_PREFIX}token_type of {index} is {kinds[index]}, but its piece {concerned[:40]!r} takes "
+            f"part in the merge of {piece[:40]!r}: convert the model again"
+        )
 
 
 def _splits(piece: str, pieces: set[str]) -> bool:
