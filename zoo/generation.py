@@ -22,6 +22,13 @@ GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0
 
 # transformers' defaults for what a generation_config.json leaves out or sets to null.
 _DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+_GGUF_NOT_APPLIED = (
+    "tokenizer.ggml.suppress_tokens",
+    "general.sampling.sequence",
+    "general.sampling.penalty_repeat",
+    "general.sampling.xtc_probability",
+    "general.sampling.mirostat",
+)
 _GGUF_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 # Settings that change a text and that no session applies, with the values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
@@ -76,7 +83,7 @@ class Generation:
             (folder / "config.json", text if isinstance(text, dict) else None),
             (folder / GENERATION, generation),
         ):
-            stops.update(_token_ids(path, (values or {}).get("eos_token_id")))
+            stops.update(_token_ids(f"{path}: eos_token_id", (values or {}).get("eos_token_id")))
         if generation is None:
             return Generation(stop_ids=tuple(sorted(stops)))
         return Generation(
@@ -98,16 +105,18 @@ class Generation:
         """
         stops: set[int] = set()
         for role in ("eos", "eot", "eom"):
-            stops.update(_token_ids(path, metadata.get(f"tokenizer.ggml.{role}_token_id")))
+            key = f"tokenizer.ggml.{role}_token_id"
+            stops.update(_token_ids(f"{path}: {key}", metadata.get(key)))
         own = {
             name: value
             for name, key in _GGUF_KEYS.items()
             if (value := metadata.get(f"general.sampling.{key}")) is not None
         }
-        if not own:
-            return Generation(stop_ids=tuple(sorted(stops)))
-        sampling = _sampling(path, {**GEMMA_SAMPLING, **own})
-        return Generation(stop_ids=tuple(sorted(stops)), sampling=sampling)
+        return Generation(
+            stop_ids=tuple(sorted(stops)),
+            sampling=_sampling(path, {**GEMMA_SAMPLING, **own}),
+            left_out=tuple(f"{key} is not applied" for key in _GGUF_NOT_APPLIED if key in metadata),
+        )
 
     def to_json(self, bos_id: int | None) -> dict[str, Any]:
         """What an artifact's `generation_config.json` holds."""
@@ -142,11 +151,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return data
 
 
-def _token_ids(path: Path, value: object) -> list[int]:
+def _token_ids(what: str, value: object) -> list[int]:
     """Token ids of a value that is one of them, a list, or null."""
     ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
-        raise ConfigError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
+        raise ConfigError(f"{what} is {value!r}, expected a token id or a list of them")
     return ids
 
 

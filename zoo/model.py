@@ -44,7 +44,8 @@ class Model:
         revision: Identity of the weights: a hash, or the seed.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
         generation: How its source says that text is generated.
-        left_out: In plain words, what the source holds beside the model, such as a vision tower.
+        left_out: In plain words, what the source holds beside the model, such as a vision tower, what it asks for that
+            is not done, and how the tokenizer's ids and the rows of the embedding differ.
     """
 
     config: DecoderConfig
@@ -92,7 +93,11 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     if tokenizer is not None:
         stop_ids = tuple(sorted({*generation.stop_ids, *tokenizer.stop_ids}))
         generation = dataclasses.replace(generation, stop_ids=stop_ids)
-    beside = (*generation.left_out, *(tokenizer.left_out if tokenizer else ()))
+    beside = (
+        *generation.left_out,
+        *(tokenizer.left_out if tokenizer else ()),
+        *_vocabulary_lines(config, tokenizer),
+    )
     if weights == "random" or config.name == _TINY:
         return Model(
             config=config,
@@ -196,6 +201,21 @@ def _generation(source: Path | None) -> Generation:
     if source.is_file():
         return Generation.from_gguf(source, read_header(source).metadata)
     return Generation.from_folder(source)
+
+
+def _vocabulary_lines(config: DecoderConfig, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """In plain words, how a tokenizer's ids and the rows of the embedding differ, if they do."""
+    if tokenizer is None:
+        return ()
+    rows = config.vocab_size
+    if tokenizer.largest_id >= rows:
+        return (
+            f"the tokenizer has ids up to {tokenizer.largest_id}, the embedding {rows} rows: "
+            f"texts that become ids from {rows} on cannot be run",
+        )
+    if tokenizer.vocab_size < rows:
+        return (f"the tokenizer names {tokenizer.vocab_size} of {rows} rows of the embedding: the others have no text",)
+    return ()
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -18,6 +18,7 @@ import tokenizers
 from transom.graphs.errors import TokenizerError
 from transom.zoo.chat import Message, render, render_template
 from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.gguf_tokenizer import read_tables
 from transom.zoo.tokenizer_config import TokenizerConfig
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
@@ -87,22 +88,19 @@ class Tokenizer:
 
     @staticmethod
     def from_gguf(path: Path) -> Tokenizer:
-        """Build the tokenizer from the tables of a GGUF file.
+        """Build the tokenizer from the tables of a GGUF file, or of the set that the file is part of.
 
         Raises:
             CheckpointError: If the file is damaged.
             TokenizerError: If it holds no tokenizer of Gemma's kind.
         """
-        metadata = read_header(path).metadata
-        if (model := metadata.get("tokenizer.ggml.model")) != "llama":
-            raise TokenizerError(f"{path}: its tokenizer is {model!r}, expected 'llama', that is SentencePiece's")
-        tables = [metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
-        pieces, scores, kinds = (list(table) if isinstance(table, Iterable) else [] for table in tables)
-        if not len(pieces) == len(scores) == len(kinds) > 0:
-            raise TokenizerError(
-                f"{path}: {len(pieces)} tokens, {len(scores)} scores, {len(kinds)} types: fetch the file again"
-            )
-        return Tokenizer(_build(pieces, scores, kinds), TokenizerConfig.from_gguf(path, metadata, pieces))
+        header = read_header(path)
+        tables = read_tables(header)
+        config = TokenizerConfig.from_gguf(path, header.metadata, tables[0])
+        try:
+            return Tokenizer(_build(*tables), config)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     @staticmethod
     def of_bytes(vocab_size: int) -> Tokenizer:
@@ -127,6 +125,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special ones included; a model may have more rows than that."""
         return int(self._backend.get_vocab_size())
+
+    @property
+    def largest_id(self) -> int:
+        """The last id; `vocab_size - 1` unless ids were left out."""
+        return max(self.vocab_size - 1, *self._backend.get_added_tokens_decoder(), 0)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what stands beside it, which `from_folder` and Hugging Face's libraries read."""

@@ -82,22 +82,18 @@ class TokenizerConfig:
 
         Args:
             path: The file, for errors.
-            metadata: Its metadata.
+            metadata: Its metadata, whose ids `gguf_tokenizer.read_tables` has checked.
             pieces: Text of every token, by id.
 
         Raises:
-            TokenizerError: If an id is out of range, or a value is of the wrong type.
+            TokenizerError: If a value is of the wrong type.
         """
         tokens = {}
         for role, key in _ROLES.items():
             token = metadata.get(_GGUF + key)
-            if token is None:
-                continue
-            if type(token) is not int or not 0 <= token < len(pieces):
-                raise TokenizerError(
-                    f"{path}: {_GGUF}{key} is {token!r}, expected an id below {len(pieces)}: convert the model again"
-                )
-            tokens[role] = pieces[token]
+            # A largest integer stands for none.
+            if type(token) is int and token < len(pieces):
+                tokens[role] = pieces[token]
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise TokenizerError(f"{path}: tokenizer.chat_template is no text: convert the model again")

@@ -106,5 +106,8 @@ def test_gguf_metadata(tmp_path: Path) -> None:
     assert Generation.from_gguf(path, sampling).sampling == {
         "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.95, "min_p": 0.25,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"m\.gguf: eos_token_id is 'x'"):
-        Generation.from_gguf(path, {"tokenizer.ggml.eos_token_id": "x"})
+    with pytest.raises(ConfigError, match=r"m\.gguf: tokenizer.ggml.eot_token_id is 'x'"):
+        Generation.from_gguf(path, {"tokenizer.ggml.eot_token_id": "x"})
+    assert Generation.from_gguf(path, {"tokenizer.ggml.suppress_tokens": [5]}).left_out == (
+        "tokenizer.ggml.suppress_tokens is not applied",
+    )

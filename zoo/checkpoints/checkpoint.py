@@ -14,7 +14,8 @@ class Checkpoint:
 
     Attributes:
         weights: By the names of the module's state dict.
-        left_out: In plain words, a line for each part that the model has no use for, such as a vision tower.
+        left_out: In plain words, a line for each part that the model has no use for, such as a vision tower, and for
+            what the checkpoint leaves open or asks for in vain.
     """
 
     weights: Mapping[str, Weight]

@@ -23,6 +23,8 @@ _OTHERS = {
     ".safetensors": "call the weights model.safetensors, or give their index model.safetensors.index.json",
     ".index.json": "call the index model.safetensors.index.json",
 }
+POINTER = "the stand-in of Git LFS for a file that was not fetched: run git lfs pull"
+
 _LFS = b"version https://git-lfs"
 
 

@@ -1,55 +1,28 @@
-"""The head of a GGUF file: its metadata and where its tensors stand. Needs neither torch nor the `gguf` package.
+"""The head of a GGUF model, which is one file or a set that was split. Needs neither torch nor the `gguf` package.
 
-The `gguf` package's own reader takes seconds over a vocabulary of 262,144 pieces and keeps the whole file mapped; this
-one takes a fraction of that and lets go of the file.
+llama.cpp names the files of a set `NAME-00001-of-00003.gguf`, and each says which it is (`split.no`, from 0), of how
+many (`split.count`), and how many tensors the whole set holds (`split.tensors.count`). The metadata stand in the
+first. Any file of a set stands for all of it here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import mmap
-import struct
+import re
 from pathlib import Path
 
 import numpy as np
 
 from transom.graphs.errors import CheckpointError
+from transom.zoo.checkpoints.gguf_part import Part, TensorInfo, read_part
+from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
 
-QUANT_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
-"""Types that we read: number in the file -> (name, values of a block, bytes of a block)."""
+__all__ = ["QUANT_TYPES", "Header", "TensorInfo", "read_header"]
 
-# Kinds of metadata values by their number; those of one number as numpy writes them.
-_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-_STRING, _ARRAY = 8, 9
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """Where one tensor stands.
-
-    Attributes:
-        shape: Slowest axis first, as in PyTorch (the file holds it the other way round).
-        quant_type: Number of the file's type; a key of `QUANT_TYPES` if we read it.
-        offset: First byte, from the start of the file.
-    """
-
-    shape: tuple[int, ...]
-    quant_type: int
-    offset: int
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.DOTALL)
+_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+# Keys that a part may have of its own.
+_OF_ONE_PART = {_NUMBER, "general.alignment"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,119 +30,105 @@ class Header:
     """What stands before the numbers.
 
     Attributes:
-        path: The file.
-        metadata: Scalars, strings, lists of strings, and numpy arrays of numbers.
-        tensors: By name.
-        data_start: Where the head ends and the tensors begin, in bytes.
-        size: Of the file, in bytes.
+        path: The file, or the first of a set.
+        metadata: Of that file: scalars, strings, lists of strings, and numpy arrays of numbers.
+        tensors: Of all files, by name.
+        parts: All files, in order.
     """
 
     path: Path
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
-    data_start: int
-    size: int
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """What the model is called: the file's name, less what tells the files of a set apart."""
+        stem = self.path.stem
+        return match[1] if (match := _PART_NAME.fullmatch(stem)) else stem
+
+    @property
+    def data_start(self) -> int:
+        """Where the head of the first file ends and its tensors begin, in bytes."""
+        return self.parts[0].data_start
+
+    @property
+    def size(self) -> int:
+        """Of all files together, in bytes."""
+        return sum(part.size for part in self.parts)
 
 
 def read_header(path: Path) -> Header:
-    """Parse the head of a GGUF file, and check that the file is as long as the head says.
+    """Parse the head of a GGUF file, and of the other files of its set if it is part of one.
 
     Raises:
-        CheckpointError: If the file is missing, truncated, corrupt, or not GGUF of version 2 or 3.
+        CheckpointError: If a file is missing, truncated, corrupt, or not GGUF of version 2 or 3, or if the files of a
+            set contradict each other.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            if start[:4] != b"GGUF":
-                raise CheckpointError(f"{path}: not a GGUF file: it must start with the bytes 'GGUF'")
-            version = int.from_bytes(start[4:], "little")
-            if version not in (2, 3):
-                order = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-                raise CheckpointError(f"{path}: {order} GGUF is not supported: convert it to little-endian version 3")
-            # The map lives no longer than this block, so that no page of the file counts as our memory later.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                header = _parse(path, view)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except (struct.error, IndexError) as error:
-        raise CheckpointError(f"{path}: cut off within its head: fetch it again") from error
-    except (ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its head is corrupt ({error}): fetch it again") from error
-    for name, info in header.tensors.items():
-        _, block_values, block_bytes = QUANT_TYPES.get(info.quant_type, ("", 1, 0))
-        if (end := info.offset + math.prod(info.shape) // block_values * block_bytes) > header.size:
+    part = read_part(path)
+    count = _number(part, _COUNT, 1)
+    if count <= 1:
+        if _number(part, _NUMBER, 0):
+            raise CheckpointError(f"{path}: {_NUMBER} says that it is part of a set, {_COUNT} not: fetch it again")
+        return Header(path=path, metadata=part.metadata, tensors=part.tensors, parts=(part,))
+    parts = _read_set(part, count)
+    tensors: dict[str, TensorInfo] = {}
+    for each in parts:
+        if twice := sorted(tensors.keys() & each.tensors.keys()):
             raise CheckpointError(
-                f"{path}: {header.size} bytes, but {name} ends at byte {end}: the file is truncated, fetch it again"
+                f"{each.path}: holds {twice[0]}, which {tensors[twice[0]].path.name} holds too: "
+                "the files do not belong together, fetch them again"
             )
-    return header
+        tensors |= each.tensors
+    if (expected := _number(parts[0], _TENSORS)) != len(tensors):
+        raise CheckpointError(
+            f"{parts[0].path}: {_TENSORS} is {expected}, but its {count} files hold {len(tensors)} tensors: "
+            "fetch them again"
+        )
+    return Header(path=parts[0].path, metadata=parts[0].metadata, tensors=tensors, parts=parts)
 
 
-class _Cursor:
-    def __init__(self, view: mmap.mmap) -> None:
-        self.view, self.at = view, 8
-
-    def u32(self) -> int:
-        self.at += 4
-        return int(_U32.unpack_from(self.view, self.at - 4)[0])
-
-    def u64(self) -> int:
-        self.at += 8
-        return int(_U64.unpack_from(self.view, self.at - 8)[0])
-
-    def take(self, count: int) -> bytes:
-        if self.at + count > len(self.view):
-            raise IndexError
-        self.at += count
-        return self.view[self.at - count : self.at]
-
-    def string(self) -> str:
-        return self.take(self.u64()).decode("utf-8")
-
-    def strings(self, count: int) -> list[str]:
-        # The vocabulary passes through here: local names, no calls.
-        view, at, unpack, found = self.view, self.at, _U64.unpack_from, []
-        for _ in range(count):
-            (length,) = unpack(view, at)
-            at += 8 + length
-            found.append(view[at - length : at])
-        if at > len(view):
-            raise IndexError
-        self.at = at
-        return [raw.decode("utf-8") for raw in found]
-
-    def value(self, kind: int) -> object:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            inner, count = self.u32(), self.u64()
-            return self.strings(count) if inner == _STRING else self.numbers(inner, count)
-        return self.numbers(kind, 1)[0].item()
-
-    def numbers(self, kind: int, count: int) -> np.ndarray:
-        if kind not in _SCALARS:
-            raise ValueError(f"unknown value type {kind}")
-        dtype = np.dtype(_SCALARS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+def _read_set(part: Part, count: int) -> tuple[Part, ...]:
+    """All files of the set that `part` belongs to."""
+    path, number = part.path, _number(part, _NUMBER)
+    match = _PART_NAME.fullmatch(path.stem)
+    if match is None or path.suffix != ".gguf" or (int(match[2]), int(match[3])) != (number + 1, count):
+        raise CheckpointError(
+            f"{path}: says that it is file {number + 1} of {count} ({_NUMBER}, {_COUNT}), so its name must end in "
+            f"-{number + 1:05}-of-{count:05}.gguf: rename it, or fetch it again"
+        )
+    paths = [path.with_name(f"{match[1]}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
+    if missing := [each.name for each in paths if not each.is_file()]:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"{path}: {len(missing)} of the {count} files of its set are missing: fetch {shown}")
+    parts = tuple(part if each == path else read_part(each) for each in paths)
+    first = parts[0]
+    for index, each in enumerate(parts):
+        if (stated := _number(each, _NUMBER)) != index:
+            raise CheckpointError(f"{each.path}: {_NUMBER} is {stated}, its name says {index}: fetch it again")
+        for key, value in each.metadata.items():
+            if key not in _OF_ONE_PART and not _same(value, first.metadata.get(key)):
+                raise CheckpointError(
+                    f"{each.path}: {key} differs from that of {first.path.name}: the files do not belong together, "
+                    "fetch them again"
+                )
+    return parts
 
 
-def _parse(path: Path, view: mmap.mmap) -> Header:
-    cursor = _Cursor(view)
-    num_tensors, num_values = cursor.u64(), cursor.u64()
-    metadata: dict[str, object] = {}
-    for _ in range(num_values):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.u32())
-    found: list[tuple[str, tuple[int, ...], int, int]] = []
-    for _ in range(num_tensors):
-        name = cursor.string()
-        shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
-        found.append((name, shape, cursor.u32(), cursor.u64()))
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
-    tensors = {
-        name: TensorInfo(shape=shape, quant_type=quant_type, offset=start + offset)
-        for name, shape, quant_type, offset in found
-    }
-    return Header(path=path, metadata=metadata, tensors=tensors, data_start=start, size=len(view))
+def _same(left: object, right: object) -> bool:
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return (
+            isinstance(left, np.ndarray)
+            and isinstance(right, np.ndarray)
+            and left.dtype == right.dtype
+            and left.tobytes() == right.tobytes()
+        )
+    # Not a number is itself here.
+    return type(left) is type(right) and (left == right or repr(left) == repr(right))
+
+
+def _number(part: Part, key: str, default: int | None = None) -> int:
+    value = part.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise CheckpointError(f"{part.path}: {key} is {str(value)[:60]!r}, expected a count: fetch it again")
+    return value

@@ -23,7 +23,7 @@ from transom.graphs.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
-from transom.zoo.checkpoints.containers import ADAPTER, MERGE, explain_missing, is_pointer
+from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
 from transom.zoo.checkpoints.layout import Layout
 from transom.zoo.checkpoints.redundant import check_redundant
 from transom.zoo.config import DecoderConfig
@@ -136,7 +136,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _header_bytes(path: Path) -> bytes:
     size = path.stat().st_size
     if is_pointer(path):
-        raise CheckpointError(f"{path}: the stand-in of Git LFS for a file that was not fetched: run git lfs pull")
+        raise CheckpointError(f"{path}: {POINTER}")
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from transom.graphs.errors import CheckpointError
+from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.checkpoints.safetensors import open_safetensors, revision
 from transom.zoo.presets import preset
@@ -184,6 +185,8 @@ def test_the_stand_in_of_a_large_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(CheckpointError, match="run git lfs pull"):
         open_safetensors(tmp_path, TINY)
+    with pytest.raises(CheckpointError, match="run git lfs pull"):
+        read_header((tmp_path / "model.safetensors").rename(tmp_path / "model.gguf"))
 
 
 def test_rows_in_ranges(tmp_path: Path, tensors: Tensors) -> None:

@@ -1,0 +1,69 @@
+"""Integer codes and scales inside the blocks of GGUF's symmetric types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from transom.graphs.schemes import Number
+from transom.graphs.weight import Codes, Lattice
+
+
+def read_lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -> Lattice | None:
+    """Codes and scales of a symmetric type; Q4_K and the `_1` types add a minimum, so they have none."""
+    if type_name not in _UNPACK:
+        return None
+    unpack, block, block_bytes, bits = _UNPACK[type_name]
+
+    def read_rows(start: int, stop: int) -> Codes:
+        codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
+        rows = stop - start
+        return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1)), None
+
+    number: Number = "int4" if bits == 4 else "int8"
+    return Lattice(name=type_name, number=number, bits=bits, block=block, symmetric=True, read_rows=read_rows)
+
+
+_Unpack = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def _half(two_bytes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(two_bytes).view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """Low nibbles of all bytes, then their high nibbles."""
+    return np.concatenate((packed & 15, packed >> 4), axis=-1)
+
+
+def _unpack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return _nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8), _half(blocks[:, :2])
+
+
+def _unpack_q5_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    fifth = np.unpackbits(blocks[:, 2:6], axis=-1, bitorder="little")
+    return (_nibbles(blocks[:, 6:]) | fifth << 4).astype(np.int8) - np.int8(16), _half(blocks[:, :2])
+
+
+def _unpack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _half(blocks[:, :2])
+
+
+def _unpack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count = len(blocks)
+    low = np.stack((blocks[:, :128].reshape(count, 2, 64) & 15, blocks[:, :128].reshape(count, 2, 64) >> 4), axis=2)
+    high = blocks[:, 128:192].reshape(count, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1) & 3
+    codes = (low.reshape(count, 256) | high.reshape(count, 256) << 4).astype(np.int8) - np.int8(32)
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return codes, _half(blocks[:, 208:]) * scales
+
+
+# Type -> (reader of one block, values that share a scale, bytes of a block, bits that hold a code).
+_UNPACK: dict[str, tuple[_Unpack, int, int, int]] = {
+    "Q4_0": (_unpack_q4_0, 32, 18, 4),
+    "Q5_0": (_unpack_q5_0, 32, 22, 5),
+    "Q8_0": (_unpack_q8_0, 32, 34, 8),
+    "Q6_K": (_unpack_q6_k, 16, 210, 6),
+}
