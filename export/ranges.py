@@ -102,6 +102,7 @@ class Ranges:
             "format_largest": number_format.largest,
             "tokens": self.tokens,
             "in_range": not self.overflowing(number_format),
+            "not_finite": [value.name for value in self.values if value.observation.nonfinite],
             "overflowing": [value.name for value in self.overflowing(number_format)],
             "values": [value.to_json(number_format) for value in self.values],
         }

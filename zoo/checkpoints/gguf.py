@@ -186,7 +186,8 @@ def _weight(gguf: ModuleType, header: Header, name: str, shape: tuple[int, ...],
     quant_type = gguf.GGMLQuantizationType(info.quant_type)
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
-        values = gguf.quants.dequantize(read_bytes(start, stop), quant_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # scales that are no numbers are refused with their rows
+            values = gguf.quants.dequantize(read_bytes(start, stop), quant_type)
         return torch.from_numpy(values.reshape(stop - start, *shape[1:]))
 
     weight = Weight(
@@ -217,7 +218,8 @@ def _lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -> La
     unpack, block, block_bytes, bits = _UNPACK[type_name]
 
     def read_rows(start: int, stop: int) -> Codes:
-        codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
+        with np.errstate(invalid="ignore", over="ignore"):
+            codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
         rows = stop - start
         return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1)), None
 
