@@ -37,12 +37,12 @@ def left_softmaxes(graph: Graph, known: Container[Node]) -> Iterator[tuple[Node,
         known: Products that were reported already; a softmax that reaches one of them is left out.
     """
     for node in graph.calls_all():
-        if _is_softmax(node) and (path := _path_to_product(graph, node, known)):
+        if is_softmax(node) and (path := path_to_product(graph, node, known)):
             *between, product = (_name(step) for step in path)
             yield node, f"attention by {', '.join(between)} and {product} is not recognised"
 
 
-def _is_softmax(node: Node) -> bool:
+def is_softmax(node: Node) -> bool:
     """Whether a node is a softmax, or the part of one by hand that every weight comes from."""
     if is_call(node, *_SOFTMAXES):
         return True
@@ -56,7 +56,7 @@ def _is_softmax(node: Node) -> bool:
     return False
 
 
-def _path_to_product(graph: Graph, softmax: Node, known: Container[Node]) -> list[Node] | None:
+def path_to_product(graph: Graph, softmax: Node, known: Container[Node] = ()) -> list[Node] | None:
     """The nodes from a softmax to the nearest product with values, both included; None if it reaches none."""
     before: dict[Node, Node | None] = {softmax: None}
     queue = [softmax]
@@ -67,9 +67,9 @@ def _path_to_product(graph: Graph, softmax: Node, known: Container[Node]) -> lis
             if is_call(user, *PRODUCTS):
                 if user in known:
                     return None
-                if _multiplies_values(graph, user, node):
+                if multiplies_values(graph, user, node):
                     return [*_walk(before, node), user]
-            elif _passes_on(node, user):
+            elif passes_on(node, user):
                 before[user] = node
                 queue.append(user)
     return None
@@ -84,7 +84,8 @@ def _walk(before: dict[Node, Node | None], last: Node) -> list[Node]:
     return path[::-1]
 
 
-def _multiplies_values(graph: Graph, product: Node, weights: Node) -> bool:
+def multiplies_values(graph: Graph, product: Node, weights: Node) -> bool:
+    """Whether the other operand of a product is computed from the text, and is no parameter."""
     others = [_skip_layout(side) for side in product.all_input_nodes if side is not weights]
     return not others or any(graph.weight_of(other) is None for other in others)
 
@@ -95,10 +96,10 @@ def _skip_layout(value: Any) -> Any:
     return value
 
 
-def _passes_on(weights: Node, user: Node) -> bool:
+def passes_on(weights: Node, user: Node) -> bool:
     """Whether the result of an operation still is weights: it has numbers for each key, and not another softmax's."""
     value = user.meta.get("val")
-    if user.op != "call_function" or _is_softmax(user) or _name(user) in _REDUCTIONS:
+    if user.op != "call_function" or is_softmax(user) or _name(user) in _REDUCTIONS:
         return False
     if isinstance(value, (list, tuple)):
         return all(isinstance(part, torch.Tensor) for part in value)
