@@ -177,6 +177,19 @@ def test_every_target_refuses_such_codes(
     assert "Traceback" not in out + err and not (tmp_path / "a").exists()
 
 
+def test_codes_of_packed_projections(cli: Cli, tmp_path: Path) -> None:
+    """Each part of a stacked weight has codes of its own, which are kept as they are shipped."""
+    path = write_gguf(tmp_path / "model.gguf", TINY, random_weights(TINY, 0), types={"attn_k.weight": "Q8_0"})
+    raw = bytearray(path.read_bytes())
+    first = read_header(path).tensors["blk.3.attn_k.weight"].offset + 5 * TINY.hidden_size // 32 * 34
+    raw[first : first + 2] = struct.pack("<e", np.nan)
+    path.write_bytes(raw)
+    options = ("--target", "onnxruntime", "--quant", "as_shipped", "--context", 64)
+    code, out, err = cli("export", path, *options, "--out", tmp_path / "a")
+    assert code == 2 and "blk.3.attn_k.weight, Q8_0, holds numbers that are not finite in row 5: " in err
+    assert "Traceback" not in out + err and not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     "command",
     [
