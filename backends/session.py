@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
 from transom.backends.sampling import Sampling
-from transom.graphs.errors import ContextLengthError, SessionError, TokenizerError
+from transom.graphs.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
@@ -62,6 +62,7 @@ class Session(abc.ABC):
         tokenizer: None if the model has none; then prompts are token ids.
         tapped: What the taps of the artifact said in the last call of the runtime, by name; empty without taps.
         note: What users should know of how it runs, in words; "" if it is as they expect.
+        refuses_nonfinite: Whether logits that are NaN or infinite are an error; what measures them turns it off.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Session(abc.ABC):
         self.position = 0
         self.tapped: dict[str, NDArray[Any]] = {}
         self.note = ""
+        self.refuses_nonfinite = True
         self._slots = 0
         self._intact = True
         self._streams = 0
@@ -135,6 +137,7 @@ class Session(abc.ABC):
             ContextLengthError: If they do not fit into the context.
             TokenizerError: If an id is out of the vocabulary, or there is none.
             SessionError: If an earlier call was cut short, so that the caches may hold tokens that nobody counted.
+            NonFiniteError: If logits are NaN or infinite; then only `reset` goes on.
         """
         if not self._intact:
             raise SessionError("an earlier call was interrupted and left the caches unsettled: call reset() first")
@@ -152,6 +155,8 @@ class Session(abc.ABC):
             positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
             self._intact = False
             logits = self._run(part, positions)
+            if self.refuses_nonfinite and not np.isfinite(logits).all():
+                raise _nonfinite(logits, self.position + positions)
             self.position += part.size
             self._intact = True
             on_chunk(part.size)
@@ -168,6 +173,7 @@ class Session(abc.ABC):
         Raises:
             ContextLengthError: If they do not fit into the context.
             TokenizerError: If an id is out of the vocabulary, or there is none.
+            NonFiniteError: If its logits are NaN or infinite.
         """
         *_, logits = self.feed(tokens, on_chunk=on_chunk)
         return np.asarray(logits[0])
@@ -233,6 +239,7 @@ class Session(abc.ABC):
             ContextLengthError: If the prompt and the new tokens do not fit into the context.
             TokenizerError: If the prompt is empty, or is text and the model has no tokenizer.
             SessionError: If the session was used for something else between two tokens.
+            NonFiniteError: If logits are NaN or infinite, so that no token follows from them.
         """
         if not keep:
             self.reset()
@@ -267,3 +274,12 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
         """Every cache with the array that holds it."""
+
+
+def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:
+    bad = ~np.isfinite(logits)
+    row = int(bad.any(-1).argmax())
+    return NonFiniteError(
+        f"{int(bad[row].sum()):,} of {logits.shape[-1]:,} logits at position {positions[row]} are NaN or infinite: "
+        "`transom ranges` names the layers whose numbers leave a dtype's range; export in a wider --dtype"
+    )

@@ -102,6 +102,7 @@ class Ranges:
             "format_largest": number_format.largest,
             "tokens": self.tokens,
             "in_range": not self.overflowing(number_format),
+            "not_finite": [value.name for value in self.values if value.observation.nonfinite],
             "overflowing": [value.name for value in self.overflowing(number_format)],
             "values": [value.to_json(number_format) for value in self.values],
         }
@@ -127,10 +128,12 @@ def trace_ranges(
     Raises:
         ContextLengthError: If the text is longer than the model's context.
         TokenizerError: If there is no token, or one is out of the vocabulary.
+        CheckpointError: If a weight is not finite, naming it and its rows.
     """
     names = list(narrow_values(half, half.output.args[0][0].meta["val"].dtype))
     graph, _ = Pipeline([InsertObservers("values", only=names)]).run(full)
     session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
+    session.refuses_nonfinite = False  # where they come from is what ranges tell
     found = {name: Observation.none() for name in names}
 
     def on_chunk(count: int) -> None:

@@ -61,6 +61,10 @@ class SessionError(TransomError):
     """A session's caches do not hold what the caller goes on from."""
 
 
+class NonFiniteError(SessionError):
+    """A run computed logits that are NaN or infinite, so that no token follows from them."""
+
+
 class SamplingError(TransomError):
     """A sampling setting is out of range."""
 

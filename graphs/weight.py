@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from transom.graphs.errors import CheckpointError, RangeError
+from transom.graphs.finite import is_finite, nonfinite_rows
+from transom.graphs.quantized import decode
 from transom.graphs.schemes import Number
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -57,6 +60,41 @@ class Lattice:
             return codes, scales.repeat_interleave(pieces, 1), again
 
         return dataclasses.replace(self, block=block, read_rows=read_rows)
+
+    def decode(self, codes: Codes) -> torch.Tensor:
+        """What some rows of codes mean, float32 [rows, K]."""
+        integers, scales, zeros = codes
+        rows, blocks = scales.shape
+        integers_RGC = integers.view(rows, blocks, -1)
+        if integers.dtype == torch.int8:  # symmetric: zero is 0, not the middle code
+            return (integers_RGC.float() * scales[..., None]).view(rows, -1)
+        return decode(integers_RGC, scales, zeros, self.number).view(rows, -1)
+
+    def refuse_nonfinite(self, origin: str, rows: int) -> Lattice:
+        """The same codes; reading those that mean NaN or infinity raises `CheckpointError`.
+
+        Args:
+            origin: Where they come from.
+            rows: How many there are.
+        """
+
+        def read_rows(start: int, stop: int) -> Codes:
+            codes = self.read_rows(start, stop)
+            if not self._is_finite(codes):
+                step = max(1, ROWS_BYTES // max(1, 4 * codes[0].shape[1]))
+                blocks = (self.read_rows(low, min(low + step, rows)) for low in range(0, rows, step))
+                raise _nonfinite(f"{origin}, {self.name},", nonfinite_rows(map(self.decode, blocks)))
+            return codes
+
+        return dataclasses.replace(self, read_rows=read_rows)
+
+    def _is_finite(self, codes: Codes) -> bool:
+        integers, scales, _ = codes
+        if not (is_finite(scales) and is_finite(integers)):
+            return False
+        # No code means more than 448, nor is a difference of two bytes larger.
+        in_range = not scales.numel() or float(scales.abs().max()) < torch.finfo(torch.float32).max / 2**9
+        return in_range or is_finite(self.decode(codes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,14 +194,49 @@ class Weight:
             origin=self.origin,
         )
 
+    def refuse_nonfinite(self) -> Weight:
+        """The same weight; reading rows, or codes, that are NaN or infinite raises `CheckpointError`.
+
+        Each block is looked at as it is read, so nothing is read twice. The error names the rows of the whole tensor.
+        """
+
+        def read_rows(start: int, stop: int) -> torch.Tensor:
+            rows = self.read_rows(start, stop)
+            if not is_finite(rows):
+                raise _nonfinite(self.origin, nonfinite_rows(self.blocks()))
+            return rows
+
+        lattice = self.lattice and self.lattice.refuse_nonfinite(self.origin, self.shape[0])
+        return dataclasses.replace(self, read_rows=read_rows, lattice=lattice)
+
     def to(self, dtype: torch.dtype) -> Weight:
-        """The same numbers in another dtype."""
+        """The same numbers in another dtype; reading one that the dtype cannot hold raises `RangeError`."""
         if dtype == self.dtype:
             return self
         parts = tuple(part.to(dtype) for part in self.parts)
         return dataclasses.replace(
-            self.map_rows(lambda rows: rows.to(dtype), dtype=dtype),
+            self.map_rows(self._narrowed(dtype), dtype=dtype),
             lattice=self.lattice,
             parts=parts,
             exact=self.exact or self,
         )
+
+    def _narrowed(self, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        def convert(rows: torch.Tensor) -> torch.Tensor:
+            narrow = rows.to(dtype)
+            if not is_finite(narrow) and is_finite(rows):
+                name, holds = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+                where = nonfinite_rows(block.to(dtype) for block in self.blocks())
+                raise RangeError(
+                    f"{self.origin} reaches {float(rows.abs().max()):.4g} in {where}, of which {name} holds "
+                    f"{holds:.4g}: compute in float32"
+                )
+            return narrow
+
+        return convert
+
+
+def _nonfinite(origin: str, rows: str) -> CheckpointError:
+    return CheckpointError(
+        f"{origin} holds numbers that are not finite in {rows}: fetch the checkpoint again or mend it"
+    )

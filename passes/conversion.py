@@ -58,8 +58,8 @@ class Conversion:
         """Take account of some numbers and what their codes mean, float32 of one shape."""
         errors = meant - numbers
         self.max_abs = max(self.max_abs, float(errors.abs().max()))
-        self.squares += float(errors.square_().sum())
-        self.total += float(numbers.square().sum())
+        self.squares += _sum_of_squares(errors)
+        self.total += _sum_of_squares(numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
@@ -73,6 +73,12 @@ class Conversion:
             "max_abs": self.max_abs,
             "error": self.error,
         }
+
+
+def _sum_of_squares(numbers: torch.Tensor) -> float:
+    total = float(numbers.square().sum())
+    # Squares of numbers beyond 1e19 leave float32's range; elsewhere float64 would only take longer.
+    return total if math.isfinite(total) else float(numbers.double().square().sum())
 
 
 def can_hold(spec: QuantSpec, lattice: Lattice, columns: int) -> bool:

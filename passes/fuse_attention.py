@@ -3,7 +3,8 @@
 Precondition: `Canonicalize` has run.
 Rewrite: a softmax over masked scores `q @ k.T * scale`, or `scaled_dot_product_attention` with a mask, whose mask is
 found *by evaluation* to be causal or a causal window. Repeated kv heads are folded in.
-Skips: any other mask, soft-capped scores, dropout: the site stays as it is and is reported. A window is never guessed.
+Skips: any other mask, soft-capped scores, dropout, sinks: the site stays as it is and is reported, as is every softmax
+that is left before a product with values, whatever stands between. A window is never guessed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transom.graphs.match import CASTS, aten, is_call, is_transpose, layer_path,
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.left_softmaxes import left_softmaxes
 
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -44,11 +46,13 @@ class FuseAttention(Pass):
     def rewrite(self, graph: Graph) -> int:
         """Fuse every site whose mask could be read."""
         readings: dict[tuple[Any, ...], MaskReading] = {}
+        reported: set[Node] = set()
         changes = 0
         for node in graph.calls_all():
             site = _match(node)
             if isinstance(site, str):
                 self.skipped.append(_where(node, site))
+                reported.add(node)
             if not isinstance(site, _Site):
                 continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
@@ -59,9 +63,11 @@ class FuseAttention(Pass):
             reading = readings[key]
             if reading.window is None:
                 self.skipped.append(_where(node, reading.reason))
+                reported.add(node)
                 continue
             _fuse(graph, site, reading.window, cached)
             changes += 1
+        self.skipped += [_where(node, reason) for node, reason in left_softmaxes(graph, reported)]
         return changes
 
 

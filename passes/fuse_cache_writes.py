@@ -1,6 +1,8 @@
 """FuseCacheWrites: writing new keys or values into their slots becomes one `transom.write_cache`.
 
-Precondition: `Canonicalize` has run; the graph has caches.
+Precondition: `Canonicalize` has run; the graph has caches, and one attention reads each. Were there two, as where a
+layer attends over what another one wrote, the passes that bound caches and that fuse writes with an attention would
+lose keys of the other: such graphs are refused for every target.
 Rewrite: `index_copy(cache, 2, slots, new)` where the slots are found by evaluation to be `(start + i) % S`.
 Skips: any other placement of tokens in slots, with the reason.
 """
@@ -10,18 +12,33 @@ from __future__ import annotations
 import torch
 
 from transom.graphs import ops
+from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
-from transom.graphs.match import aten
+from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.shared_caches import cache_readers
 
 
 class FuseCacheWrites(Pass):
     """Name the write of position p into slot p % S."""
 
     after = (Canonicalize,)
+
+    def requires(self, graph: Graph) -> None:
+        """No two attentions read one cache."""
+        shared: dict[tuple[str, ...], list[str]] = {}
+        for name, readers in cache_readers(graph).items():
+            if len(readers) > 1:
+                shared.setdefault(tuple(layer_path(node) or node.name for node in readers), []).append(name)
+        if shared:
+            lines = (f"{' and '.join(readers)} read {', '.join(names)}" for readers, names in shared.items())
+            raise InvariantError(
+                f"{'; '.join(lines)}: a cache may have one reader, as bounding it for one loses keys that another "
+                "still sees: give each layer a cache of its own"
+            )
 
     def rewrite(self, graph: Graph) -> int:
         """Replace every recognised write into a cache input."""

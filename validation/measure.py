@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transom.backends.session import Session
-from transom.graphs.errors import ArtifactError
+from transom.graphs.errors import ArtifactError, SamplingError
 from transom.validation.candidates import Candidate
 from transom.validation.compare import Differences, compare, divergence
 from transom.validation.judge import judge, weigh
@@ -55,6 +55,7 @@ def measure(
     """
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
+    session.refuses_nonfinite = False  # the verdict says from which position on logits are no numbers
     bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
     plans = schedule(window=config.window, context=session.context, chunk=session.chunk, caches=session.caches)
     total, done = _positions(plans), 0
@@ -72,13 +73,20 @@ def measure(
     found += [_decode(session, oracle, text, span, advance) for span in plans.decodes]
     began = time.perf_counter()
     prompt = list(text[: plans.continued])
-    new = list(session.generate(prompt, max_new_tokens=plans.new_tokens, stop_ids=()))
+    new, failures = [], []
+    try:
+        for token in session.generate(prompt, max_new_tokens=plans.new_tokens, stop_ids=()):
+            new.append(token)
+    except SamplingError as error:
+        failures.append(
+            f"the greedy continuation of a prompt of {plans.continued} ends after {len(new)} tokens: {error}"
+        )
     seconds = time.perf_counter() - began
     advance(plans.continued + plans.new_tokens)
     different, diverged = (_first_divergence(oracle, prompt, new, tie) for tie in (0.0, bound.tie))
     longest = found[len(plans.prompts) - 1]
-    caches, failures = weigh(session, config, plans.longest)
-    failures = [*(line for run in found for line in judge(run.kind, run.differences, bound)), *failures]
+    caches, overweight = weigh(session, config, plans.longest)
+    failures += [*(line for run in found for line in judge(run.kind, run.differences, bound)), *overweight]
     if diverged is not None:
         failures.append(
             f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"

@@ -65,13 +65,15 @@ class Model:
     def eager(self, dtype: torch.dtype = torch.float32) -> Gemma3:
         """The plain PyTorch module with all weights in memory, for inference."""
         module = build_empty(self.config)
-        state = {name: weight.read().to(dtype) for name, weight in self.weights.items()}
+        state = {name: weight.to(dtype).read() for name, weight in self.weights.items()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
 
 def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
     """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
+
+    Whoever reads rows of a checkpoint that are NaN or infinite meets a `CheckpointError` that names them.
 
     Args:
         name_or_path: A preset's name, a Hugging Face folder, a .gguf file, or "org/name" on the Hugging Face hub.
@@ -115,11 +117,11 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         )
     if source.is_dir():
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
-        opened_weights, quant = lattice.attach(source, opened.weights)
+        opened_weights, quant = lattice.attach(source, _refusing_nonfinite(opened.weights))
         beside = (*left_out(source), *beside)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
-        opened_weights, quant = dict(opened.weights), "none"
+        opened_weights, quant = _refusing_nonfinite(opened.weights), "none"
     return Model(
         config=config,
         weights=opened_weights,
@@ -130,6 +132,10 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         generation=generation,
         left_out=(*opened.left_out, *beside),
     )
+
+
+def _refusing_nonfinite(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    return {name: weight.refuse_nonfinite() for name, weight in weights.items()}
 
 
 def resolve_config(name_or_path: str | Path) -> DecoderConfig:

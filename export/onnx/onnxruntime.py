@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
@@ -17,8 +18,9 @@ from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import block_of
+from transom.graphs.quantized import block_of, unpack
 from transom.graphs.schemes import BITS
+from transom.graphs.weight import Weight
 
 MICROSOFT = "com.microsoft"
 
@@ -67,13 +69,13 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
     block = block_of(codes.meta["val"], number)
     # With a third axis, one buffer serves this operator and MatMulNBits.
-    axis = emitter.constant(np.array([2]))
-    grids = [emitter.op("Unsqueeze", emitter.value(part), axis) for part in (scales, zero_points) if part is not None]
+    unsqueezed = emitter.op("Unsqueeze", emitter.value(scales), emitter.constant(np.array([2])))
     found = emitter.op(
         "GatherBlockQuantized",
         emitter.value(codes),
         emitter.value(tokens),
-        *grids,
+        unsqueezed,
+        _lookup_zero_points(emitter, codes, zero_points, number),
         domain=MICROSOFT,
         bits=BITS[number],
         block_size=block,
@@ -81,6 +83,29 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
         quantize_axis=2,
     )
     return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * block]))))
+
+
+def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None, number: str) -> str:
+    """Zero points of GatherBlockQuantized, uint8 [R, G, 1]: a byte for each, of which 4 bits fill the low half.
+
+    Also where they are the middle code: left out, they are that on the CPU and 0 on some versions' GPUs.
+    """
+    rows, blocks, _ = (int(size) for size in codes.meta["val"].shape)
+    table = emitter.graph.weight_of(codes)
+    assert table is not None, f"{codes} is no weight"
+    if zero_points is None:
+        middle = torch.full((blocks, 1), 2 ** (BITS[number] - 1), dtype=torch.uint8)
+        weight = Weight(
+            shape=(rows, blocks, 1),
+            dtype=torch.uint8,
+            read_rows=lambda start, stop: middle.expand(stop - start, -1, -1),
+            origin=table[1].origin,
+        )
+    else:
+        stored = emitter.graph.weight_of(zero_points)
+        assert stored is not None, f"{zero_points} is no weight"
+        weight = stored[1].map_rows(lambda part: unpack(part, number, blocks)[..., None], row_shape=(blocks, 1))
+    return emitter.initializer(f"{table[0]}.lookup_zero_points", weight)
 
 
 @TABLE.lowers(ops.RMS_NORM)

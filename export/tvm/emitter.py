@@ -202,5 +202,5 @@ def is_symbol(size: Any) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype in TVM's words."""
-    return str(dtype).removeprefix("torch.")
+    """A dtype in TVM's words; its kernels take 8-bit floats as bytes."""
+    return "uint8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")

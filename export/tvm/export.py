@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR
 from transom.export import safetensors
@@ -14,6 +16,7 @@ from transom.export.tvm.emitter import parameter_names, tap_shapes
 from transom.export.tvm.lowerings import TABLE
 from transom.export.tvm.processor import processor
 from transom.graphs.graph import Graph
+from transom.graphs.weight import Weight
 
 
 def export(graph: Graph, folder: Path, request: Request) -> Lowered:
@@ -33,7 +36,7 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
     request.on_program(0, 1)
     write_library(graph, made_for, folder / LIBRARY, chunk=request.chunk)
     request.on_program(1, 1)
-    safetensors.write(graph.weights, folder / PARAMETERS, on_bytes=request.on_bytes)
+    safetensors.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
     return Lowered(
         payload=LIBRARY,
         libraries=tuple(PAIR),
@@ -46,3 +49,13 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
             "tap_shapes": tap_shapes(graph),
         },
     )
+
+
+def _stored(graph: Graph) -> dict[str, Weight]:
+    """Weights as the kernels take them: 8-bit floats are bytes."""
+    return {
+        name: weight.map_rows(lambda rows: rows.view(torch.uint8), dtype=torch.uint8)
+        if weight.dtype == torch.float8_e4m3fn
+        else weight
+        for name, weight in graph.weights.items()
+    }

@@ -52,7 +52,7 @@ def same_logits(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert np.abs(found - expected).max() < FP32_LOGITS
 
 
-@pytest.mark.parametrize("quant", [*QUANTS, "int4_table", "int4_block32", "sfp8"])
+@pytest.mark.parametrize("quant", [*QUANTS, "int4_table", "int4_block32", "sfp8", "fp8", "fp8_channel"])
 def test_logits_are_the_references_at_every_position(quant: str, exported: Export, text: list[int]) -> None:
     """Activations stay in float32, so quantised weights change nothing but the order of sums."""
     pair = exported("tvm", quant)

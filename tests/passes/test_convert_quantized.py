@@ -144,6 +144,17 @@ def test_numbers_that_are_none_are_refused_when_read(bad: float) -> None:
         quantized.weights["first.weight.codes"].read()
 
 
+def test_errors_of_huge_numbers_are_numbers() -> None:
+    """Their squares leave float32's range, which left NaN in the manifest."""
+    graph, _ = linears()
+    graph.weights["first.weight"] = Weight.of(graph.weights["first.weight"].read() * 1e30)
+    convert = ConvertQuantized(INT8)
+    quantized, _ = Pipeline([convert]).run(graph)
+    quantized.weights["first.weight.codes"].read()
+    (record,) = (record for record in convert.conversions if record.weight == "first.weight")
+    assert 1e26 < record.max_abs < 1e30 and 1e-4 < record.error < 0.01
+
+
 def test_columns_that_blocks_do_not_divide_are_refused() -> None:
     graph, _ = linears(columns=40, rows=8)
     with pytest.raises(QuantizationError, match=r"first\.weight: 40 columns cannot be cut into blocks of 16"):

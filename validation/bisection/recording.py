@@ -97,6 +97,7 @@ def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Ite
         ArtifactError: If the taps do not show every token of a call.
     """
     session.reset()
+    session.refuses_nonfinite = False  # the first tap that holds them is what is looked for
     for call in calls:
         # The runtime may take a call in two, where a ring ends within it.
         parts: dict[str, list[Float]] = {}

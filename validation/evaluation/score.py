@@ -58,15 +58,18 @@ def score(session: Session, text: Text, readings: Sequence[Reading], advance: Ad
         advance: Called with the number of tokens done each time.
     """
     parts, step = [], min(session.chunk, CALL)
+    session.refuses_nonfinite = False  # they make the row's own numbers NaN
     for tokens, reading in zip(text.sequences, readings, strict=True):
         session.reset()
         # Fed a call at a time, so that no call's logits outlive their comparison.
         for low in range(0, len(tokens), step):
-            (logits,) = session.feed(tokens[low : low + step], wanted="all")
-            found = torch.from_numpy(np.ascontiguousarray(logits))
-            parts += _score_call(found, tokens[low + 1 : low + 1 + len(found)], reading.logits, low)
-            advance(len(found))
-            del logits, found
+            # The runtime may take a call in two, where a ring ends within it.
+            for logits in session.feed(tokens[low : low + step], wanted="all"):
+                first = session.position - len(logits)
+                rows = torch.from_numpy(np.ascontiguousarray(logits))
+                parts += _score_call(rows, tokens[first + 1 : first + 1 + len(rows)], reading.logits, first)
+                advance(len(rows))
+                del logits, rows
     return Scores.join(parts)
 
 

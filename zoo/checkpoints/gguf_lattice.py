@@ -18,7 +18,8 @@ def read_lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -
     unpack, block, block_bytes, bits = _UNPACK[type_name]
 
     def read_rows(start: int, stop: int) -> Codes:
-        codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
+        with np.errstate(invalid="ignore", over="ignore"):  # scales that are no numbers are refused with their rows
+            codes, scales = unpack(read_bytes(start, stop).reshape(-1, block_bytes))
         rows = stop - start
         return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1)), None
 

@@ -60,7 +60,8 @@ def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int,
     quant_type = gguf.GGMLQuantizationType(info.quant_type)
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
-        values = gguf.quants.dequantize(read_bytes(start, stop), quant_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # scales that are no numbers are refused with their rows
+            values = gguf.quants.dequantize(read_bytes(start, stop), quant_type)
         return torch.from_numpy(values.reshape(stop - start, *shape[1:]))
 
     return Weight(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from transom.graphs.errors import CheckpointError, QuantizationError
-from transom.graphs.quantized import decode, unpack
+from transom.graphs.quantized import unpack
 from transom.graphs.schemes import QuantSpec, scheme
 from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
@@ -39,7 +39,7 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
         The weights, and the name of the scheme that the codes are of; "none" if the folder has no codes.
 
     Raises:
-        CheckpointError: If the codes are damaged, or are not those of the weights.
+        CheckpointError: If the codes are damaged, or are not those of the weights, or the first rows are not finite.
     """
     path, found = folder / LATTICE, dict(weights)
     if not path.is_file():
@@ -49,7 +49,9 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
         quant, specs = metadata["scheme"], json.loads(metadata["specs"])
         scheme(quant)
         for name, key in specs.items():
-            lattice = _lattice(name, entries, QuantSpec.of_key(key), found[name].shape)
+            shape = found[name].shape
+            lattice = _lattice(name, entries, QuantSpec.of_key(key), shape)
+            lattice = lattice.refuse_nonfinite(f"{path}: {name}", shape[0])
             _check(path, name, lattice, found[name])
             found[name] = dataclasses.replace(found[name], lattice=lattice)
     except (KeyError, ValueError, TypeError, AttributeError, QuantizationError) as error:
@@ -104,19 +106,8 @@ def _check(path: Path, name: str, lattice: Lattice, weight: Weight) -> None:
     """Weights that were trained on after they were quantised would be lost without a word."""
     rows = min(_ROWS_CHECKED, weight.shape[0])
     wanted = weight.read_rows(0, rows)
-    if not torch.equal(numbers(lattice, 0, rows).to(wanted.dtype), wanted):
+    if not torch.equal(lattice.decode(lattice.read_rows(0, rows)).to(wanted.dtype), wanted):
         raise CheckpointError(
             f"{path}: {name} is not what its codes mean: the checkpoint was changed after it was quantised; remove "
             f"{LATTICE} or quantise it again"
         )
-
-
-def numbers(lattice: Lattice, start: int, stop: int) -> torch.Tensor:
-    """What a lattice's codes mean, float32 [stop - start, K]."""
-    codes, scales, zeros = lattice.read_rows(start, stop)
-    rows, blocks = scales.shape
-    codes_RGC = codes.view(rows, blocks, -1)
-    if lattice.number in ("int4", "int8"):
-        values = codes_RGC.float() if zeros is None else codes_RGC.float() - zeros.float()[..., None]
-        return (values * scales[..., None]).view(rows, -1)
-    return decode(codes_RGC, scales, None, lattice.number).view(rows, -1)

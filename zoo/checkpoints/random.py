@@ -52,6 +52,9 @@ def write_checkpoint(
         weights: By the names of the module's state dict.
         dtype: float32, float16 or bfloat16; None leaves every weight in its own.
         shard_bytes: Upper bound on a shard's tensors; one larger tensor gets a shard of its own.
+
+    Raises:
+        RangeError: If `dtype` cannot hold a number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
@@ -124,5 +127,5 @@ def _write_shard(path: Path, weights: Mapping[str, Weight], dtype: torch.dtype |
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for weight in weights.values():
-            for block in weight.blocks():
-                file.write(block.to(dtype or weight.dtype).contiguous().view(torch.uint8).numpy().data)
+            for block in weight.to(dtype or weight.dtype).blocks():
+                file.write(block.contiguous().view(torch.uint8).numpy().data)

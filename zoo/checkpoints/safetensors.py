@@ -224,7 +224,7 @@ def _with_copy(weight: Weight, copy: Weight) -> Weight:
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
         rows = weight.read_rows(start, stop)
-        if not torch.equal(rows.float(), copy.read_rows(start, stop).float()):
+        if not torch.allclose(rows.float(), copy.read_rows(start, stop).float(), rtol=0, atol=0, equal_nan=True):
             raise CheckpointError(
                 f"{copy.origin} is not equal to {weight.origin.rpartition(': ')[2]}, whose copy it should be, in rows "
                 f"{start} to {stop - 1}: heads that are not tied to the table are not supported"

@@ -34,7 +34,10 @@ def ranges(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Trace the ranges of a model's numbers over a text. Exit code 1 if something leaves the format's range."""
+    """Trace the ranges of a model's numbers over a text.
+
+    Exit code 1 if something leaves the format's range, or is NaN or infinite; 2 if a checkpoint's own weight is.
+    """
     from transom.graphs.number_format import float_format
     from transom.validation.ranges import ranges_of
 
@@ -67,21 +70,26 @@ def _show(found: Ranges, number_format: NumberFormat) -> None:
         kind = "weights" if value.op == "weight" else "outside" if value.layer is None else str(value.layer)
         groups.setdefault(kind, []).append(value)
     for kind, values in groups.items():
-        worst = max(values, key=lambda value: (value.observation.nonfinite, value.observation.largest))
+        # What is not finite first makes all that follows so.
+        nonfinite = [value for value in values if value.observation.nonfinite]
+        worst = nonfinite[0] if nonfinite else max(values, key=lambda value: value.observation.largest)
         numbers = worst.to_json(number_format)
         table.add_row(
             kind,
             escape(worst.name.removeprefix(f"layers.{kind}.")),
-            "not finite" if numbers["nonfinite"] else f"{numbers['largest']:,.4g}",
-            _bits(worst.headroom(number_format), overflows=bool(numbers["overflows"])),
-            f"{numbers['overflow_share']:.1e}" if numbers["overflows"] else "",
+            "not finite" if nonfinite else f"{numbers['largest']:,.4g}",
+            "" if nonfinite else _bits(worst.headroom(number_format), overflows=bool(numbers["overflows"])),
+            f"{numbers['overflow_share']:.1e}" if numbers["overflows"] and not nonfinite else "",
             f"{max(value.to_json(number_format)['underflow_share'] for value in values):.1e}",
         )
     console.print(table)
     for value in found.overflowing(number_format):
-        console.print(
-            f"[red]out of range:[/red] {escape(value.name)} reaches {value.observation.largest:,.4g}", highlight=False
-        )
+        count, finite = value.observation.nonfinite, value.observation.count
+        if count:
+            what, amount = "not finite:", f": {count:,.0f} of {count + finite:,.0f} numbers are NaN or infinite"
+        else:
+            what, amount = "out of range:", f" reaches {value.observation.largest:,.4g}"
+        console.print(f"[red]{what}[/red] {escape(value.name)}{amount}", highlight=False)
     if not found.overflowing(number_format):
         console.print(f"everything is in the range of {number_format.name}")
 
