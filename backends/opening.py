@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import MANIFEST, Manifest, read_manifest
+from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.folder import MANIFEST
 from transom.backends.session import Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from transom.backends.artifact import Manifest, new_folder, write_manifest
+from transom.backends.artifact import Manifest, write_manifest
+from transom.backends.folder import new_folder
 from transom.backends.reference.session import cache_records, tap_records
 from transom.export.exporter import Request, exporter
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges

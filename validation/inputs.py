@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import MANIFEST, Manifest
+from transom.backends.artifact import Manifest
+from transom.backends.folder import MANIFEST
 from transom.graphs.errors import ConfigError
 from transom.validation.candidates import Candidate, artifact_candidate
 from transom.zoo.model import Model, load

@@ -70,7 +70,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plots in one SVG file.")] = None,
 ) -> None:
     """Weigh schemes on a text: perplexity, KL and top-1 against bytes and tokens a second, with the Pareto fronts."""
-    from transom.backends.artifact import replace_file
+    from transom.backends.folder import replace_file
     from transom.validation.evaluation.evaluate import evaluate_sources
     from transom.validation.evaluation.report import render, render_plot
 

@@ -61,7 +61,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Lower a model to a target and write the artifact."""
-    from transom.backends.artifact import check_absent
+    from transom.backends.folder import check_absent
     from transom.export.compile import CHUNK, compile_model
     from transom.passes.add_taps import AddTaps
 
