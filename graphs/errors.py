@@ -62,7 +62,7 @@ class SessionError(TransomError):
 
 
 class SamplingError(TransomError):
-    """A sampling setting is out of range."""
+    """A sampling setting is out of range, or logits are no numbers to choose by."""
 
 
 class TrainingError(TransomError):
