@@ -17,6 +17,7 @@ import tokenizers
 
 from transom.graphs.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.text import check_text
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -125,10 +126,17 @@ class Tokenizer:
         """Token ids of a text; special tokens written in it are recognised.
 
         Args:
-            text: Any string.
+            text: What UTF-8 can write.
             bos: Start with `bos_id`, unless the text itself does.
+
+        Raises:
+            TokenizerError: If the text holds half a character, or a byte that was not UTF-8.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            check_text(text, "the text")
+            raise
         return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int]) -> str:

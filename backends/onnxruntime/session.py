@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError
@@ -96,7 +97,15 @@ class OnnxRuntimeSession(Session):
         floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
         # Weights of 8-bit floats become float32 now, or they would at every call. Of other models the shared embedding
         # would be folded into a second copy for its other reader.
-        return load(str(folder / MODEL_FILE), threads, folded=2**40 if floats else 2**20)
+        folded = 2**40 if floats else 2**20
+        path = folder / MODEL_FILE
+        if not lies_elsewhere(path, manifest.files):
+            return load(str(path), threads, folded=folded)
+        import onnx
+
+        model = onnx.load(path, load_external_data=False)
+        data = relocate(model, folder)
+        return load(model.SerializeToString(), threads, folded=folded, data=data)
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
         for cache in self.caches:
@@ -104,15 +113,17 @@ class OnnxRuntimeSession(Session):
                 yield cache, self._arrays[cache.name]
 
 
-def load(model: str | bytes, threads: int | None, *, folded: int, folder: Path | None = None) -> Any:
+def load(
+    model: str | bytes, threads: int | None, *, folded: int, data: Path | None = None, as_it_stands: bool = False
+) -> Any:
     """Make a session of the runtime.
 
     Args:
         model: A file, or what would stand in one.
         threads: Threads; by default the runtime's own choice.
         folded: Bytes of the largest constant that is computed when the model is loaded.
-        folder: Where a model that is no file has its data. What such a model says is then computed as it stands: no
-            operation is fused with another.
+        data: The folder of the data of a model that is no file.
+        as_it_stands: Fuse no operation with another.
 
     Raises:
         TargetError: If ONNX Runtime is missing or too old.
@@ -132,13 +143,14 @@ def load(model: str | bytes, threads: int | None, *, folded: int, folder: Path |
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
-    if folder is not None:
+    if data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    if as_it_stands:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         with huge_pages():
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises a dozen classes without a common base
-        where = model if isinstance(model, str) else folder
+        where = model if isinstance(model, str) else f"the model with data in {data}"
         raise ArtifactError(f"ONNX Runtime cannot load {where}: {str(error).splitlines()[0]}") from error
