@@ -89,6 +89,10 @@ def with_cache(data: Any, **fields: object) -> Any:
     return data | {"caches": [first | fields, *others]}
 
 
+def nest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 100_000)
+
+
 def crlf(folder: Path) -> None:
     path = folder / "generation_config.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
@@ -136,7 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "taps that are an object": (edit(lambda data: data | {"taps": {}}), "taps is {}, not a list"),
     "a version that is text": (edit(lambda data: data | {"version": "2"}), "version '2', this transom reads 2"),
-    "nested too deep": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000) and None, "cannot be read"),
+    "nested too deep": (nest, "cannot be read"),
     "line ends that git changed": (crlf, "git changed its line ends"),
     "a pointer of git lfs": (pointer, "git lfs pull"),
 }

@@ -72,7 +72,7 @@ def main() -> None:
 def _code() -> int:
     """Run a command; returns its exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="transom", standalone_mode=False)
         flush()
     except TransomError as error:
         return _failed(str(error))

@@ -19,6 +19,10 @@ class StreamConsole(Console):
         """Of the stream that it writes to now."""
         return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`, where rich would end the process with 1."""
+        raise BrokenPipeError
+
 
 def make_lenient() -> None:
     """Let streams take any character: what output cannot write is replaced, input keeps bytes that it cannot read.
