@@ -278,7 +278,7 @@ def _remedy(path: Path, sha256: str) -> str:
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         return "this is git's pointer to it, so run git lfs pull"
-    if hashlib.sha256(data.replace(b"\r\n", b"\n")).hexdigest() == sha256:
+    if hashlib.sha256(data.replace(b"\r", b"")).hexdigest() == sha256:
         return "git changed its line ends, so check it out again with core.autocrlf off, or export the model again"
     return "export the model again"
 

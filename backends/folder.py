@@ -152,7 +152,7 @@ def new_folder(path: Path, *, overwrite: bool = False, kind: Kind = ARTIFACT) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
     except OSError as error:
-        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
+        raise ArtifactError(f"cannot write to {path.parent} ({error.strerror}): choose another place") from error
     try:
         yield draft
         check_absent(path, overwrite=overwrite, kind=kind)

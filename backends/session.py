@@ -6,6 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -19,6 +20,9 @@ from transom.graphs.errors import ContextLengthError, SessionError, TokenizerErr
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
+
+_MOST_SHOWN = 300
+"""Characters of a runtime's message; some list all arguments of a call."""
 
 GREEDY = Sampling()
 
@@ -92,6 +96,18 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _allocate(self, slots: int) -> None:
         """Give growing caches `slots` slots and fixed ones what they have; what they held up to now stays."""
+
+    @contextlib.contextmanager
+    def _running(self, runtime: str) -> Iterator[None]:
+        """In the block, whatever a runtime raises becomes a `SessionError`."""
+        try:
+            yield
+        except Exception as error:  # runtimes raise dozens of classes without a common base
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MOST_SHOWN]
+            raise SessionError(
+                f"{runtime} failed at position {self.position} ({line}): export the model again, or see that there is "
+                "memory enough"
+            ) from error
 
     def reset(self) -> None:
         """Forget all tokens, and end the streams of `generate`. Memory stays allocated."""

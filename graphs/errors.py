@@ -58,7 +58,7 @@ class ContextLengthError(TransomError):
 
 
 class SessionError(TransomError):
-    """A session's caches do not hold what the caller goes on from."""
+    """A session's caches do not hold what the caller goes on from, or its runtime failed."""
 
 
 class SamplingError(TransomError):

@@ -46,7 +46,8 @@ def decode_text(data: bytes, source: str) -> str:
     if encoding := _wide(data):
         raise TokenizerError(f"{source} is {encoding}, not UTF-8: save it as UTF-8")
     try:
-        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+        # Python's own way with the mark takes half a mark for an empty text.
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise TokenizerError(f"{source} is not UTF-8 (byte 0x{byte:02x} at {error.start}): save it as UTF-8") from error

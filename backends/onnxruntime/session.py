@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
@@ -48,17 +49,20 @@ class OnnxRuntimeSession(Session):
             whole_writes=self.whole_writes,
         )
         self._runtime = self._load(folder, manifest, threads)
+        if reason := mismatch(self._runtime, manifest):
+            raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._taps = [tap.name for tap in manifest.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        self._binding.bind_cpu_input("tokens", tokens[None])
-        self._binding.bind_cpu_input("start", np.array(self.position))
-        self._binding.bind_cpu_input("logit_positions", logit_positions)
-        for name in ("logits", *self._taps):
-            self._binding.bind_output(name, "cpu")
-        self._runtime.run_with_iobinding(self._binding)
+        with self._running("ONNX Runtime"):
+            self._binding.bind_cpu_input("tokens", tokens[None])
+            self._binding.bind_cpu_input("start", np.array(self.position))
+            self._binding.bind_cpu_input("logit_positions", logit_positions)
+            for name in ("logits", *self._taps):
+                self._binding.bind_output(name, "cpu")
+            self._runtime.run_with_iobinding(self._binding)
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
         self.tapped = dict(zip(self._taps, taps, strict=True))
         found: Float = logits[0]
@@ -111,6 +115,33 @@ class OnnxRuntimeSession(Session):
         for cache in self.caches:
             if cache.name in self._arrays:
                 yield cache, self._arrays[cache.name]
+
+
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+
+
+def mismatch(runtime: Any, manifest: Manifest) -> str:
+    """What a manifest says of the inputs and outputs of a model that is not so; "" if all is."""
+    inputs, outputs = (
+        {value.name: value for value in values} for values in (runtime.get_inputs(), runtime.get_outputs())
+    )
+    names = [cache.name for cache in manifest.caches]
+    if sorted(inputs) != sorted(("tokens", "start", "logit_positions", *names)):
+        return "its caches are not the model's inputs"
+    if sorted(outputs) != sorted(("logits", *(f"{name}.out" for name in names), *(tap.name for tap in manifest.taps))):
+        return "its caches and taps are not the model's outputs"
+    if outputs["logits"].shape[-1] != manifest.vocab_size:
+        return f"a vocabulary of {manifest.vocab_size}, the logits have {outputs['logits'].shape[-1]}"
+    for cache in manifest.caches:
+        value, shape = inputs[cache.name], [cache.heads, cache.slots, cache.width]
+        # A size that grows is a name to the runtime.
+        if [size if isinstance(size, int) else None for size in value.shape[1:]] != shape:
+            return f"{cache.name} is {shape}, the model's {value.shape[1:]}"
+        if value.type != _TYPES.get(cache.dtype):
+            return f"{cache.name} is {cache.dtype}, the model's {value.type}"
+        if cache.slots is not None and cache.slots < min(manifest.chunk, manifest.context):
+            return f"{cache.name} has fewer slots than a call has tokens"
+    return ""
 
 
 def load(

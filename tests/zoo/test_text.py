@@ -39,6 +39,7 @@ def test_odd_text_is_text(text: str) -> None:
         (b"hello".decode().encode("utf-16-le"), "it is UTF-16 without a mark"),
         ("hello".encode("utf-16-be"), "it is UTF-16 without a mark"),
         (b"\xed\xa0\x80", "byte 0xed"),
+        (b"\xef", "byte 0xef at 0"),
         (TEXT.encode()[:-2], "byte 0xf0"),
     ],
 )
