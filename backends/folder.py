@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,12 @@ def new_folder(path: Path, *, overwrite: bool = False, kind: Kind = ARTIFACT) ->
     check_absent(path, overwrite=overwrite, kind=kind)
     path = Path(os.path.realpath(path))
     draft = _beside(path, "partial")
+    parents = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
     except OSError as error:
+        _remove_empty(parents)
         raise ArtifactError(f"cannot write to {path.parent} ({error.strerror}): choose another place") from error
     try:
         yield draft
@@ -164,6 +166,14 @@ def new_folder(path: Path, *, overwrite: bool = False, kind: Kind = ARTIFACT) ->
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        _remove_empty(parents)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _replace(path: Path, draft: Path, kind: Kind) -> None:

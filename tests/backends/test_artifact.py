@@ -14,8 +14,9 @@ import transom
 from tests.artifacts import CHUNK, Export
 from transom.backends.artifact import Manifest, read_manifest, write_manifest
 from transom.backends.folder import MANIFEST
+from transom.backends.tensorrt.engines import engines
 from transom.export import compile as export_compile
-from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, TargetError
+from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, SessionError, TargetError
 from transom.zoo.model import Model
 
 
@@ -141,8 +142,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "taps that are an object": (edit(lambda data: data | {"taps": {}}), "taps is {}, not a list"),
     "a version that is text": (edit(lambda data: data | {"version": "2"}), "version '2', this transom reads 2"),
     "nested too deep": (nest, "cannot be read"),
+    "caches of another model": (
+        edit(lambda data: with_cache(data, width=64)),
+        r"is \[2, 52, 64\], the model's \[2, 52, 32",
+    ),
+    "a cache of another type": (edit(lambda data: with_cache(data, dtype="float16")), "is float16, the model's tensor"),
+    "a cache of another name": (edit(lambda data: with_cache(data, name="x")), "its caches are not the model's inputs"),
+    "a vocabulary of another model": (edit(lambda data: data | {"vocab_size": 300}), "of 300, the logits have 512"),
+    "calls longer than the slots": (edit(lambda data: data | {"chunk": 500}), "fewer slots than a call has tokens"),
+    "taps that the model lacks": (
+        edit(lambda data: data | {"taps": [{"name": "x", "layer": None, "op": "y"}]}),
+        "its caches and taps are not the model's outputs",
+    ),
     "line ends that git changed": (crlf, "git changed its line ends"),
     "a pointer of git lfs": (pointer, "git lfs pull"),
+}
+
+
+ENGINE: dict[str, Any] = {
+    "file": "tensorrt.engine",
+    "library": "tensorrt",
+    "version": "11",
+    "compute": [89],
+    "gpu": "",
+    "portable": False,
+    "weight_streaming": False,
+    "bytes": 1,
+    "seconds": 1.0,
+    "sha256": "0",
 }
 
 
@@ -194,6 +221,37 @@ def test_details_that_a_session_misses(target: str, exported: Export, tmp_path: 
     edit(lambda data: data | {"target": target})(folder)
     with pytest.raises(ArtifactError, match=f"lacks what the target '{target}' needs"):
         transom.open(folder)
+
+
+def test_a_runtime_that_fails_is_one_line(exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("tvm", "none").folder, folder)
+    edit(lambda data: data["details"]["parameters"].pop() and data)(folder)
+    session = transom.open(folder, threads=1)
+    with pytest.raises(SessionError, match=r"^TVM failed at position 0 \(.*\): export the model again") as refusal:
+        session.prefill([5, 6, 7])
+    assert len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
+
+
+ENGINES: dict[str, Any] = {
+    "an object": {},
+    "no fields": [{}],
+    "text": ["x"],
+    "another place": [{**ENGINE, "file": "../x.engine"}],
+    "another library": [{**ENGINE, "library": "abacus"}],
+    "a size that is text": [{**ENGINE, "bytes": "1"}],
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_engines_that_are_malformed(case: str, exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    edit(lambda data: data | {"details": {"engines": [ENGINE]}})(folder)
+    assert [engine.file for engine in engines(read_manifest(folder))] == [ENGINE["file"]]
+    edit(lambda data: data | {"details": {"engines": ENGINES[case]}})(folder)
+    with pytest.raises(ArtifactError, match=r"is malformed \(details\.engines"):
+        engines(read_manifest(folder))
 
 
 def test_a_target_that_nothing_runs(exported: Export, tmp_path: Path) -> None:

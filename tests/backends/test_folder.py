@@ -62,6 +62,15 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: type[BaseEx
     assert not exists or (target / "file").read_text() == "old"
 
 
+def test_folders_above_one_that_fails_are_removed_too(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError), new_folder(tmp_path / "there" / "a" / "b" / "model"):
+        raise ValueError
+    with pytest.raises(ArtifactError), new_folder(tmp_path / "there" / "a" / ("n" * 300)):
+        pytest.fail("the block ran")
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
+
+
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     target = artifact(tmp_path / "model", "file")
     with pytest.raises(ArtifactError, match="exists already: choose another name, or pass --overwrite"):

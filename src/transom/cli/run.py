@@ -22,7 +22,7 @@ from rich.text import Text
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
 from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
-from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.graphs.errors import ArtifactError, ContextLengthError, TokenizerError
 from transom.zoo.text import argument_text, check_text, decode_text, read_text
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
@@ -190,10 +190,12 @@ def chat(
 def _generation(folder: Path) -> dict[str, Any]:
     """How the model's makers sample from it."""
     try:
-        found: dict[str, Any] = json_module.loads((folder / "generation_config.json").read_text())
-    except (OSError, ValueError):
+        found: Any = json_module.loads((folder / "generation_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{folder / 'generation_config.json'} is not an object with fields: export the model again")
+    return dict(found)
 
 
 def _check_room(session: Session, tokens: int) -> None:
