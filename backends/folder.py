@@ -151,6 +151,9 @@ def new_folder(path: Path, *, overwrite: bool = False, kind: Kind = ARTIFACT) ->
     parents = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A name that is too long is refused now, and not when all is written.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)
         draft.mkdir()
     except OSError as error:
         _remove_empty(parents)

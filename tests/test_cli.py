@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from transom.backends.artifact import read_manifest, write_manifest
 from transom.cli import main
 from transom.cli.options import console
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
@@ -219,6 +220,17 @@ def test_the_prompt_is_shown_as_it_is(cli: Cli, artifact: Path, monkeypatch: pyt
     monkeypatch.setattr(console, "width", 40)
     code, out, err = cli("run", artifact, "--prompt", prompt, "--max-new-tokens", 1)
     assert code == 0 and out.startswith(prompt), err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"temperature": "hot"}', '{"top_k": 1.5}', '{"top_p": null}'])
+def test_generation_settings_of_other_kinds(cli: Cli, artifact: Path, tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    manifest = read_manifest(folder)
+    (folder / "generation_config.json").write_text(content)
+    write_manifest(folder, manifest)
+    code, out, err = cli("chat", folder)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
 
 
 def test_names_are_no_markup(cli: Cli, artifact: Path, tmp_path: Path) -> None:
