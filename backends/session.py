@@ -120,6 +120,7 @@ class Session(abc.ABC):
 
         Raises:
             ContextLengthError: If that is more than the context.
+            SessionError: If there is no memory for them.
         """
         if tokens > self.context:
             raise ContextLengthError(
@@ -129,7 +130,12 @@ class Session(abc.ABC):
         if tokens > self._slots:
             slots = max(FIRST_SLOTS, 2 ** math.ceil(math.log2(tokens)))
             slots = min(slots, self.context)
-            self._allocate(slots)
+            try:
+                self._allocate(slots)
+            except (MemoryError, ValueError, OverflowError) as error:
+                raise SessionError(
+                    f"there is no memory for caches of {slots} tokens ({error}): export with a smaller --context, or give it more memory"
+                ) from error
             self._slots = slots
 
     def feed(
