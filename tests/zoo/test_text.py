@@ -50,7 +50,7 @@ def test_anything_else_is_refused(data: bytes, words: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "."])
 def test_what_is_no_file(name: str, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"cannot read .*: name a text file"):
+    with pytest.raises(TokenizerError, match=r"cannot read the text from .*: name a file"):
         read_text(tmp_path / name)
 
 
