@@ -134,7 +134,7 @@ class Session(abc.ABC):
                 self._allocate(slots)
             except (MemoryError, ValueError, OverflowError) as error:
                 raise SessionError(
-                    f"there is no memory for caches of {slots} tokens ({error}): export with a smaller --context, or give it more memory"
+                    f"there is no memory for caches of {slots} tokens ({error}): export with a smaller --context"
                 ) from error
             self._slots = slots
 

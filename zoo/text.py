@@ -29,7 +29,8 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"cannot read the text from {path} ({error.strerror or error}): name a file in UTF-8") from error
+        reason = error.strerror or error
+        raise TokenizerError(f"cannot read the text from {path} ({reason}): name a file in UTF-8") from error
     return decode_text(data, str(path))
 
 
