@@ -59,11 +59,11 @@ CONSOLES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("console", CONSOLES)
 def test_consoles_that_are_not_utf8(console: str, artifact: Path) -> None:
     variables = CONSOLES[console]
-    plain, told = (execute(("run", artifact, *RUN, *json), variables) for json in ((), ("--json",)))
-    assert (plain.returncode, told.returncode) == (0, 0), plain.stderr + told.stderr
+    plain, printed = (execute(("run", artifact, *RUN, *json), variables) for json in ((), ("--json",)))
+    assert (plain.returncode, printed.returncode) == (0, 0), plain.stderr + printed.stderr
     # The prompt is the same text, whatever the console can show of it.
     utf8 = execute(("run", artifact, *RUN, "--json"))
-    assert json.loads(told.stdout)["tokens"] == json.loads(utf8.stdout)["tokens"]
+    assert json.loads(printed.stdout)["tokens"] == json.loads(utf8.stdout)["tokens"]
     assert plain.stdout.startswith("café → 日本".encode() if console == "C" else b"caf")
     shown = execute(("inspect", artifact), variables)
     assert shown.returncode == 0 and b"BoundLocalCaches" in shown.stdout, shown.stderr
