@@ -8,30 +8,30 @@
     generation_config.json          how its makers sample from it
     validation.json                 its numeric certificate, once `transom validate` has written it
 
-A folder is written under another name and renamed when it is whole: what stands under its own name is never half
-made. An export that fails or is interrupted removes its draft; one that is killed leaves a hidden `.NAME.partial-*`.
+How it comes to be whole or not at all: see `folder`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from transom.backends.folder import MANIFEST, is_plain, replace_file
+from transom.backends.records import checked, record
 from transom.graphs.errors import ArtifactError
 
 VERSION = 2
-MANIFEST, MODEL_FILE = "manifest.json", "model.onnx"
+MODEL_FILE = "model.onnx"
 _READ_BYTES = 4 * 2**20
+
+_MOST_ALTERED = 64 * 2**20
+"""Bytes of the largest file that is looked into when its size is not what it was."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,54 +121,64 @@ class Manifest:
         return {"version": VERSION, **dataclasses.asdict(self)}
 
 
-def check_absent(path: Path, *, overwrite: bool = False, proof: str = MANIFEST) -> None:
-    """Raise `ArtifactError` if something of that name exists and must not be replaced.
-
-    Only what transom made ever may: an artifact, or another folder that holds the file `proof`.
-    """
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise ArtifactError(f"{path} exists already: choose another name, or pass --overwrite")
-    if not (path / proof).is_file():
-        kind = "an artifact of transom" if proof == MANIFEST else f"a folder with a {proof} of transom"
-        raise ArtifactError(f"{path} is not {kind}, so it is not replaced: choose another name")
+class _Model(TypedDict):
+    name: str
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False, proof: str = MANIFEST) -> Iterator[Path]:
-    """A folder that takes the name `path` only when the block ends without an error.
+class _Source(TypedDict):
+    name: str
+    revision: str
 
-    Raises:
-        ArtifactError: If something of that name exists and `overwrite` is off or it is no artifact, or its parent
-            cannot be written, or the disk is full.
-    """
-    path = path.resolve()
-    check_absent(path, overwrite=overwrite, proof=proof)
-    draft = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
-    try:
-        yield draft
-        check_absent(path, overwrite=overwrite, proof=proof)
-        if path.exists():
-            retired = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
-            os.rename(path, retired)
-            try:
-                os.rename(draft, path)
-            except OSError:
-                os.rename(retired, path)
-                raise
-            shutil.rmtree(retired)
-        else:
-            os.rename(draft, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+class _File(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class _Pass(TypedDict):
+    name: str
+    changes: int
+    nodes_before: int
+    nodes_after: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    notes: NotRequired[Sequence[str]]
+
+
+class _Conversion(TypedDict):
+    number: str
+    block: int
+    source: str | None
+    kept: bool
+    recovered: int
+    error: float
+
+
+class _Program(TypedDict):
+    argument_bytes: float
+    alias_bytes: float
+    temp_bytes: float
+    peak_bytes: float
+    flops: float
+    compile_s: float
+
+
+class _Tpu(TypedDict):
+    topology: str
+    devices: int
+    libtpu: str
+    programs: Mapping[str, _Program]
+
+
+_HINTS: Mapping[str, Any] = {
+    "files": Mapping[str, _File],
+    "passes": Sequence[_Pass],
+    "conversions": Sequence[_Conversion],
+    "tpu": _Tpu | None,
+    "model": _Model,
+    "source": _Source,
+}
+"""What readers of a manifest count on, beyond the annotations of `Manifest`."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -192,32 +202,11 @@ def update_details(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
         change(data["details"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"cannot update {path}: {error}") from error
     replace_file(path, json.dumps(data, indent=1) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file; a reader sees the old one or the new one, never a part.
-
-    Raises:
-        ArtifactError: If it cannot be written.
-    """
-    # A link stays a link; what is no file, such as a terminal, has no draft.
-    path = path.resolve()
-    draft = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -234,25 +223,41 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         raise ArtifactError(f"{folder} is not a folder: export a model to it first (transom export MODEL -o {folder})")
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
         version = data.pop("version")
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
     if version != VERSION:
-        raise ArtifactError(f"{path} is of version {version}, this transom reads {VERSION}: use a matching transom")
+        raise ArtifactError(f"{path} is of version {version!r}, this transom reads {VERSION}: use a matching transom")
     try:
-        data["caches"] = tuple(CacheRecord(**record) for record in data["caches"])
-        data["taps"] = tuple(TapRecord(**record) for record in data["taps"])
-        manifest = Manifest(**{**data, "stop_ids": tuple(data["stop_ids"])})
-        for entry in manifest.files.values():
-            entry["sha256"], entry["bytes"]
-        manifest.model["name"], manifest.source["name"], manifest.source["revision"], manifest.files[manifest.payload]
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = record(Manifest, data)
+        for name, hint in _HINTS.items():
+            checked(getattr(manifest, name), hint, name)
+        _check_sizes(manifest)
+        _check_names(manifest)
+    except ValueError as error:
         raise ArtifactError(f"{path} is malformed ({error}): export the model again") from error
     _check_files(folder, manifest, hashes=verify)
     return manifest
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    sizes: dict[str, int | None] = {name: getattr(manifest, name) for name in ("context", "chunk", "vocab_size")}
+    for cache in manifest.caches:
+        sizes |= {f"{field} of {cache.name}": getattr(cache, field) for field in ("window", "slots", "heads", "width")}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}, not 1 or more")
+
+
+def _check_names(manifest: Manifest) -> None:
+    for name in manifest.files:
+        if not is_plain(name):
+            raise ValueError(f"the file {name!r} is not in the folder")
+    if manifest.payload not in manifest.files:
+        raise ValueError(f"the payload {manifest.payload!r} is not among its files")
 
 
 def _check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
@@ -260,15 +265,27 @@ def _check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
     for path, entry in zip(paths, manifest.files.values(), strict=True):
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: export the model again")
-        if path.stat().st_size != entry["bytes"]:
-            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}: export the model again")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise ArtifactError(f"{path} has {size} bytes, not {entry['bytes']}: {_remedy(path, entry['sha256'])}")
     if hashes:
         for path, entry, digest in zip(paths, manifest.files.values(), _hashes(paths), strict=True):
             if digest != entry["sha256"]:
                 raise ArtifactError(f"{path} is not what was exported (its sha256 differs): export the model again")
 
 
-def _hashes(paths: Sequence[Path]) -> list[str]:
+def _remedy(path: Path, sha256: str) -> str:
+    """What to do about a file of another size than it was written with: git alters files in two well-known ways."""
+    if path.stat().st_size > _MOST_ALTERED:
+        return "export the model again"
+    data = path.read_bytes()
+    if data.startswith(b"version https://git-lfs"):
+        return "this is git's pointer to it, so run git lfs pull"
+    if hashlib.sha256(data.replace(b"\r", b"")).hexdigest() == sha256:
+        return "git changed its line ends, so check it out again with core.autocrlf off, or export the model again"
+    return "export the model again"
+
+
+def _hashes(paths: Iterable[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         return list(pool.map(hash_of, paths))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import MANIFEST, Manifest, read_manifest
+from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.folder import MANIFEST
 from transom.backends.session import Session, Tokenizer
+from transom.backends.threads import check_threads
 from transom.graphs.errors import ArtifactError, TargetError
 
 
@@ -22,12 +24,13 @@ def open_session(
 
     Raises:
         ArtifactError: If the folder is no artifact, or is damaged.
-        TargetError: If this library cannot run its target, or a part is not installed.
+        TargetError: If this library cannot run its target, a part is not installed, or threads are far more than cores.
     """
+    check_threads(threads)
     manifest = read_manifest(folder, verify=verify)
     try:
         return _session(folder, manifest, tokenizer, threads)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(
             f"{folder / MANIFEST} lacks what the target {manifest.target!r} needs ({error!r}): export the model again"
         ) from error

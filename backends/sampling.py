@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.graphs.errors import SamplingError
+
+_WHOLE = (int, np.integer)
+_NUMBER = (*_WHOLE, float, np.floating)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "temperature": _NUMBER,
+    "top_k": _WHOLE,
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "seed": (*_WHOLE, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +34,7 @@ class Sampling:
         seed: Makes the choices repeatable; None draws a new seed.
 
     Raises:
-        SamplingError: If a value is out of range.
+        SamplingError: If a value is no number, or out of range.
     """
 
     temperature: float = 0.0
@@ -33,7 +44,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise SamplingError(f"{name} must be a number, got {value!r}")
+        if not 0 <= self.temperature <= sys.float_info.max:
             raise SamplingError(f"temperature must be 0 or more, got {self.temperature}")
         if self.top_k < 0:
             raise SamplingError(f"top_k must be 0 (off) or more, got {self.top_k}")
@@ -49,14 +64,26 @@ class Sampling:
         return np.random.default_rng(self.seed)
 
     def choose(self, logits: NDArray[Any], generator: np.random.Generator) -> int:
-        """The next token, from logits [V]."""
+        """The next token, from logits [V].
+
+        Raises:
+            SamplingError: If the largest of them is no finite number.
+        """
+        largest = logits.max()
+        if not np.isfinite(largest):
+            raise SamplingError(
+                f"the largest of the model's logits is {largest}, so no token can be chosen: transom validate tells "
+                "where its numbers leave their range"
+            )
         if self.temperature == 0:
             return int(logits.argmax())
         kept = np.arange(logits.shape[0])
         if 0 < self.top_k < logits.shape[0]:
             kept = np.argpartition(logits, -self.top_k)[-self.top_k :]
-        scaled = logits[kept].astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
+        # With the largest at 0, a temperature near 0 leaves it alone: what is below overflows to minus infinity.
+        with np.errstate(over="ignore"):
+            scaled = (logits[kept].astype(np.float64) - np.float64(largest)) / float(self.temperature)
+        probabilities = np.exp(scaled)
         probabilities /= probabilities.sum()
         if self.top_p < 1:
             order = np.argsort(-probabilities, kind="stable")

@@ -6,6 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -19,6 +20,9 @@ from transom.graphs.errors import ContextLengthError, NonFiniteError, SessionErr
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
+
+_MOST_SHOWN = 300
+"""Characters of a runtime's message; some list all arguments of a call."""
 
 GREEDY = Sampling()
 
@@ -39,6 +43,7 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
     def encode(self, text: str, bos: bool = True) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> list[int]: ...
+    def check_template(self) -> None: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def stream(self) -> TokenStream: ...
 
@@ -96,6 +101,18 @@ class Session(abc.ABC):
     def _allocate(self, slots: int) -> None:
         """Give growing caches `slots` slots and fixed ones what they have; what they held up to now stays."""
 
+    @contextlib.contextmanager
+    def _running(self, runtime: str) -> Iterator[None]:
+        """In the block, whatever a runtime raises becomes a `SessionError`."""
+        try:
+            yield
+        except Exception as error:  # runtimes raise dozens of classes without a common base
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MOST_SHOWN]
+            raise SessionError(
+                f"{runtime} failed at position {self.position} ({line}): export the model again, or see that there is "
+                "memory enough"
+            ) from error
+
     def reset(self) -> None:
         """Forget all tokens, and end the streams of `generate`. Memory stays allocated."""
         self.position = 0
@@ -107,6 +124,7 @@ class Session(abc.ABC):
 
         Raises:
             ContextLengthError: If that is more than the context.
+            SessionError: If there is no memory for them.
         """
         if tokens > self.context:
             raise ContextLengthError(
@@ -116,7 +134,12 @@ class Session(abc.ABC):
         if tokens > self._slots:
             slots = max(FIRST_SLOTS, 2 ** math.ceil(math.log2(tokens)))
             slots = min(slots, self.context)
-            self._allocate(slots)
+            try:
+                self._allocate(slots)
+            except (MemoryError, ValueError, OverflowError) as error:
+                raise SessionError(
+                    f"there is no memory for caches of {slots} tokens ({error}): export with a smaller --context"
+                ) from error
             self._slots = slots
 
     def feed(

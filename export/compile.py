@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from transom.backends.artifact import Manifest, new_folder, write_manifest
+from transom.backends.artifact import Manifest, write_manifest
+from transom.backends.folder import new_folder
 from transom.backends.reference.session import cache_records, tap_records
 from transom.export.exporter import Request, exporter
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
@@ -28,7 +29,6 @@ from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
 from transom.zoo.architectures import ARCHITECTURES
-from transom.zoo.chat import compile_template
 from transom.zoo.generation import GENERATION
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -213,11 +213,9 @@ def _write_companions(model: Model, folder: Path) -> None:
 
 def _without_template(model: Model) -> list[str]:
     """A line if the model's chat template cannot be used."""
-    template = model.tokenizer.config.template if model.tokenizer else None
-    if template is None:
-        return []
     try:
-        compile_template(template)
+        if model.tokenizer is not None:
+            model.tokenizer.check_template()
     except TokenizerError as error:
         return [f"chat: {error}"]
     return []

@@ -58,7 +58,7 @@ class ContextLengthError(TransomError):
 
 
 class SessionError(TransomError):
-    """A session's caches do not hold what the caller goes on from."""
+    """A session's caches do not hold what the caller goes on from, or its runtime failed."""
 
 
 class NonFiniteError(SessionError):
@@ -66,7 +66,7 @@ class NonFiniteError(SessionError):
 
 
 class SamplingError(TransomError):
-    """A sampling setting is out of range."""
+    """A sampling setting is out of range, or logits are no numbers to choose by."""
 
 
 class TrainingError(TransomError):

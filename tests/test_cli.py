@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from transom.backends.artifact import read_manifest, write_manifest
 from transom.cli import main
+from transom.cli.options import console
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.presets import preset
 
@@ -140,6 +143,25 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt file missing": (("run", "{artifact}", "--prompt-file", "{tmp}/none.txt"), "none.txt"),
     "prompt beyond the context": (("run", "{artifact}", "--prompt", "x" * 200), "128"),
     "new tokens beyond the context": (("run", "{artifact}", "--prompt", "x", "--max-new-tokens", 500), "128"),
+    "far too many threads": (("run", "{artifact}", "--prompt", "x", "--threads", 4096), "leave the number out"),
+    "chat on far too many threads": (("chat", "{artifact}", "--threads", 4096), "leave the number out"),
+    "bench on far too many threads": (("bench", "{artifact}", "--threads", 4096), "leave the number out"),
+    "validate on far too many threads": (("validate", "gemma3-tiny", "--threads", 4096), "leave the number out"),
+    "evaluate on far too many threads": (
+        ("evaluate", "gemma3-tiny", "--text", "{tmp}/x", "--threads", 4096),
+        "leave the number out",
+    ),
+    "a prompt that is no UTF-8": (("run", "{artifact}", "--prompt", "caf\udce9"), "--prompt is not UTF-8"),
+    "a system that is no UTF-8": (("chat", "{artifact}", "--system", "caf\udce9"), "--system is not UTF-8"),
+    "a prompt file that is a folder": (("run", "{artifact}", "--prompt-file", "{artifact}"), "Is a directory"),
+    "no such option": (("run", "{artifact}", "--promt", "x"), "see transom run --help"),
+    "no such command": (("walk",), "see transom --help"),
+    "an argument missing": (("export", "gemma3-tiny"), "Missing option '--out'"),
+    "a number out of range": (("run", "{artifact}", "--max-new-tokens", 0), "'--max-new-tokens'"),
+    "one file for two outputs": (
+        ("validate", "gemma3-tiny", "--json", "{tmp}/a", "--html", "{tmp}/../{tmp.name}/a"),
+        "is named for two outputs",
+    ),
     "negative temperature": (("run", "{artifact}", "--prompt", "x", "--temperature", -1), "temperature"),
 }
 
@@ -153,6 +175,78 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Cli, artifact: Path, tmp_pat
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
     assert hint in err
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "run": ("{artifact}", "--prompt-file"),
+    "ranges": ("gemma3-tiny", "--text"),
+    "validate": ("{artifact}", "--text"),
+    "evaluate": ("{artifact}", "--text"),
+    "quantize": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--calibrate"),
+    "qat": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--data"),
+}
+
+
+@pytest.mark.parametrize(
+    "data", [b"caf\xe9 " * 400, "\ufeffhello".encode("utf-16-le") * 400], ids=["latin-1", "UTF-16"]
+)
+@pytest.mark.parametrize("command", TEXT_OPTIONS)
+def test_text_that_is_not_utf8(cli: Cli, artifact: Path, tmp_path: Path, command: str, data: bytes) -> None:
+    (tmp_path / "text").write_bytes(data)
+    options = [str(option).format(tmp=tmp_path, artifact=artifact) for option in TEXT_OPTIONS[command]]
+    code, out, err = cli(command, *options, tmp_path / "text")
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert "not UTF-8" in err and "save it as UTF-8" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_text_that_is_read_is_not_written(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello " * 400)
+    code, _, err = cli("evaluate", "gemma3-tiny", "--text", tmp_path / "text", "--html", tmp_path / "text")
+    assert code == 2 and "it is read too" in err
+    assert (tmp_path / "text").read_text() == "hello " * 400
+
+
+def test_a_byte_order_mark_is_no_text(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfhello\r\n")
+    options = ("--max-new-tokens", 2, "--json")
+    marked = json.loads(cli("run", artifact, "--prompt-file", tmp_path / "text", *options)[1])
+    plain = json.loads(cli("run", artifact, "--prompt", "hello\n", *options)[1])
+    assert marked["tokens"] == plain["tokens"] and marked["prompt_tokens"] == plain["prompt_tokens"]
+
+
+@pytest.mark.parametrize("prompt", ["[bold]a[/bold] :smile: ", "word " * 20, "[/red]"])
+def test_the_prompt_is_shown_as_it_is(cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    monkeypatch.setattr(console, "width", 40)
+    code, out, err = cli("run", artifact, "--prompt", prompt, "--max-new-tokens", 1)
+    assert code == 0 and out.startswith(prompt), err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"temperature": "hot"}', '{"top_k": 1.5}', '{"top_p": null}'])
+def test_generation_settings_of_other_kinds(cli: Cli, artifact: Path, tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    manifest = read_manifest(folder)
+    (folder / "generation_config.json").write_text(content)
+    write_manifest(folder, manifest)
+    code, out, err = cli("chat", folder)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+
+
+def test_names_are_no_markup(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "[/red] :smile:"
+    shutil.copytree(artifact, folder)
+    data = json.loads((folder / "manifest.json").read_text())
+    data |= {"target": "[/red]", "quantization": "[/red]", "dtype": "[/red]"}
+    data["source"] |= {"revision": "[/red]"}
+    data["passes"][0] |= {"name": "[/red]", "notes": ["[/red]"]}
+    data["caches"][0] |= {"dtype": "[/red]"}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    code, out, err = cli("inspect", folder)
+    assert code == 0 and "[/red] :smile:" in out and "revision" in out, err
+    write_checkpoint(folder / "model", dataclasses.replace(preset("gemma3-tiny"), name="[/red]"), {})
+    code, out, err = cli("show", folder / "model")
+    assert code == 0, err
 
 
 def test_changed_byte(cli: Cli, artifact: Path, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from transom.backends.folder import ARTIFACT, Kind
 from transom.export import safetensors
+from transom.graphs.errors import ArtifactError, CheckpointError
 from transom.graphs.graph import Graph
 from transom.graphs.quantized import dequantize, pack
 from transom.graphs.rounding import Rounded, held
@@ -17,8 +20,45 @@ from transom.graphs.schemes import QuantSpec
 from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
+from transom.zoo.checkpoints.safetensors import read_entries
 from transom.zoo.config import DecoderConfig
+from transom.zoo.model import Model
 from transom.zoo.tokenizer import Tokenizer
+
+REPORT = "training.json"
+"""How a checkpoint was trained."""
+
+_WRITTEN = frozenset(
+    {LATTICE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"}
+)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
+    """What `write_quantized` and a training run write; the artifacts of a run are folders in it."""
+    try:
+        _, metadata = read_entries(folder / LATTICE)
+    except (OSError, CheckpointError):
+        return None
+    if not {"scheme", "specs"} <= metadata.keys():
+        return None
+    names = set(_WRITTEN)
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name):
+            names.add(path.name)
+        elif path.is_dir() and not path.is_symlink():
+            names |= {f"{path.name}/{name}" for name in ARTIFACT.files(path) or ()}
+    return frozenset(names)
+
+
+CHECKPOINT = Kind(title=f"a checkpoint that transom wrote ({LATTICE})", files=_files_of_checkpoint)
+
+
+def check_apart(out: Path, model: Model) -> None:
+    """Raise `ArtifactError` if a folder to be written is the one that the model is read from."""
+    source = Path(model.source)
+    if source.exists() and out.exists() and source.samefile(out):
+        raise ArtifactError(f"{out} is the model that is read, so it is not replaced: choose another name")
 
 
 def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:

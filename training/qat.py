@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from transom.backends.artifact import new_folder
+from transom.backends.folder import new_folder
 from transom.export.compile import compile_model
 from transom.graphs.errors import QuantizationError
 from transom.graphs.schemes import scheme
+from transom.training.checkpoint import CHECKPOINT, REPORT, check_apart
 from transom.training.qat_run import QatRun
 from transom.training.quantize import write_converted
 from transom.training.state import TrainingState
 from transom.training.text import read_sequences
-from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.model import Model, load
 
 OnStep = Callable[[int, int, float], None]
@@ -101,7 +101,8 @@ def train(
     made = scheme(settings.quant)
     if not made.linears:
         raise QuantizationError(f"the scheme {settings.quant!r} quantises no projection, so there is nothing to train")
-    with new_folder(out, overwrite=overwrite, proof=LATTICE) as folder:
+    check_apart(out, model)
+    with new_folder(out, overwrite=overwrite, kind=CHECKPOINT) as folder:
         sequences = read_sequences(model, text, settings.length)
         state = TrainingState(out, settings, model.revision, sequences)
         saved = state.load()
@@ -117,7 +118,7 @@ def train(
         trained = dataclasses.replace(model, weights=weights)
         write_converted(graph, trained, folder, quant=settings.quant, on_progress=on_progress)
         report = {"settings": dataclasses.asdict(settings), "kl": losses, "source": model.source}
-        (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         if target is not None:
             again = dataclasses.replace(load(folder), source=str(out), tokenizer=model.tokenizer)
             compile_model(again, target=target, out=folder / target, on_progress=on_progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from transom.backends.artifact import new_folder
+from transom.backends.folder import new_folder
 from transom.export.compile import trace_model
 from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph
@@ -18,9 +18,8 @@ from transom.passes.conversion import Conversion, spec_of
 from transom.passes.convert_quantized import ConvertQuantized, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
-from transom.training.checkpoint import write_quantized
+from transom.training.checkpoint import CHECKPOINT, check_apart, write_quantized
 from transom.training.text import read_sequences
-from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.model import Model
 
 PtqMethod = Literal["nearest", "mse", "gptq"]
@@ -84,7 +83,8 @@ def quantize_model(
         raise QuantizationError(f"the scheme {quant!r} quantises nothing: choose another one")
     if method == "gptq" and text is None:
         raise QuantizationError("gptq needs a text to calibrate on: give --calibrate FILE")
-    with new_folder(out, overwrite=overwrite, proof=LATTICE) as folder:
+    check_apart(out, model)
+    with new_folder(out, overwrite=overwrite, kind=CHECKPOINT) as folder:
         sequences = None
         if method == "gptq" and text is not None:
             sequences = read_sequences(model, text, min(SEQUENCE, model.config.context))[:samples]

@@ -8,7 +8,7 @@ import torch
 
 from transom.graphs.errors import TokenizerError
 from transom.zoo.model import Model
-from transom.zoo.prompt import read_text
+from transom.zoo.prompt import read_words
 
 
 def read_sequences(model: Model, path: Path, length: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def read_sequences(model: Model, path: Path, length: int) -> torch.Tensor:
         raise TokenizerError(f"{model.config.name} has no tokenizer, so it cannot read {path}: give a source that has")
     if not 2 <= length <= model.config.context:
         raise TokenizerError(f"sequences of {length} tokens: choose a length from 2 to {model.config.context}")
-    ids = model.tokenizer.encode(read_text(path), bos=False)
+    ids = model.tokenizer.encode(read_words(path), bos=False)
     first = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
     step = length - len(first)
     count = len(ids) // step

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import MANIFEST, replace_file
+from transom.backends.folder import CERTIFICATE, MANIFEST, replace_file
 from transom.graphs.errors import ArtifactError
 
-CERTIFICATE = "validation.json"
 VERSION = 1
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import MANIFEST, Manifest
+from transom.backends.artifact import Manifest
+from transom.backends.folder import MANIFEST
+from transom.backends.threads import check_threads
 from transom.graphs.errors import ConfigError
 from transom.validation.candidates import Candidate, artifact_candidate
 from transom.zoo.model import Model, load
@@ -55,7 +57,9 @@ def read_inputs(
     Raises:
         ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
         ArtifactError: If an artifact is damaged.
+        TargetError: If threads are far more than cores.
     """
+    check_threads(threads)
     parts = [named] if isinstance(named, (str, Path, Model)) else list(named)
     models = [part for part in parts if isinstance(part, Model) or not (Path(part) / MANIFEST).is_file()]
     folders = list(

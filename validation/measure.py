@@ -73,20 +73,15 @@ def measure(
     found += [_decode(session, oracle, text, span, advance) for span in plans.decodes]
     began = time.perf_counter()
     prompt = list(text[: plans.continued])
-    new, failures = [], []
-    try:
-        for token in session.generate(prompt, max_new_tokens=plans.new_tokens, stop_ids=()):
-            new.append(token)
-    except SamplingError as error:
-        failures.append(
-            f"the greedy continuation of a prompt of {plans.continued} ends after {len(new)} tokens: {error}"
-        )
+    new, unchosen = _continuation(session, prompt, plans.new_tokens)
     seconds = time.perf_counter() - began
     advance(plans.continued + plans.new_tokens)
     different, diverged = (_first_divergence(oracle, prompt, new, tie) for tie in (0.0, bound.tie))
     longest = found[len(plans.prompts) - 1]
-    caches, overweight = weigh(session, config, plans.longest)
-    failures += [*(line for run in found for line in judge(run.kind, run.differences, bound)), *overweight]
+    caches, failures = weigh(session, config, plans.longest)
+    failures = [*(line for run in found for line in judge(run.kind, run.differences, bound)), *failures]
+    if unchosen is not None:
+        failures.append(f"the greedy continuation of a prompt of {plans.continued} ends at {len(new)}: {unchosen}")
     if diverged is not None:
         failures.append(
             f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
@@ -208,6 +203,17 @@ def _decode(
         parts.append(compare(logits[None], oracle.text.logits, position))
         advance(1)
     return Found("decode", Differences.join(parts), seconds)
+
+
+def _continuation(session: Session, prompt: list[int], count: int) -> tuple[list[int], str | None]:
+    """New tokens, and why there are fewer than wanted if logits are no numbers."""
+    new: list[int] = []
+    try:
+        for token in session.generate(prompt, max_new_tokens=count, stop_ids=()):
+            new.append(token)
+    except SamplingError as error:
+        return new, str(error)
+    return new, None
 
 
 def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: float) -> int | None:

@@ -39,11 +39,12 @@ def render(found: Validation) -> str:
 
 def page(title: str, body: Iterable[str]) -> str:
     """A whole page that loads nothing; the body is HTML already."""
+    style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, CHART_STYLE))
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE.read_text()}{CHART_STYLE.read_text()}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
     )
     return "\n".join([head, *body, "</body></html>\n"])
 

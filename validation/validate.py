@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.artifact import MANIFEST, check_absent
+from transom.backends.folder import MANIFEST, check_absent
 from transom.export.compile import versions
 from transom.graphs.errors import ConfigError, ContextLengthError, TransomError
 from transom.graphs.schemes import scheme

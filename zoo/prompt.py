@@ -10,6 +10,7 @@ import numpy as np
 
 from transom.graphs.errors import TokenizerError
 from transom.zoo.model import Model
+from transom.zoo.text import read_text
 
 SHIPPED = Path(__file__).parent / "prompt.txt"
 """Plain English prose of 2,105 Gemma tokens, written for this purpose."""
@@ -54,22 +55,19 @@ def make_prompt(model: Model, length: int, text: Path | None, seed: int = 0) -> 
         low = min(FIRST_PLAIN, model.config.vocab_size // 2)
         ids = np.random.default_rng(seed).integers(low, model.config.vocab_size, length)
         return Prompt(source=f"random tokens of seed {seed}", ids=tuple(int(token) for token in ids))
-    start, *rest = model.tokenizer.encode(read_text(text or SHIPPED))
+    start, *rest = model.tokenizer.encode(read_words(text or SHIPPED))
     times = -(-max(length - 1, 1) // len(rest))
     source = (str(text) if text else "the shipped text") + (f", {times} times" if times > 1 else "")
     return Prompt(source=source, ids=(start, *(rest * times))[: max(length, 1)])
 
 
-def read_text(path: Path) -> str:
-    """A file's words.
+def read_words(path: Path) -> str:
+    """A file's text, without white space around it.
 
     Raises:
-        TokenizerError: If it cannot be read or holds no text.
+        TokenizerError: If it cannot be read, is not UTF-8, or holds no text.
     """
-    try:
-        words = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read the text from {path}: {error}") from error
+    words = read_text(path).strip()
     if not words:
         raise TokenizerError(f"{path} holds no text: give a file of at least some paragraphs")
     return words

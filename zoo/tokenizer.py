@@ -16,9 +16,10 @@ from pathlib import Path
 import tokenizers
 
 from transom.graphs.errors import TokenizerError
-from transom.zoo.chat import Message, render, render_template
+from transom.zoo.chat import Message, compile_template, render, render_template
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
+from transom.zoo.text import check_text
 from transom.zoo.tokenizer_config import TokenizerConfig
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
@@ -140,10 +141,17 @@ class Tokenizer:
         """Token ids of a text; special tokens written in it are recognised.
 
         Args:
-            text: Any string.
+            text: What UTF-8 can write.
             bos: Start with `bos_id`, unless the text itself does, or the tokenizer's config says that none does.
+
+        Raises:
+            TokenizerError: If the text holds half a character, or a byte that was not UTF-8.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            check_text(text, "the text")
+            raise
         return [self.bos_id, *ids] if bos and self.config.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -162,6 +170,11 @@ class Tokenizer:
             return self.encode(render(messages, add_generation_prompt))
         text = render_template(self.config.template, self._special_tokens(), messages, add_generation_prompt)
         return self.encode(text, bos=False)
+
+    def check_template(self) -> None:
+        """Raise `TokenizerError` if the checkpoint's own chat template is not valid."""
+        if self.config.template is not None:
+            compile_template(self.config.template)
 
     def _special_tokens(self) -> dict[str, str]:
         """Tokens by role, for templates."""

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.folder import MANIFEST
+from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs.errors import ArtifactError, TargetError
@@ -47,17 +49,20 @@ class OnnxRuntimeSession(Session):
             whole_writes=self.whole_writes,
         )
         self._runtime = self._load(folder, manifest, threads)
+        if reason := mismatch(self._runtime, manifest):
+            raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._taps = [tap.name for tap in manifest.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        self._binding.bind_cpu_input("tokens", tokens[None])
-        self._binding.bind_cpu_input("start", np.array(self.position))
-        self._binding.bind_cpu_input("logit_positions", logit_positions)
-        for name in ("logits", *self._taps):
-            self._binding.bind_output(name, "cpu")
-        self._runtime.run_with_iobinding(self._binding)
+        with self._running("ONNX Runtime"):
+            self._binding.bind_cpu_input("tokens", tokens[None])
+            self._binding.bind_cpu_input("start", np.array(self.position))
+            self._binding.bind_cpu_input("logit_positions", logit_positions)
+            for name in ("logits", *self._taps):
+                self._binding.bind_output(name, "cpu")
+            self._runtime.run_with_iobinding(self._binding)
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
         self.tapped = dict(zip(self._taps, taps, strict=True))
         found: Float = logits[0]
@@ -96,7 +101,15 @@ class OnnxRuntimeSession(Session):
         floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
         # Weights of 8-bit floats become float32 now, or they would at every call. Of other models the shared embedding
         # would be folded into a second copy for its other reader.
-        return load(str(folder / MODEL_FILE), threads, folded=2**40 if floats else 2**20)
+        folded = 2**40 if floats else 2**20
+        path = folder / MODEL_FILE
+        if not lies_elsewhere(path, manifest.files):
+            return load(str(path), threads, folded=folded)
+        import onnx
+
+        model = onnx.load(path, load_external_data=False)
+        data = relocate(model, folder)
+        return load(model.SerializeToString(), threads, folded=folded, data=data)
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
         for cache in self.caches:
@@ -104,15 +117,44 @@ class OnnxRuntimeSession(Session):
                 yield cache, self._arrays[cache.name]
 
 
-def load(model: str | bytes, threads: int | None, *, folded: int, folder: Path | None = None) -> Any:
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+
+
+def mismatch(runtime: Any, manifest: Manifest) -> str:
+    """What a manifest says of the inputs and outputs of a model that is not so; "" if all is."""
+    inputs, outputs = (
+        {value.name: value for value in values} for values in (runtime.get_inputs(), runtime.get_outputs())
+    )
+    names = [cache.name for cache in manifest.caches]
+    if sorted(inputs) != sorted(("tokens", "start", "logit_positions", *names)):
+        return "its caches are not the model's inputs"
+    if sorted(outputs) != sorted(("logits", *(f"{name}.out" for name in names), *(tap.name for tap in manifest.taps))):
+        return "its caches and taps are not the model's outputs"
+    if outputs["logits"].shape[-1] != manifest.vocab_size:
+        return f"a vocabulary of {manifest.vocab_size}, the logits have {outputs['logits'].shape[-1]}"
+    for cache in manifest.caches:
+        value, shape = inputs[cache.name], [cache.heads, cache.slots, cache.width]
+        # A size that grows is a name to the runtime.
+        if [size if isinstance(size, int) else None for size in value.shape[1:]] != shape:
+            return f"{cache.name} is {shape}, the model's {value.shape[1:]}"
+        if value.type != _TYPES.get(cache.dtype):
+            return f"{cache.name} is {cache.dtype}, the model's {value.type}"
+        if cache.slots is not None and cache.slots < min(manifest.chunk, manifest.context):
+            return f"{cache.name} has fewer slots than a call has tokens"
+    return ""
+
+
+def load(
+    model: str | bytes, threads: int | None, *, folded: int, data: Path | None = None, as_it_stands: bool = False
+) -> Any:
     """Make a session of the runtime.
 
     Args:
         model: A file, or what would stand in one.
         threads: Threads; by default the runtime's own choice.
         folded: Bytes of the largest constant that is computed when the model is loaded.
-        folder: Where a model that is no file has its data. What such a model says is then computed as it stands: no
-            operation is fused with another.
+        data: The folder of the data of a model that is no file.
+        as_it_stands: Fuse no operation with another.
 
     Raises:
         TargetError: If ONNX Runtime is missing or too old.
@@ -132,13 +174,14 @@ def load(model: str | bytes, threads: int | None, *, folded: int, folder: Path |
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
-    if folder is not None:
+    if data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    if as_it_stands:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         with huge_pages():
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises a dozen classes without a common base
-        where = model if isinstance(model, str) else folder
+        where = model if isinstance(model, str) else f"the model with data in {data}"
         raise ArtifactError(f"ONNX Runtime cannot load {where}: {str(error).splitlines()[0]}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from transom.backends.artifact import MODEL_FILE, hash_of, read_manifest
-from transom.backends.tensorrt.engines import EngineRecord, note_engine
+from transom.backends.tensorrt.engines import EngineRecord, engines, note_engine
 from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
@@ -62,6 +62,8 @@ def build_engine(
     path = folder / name
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path} exists already: pass --overwrite")
+    if path.exists() and name not in {record.file for record in engines(manifest)}:
+        raise ArtifactError(f"{path} is not an engine of this artifact, so it is not replaced: move it away")
     draft = folder / f".{name}.partial-{uuid.uuid4().hex[:8]}"
     began = time.perf_counter()
     try:

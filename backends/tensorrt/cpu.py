@@ -12,6 +12,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.onnxruntime.data import relocate
 from transom.backends.onnxruntime.session import OnnxRuntimeSession, load
 from transom.backends.tensorrt.widening import read, widened
 
@@ -28,5 +29,6 @@ class CpuSession(OnnxRuntimeSession):
 
     def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
         model: ModelProto = widened(read(str(folder / MODEL_FILE)))
+        data = relocate(model, folder)
         # All weights are widened once, when the model is loaded.
-        return load(model.SerializeToString(), threads, folded=2**40, folder=folder)
+        return load(model.SerializeToString(), threads, folded=2**40, data=data, as_it_stands=True)

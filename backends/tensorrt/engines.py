@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from transom.backends.artifact import Manifest, hash_of, update_details
+from transom.backends.folder import MANIFEST, is_plain
+from transom.backends.records import checked
+from transom.graphs.errors import ArtifactError
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
@@ -70,10 +73,21 @@ class EngineRecord:
 
 
 def engines(manifest: Manifest) -> list[EngineRecord]:
-    """All engines of an artifact, in the order in which they were built."""
-    return [
-        EngineRecord(**{**entry, "compute": tuple(entry["compute"])}) for entry in manifest.details.get("engines", ())
-    ]
+    """All engines of an artifact, in the order in which they were built.
+
+    Raises:
+        ArtifactError: If what the manifest says of them is malformed.
+    """
+    try:
+        listed: tuple[EngineRecord, ...] = checked(
+            manifest.details.get("engines", ()), tuple[EngineRecord, ...], "details.engines"
+        )
+        for engine in listed:
+            if engine.library not in TITLES or not is_plain(engine.file):
+                raise ValueError(f"details.engines has {engine.file!r} of the library {engine.library!r}")
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST} is malformed ({error}): export the model again") from error
+    return list(listed)
 
 
 def note_engine(folder: Path, record: EngineRecord) -> None:

@@ -63,7 +63,8 @@ class TvmSession(Session):
         self._start[...] = self.position
         run = self._decode if tokens.size == logit_positions.size == 1 else self._prefill
         given = (self._tokens[: tokens.size], self._start, self._positions[: logit_positions.size])
-        logits, *rest = run(*map(self._tensor, given), *self._bound, *self._weights)
+        with self._running("TVM"):
+            logits, *rest = run(*map(self._tensor, given), *self._bound, *self._weights)
         taps = rest[len(self.caches) :]
         self.tapped = {
             name: np.from_dlpack(value).reshape(shape) for (name, shape), value in zip(self._taps, taps, strict=True)

@@ -87,7 +87,8 @@ class XlaSession(Session):
         run = self._executable(length, wanted, arguments)
         # A call that is cut short takes the caches with it.
         caches, self._arrays = self._arrays, []
-        logits, self._arrays, taps = run(self._parameters, caches, *arguments)
+        with self._running("XLA"):
+            logits, self._arrays, taps = run(self._parameters, caches, *arguments)
         self.tapped = {
             name: self._cut(np.asarray(tap), axes, count, logit_positions.size)
             for (name, axes), tap in zip(self._tap_axes.items(), taps, strict=True)

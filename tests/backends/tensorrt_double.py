@@ -80,7 +80,7 @@ class IExecutionContext:
         model = widened(read(str(runtime.folder / MODEL_FILE)))
         self.inputs = {value.name: value.type.tensor_type for value in model.graph.input}
         self.outputs = {value.name: value.type.tensor_type for value in model.graph.output}
-        self.session = load(model.SerializeToString(), 1, folded=2**40, folder=runtime.folder)
+        self.session = load(model.SerializeToString(), 1, folded=2**40, data=runtime.folder, as_it_stands=True)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.calls.note("set_optimization_profile_async", profile_index, stream_handle)

@@ -12,66 +12,16 @@ import pytest
 
 import transom
 from tests.artifacts import CHUNK, Export
-from transom.backends.artifact import MANIFEST, Manifest, new_folder, read_manifest, write_manifest
+from transom.backends.artifact import Manifest, read_manifest, write_manifest
+from transom.backends.folder import MANIFEST
+from transom.backends.tensorrt.engines import engines
 from transom.export import compile as export_compile
-from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, TargetError
+from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, SessionError, TargetError
 from transom.zoo.model import Model
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "model"
-    with new_folder(target) as draft:
-        (draft / "file").write_text("a")
-        assert not target.exists() and draft.parent == target.parent
-    assert (target / "file").read_text() == "a" and names(target.parent) == ["model"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("exists", [False, True])
-def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: type[BaseException], exists: bool) -> None:
-    target = tmp_path / "model"
-    if exists:
-        target.mkdir()
-        (target / "file").write_text("old")
-        (target / MANIFEST).write_text("{}")
-    with pytest.raises(error), new_folder(target, overwrite=True) as draft:
-        (draft / "file").write_text("new")
-        raise error
-    assert names(tmp_path) == (["model"] if exists else [])
-    assert not exists or (target / "file").read_text() == "old"
-
-
-def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    target.mkdir()
-    (target / "file").write_text("old")
-    with pytest.raises(ArtifactError, match="exists already"), new_folder(target):
-        pytest.fail("the block ran")
-    assert names(tmp_path) == ["model"] and (target / "file").read_text() == "old"
-
-
-def test_only_an_artifact_is_replaced(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    target.mkdir()
-    (target / "thesis.txt").write_text("old")
-    with pytest.raises(ArtifactError, match="not an artifact"), new_folder(target, overwrite=True):
-        pytest.fail("the block ran")
-    assert (target / "thesis.txt").read_text() == "old"
-    (target / MANIFEST).write_text("{}")
-    with new_folder(target, overwrite=True) as draft:
-        (draft / "other").write_text("new")
-        assert (target / "thesis.txt").read_text() == "old"
-    assert names(tmp_path) == ["model"] and names(target) == ["other"]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot write"), new_folder(tmp_path / "file" / "model"):
-        pytest.fail("the block ran")
 
 
 def test_the_manifest_survives_a_round_trip(exported: Export, tiny: Model) -> None:
@@ -131,6 +81,28 @@ def binary(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
 
 
+def list_file(data: Any, name: str, size: object = 1) -> Any:
+    return data | {"files": data["files"] | {name: {"sha256": "0", "bytes": size}}}
+
+
+def with_cache(data: Any, **fields: object) -> Any:
+    first, *others = data["caches"]
+    return data | {"caches": [first | fields, *others]}
+
+
+def nest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 100_000)
+
+
+def crlf(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.onnx.data").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a changed byte": (change_byte, "is not what was exported"),
     "a truncated file": (truncate, "bytes, not"),
@@ -148,6 +120,56 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "files without hashes": (edit(lambda data: data | {"files": {"model.onnx": {}}}), "malformed"),
     "files that are a list": (edit(lambda data: data | {"files": ["model.onnx"]}), "malformed"),
     "no files": (edit(lambda data: data | {"files": None}), "malformed"),
+    "a file of another folder": (edit(lambda data: list_file(data, "../copy/tokenizer.json")), "is not in the folder"),
+    "a file by its whole path": (edit(lambda data: list_file(data, "/etc/hostname")), "is not in the folder"),
+    "the folder as a file": (edit(lambda data: list_file(data, "..")), "is not in the folder"),
+    "a payload that is not listed": (edit(lambda data: data | {"payload": "other"}), "'other' is not among its files"),
+    "a context that is text": (edit(lambda data: data | {"context": "512"}), "context is '512', not a whole number"),
+    "a context that is true": (edit(lambda data: data | {"context": True}), "context is True, not a whole number"),
+    "a context of nothing": (edit(lambda data: data | {"context": 0}), "context is 0, not 1 or more"),
+    "a negative window": (edit(lambda data: with_cache(data, window=-1)), "window of cache.0.key is -1, not 1 or more"),
+    "a width that is text": (
+        edit(lambda data: with_cache(data, width="32")),
+        r"caches\[0\].width is '32', not a",
+    ),
+    "a stop token that is text": (edit(lambda data: data | {"stop_ids": ["1"]}), r"stop_ids\[0\] is '1', not a whole"),
+    "a source without a name": (edit(lambda data: data | {"source": {"revision": "1"}}), "source has no 'name'"),
+    "a pass that is a list": (edit(lambda data: data | {"passes": [[]]}), r"passes\[0\] is \[\], not an object"),
+    "a size that is text": (
+        edit(lambda data: list_file(data, "tokenizer.json", "1")),
+        "bytes is '1', not a whole",
+    ),
+    "taps that are an object": (edit(lambda data: data | {"taps": {}}), "taps is {}, not a list"),
+    "a version that is text": (edit(lambda data: data | {"version": "2"}), "version '2', this transom reads 2"),
+    "nested too deep": (nest, "cannot be read"),
+    "caches of another model": (
+        edit(lambda data: with_cache(data, width=64)),
+        r"is \[2, 52, 64\], the model's \[2, 52, 32",
+    ),
+    "a cache of another type": (edit(lambda data: with_cache(data, dtype="float16")), "is float16, the model's tensor"),
+    "a cache of another name": (edit(lambda data: with_cache(data, name="x")), "its caches are not the model's inputs"),
+    "a vocabulary of another model": (edit(lambda data: data | {"vocab_size": 300}), "of 300, the logits have 512"),
+    "calls longer than the slots": (edit(lambda data: data | {"chunk": 500}), "fewer slots than a call has tokens"),
+    "taps that the model lacks": (
+        edit(lambda data: data | {"taps": [{"name": "x", "layer": None, "op": "y"}]}),
+        "its caches and taps are not the model's outputs",
+    ),
+    "line ends that git changed": (crlf, "git changed its line ends"),
+    "a pointer of git lfs": (pointer, "git lfs pull"),
+}
+
+
+ENGINE: dict[str, Any] = {
+    "file": "tensorrt.engine",
+    "library": "tensorrt",
+    "version": "11",
+    "compute": [89],
+    "gpu": "",
+    "portable": False,
+    "weight_streaming": False,
+    "bytes": 1,
+    "seconds": 1.0,
+    "sha256": "0",
 }
 
 
@@ -199,6 +221,37 @@ def test_details_that_a_session_misses(target: str, exported: Export, tmp_path: 
     edit(lambda data: data | {"target": target})(folder)
     with pytest.raises(ArtifactError, match=f"lacks what the target '{target}' needs"):
         transom.open(folder)
+
+
+def test_a_runtime_that_fails_is_one_line(exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("tvm", "none").folder, folder)
+    edit(lambda data: data["details"]["parameters"].pop() and data)(folder)
+    session = transom.open(folder, threads=1)
+    with pytest.raises(SessionError, match=r"^TVM failed at position 0 \(.*\): export the model again") as refusal:
+        session.prefill([5, 6, 7])
+    assert len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
+
+
+ENGINES: dict[str, Any] = {
+    "an object": {},
+    "no fields": [{}],
+    "text": ["x"],
+    "another place": [{**ENGINE, "file": "../x.engine"}],
+    "another library": [{**ENGINE, "library": "abacus"}],
+    "a size that is text": [{**ENGINE, "bytes": "1"}],
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_engines_that_are_malformed(case: str, exported: Export, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("onnxruntime", "int8").folder, folder)
+    edit(lambda data: data | {"details": {"engines": [ENGINE]}})(folder)
+    assert [engine.file for engine in engines(read_manifest(folder))] == [ENGINE["file"]]
+    edit(lambda data: data | {"details": {"engines": ENGINES[case]}})(folder)
+    with pytest.raises(ArtifactError, match=r"is malformed \(details\.engines"):
+        engines(read_manifest(folder))
 
 
 def test_a_target_that_nothing_runs(exported: Export, tmp_path: Path) -> None:

@@ -78,16 +78,44 @@ def test_extreme_logits_are_no_trouble() -> None:
     assert set(drawn(Sampling(temperature=0.01, top_p=0.9, min_p=0.1, seed=0), logits, 20)) == {1}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300, 1e-30, 1e300])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 3, "top_p": 1e-12, "min_p": 1.0}, {"top_k": 10**30}])
+def test_temperatures_at_the_ends(temperature: float, cuts: dict[str, Any]) -> None:
+    """Near 0 the likeliest token is taken, and equal ones in equal shares; very hot, all that is not cut off."""
+    sampling = Sampling(temperature=temperature, seed=0, **cuts)
+    logits = np.array([-np.inf, 3e38, -3e38, 2.9e38], np.float32)
+    if temperature > 1:
+        assert set(drawn(sampling, logits, 20)) <= {1, 2, 3}
+        return
+    assert set(drawn(sampling, logits, 20)) == {1}
+    if "min_p" not in cuts:
+        assert set(drawn(sampling, np.array([2.0, 1.0, 2.0], np.float32), 40)) == {0, 2}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers(temperature: float, value: float) -> None:
+    sampling = Sampling(temperature=temperature, top_k=2)
+    with pytest.raises(SamplingError, match=f"the largest of the model's logits is {value}"):
+        sampling.choose(np.array([1.0, value, 2.0], np.float32), sampling.generator())
+    with pytest.raises(SamplingError, match="is -inf"):
+        sampling.choose(np.full(3, -np.inf, np.float32), sampling.generator())
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("temperature", "hot"), ("temperature", None), ("temperature", True), ("top_k", 1.5), ("top_p", []),
+        ("min_p", "0"), ("seed", 0.5),
+        ("temperature", -0.1), ("temperature", 10**400), ("temperature", float("nan")), ("temperature", float("inf")),
         ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")),
         ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
         ("seed", -1),
     ],
 )  # fmt: skip
-def test_values_out_of_range_are_named(field: str, value: float) -> None:
+def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(SamplingError, match=field):
         Sampling(**{field: value})  # type: ignore[arg-type]

@@ -388,6 +388,13 @@ def test_what_tensorrt_is_told(folder: Path) -> None:
     assert recorder.told[3][1]["tokens"] == ((1, 1), (1, CHUNK), (1, CHUNK))
 
 
+def test_a_file_that_is_no_engine_of_ours_stays(folder: Path) -> None:
+    (folder / "tensorrt.engine").write_text("mine")
+    with pytest.raises(ArtifactError, match="is not an engine of this artifact, so it is not replaced"):
+        build_engine(folder, of(Recorder(11), "11.0.0"), overwrite=True)
+    assert (folder / "tensorrt.engine").read_text() == "mine"
+
+
 def test_tensorrt_11_is_always_strongly_typed(folder: Path) -> None:
     recorder = Recorder(11)
     record = build_engine(folder, of(recorder, "11.0.0"))

@@ -191,6 +191,12 @@ def test_command_line(cli: Cli, words: Path, tmp_path: Path) -> None:
     assert cli("run", tmp_path / "q" / "onnxruntime", "--prompt", "A", "--max-new-tokens", 2)[0] == 0
     code, _, err = cli("qat", "gemma3-tiny", *options, "-o", tmp_path / "q")
     assert code == 2 and "exists already" in err
+    note = tmp_path / "q" / "onnxruntime" / "notes.txt"
+    note.write_text("mine")
+    code, _, err = cli("qat", "gemma3-tiny", *options, "-o", tmp_path / "q", "--overwrite")
+    assert code == 2 and "(onnxruntime/notes.txt)" in err and note.read_text() == "mine"
+    note.unlink()
+    assert cli("qat", "gemma3-tiny", *options, "-o", tmp_path / "q", "--overwrite")[0] == 0
     for bad in (("--start", "magic"), ("--target", "abacus"), ("--head-dtype", "int8"), ("--device", "abacus")):
         code, _, err = cli("qat", "gemma3-tiny", *options, *bad, "-o", tmp_path / "x")
         assert code == 2 and bad[1] in err

@@ -219,6 +219,16 @@ def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: 
     assert not any(record.recovered for record in rounded.conversions)
 
 
+def test_a_folder_with_codes_of_others_is_not_replaced(cli: Cli, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"codes": torch.zeros(1)}, tmp_path / LATTICE)
+    (tmp_path / "thesis.txt").write_text("mine")
+    code, _, err = cli("quantize", "gemma3-tiny", "--scheme", "int8", "-o", tmp_path, "--overwrite")
+    assert code == 2 and "is not a checkpoint that transom wrote" in err
+    assert {path.name for path in tmp_path.iterdir()} == {LATTICE, "thesis.txt"}
+
+
 def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     options = ("--scheme", "int4_block32", "--calibrate", calibration, "--samples", 2, "-o", out)
@@ -234,6 +244,12 @@ def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
     assert code == 0 and "kept to the bit" in text, err
     assert cli("quantize", "gemma3-tiny", *options)[0] == 2, "it exists already"
     assert cli("quantize", "gemma3-tiny", *options, "--overwrite")[0] == 0
+    code, _, err = cli("quantize", out, "--scheme", "int8", "-o", out, "--overwrite")
+    assert code == 2 and "is the model that is read" in err
+    (out / "notes.txt").write_text("mine")
+    code, _, err = cli("quantize", "gemma3-tiny", *options, "--overwrite")
+    assert code == 2 and "holds what transom did not write there (notes.txt)" in err
+    assert load(out).quant == "int4_block32" and (out / "notes.txt").read_text() == "mine"
     code, _, err = cli(
         "quantize",
         "gemma3-tiny",

@@ -370,7 +370,7 @@ def test_bad_texts(cli: Cli, tmp_path: Path) -> None:
         ("missing", "cannot read the text"),
         ("empty", "holds no text"),
         ("short", "has 1 tokens, too few for a sequence of 3"),
-        ("latin", "cannot read the text"),
+        ("latin", "is not UTF-8"),
     ):
         code, _, err = cli("evaluate", "gemma3-tiny", "--text", tmp_path / f"{name}.txt")
         assert code == 2 and words_of_error in err and err.count("\n") == 1, err

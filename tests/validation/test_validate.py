@@ -18,6 +18,7 @@ import transom
 from tests.artifacts import CHUNK, Export
 from tests.conftest import WINDOW, Cli
 from tests.validation.conftest import TARGETS
+from transom.backends.folder import CERTIFICATE
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.session import Session
 from transom.export.exporter import exporter
@@ -30,7 +31,7 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
 from transom.validation import candidates
 from transom.validation import validate as validating
-from transom.validation.certificate import CERTIFICATE, read_certificate
+from transom.validation.certificate import read_certificate
 from transom.validation.result import Validation
 from transom.validation.tolerances import BFLOAT16, FLOAT32
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transom.backends.artifact import check_absent
+from transom.backends.folder import check_absent
 from transom.graphs.errors import ConfigError, ContextLengthError, TargetError
 from transom.graphs.schemes import scheme
 from transom.passes.targets import TARGETS

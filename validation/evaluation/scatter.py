@@ -87,8 +87,8 @@ def draw(scatter: Scatter) -> str:
 def document(title: str, scatters: Sequence[Scatter]) -> str:
     """Plots under each other as a file of its own, in the light colours of the report."""
     # Not every program that shows SVG knows CSS variables.
-    colours = dict(re.findall(r"(--[\w-]+): *(#\w+)", STYLE.read_text().partition("}")[0]))
-    style = re.sub(r"var\((--[\w-]+)\)", lambda found: str(colours[found[1]]), CHART_STYLE.read_text())
+    colours = dict(re.findall(r"(--[\w-]+): *(#\w+)", STYLE.read_text(encoding="utf-8").partition("}")[0]))
+    style = re.sub(r"var\((--[\w-]+)\)", lambda found: str(colours[found[1]]), CHART_STYLE.read_text(encoding="utf-8"))
     high = HEIGHT * len(scatters)
     return "\n".join(
         [

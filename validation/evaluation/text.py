@@ -10,7 +10,7 @@ import numpy as np
 
 from transom.graphs.errors import ContextLengthError, TokenizerError
 from transom.zoo.model import Model
-from transom.zoo.prompt import read_text
+from transom.zoo.prompt import read_words
 
 LENGTH = 2048
 """Tokens of a sequence, if the text and the context have as many and nothing else is said."""
@@ -65,7 +65,7 @@ def read_sequences(model: Model, path: Path, *, length: int | None, windows: int
     """
     if model.tokenizer is None:
         raise TokenizerError(f"{model.config.name} has no tokenizer, so it cannot read {path}: load it with one")
-    start, *rest = model.tokenizer.encode(read_text(path))
+    start, *rest = model.tokenizer.encode(read_words(path))
     if length is None:
         length = max(SHORTEST, min(len(rest) // windows + 1, LENGTH, most))
     if length > most:

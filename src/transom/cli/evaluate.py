@@ -70,12 +70,12 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plots in one SVG file.")] = None,
 ) -> None:
     """Weigh schemes on a text: perplexity, KL and top-1 against bytes and tokens a second, with the Pareto fronts."""
-    from transom.backends.artifact import replace_file
+    from transom.backends.folder import replace_file
     from transom.validation.evaluation.evaluate import evaluate_sources
     from transom.validation.evaluation.report import render, render_plot
 
     check_weights(weights)
-    check_outputs(json_file, html, plot)
+    check_outputs(json_file, html, plot, inputs=[text])
     with stage_bars() as on_progress:
         found = evaluate_sources(
             model_or_dirs,

@@ -61,7 +61,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Lower a model to a target and write the artifact."""
-    from transom.backends.artifact import check_absent
+    from transom.backends.folder import check_absent
     from transom.export.compile import CHUNK, compile_model
     from transom.passes.add_taps import AddTaps
 
@@ -103,7 +103,7 @@ def engines_table(manifest: Manifest) -> Table:
 
     table = Table("engine", "built by", "for", "size", "built in", title="Engines")
     for engine in engines(manifest):
-        cells = (engine.title, engine.where, size(engine.bytes), f"{engine.seconds:.1f} s")
+        cells = (escape(engine.title), escape(engine.where), size(engine.bytes), f"{engine.seconds:.1f} s")
         table.add_row(escape(engine.file), *cells)
     return table
 
@@ -118,7 +118,7 @@ def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
         kinds.setdefault(key, []).append(entry["error"])
     for (source, number, words), errors in kinds.items():
         kept = words == "kept to the bit"
-        table.add_row(str(len(errors)), escape(source), number, words, "" if kept else f"{max(errors):.2%}")
+        table.add_row(str(len(errors)), escape(source), escape(number), words, "" if kept else f"{max(errors):.2%}")
     return table
 
 
@@ -162,12 +162,12 @@ def inspect(
         return
     facts = Table("", "", title=escape(str(folder)), show_header=False)
     facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
-    facts.add_row("revision", manifest.source["revision"])
-    facts.add_row("target", f"{manifest.target}, {manifest.quantization}, {manifest.dtype}")
+    facts.add_row("revision", escape(manifest.source["revision"]))
+    facts.add_row("target", escape(f"{manifest.target}, {manifest.quantization}, {manifest.dtype}"))
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
     facts.add_row("validation", escape(certificate.describe()))
     for name, entry in manifest.files.items():
-        facts.add_row(name, f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}")
+        facts.add_row(escape(name), escape(f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}"))
     console.print(facts)
     caches = Table("layer", "kind", "window", "slots", "shape", title="Caches (keys; values alike)")
     for cache in manifest.caches:
@@ -177,16 +177,16 @@ def inspect(
                 "global" if cache.window is None else "local",
                 str(cache.window or ""),
                 str(cache.slots or f"grow to {manifest.context}"),
-                f"{cache.heads} x slots x {cache.width} {cache.dtype}",
+                escape(f"{cache.heads} x slots x {cache.width} {cache.dtype}"),
             )
     console.print(caches)
     if manifest.tpu is not None:
         tpu = Table("program", "arguments", "caches in place", "temporary", "peak", "FLOPs", "compiled in")
         devices = f"each of {manifest.tpu['devices']} devices, libtpu {manifest.tpu['libtpu']}"
-        tpu.title = f"Compiled for {manifest.tpu['topology']} ({devices})"
+        tpu.title = escape(f"Compiled for {manifest.tpu['topology']} ({devices})")
         for program, report in manifest.tpu["programs"].items():
             cells = [size(report[f"{kind}_bytes"]) for kind in ("argument", "alias", "temp", "peak")]
-            tpu.add_row(program, *cells, f"{report['flops']:.3g}", f"{report['compile_s']:.1f} s")
+            tpu.add_row(escape(program), *cells, f"{report['flops']:.3g}", f"{report['compile_s']:.1f} s")
         console.print(tpu)
     if manifest.details.get("engines"):
         console.print(engines_table(manifest))
@@ -194,12 +194,12 @@ def inspect(
     for record in manifest.passes:
         calls = f"{record['nodes_before']} → {record['nodes_after']}"
         sizes = f"{size(record['weight_bytes_before'])} → {size(record['weight_bytes_after'])}"
-        passes.add_row(record["name"], str(record["changes"]), calls, sizes)
+        passes.add_row(escape(record["name"]), str(record["changes"]), calls, sizes)
     console.print(passes)
     if manifest.conversions:
         console.print(conversions_table(manifest.conversions))
     for record in manifest.passes:
         for line in record.get("notes", ()):
-            console.print(f"[dim]{record['name']}: {escape(line)}[/dim]", highlight=False)
+            console.print(f"[dim]{escape(record['name'])}: {escape(line)}[/dim]", highlight=False)
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)

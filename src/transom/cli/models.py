@@ -68,7 +68,7 @@ def show(model: Model, weights: Weights = "checkpoint", seed: Seed = 0, json: Js
     for name, value in data.items():
         if name == "layer_kinds":
             value = "".join(kind[0].upper() for kind in value) + "  (L local, G global)"
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     console.print(table)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from transom.cli.streams import StreamConsole
 from transom.graphs.errors import ArtifactError, CheckpointError
 
-console = Console()
-progress_console = Console(stderr=True)
+console = StreamConsole(emoji=False)
+progress_console = StreamConsole(stderr=True, emoji=False)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A preset, a Hugging Face folder, a .gguf file, or a hub id.")
@@ -42,17 +44,25 @@ def check_weights(weights: str) -> None:
         raise CheckpointError(f"--weights takes 'checkpoint' or 'random', not {weights!r}")
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Raise `ArtifactError` for a file that could not be written when a long run ends; - is none, nor is None."""
+def check_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise `ArtifactError` for a file that could not be written when a long run ends; - is none, nor is None.
+
+    One that is written twice, or that is read as well, cannot be meant.
+    """
     from transom.validation.certificate import check_writable
 
+    taken = {os.path.realpath(path): "is read too" for path in inputs if path is not None}
     for path in paths:
         if path is None or str(path) == "-":
             continue
+        place = os.path.realpath(path)
+        if place in taken and not (path.exists() and not path.is_file()):
+            raise ArtifactError(f"cannot write {path}: it {taken[place]}, so choose another name")
+        taken[place] = "is named for two outputs"
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
         if path.is_file() or not path.exists():
-            check_writable(path.resolve().parent)
+            check_writable(Path(place).parent)
 
 
 def print_json(data: Any) -> None:

@@ -52,12 +52,12 @@ def qat(
     json: Json = False,
 ) -> None:
     """Train a model for a scheme: it learns its own probabilities from before. A run that is stopped goes on."""
-    from transom.backends.artifact import check_absent
+    from transom.backends.folder import check_absent
     from transom.passes.pipelines import PIPELINES
+    from transom.training.checkpoint import CHECKPOINT
     from transom.training.qat import QatSettings, train
-    from transom.zoo.checkpoints.lattice import LATTICE
 
-    check_absent(out, overwrite=overwrite, proof=LATTICE)
+    check_absent(out, overwrite=overwrite, kind=CHECKPOINT)
     if start not in ("nearest", "gptq"):
         raise TrainingError(f"--start takes nearest or gptq, not {start!r}")
     if head_dtype not in ("float32", "bfloat16"):

@@ -35,12 +35,12 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Round a model's weights and write a checkpoint that every target takes as it is: see transom export DIR."""
-    from transom.backends.artifact import check_absent
+    from transom.backends.folder import check_absent
     from transom.graphs.errors import QuantizationError
+    from transom.training.checkpoint import CHECKPOINT
     from transom.training.quantize import METHODS, quantize_model
-    from transom.zoo.checkpoints.lattice import LATTICE
 
-    check_absent(out, overwrite=overwrite, proof=LATTICE)
+    check_absent(out, overwrite=overwrite, kind=CHECKPOINT)
     chosen = method or ("gptq" if calibrate else "nearest")
     if calibrate is not None and chosen != "gptq":
         raise QuantizationError(f"the method {chosen!r} reads no text: leave out --calibrate, or choose gptq")

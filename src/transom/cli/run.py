@@ -16,11 +16,13 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
 from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
-from transom.graphs.errors import TokenizerError
+from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.zoo.text import argument_text, check_text, decode_text, read_text
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
@@ -40,7 +42,9 @@ def register(app: typer.Typer) -> None:
 def run(
     folder: Folder,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue; - reads standard input.")
+    ] = None,
     max_new_tokens: MaxNew = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -62,7 +66,8 @@ def run(
         stream = session.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, on_chunk=on_chunk)
         first = list(meter.watch(stream, first_only=True))
     if not json:
-        console.print(text, end="", style="dim", highlight=False, markup=False)
+        # As it is: neither wrapped nor read as markup.
+        console.print(Text(text, style="dim"), end="", soft_wrap=True)
     tokens: list[int] = []
     pieces: list[str] = []
     for token in itertools.chain(first, meter.watch(stream)):
@@ -142,15 +147,25 @@ def chat(
     from transom.zoo.chat import Message
     from transom.zoo.generation import read_sampling
 
+    system = None if system is None else argument_text(system, "--system")
     session, _ = _open(folder, threads)
     sampling = _sampling(read_sampling(folder), temperature, top_k, top_p, min_p, seed)
     _stream(folder, session)
     assert session.tokenizer is not None
+    session.tokenizer.check_template()
     messages: list[Message] = [Message(role="system", content=system)] if system else []
     held: list[int] = []
     while (line := _ask()) is not None:
         messages.append(Message(role="user", content=line))
-        ids = session.tokenizer.encode_chat(messages)
+        try:
+            check_text(line, "the line")
+            ids = session.tokenizer.encode_chat(messages)
+            _check_room(session, len(ids))
+        except (ContextLengthError, TokenizerError) as error:
+            # The conversation is as it was before the line.
+            messages.pop()
+            progress_console.print(f"[yellow]left out:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
+            continue
         same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
         keep = same == len(held) and len(ids) > same
@@ -185,24 +200,33 @@ def _sampling(
     )
 
 
+def _check_room(session: Session, tokens: int) -> None:
+    """Raise `ContextLengthError` for a conversation after which not one token more can be had."""
+    if tokens > session.context:
+        raise ContextLengthError(
+            f"with this line the conversation has {tokens} tokens, its context holds {session.context}: say it "
+            "shorter, begin anew, or export with a larger --context"
+        )
+
+
 def _ask() -> str | None:
+    if sys.stdin is None:
+        return None
     try:
         line = input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
-    return line.strip() or None
+    return line.removeprefix("\ufeff").strip() or None
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
+    if prompt is not None and prompt_file is None:
+        return argument_text(prompt, "--prompt")
+    if prompt is not None or prompt_file is None:
         raise TokenizerError("give either --prompt TEXT or --prompt-file FILE")
-    if prompt is not None:
-        return prompt
-    assert prompt_file is not None
-    try:
-        return prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read the prompt from {prompt_file}: {error}") from error
+    if str(prompt_file) == "-" and sys.stdin is not None:
+        return decode_text(sys.stdin.buffer.read(), "standard input")
+    return read_text(prompt_file)
 
 
 def _open(folder: Path, threads: int | None) -> tuple[Session, float]:

@@ -64,12 +64,12 @@ def validate(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
 ) -> None:
     """Hold every target against the plain module: logits, tokens, cache bytes. Exit code 1 if one fails."""
-    from transom.backends.artifact import replace_file
+    from transom.backends.folder import replace_file
     from transom.validation.report import render
     from transom.validation.validate import validate_sources
 
     check_weights(weights)
-    check_outputs(json_file, html)
+    check_outputs(json_file, html, inputs=[text])
     with stage_bars() as on_progress:
         found = validate_sources(
             model_or_dirs,
