@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
 from transom.zoo.architectures import ARCHITECTURES
-from transom.zoo.generation import GENERATION
+from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
 
@@ -165,7 +164,7 @@ def compile_model(
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():
             lowered = write(graph, folder, request)
-        _write_companions(model, folder)
+        write_companions(model, folder)
         manifest = write_manifest(
             folder,
             Manifest(
@@ -201,14 +200,6 @@ def compile_model(
             ),
         )
     return Artifact(folder=out, manifest=manifest)
-
-
-def _write_companions(model: Model, folder: Path) -> None:
-    bos_id = None
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder)
-        bos_id = model.tokenizer.bos_id
-    (folder / GENERATION).write_text(json.dumps(model.generation.to_json(bos_id), indent=1) + "\n")
 
 
 def _without_template(model: Model) -> list[str]:

@@ -21,16 +21,13 @@ from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.checkpoints.safetensors import read_entries
-from transom.zoo.config import DecoderConfig
+from transom.zoo.companions import COMPANIONS, write_companions
 from transom.zoo.model import Model
-from transom.zoo.tokenizer import Tokenizer
 
 REPORT = "training.json"
 """How a checkpoint was trained."""
 
-_WRITTEN = frozenset(
-    {LATTICE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"}
-)
+_WRITTEN = frozenset({LATTICE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS})
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -100,25 +97,21 @@ def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
 
 def write_quantized(
     folder: Path,
-    config: DecoderConfig,
-    weights: Mapping[str, Weight],
+    model: Model,
     graph: Graph,
     specs: Mapping[str, QuantSpec],
     *,
     quant: str,
-    tokenizer: Tokenizer | None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write `config.json`, `model.safetensors`, `lattice.safetensors` and the tokenizer, a block of rows at a time.
+    """Write `config.json`, `model.safetensors`, `lattice.safetensors`, the tokenizer and how it generates.
 
     Args:
         folder: Where; it exists.
-        config: The model's.
-        weights: Every weight of the model, for those that are not quantised.
+        model: The model; its weights are those that are not quantised, and the shapes of the others.
         graph: The model after `ConvertQuantized`, without packed projections: its codes are what is written.
         specs: Spec of every weight that is quantised.
         quant: Name of the scheme.
-        tokenizer: The model's.
         on_bytes: Called with the number of bytes of codes written each time.
     """
     suffixes = ("codes", "scales", "zero_points")
@@ -129,13 +122,12 @@ def write_quantized(
         metadata={"scheme": quant, "specs": json.dumps({name: spec.key for name, spec in specs.items()})},
         on_bytes=on_bytes,
     )
-    meant = {name: _meant(graph, name, weights[name], spec) for name, spec in specs.items()}
-    write_checkpoint(folder, config, {**weights, **meant}, dtype=None)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    dequantized = {name: _dequantized(graph, name, model.weights[name], spec) for name, spec in specs.items()}
+    write_checkpoint(folder, model.config, {**model.weights, **dequantized}, dtype=None)
+    write_companions(model, folder)
 
 
-def _meant(graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> Weight:
+def _dequantized(graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> Weight:
     codes, scales = graph.weights[f"{name}.codes"], graph.weights[f"{name}.scales"]
     zeros = graph.weights.get(f"{name}.zero_points")
 

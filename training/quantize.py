@@ -136,12 +136,10 @@ def write_converted(
     others = {name: graph.weights.get(name, weight) for name, weight in model.weights.items()}
     write_quantized(
         folder,
-        model.config,
-        others,
+        dataclasses.replace(model, weights=others),
         converted,
         convert.specs,
         quant=quant,
-        tokenizer=model.tokenizer,
         on_bytes=on_bytes,
     )
     return tuple(convert.conversions)

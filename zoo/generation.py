@@ -7,13 +7,13 @@ files too; GGUF in its metadata. A source that says nothing of sampling is sampl
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transom.graphs.errors import ConfigError
+from transom.zoo.json_object import read_object
 
 GENERATION = "generation_config.json"
 
@@ -132,23 +132,6 @@ def read_sampling(folder: Path) -> Mapping[str, Any]:
     """
     values = read_object(folder / GENERATION)
     return GEMMA_SAMPLING if values is None else _sampling(folder / GENERATION, values)
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None if there is no such file.
-
-    Raises:
-        ConfigError: If the file cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}): fetch it again, or remove it") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, got {type(data).__name__}: fetch it again, or remove it")
-    return data
 
 
 def _token_ids(what: str, value: object) -> list[int]:

@@ -11,15 +11,15 @@ compute. Keys that nothing reads are listed by `left_out`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.graphs.errors import ConfigError
 from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import DecoderConfig, LayerKind, Rope
+from transom.zoo.config_keys import Keys, is_positive, short
+from transom.zoo.json_object import read_object
 
 CONFIG = "config.json"
 
@@ -84,14 +84,17 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     outer, text = _open(folder)
     for keys in dict.fromkeys((outer, text)):
-        keys.refuse_packed()
-        keys.refuse_others()
+        _refuse_packed(keys)
+        _refuse_others(keys)
     layer_types = _layer_types(text)
     local = "sliding_attention" in layer_types
     if local and text.values.get("sliding_window", "") is None:
         text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
-    window = text.whole("sliding_window", nullable=not local)
-    scalar, hidden, heads = text.number("query_pre_attn_scalar", _SCALAR), *map(text.whole, _WIDTHS)
+    window = _SIZES["sliding_window"]
+    if text.values.get("sliding_window", window) is not None:
+        window = text.whole("sliding_window", window)
+    scalar = text.number("query_pre_attn_scalar", _SCALAR)
+    hidden, heads = (text.whole(key, _SIZES[key]) for key in ("hidden_size", "num_attention_heads"))
     # transformers refuses it too, though nothing in the model divides so.
     if hidden % heads:
         text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {heads}")
@@ -106,19 +109,19 @@ def read_config(folder: Path) -> DecoderConfig:
     return DecoderConfig(
         name=folder.resolve().name,
         architecture=_MODEL_TYPES[outer.values["model_type"]],
-        vocab_size=text.whole("vocab_size"),
+        vocab_size=text.whole("vocab_size", _SIZES["vocab_size"]),
         hidden_size=hidden,
-        intermediate_size=text.whole("intermediate_size"),
+        intermediate_size=text.whole("intermediate_size", _SIZES["intermediate_size"]),
         num_heads=heads,
-        num_kv_heads=text.whole("num_key_value_heads"),
-        head_dim=text.whole("head_dim"),
+        num_kv_heads=text.whole("num_key_value_heads", _SIZES["num_key_value_heads"]),
+        head_dim=text.whole("head_dim", _SIZES["head_dim"]),
         layer_kinds=tuple(_LAYER_KINDS[name] for name in layer_types),
         window=window,
         rope_local=ropes["sliding_attention"],
         rope_global=ropes["full_attention"],
         attention_scale=scalar**-0.5,
         norm_eps=text.number("rms_norm_eps", _EPS),
-        context=text.whole("max_position_embeddings"),
+        context=text.whole("max_position_embeddings", _SIZES["max_position_embeddings"]),
         logit_softcap=softcap,
     )
 
@@ -132,7 +135,7 @@ def left_out(folder: Path) -> tuple[str, ...]:
     outer, text = _open(folder)
     dead = [*_DEAD, *([] if text is outer else ["final_logit_softcapping"])]
     lines = [
-        f"{text.path.name}: {text.label(key)} = {_short(value)} is not applied, as in transformers"
+        f"{text.path.name}: {text.label(key)} = {short(value)} is not applied, as in transformers"
         for key in dead
         if (value := text.get(key)) is not None
     ]
@@ -178,79 +181,41 @@ def write_config(config: DecoderConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-_WIDTHS = ("hidden_size", "num_attention_heads")
 _READ = {
     *_SIZES, "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "sliding_window_pattern", "rope_parameters",
     "rope_scaling", *(key for key, _ in _THETAS.values()),
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Keys:
-    """One JSON object of a config; every error names the file, the key and its value."""
-
-    path: Path
-    values: dict[str, Any]
-    prefix: str = ""
-
-    def label(self, key: str) -> str:
-        return self.prefix + key
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def refuse(self, key: str, reason: str) -> NoReturn:
-        raise ConfigError(f"{self.path}: {self.label(key)} is {_short(self.get(key))}: {reason}")
-
-    def whole(self, key: str, *, nullable: bool = False) -> int:
-        """A positive whole number; the class default where the key is absent."""
-        value = self.values.get(key, _SIZES[key])
-        if value is None and nullable:
-            return _SIZES[key]
-        if type(value) is not int or value < 1:
-            self.refuse(key, "expected a positive whole number")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A positive finite number; the class default where the key is absent."""
-        value = self.values.get(key, default)
-        if not _is_positive(value):
-            self.refuse(key, "expected a positive finite number")
-        return float(value)
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        """A JSON object, a copy; empty where it is absent or null."""
-        value = self.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "expected an object")
-        return dict(value or {})
-
-    def refuse_packed(self) -> None:
-        for key in _PACKED:
-            if (value := self.get(key)) is None:
-                continue
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            by = f" by {method}" if isinstance(method, str) else ""
-            raise ConfigError(
-                f"{self.path}: {self.label(key)} says that the weights are packed{by}: give the checkpoint that is not "
-                "quantised, or one whose weights were dequantised and whose config has that key no more"
-            )
-        if "auto_map" in self.values:
-            self.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
-
-    def refuse_others(self) -> None:
-        for key, allowed in _ONLY.items():
-            if key in self.values and not any(_same(self.values[key], value) for value in allowed):
-                self.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
+def _refuse_packed(keys: Keys) -> None:
+    for key in _PACKED:
+        if (value := keys.get(key)) is None:
+            continue
+        method = value.get("quant_method") if isinstance(value, dict) else None
+        by = f" by {method}" if isinstance(method, str) else ""
+        raise ConfigError(
+            f"{keys.path}: {keys.label(key)} says that the weights are packed{by}: give the checkpoint that is not "
+            "quantised, or one whose weights were dequantised and whose config has that key no more"
+        )
+    if "auto_map" in keys.values:
+        keys.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
 
 
-def _open(folder: Path) -> tuple[_Keys, _Keys]:
+def _refuse_others(keys: Keys) -> None:
+    for key, allowed in _ONLY.items():
+        if key in keys.values and not any(_same(keys.values[key], value) for value in allowed):
+            keys.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
+
+
+def _open(folder: Path) -> tuple[Keys, Keys]:
     """The whole config, and its text part: the same object where the config is of text only."""
     path = folder / CONFIG
-    outer = _Keys(path, _load(path))
+    if (values := read_object(path)) is None:
+        raise ConfigError(explain_missing(folder, CONFIG))
+    outer = Keys(path, values)
     model_type = outer.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ConfigError(f"{path}: unknown model_type {_short(model_type)}: known are {', '.join(_MODEL_TYPES)}")
+        raise ConfigError(f"{path}: unknown model_type {short(model_type)}: known are {', '.join(_MODEL_TYPES)}")
     if (architectures := outer.get("architectures")) is not None:
         if not isinstance(architectures, list) or any(name not in _ARCHITECTURES for name in architectures):
             outer.refuse("architectures", f"expected a language model, one of {', '.join(_ARCHITECTURES)}")
@@ -258,38 +223,25 @@ def _open(folder: Path) -> tuple[_Keys, _Keys]:
         if outer.get("text_config") is not None:
             outer.refuse("text_config", "a gemma3_text is the language model itself: keep one of the two")
         return outer, outer
-    values = outer.get("text_config")
-    if not isinstance(values, dict) or not values.keys() & _SIZES.keys():
-        reason = "is missing" if "text_config" not in outer.values else f"is {_short(values)}"
+    inner = outer.get("text_config")
+    if not isinstance(inner, dict) or not inner.keys() & _SIZES.keys():
+        reason = "is missing" if "text_config" not in outer.values else f"is {short(inner)}"
         raise ConfigError(
             f"{path}: text_config {reason}, which describes the language model of a {model_type!r}: mend it, or set "
             "model_type to 'gemma3_text' if the keys beside it are those of the language model"
         )
-    text = _Keys(path, values, "text_config.")
+    text = Keys(path, inner, "text_config.")
     if text.values.get("model_type", "gemma3_text") != "gemma3_text":
         text.refuse("model_type", "expected 'gemma3_text'")
     for key in sorted(_READ):
-        inner = text.values.get(key, _SIZES.get(key))
-        if key in outer.values and outer.values[key] != inner:
-            outer.refuse(key, f"beside text_config, which says {_short(inner)}: they must agree")
+        value = text.values.get(key, _SIZES.get(key))
+        if key in outer.values and outer.values[key] != value:
+            outer.refuse(key, f"beside text_config, which says {short(value)}: they must agree")
     return outer, text
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(explain_missing(path.parent, CONFIG)) from None
-    # A file of brackets alone exhausts the parser.
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}): fetch it again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, got {type(data).__name__}: fetch it again")
-    return data
-
-
-def _layer_types(text: _Keys) -> list[str]:
-    count = text.whole("num_hidden_layers")
+def _layer_types(text: Keys) -> list[str]:
+    count = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"])
     if (names := text.get("layer_types")) is None:
         pattern = text.values.get("sliding_window_pattern", _PATTERN)
         if type(pattern) is not int or pattern < 1:
@@ -307,7 +259,7 @@ def _layer_types(text: _Keys) -> list[str]:
     return list(names)
 
 
-def _ropes(text: _Keys) -> dict[str, Rope]:
+def _ropes(text: Keys) -> dict[str, Rope]:
     """The rotary embedding of each kind of layer, from the keys of both generations, which must agree."""
     parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
     for key, entries, known in (("rope_parameters", parameters, _THETAS), ("rope_scaling", scaling, _ROPE_KEYS)):
@@ -331,33 +283,31 @@ def _ropes(text: _Keys) -> dict[str, Rope]:
 _ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 
 
-def _rope(text: _Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any]) -> Rope:
+def _rope(text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any]) -> Rope:
     def refuse(reason: str) -> NoReturn:
         raise ConfigError(f"{text.path}: {text.prefix}{layer_type}: {reason}")
 
     for key, value in older.items():
         if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
-            refuse(f"{key} is {_short(entry[key])} in rope_parameters and {_short(value)} beside it: they must agree")
+            refuse(f"{key} is {short(entry[key])} in rope_parameters and {short(value)} beside it: they must agree")
     values = {"rope_theta": theta, **older, **entry}
     if others := sorted(name for name, value in values.items() if name not in _ROPE_KEYS and value is not None):
         refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(_ROPE_KEYS)}")
     names = {values[key] for key in ("rope_type", "type") if isinstance(values.get(key), str)}
     if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
-        refuse(f"rope_type {_short(values.get('rope_type'))} and type {_short(values.get('type'))} must be one name")
+        refuse(f"rope_type {short(values.get('rope_type'))} and type {short(values.get('type'))} must be one name")
     rope_type = names.pop() if names else "default"
     if rope_type not in ("default", "linear"):
         refuse(f"rope_type {rope_type!r} is not supported, only default and linear are")
     factor: Any = values.get("factor")
     if rope_type == "default":
         if factor not in (None, 1):
-            refuse(
-                f"its rotary embedding has the factor {_short(factor)} and no rope_type that uses it, such as linear"
-            )
+            refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
         factor = 1
-    if not _is_positive(factor):
-        refuse(f"the factor of its rotary embedding is {_short(factor)}, expected a positive finite number")
-    if not _is_positive(values["rope_theta"]):
-        refuse(f"rope_theta is {_short(values['rope_theta'])}, expected a positive finite number")
+    if not is_positive(factor):
+        refuse(f"the factor of its rotary embedding is {short(factor)}, expected a positive finite number")
+    if not is_positive(values["rope_theta"]):
+        refuse(f"rope_theta is {short(values['rope_theta'])}, expected a positive finite number")
     return Rope(theta=float(values["rope_theta"]), factor=float(factor))
 
 
@@ -367,22 +317,6 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
     return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
 
 
-def _is_positive(value: Any) -> bool:
-    """Whether a value is a number above zero that a float can hold; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return 0 < float(value) < math.inf
-    except OverflowError:
-        return False
-
-
 def _same(value: Any, allowed: Any) -> bool:
     """Equality in which true is not 1."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
-
-
-def _short(value: Any) -> str:
-    """A value as it stands in the file, for errors."""
-    words = json.dumps(value)
-    return words if len(words) <= 80 else words[:77] + "..."

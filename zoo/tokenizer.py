@@ -25,6 +25,8 @@ from transom.zoo.tokenizer_config import TokenizerConfig
 # Kinds of pieces, as SentencePiece and GGUF number them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
+TOKENIZER = "tokenizer.json"
+
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _BOS, _EOS, _UNK, _END_OF_TURN = "<bos>", "<eos>", "<unk>", "<end_of_turn>"
@@ -70,7 +72,7 @@ class Tokenizer:
         Raises:
             TokenizerError: If neither is there, or it is malformed.
         """
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER
         if path.is_file():
             try:
                 return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), TokenizerConfig.from_folder(folder))
@@ -134,7 +136,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what stands beside it, which `from_folder` and Hugging Face's libraries read."""
-        self._backend.save(str(folder / "tokenizer.json"), pretty=False)
+        self._backend.save(str(folder / TOKENIZER), pretty=False)
         self.config.save(folder)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:

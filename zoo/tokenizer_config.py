@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.graphs.errors import TokenizerError
+from transom.zoo.json_object import read_object
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -50,7 +51,7 @@ class TokenizerConfig:
         Raises:
             TokenizerError: If one is malformed, or a template is no text.
         """
-        config, older = _read_json(folder / CONFIG), _read_json(folder / _TOKENS)
+        config, older = _read(folder / CONFIG), _read(folder / _TOKENS)
         tokens = {}
         for role in _ROLES:
             value = config.get(role)
@@ -125,7 +126,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, list
     where, value = folder / CONFIG, config.get("chat_template")
     if value is None:
         where = folder / _OLDER_TEMPLATE
-        value = _read_json(where).get("chat_template")
+        value = _read(where).get("chat_template")
     if value is None or isinstance(value, str):
         return value, []
     try:
@@ -140,19 +141,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, list
     return template, sorted(map(str, named))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not readable as JSON ({error}): fetch it again, or remove it") from error
-    if not isinstance(data, dict):
-        raise TokenizerError(
-            f"{path}: must hold a JSON object, got {type(data).__name__}: fetch it again, or remove it"
-        )
-    return data
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, TokenizerError) or {}
 
 
 def _flag(what: str, value: object, *, default: bool) -> bool:

@@ -18,12 +18,8 @@ from transom.validation.evaluation.speed import measure_speed
 from transom.validation.evaluation.text import Text
 from transom.validation.measure import in_a_line
 from transom.validation.oracle import Reading
-from transom.zoo.generation import GENERATION
+from transom.zoo.companions import COMPANIONS
 from transom.zoo.model import Model
-from transom.zoo.tokenizer_config import CONFIG, TEMPLATE
-
-_BESIDE = frozenset({"tokenizer.json", CONFIG, TEMPLATE, GENERATION})
-"""Files of an artifact that are the same whatever the scheme."""
 
 
 def measure_all(
@@ -78,7 +74,7 @@ def reason(error: Exception) -> str:
 
 def payload_bytes(manifest: Manifest) -> int:
     """Bytes of an artifact's files, without the tokenizer, the sampling settings and the manifest."""
-    return sum(int(entry["bytes"]) for name, entry in manifest.files.items() if name not in _BESIDE)
+    return sum(int(entry["bytes"]) for name, entry in manifest.files.items() if name not in COMPANIONS)
 
 
 def _read(model: Model, text: Text, advance: Callable[[int], None]) -> list[Reading]:

@@ -1,0 +1,75 @@
+"""One JSON object of a config, read key by key; every error names the file, the key and the value that stands there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transom.graphs.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Keys:
+    """An object of a config.
+
+    Attributes:
+        path: The file.
+        values: By key.
+        prefix: What stands before its keys in errors, such as "text_config.".
+    """
+
+    path: Path
+    values: dict[str, Any]
+    prefix: str = ""
+
+    def label(self, key: str) -> str:
+        """A key as errors call it."""
+        return self.prefix + key
+
+    def get(self, key: str) -> Any:
+        """A value; None where it is absent or null."""
+        return self.values.get(key)
+
+    def refuse(self, key: str, reason: str) -> NoReturn:
+        """Raise `ConfigError` about a key."""
+        raise ConfigError(f"{self.path}: {self.label(key)} is {short(self.get(key))}: {reason}")
+
+    def whole(self, key: str, default: int) -> int:
+        """A positive whole number, or raise `ConfigError`; the default where the key is absent, but not where null."""
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 1:
+            self.refuse(key, "expected a positive whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive finite number, or raise `ConfigError`; the default where the key is absent, but not where null."""
+        value = self.values.get(key, default)
+        if not is_positive(value):
+            self.refuse(key, "expected a positive finite number")
+        return float(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A copy of an object, or raise `ConfigError`; empty where it is absent or null."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "expected an object")
+        return dict(value or {})
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above zero that a float can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def short(value: Any) -> str:
+    """A value as it stands in the file, for errors."""
+    words = json.dumps(value)
+    return words if len(words) <= 80 else words[:77] + "..."
