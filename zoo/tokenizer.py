@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -19,6 +19,7 @@ from transom.graphs.errors import TokenizerError
 from transom.zoo.chat import Message, compile_template, render, render_template
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
+from transom.zoo.checkpoints.sentencepiece import added_tokens, sentencepiece_tables
 from transom.zoo.text import check_text
 from transom.zoo.tokenizer_config import TokenizerConfig
 
@@ -85,9 +86,12 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"{folder}: has neither tokenizer.json nor tokenizer.model: copy one into it")
         try:
-            return Tokenizer(_build(*_sentencepiece_tables(path.read_bytes())), TokenizerConfig.from_folder(folder))
+            backend = _build(*sentencepiece_tables(path.read_bytes()))
         except (ValueError, IndexError, struct.error) as error:
             raise TokenizerError(f"{path}: not a SentencePiece model ({error}): fetch it again") from error
+        for token, id, special in added_tokens(folder):
+            _add(backend, token, id, special, folder)
+        return Tokenizer(backend, TokenizerConfig.from_folder(folder))
 
     @staticmethod
     def from_gguf(path: Path) -> Tokenizer:
@@ -252,55 +256,15 @@ def _build(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int])
     return backend
 
 
-def _sentencepiece_tables(data: bytes) -> tuple[list[str], list[float], list[int]]:
-    """Pieces, scores and kinds of a SentencePiece model, a protobuf message: field 1 repeats {piece, score, type}."""
-    pieces: list[str] = []
-    scores: list[float] = []
-    kinds: list[int] = []
-    for number, value in _fields(data):
-        if number != 1 or not isinstance(value, bytes):
-            continue
-        piece, score, kind = "", 0.0, _NORMAL
-        for inner, content in _fields(value):
-            if inner == 1 and isinstance(content, bytes):
-                piece = content.decode("utf-8")
-            elif inner == 2 and isinstance(content, bytes):
-                (score,) = struct.unpack("<f", content)
-            elif inner == 3 and isinstance(content, int):
-                kind = content
-        # Pieces that users define are matched against the text as it comes, before spaces are rewritten.
-        pieces.append(piece.replace(_SPACE, " ") if kind == _USER_DEFINED else piece)
-        scores.append(score)
-        kinds.append(kind)
-    if not pieces:
-        raise ValueError("it holds no pieces")
-    return pieces, scores, kinds
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Walk a protobuf message: field number and value, of wire types 0, 1, 2 and 5."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        tag = varint()
-        if (wire := tag & 7) == 0:
-            yield tag >> 3, varint()
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"unknown wire type {wire}")
-        length = {1: 8, 5: 4}.get(wire) or varint()
-        if at + length > len(data):
-            raise IndexError("it is cut off")
-        at += length
-        yield tag >> 3, data[at - length : at]
+def _add(backend: tokenizers.Tokenizer, token: str, id: int, special: bool, folder: Path) -> None:
+    """Give a tokenizer one token more, unless it has it."""
+    if id == backend.get_vocab_size():
+        (backend.add_special_tokens if special else backend.add_tokens)(
+            [tokenizers.AddedToken(token, normalized=False, special=special)]
+        )
+    # Runs of spaces are written either way.
+    if str(backend.id_to_token(id)).replace(_SPACE, " ") != token.replace(_SPACE, " "):
+        raise TokenizerError(
+            f"{folder}: the token {token[:40]!r} is said to be {id}, and tokenizer.model says otherwise: save the "
+            "tokenizer as tokenizer.json (transformers: AutoTokenizer, save_pretrained)"
+        )

@@ -21,7 +21,10 @@ from transom.passes.convert_quantized import meant_numbers
 from transom.training.quantize import PtqMethod, quantize_model
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
+from transom.zoo.generation import Generation
 from transom.zoo.model import Model, load
+from transom.zoo.tokenizer import Tokenizer
+from transom.zoo.tokenizer_config import TokenizerConfig
 
 SCHEMES = ["int4_block32", "int4", "int4_channel", "int4_block32_bf16", "fp8_channel", "sfp8", "int8_block32:none"]
 
@@ -39,6 +42,22 @@ def numbers(model: Model, quant: str) -> dict[str, torch.Tensor]:
         for name, weight in model.weights.items()
         if len(weight.shape) > 1
     }
+
+
+def test_a_checkpoint_keeps_what_its_source_says_beside_the_weights(tiny: Model, tmp_path: Path) -> None:
+    assert tiny.tokenizer is not None
+    config = TokenizerConfig(template="{{ messages[0].content }}", tokens={"eos_token": "<unused3>"}, adds_bos=False)
+    source = dataclasses.replace(
+        tiny,
+        tokenizer=Tokenizer(tiny.tokenizer._backend, config),
+        generation=Generation(stop_ids=(7, 300), sampling={"do_sample": False}),
+    )
+    quantize_model(source, quant="int4_block32", out=tmp_path / "q")
+    again = load(tmp_path / "q")
+    assert again.tokenizer is not None and again.tokenizer.config == config
+    assert again.generation.sampling == {"do_sample": False}
+    assert set(again.generation.stop_ids) == {1, 7, 262, 266, 300}
+    quantize_model(source, quant="int4_block32", out=tmp_path / "q", overwrite=True)
 
 
 @pytest.mark.parametrize("quant", SCHEMES)

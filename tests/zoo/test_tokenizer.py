@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +160,26 @@ def test_damaged_files(trained: Path, tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(CheckpointError, match="not a GGUF"):
         Tokenizer.from_gguf(tmp_path / "tokenizer.model")
+
+
+def test_tokens_that_were_added_to_a_tokenizer_model(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "tokenizer.model", tmp_path)
+    size = Tokenizer.from_folder(tmp_path).vocab_size
+    config = {str(size): {"content": "<|im_start|>", "special": True}, "2": {"content": "<bos>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": config}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size, "<|word|>": size + 1}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("<|im_start|><|word|>", bos=False) == [size, size + 1]
+    assert tokenizer.decode([size, size + 1]) == "<|word|>"
+    for malformed, message in (
+        ({"<|far|>": size + 7}, "'<|far|>' is said to be"),
+        ({"<bos>": 5}, "'<bos>' is said to be 5"),
+        ({"<|x|>": "many"}, "added tokens are malformed"),
+        ([], "must hold a JSON object"),
+    ):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(malformed))
+        with pytest.raises(TokenizerError, match=re.escape(message)):
+            Tokenizer.from_folder(tmp_path)
 
 
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
