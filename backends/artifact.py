@@ -24,7 +24,7 @@ from typing import Any, NotRequired, TypedDict
 
 from transom.backends.folder import MANIFEST, is_plain, replace_file
 from transom.backends.records import checked, record
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 VERSION = 2
 MODEL_FILE = "model.onnx"

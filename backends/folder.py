@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 MANIFEST, CERTIFICATE = "manifest.json", "validation.json"
 

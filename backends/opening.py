@@ -8,7 +8,7 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.session import Session, Tokenizer
 from transom.backends.threads import check_threads
-from transom.graphs.errors import ArtifactError, TargetError
+from transom.errors import ArtifactError, TargetError
 
 
 def open_session(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 ALIGNMENT = 64
 """Runtimes take buffers that start at such addresses without a copy."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.graphs.errors import SamplingError
+from transom.errors import SamplingError
 
 _WHOLE = (int, np.integer)
 _NUMBER = (*_WHOLE, float, np.floating)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
 from transom.backends.sampling import Sampling
-from transom.graphs.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
+from transom.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""

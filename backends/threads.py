@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 PER_CORE = 4
 """More threads a core than this are a slip: they slow everything down, and some runtimes never come back."""

@@ -18,7 +18,7 @@ import transom
 from transom.backends.session import Session
 from transom.cli.export import stage_bars
 from transom.cli.options import size
-from transom.export.compile import compile_model
+from transom.compiler import compile_model
 from transom.zoo.model import Model
 from transom.zoo.plan import plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.backends.artifact import CacheRecord
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 from transom.graphs.graph import Graph
 from transom.passes.targets import TARGETS
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from transom.graphs.errors import UnsupportedOpsError
+from transom.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import source_line
 

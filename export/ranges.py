@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transom.backends.reference.session import ReferenceSession
+from transom.formats.number_format import NumberFormat
+from transom.formats.observation import Observation
 from transom.graphs.graph import Graph
-from transom.graphs.number_format import NumberFormat
-from transom.graphs.observation import Observation
 from transom.graphs.observe import observe
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.export.graph_signature import InputKind
 
-from transom.graphs.errors import InvariantError
+from transom.errors import InvariantError
 from transom.graphs.graph import Graph
 
 

@@ -1,6 +1,6 @@
 """`transom.fake_quantize`: numbers rounded to a grid and back, with gradients, so that a model can be trained for it.
 
-Forward, it gives exactly what `graphs.rounding.encode` and `graphs.quantized.decode` give: what is trained is what is
+Forward, it gives exactly what `formats.rounding.encode` and `formats.quantized.decode` give: what is trained is what is
 deployed. Backward, it is the straight-through estimator with a learned step (LSQ, arXiv 1902.08153): the gradient of a
 number passes where it was not clipped; that of a scale is the sum over its group of
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from transom.graphs.rounding import Grid, values
-from transom.graphs.schemes import QuantSpec
+from transom.formats.rounding import Grid, values
+from transom.formats.schemes import QuantSpec
 
 
 @torch.library.custom_op("transom::fake_quantize", mutates_args=())
@@ -27,7 +27,7 @@ def fake_quantize(
 
     Args:
         weight_RK: float32.
-        divisors_RG: What its groups are divided by, float32; see `graphs.rounding.Grid`.
+        divisors_RG: What its groups are divided by, float32; see `formats.rounding.Grid`.
         zero_points_RG: Code that means zero, float32; None if the spec is symmetric.
         spec: A `QuantSpec`'s key.
 

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.node import map_arg
 
-from transom.graphs.errors import InvariantError
+from transom.errors import InvariantError
 from transom.graphs.node import Node, is_node
 from transom.graphs.weight import Weight
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, export
 
+from transom.errors import TraceError
 from transom.graphs import ops
-from transom.graphs.errors import TraceError
 from transom.graphs.graph import Graph
 
 

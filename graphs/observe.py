@@ -1,4 +1,4 @@
-"""`transom.observe`: what a tensor's numbers are, as a tensor; see `graphs.observation` for what it holds."""
+"""`transom.observe`: what a tensor's numbers are, as a tensor; see `formats.observation` for what it holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from transom.graphs.observation import BUCKETS, EXTREMES, KEPT_BITS, SIZE
+from transom.formats.observation import BUCKETS, EXTREMES, KEPT_BITS, SIZE
 from transom.graphs.ops import BODIES
 
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from transom.graphs.quantized import block_of, dequantize
-from transom.graphs.rounding import FLOAT8, FLOAT8_MAX
+from transom.formats.quantized import block_of, dequantize
+from transom.formats.rounding import FLOAT8, FLOAT8_MAX
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -211,7 +211,7 @@ def _(
 def linear_quantized(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
 ) -> torch.Tensor:
-    """`x @ dequantize(codes).T`; see `graphs.quantized` for the layout of the codes."""
+    """`x @ dequantize(codes).T`; see `formats.quantized` for the layout of the codes."""
     return torch.nn.functional.linear(x, dequantize(codes, scales, zero_points, number).to(x.dtype))
 
 

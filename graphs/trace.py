@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 
-from transom.graphs.errors import TraceError
+from transom.errors import TraceError
 from transom.graphs.graph import Cache, Graph
 from transom.graphs.weight import Weight
 

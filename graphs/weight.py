@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from transom.graphs.errors import CheckpointError, RangeError
-from transom.graphs.finite import is_finite, nonfinite_rows
-from transom.graphs.quantized import decode
-from transom.graphs.schemes import Number
+from transom.errors import CheckpointError, RangeError
+from transom.formats.finite import is_finite, nonfinite_rows
+from transom.formats.quantized import decode
+from transom.formats.schemes import Number
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -31,7 +31,7 @@ class Lattice:
 
     Attributes:
         name: What the checkpoint calls the format, such as "Q5_0".
-        number: What a code is; see `graphs.schemes.Number`.
+        number: What a code is; see `formats.schemes.Number`.
         bits: Bits that hold every code; an integer format may need fewer than its number has.
         block: Columns that share one scale.
         symmetric: Whether zero is the code in the middle, so that there are no zero points.

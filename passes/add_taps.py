@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from transom.errors import InvariantError
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, Tap
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node

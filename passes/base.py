@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from transom.errors import InvariantError
 from transom.graphs.check import check
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, refresh
 
 Digest = tuple[str, ...]

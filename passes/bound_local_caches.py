@@ -14,8 +14,8 @@ import dataclasses
 
 import torch
 
+from transom.errors import InvariantError
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
 from transom.graphs.node import Node

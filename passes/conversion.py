@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from transom.graphs.errors import QuantizationError
-from transom.graphs.quantized import decode, pack
-from transom.graphs.recover import recover, saved_dtype
-from transom.graphs.rounding import Method, Rounded, held, round_rows
-from transom.graphs.schemes import QuantSpec
+from transom.errors import QuantizationError
+from transom.formats.quantized import decode, pack
+from transom.formats.recover import recover, saved_dtype
+from transom.formats.rounding import Method, Rounded, held, round_rows
+from transom.formats.schemes import QuantSpec
 from transom.graphs.weight import Lattice, Weight
 
 BLOCK_NUMBERS = 2**18

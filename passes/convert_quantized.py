@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
+from transom.formats.quantized import dequantize
+from transom.formats.rounding import FLOAT8, Method
+from transom.formats.schemes import QuantSpec, Scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import dequantize
-from transom.graphs.rounding import FLOAT8, Method
-from transom.graphs.schemes import QuantSpec, Scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.conversion import Conversion, QuantizedRows

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 
+from transom.formats.rounding import Grid, Method, find_grid
+from transom.formats.schemes import QuantSpec, Scheme
 from transom.graphs.fake_quantize import FAKE_QUANTIZE
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.rounding import Grid, Method, find_grid
-from transom.graphs.schemes import QuantSpec, Scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.conversion import spec_of

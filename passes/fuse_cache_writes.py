@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from transom.errors import InvariantError
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
 from transom.graphs.match import aten, layer_path

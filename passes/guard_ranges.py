@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_arg
 
-from transom.graphs.errors import InvariantError, RangeError
+from transom.errors import InvariantError, RangeError
 from transom.graphs.graph import Graph
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call
 from transom.graphs.node import Node

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from transom.graphs.errors import TargetError
-from transom.graphs.schemes import Scheme
+from transom.errors import TargetError
+from transom.formats.schemes import Scheme
 from transom.passes.base import Pass, Pipeline
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize

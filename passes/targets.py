@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from transom.graphs.schemes import BITS, QuantSpec
+from transom.formats.schemes import BITS, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Target:
         text: The target in words.
         extra: The extra of this package that brings what it needs; None if nothing more is needed.
         dtypes: What it can compute in; the first one is the default.
-        numbers: What quantised weights may be made of; see `graphs.schemes.Number`.
+        numbers: What quantised weights may be made of; see `formats.schemes.Number`.
         refuses: Why it cannot hold weights of a spec of these numbers; None if it can.
         activations: What activations may be rounded to.
         options: Export options that only some targets take: "topology", "cpu".

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
 from transom.graphs.check import check
 from transom.graphs.graph import Graph
 from transom.graphs.trace import Task

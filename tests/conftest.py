@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 import transom
 from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
+from transom import compiler
 from transom.cli import main
 from transom.cli.options import console
-from transom.export import compile as export_compile
-from transom.export.compile import trace_model
-from transom.graphs.errors import CheckpointError
+from transom.compiler import trace_model
+from transom.errors import CheckpointError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.graphs.trace import Task, trace
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
@@ -112,7 +112,7 @@ def traced_once() -> Iterator[None]:
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_compile, "trace", remembered)
+        patch.setattr(compiler, "trace", remembered)
         yield
 
 

@@ -20,11 +20,11 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.tensorrt.builder import build_engine
 from transom.backends.tensorrt.library import find_library
-from transom.export.compile import trace_model
-from transom.graphs.errors import TargetError
+from transom.compiler import trace_model
+from transom.errors import TargetError
+from transom.formats.number_format import float_format
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.number_format import float_format
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 

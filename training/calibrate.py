@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from transom.graphs.errors import QuantizationError
+from transom.errors import QuantizationError
+from transom.formats.rounding import Rounded
+from transom.formats.schemes import QuantSpec
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.rounding import Rounded
-from transom.graphs.schemes import QuantSpec
 from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
 from transom.passes.conversion import Conversion

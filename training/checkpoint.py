@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from transom.backends.folder import ARTIFACT, Kind
+from transom.errors import ArtifactError, CheckpointError
 from transom.export import safetensors
-from transom.graphs.errors import ArtifactError, CheckpointError
+from transom.formats.quantized import dequantize, pack
+from transom.formats.rounding import Rounded, held
+from transom.formats.schemes import QuantSpec
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import dequantize, pack
-from transom.graphs.rounding import Rounded, held
-from transom.graphs.schemes import QuantSpec
 from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint

@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-from transom.graphs.errors import TrainingError
+from transom.errors import TrainingError
 
 
 def device_of(name: str) -> torch.device:

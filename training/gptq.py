@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs.rounding import Grid, Rounded, encode, find_grid, values
-from transom.graphs.schemes import QuantSpec
+from transom.formats.rounding import Grid, Rounded, encode, find_grid, values
+from transom.formats.schemes import QuantSpec
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it: calibration text is finite, so the moments of some columns vanish."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs.schemes import QuantSpec
+from transom.formats.schemes import QuantSpec
 
 
 def into_cells(weight_RK: torch.Tensor, meant_RK: torch.Tensor, divisors_RG: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from transom.backends.folder import new_folder
-from transom.export.compile import compile_model
-from transom.graphs.errors import QuantizationError
-from transom.graphs.schemes import scheme
+from transom.compiler import compile_model
+from transom.errors import QuantizationError
+from transom.formats.schemes import scheme
 from transom.training.checkpoint import CHECKPOINT, REPORT, check_apart
 from transom.training.qat_run import QatRun
 from transom.training.quantize import write_converted

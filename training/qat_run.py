@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transom.graphs.errors import TrainingError
+from transom.errors import TrainingError
+from transom.formats.rounding import Grid, encode
+from transom.formats.schemes import TABLE, QuantSpec, Scheme
 from transom.graphs.graph import Graph
-from transom.graphs.rounding import Grid, encode
-from transom.graphs.schemes import TABLE, QuantSpec, Scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.convert_quantized import meant_numbers

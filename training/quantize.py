@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from transom.backends.folder import new_folder
-from transom.export.compile import trace_model
-from transom.graphs.errors import QuantizationError
+from transom.compiler import trace_model
+from transom.errors import QuantizationError
+from transom.formats.schemes import TABLE, scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import TABLE, scheme
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import Conversion, spec_of

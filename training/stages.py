@@ -15,7 +15,7 @@ import torch
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
-from transom.graphs.errors import InvariantError
+from transom.errors import InvariantError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from transom.graphs.errors import TrainingError
+from transom.errors import TrainingError
 
 
 class TrainingState:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.model import Model
 from transom.zoo.prompt import read_words
 

@@ -14,11 +14,11 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.export.compile import check_options, compile_model, guards, trace_model
+from transom.compiler import check_options, compile_model, guards, trace_model
+from transom.errors import TargetError
 from transom.export.exporter import exporter
-from transom.graphs.errors import TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES
 from transom.passes.targets import TARGETS

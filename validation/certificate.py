@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.backends.folder import CERTIFICATE, MANIFEST, replace_file
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 VERSION = 1
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transom.backends.artifact import Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.threads import check_threads
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.validation.candidates import Candidate, artifact_candidate
 from transom.zoo.model import Model, load
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from transom.backends.artifact import CacheRecord
-from transom.graphs.errors import ContextLengthError
+from transom.errors import ContextLengthError
 
 NEW_TOKENS = 32
 """Tokens of the greedy continuation."""

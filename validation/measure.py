@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transom.backends.session import Session
-from transom.graphs.errors import ArtifactError, SamplingError
+from transom.errors import ArtifactError, SamplingError
 from transom.validation.candidates import Candidate
 from transom.validation.compare import Differences, compare, divergence
 from transom.validation.judge import judge, weigh

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from transom.errors import InvariantError
+from transom.formats.quantized import dequantize
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import dequantize
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
+from transom.errors import ContextLengthError
 from transom.export.ranges import TOKENS, OnProgress, Ranges, trace_ranges
-from transom.graphs.errors import ContextLengthError
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
 

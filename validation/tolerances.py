@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from transom.graphs.errors import TargetError
-from transom.graphs.schemes import scheme
+from transom.errors import TargetError
+from transom.formats.schemes import scheme
 
 INT8_ACTIVATIONS = frozenset({"onnxruntime", "onnx"})
 """Targets whose quantised products round activations to int8; the others multiply dequantised weights."""

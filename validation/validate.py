@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.backends.folder import MANIFEST, check_absent
-from transom.export.compile import versions
-from transom.graphs.errors import ConfigError, ContextLengthError, TransomError
-from transom.graphs.schemes import scheme
+from transom.compiler import versions
+from transom.errors import ConfigError, ContextLengthError, TransomError
+from transom.formats.schemes import scheme
 from transom.validation.candidates import (
     REFERENCE,
     Candidate,

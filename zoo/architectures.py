@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.config import DecoderConfig
 from transom.zoo.gemma3 import Gemma3
 

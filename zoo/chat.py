@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 
 if TYPE_CHECKING:
     import jinja2

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 
 LayerKind = Literal["local", "global"]
 

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.json_object import read_object
 
 GENERATION = "generation_config.json"

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import DecoderConfig, LayerKind, Rope
 from transom.zoo.config_keys import Keys, is_positive, short

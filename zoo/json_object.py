@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import ConfigError, TransomError
+from transom.errors import ConfigError, TransomError
 
 
 def read_object(path: Path, error: type[TransomError] = ConfigError) -> dict[str, Any] | None:

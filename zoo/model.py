@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import build_empty
 from transom.zoo.checkpoints import gguf, lattice, safetensors

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transom.graphs.errors import ConfigError
-from transom.graphs.schemes import QuantSpec, scheme
+from transom.errors import ConfigError
+from transom.formats.schemes import QuantSpec, scheme
 from transom.zoo.config import DecoderConfig, LayerKind
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}

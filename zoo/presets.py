@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.config import DecoderConfig, Rope, tile
 
 

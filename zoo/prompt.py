@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.model import Model
 from transom.zoo.text import read_text
 

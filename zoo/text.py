@@ -7,7 +7,7 @@ import io
 import os
 from pathlib import Path
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 
 _WIDE = {
     codecs.BOM_UTF32_LE: "UTF-32",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.chat import Message, compile_template, render, render_template
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.json_object import read_object
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -15,7 +15,7 @@ from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.session import Float, Session, Tokenizer
-from transom.graphs.errors import ArtifactError, TargetError
+from transom.errors import ArtifactError, TargetError
 
 MINIMUM = (1, 29)
 

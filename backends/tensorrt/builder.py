@@ -15,7 +15,7 @@ from transom.backends.tensorrt.engines import EngineRecord, engines, note_engine
 from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
-from transom.graphs.errors import ArtifactError, BuildError, TargetError
+from transom.errors import ArtifactError, BuildError, TargetError
 
 RTX_DEFAULT = (80, 86, 89, 120)
 """Compute capabilities, times ten, that an RTX engine covers unless others are named: those of RTX's own default, the

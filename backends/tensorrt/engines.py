@@ -8,7 +8,7 @@ from pathlib import Path
 from transom.backends.artifact import Manifest, hash_of, update_details
 from transom.backends.folder import MANIFEST, is_plain
 from transom.backends.records import checked
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 

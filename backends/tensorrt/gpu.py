@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 
 def this_gpu() -> tuple[int, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.backends.tensorrt.engines import TITLES
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 MINIMUM = (10, 15)
 """First version of TensorRT with TensorScatter, RotaryEmbedding and RMSNormalization."""

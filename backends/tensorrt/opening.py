@@ -10,7 +10,7 @@ from transom.backends.session import Session, Tokenizer
 from transom.backends.tensorrt.engines import EngineRecord, engines
 from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library, find_library
-from transom.graphs.errors import ArtifactError, TargetError
+from transom.errors import ArtifactError, TargetError
 
 
 def open_tensorrt(

@@ -15,7 +15,7 @@ from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import read_sidecar
-from transom.graphs.errors import ArtifactError, SessionError
+from transom.errors import ArtifactError, SessionError
 
 
 class EngineSession(Session):

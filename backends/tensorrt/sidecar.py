@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 SIDECAR = "tensorrt.json"
 VERSION = 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 FEATURES = {
     "sse4.2": "sse4_2",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.backends.tvm.versions import INSTALL, require
-from transom.graphs.errors import ArtifactError, TargetError
+from transom.errors import ArtifactError, TargetError
 
 FOLDER_VARIABLE = "TRANSOM_TVM_RUNTIME"
 """Environment variable with the folder of the two libraries; by default that of the installed apache-tvm."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 PAIR = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """Version by distribution."""

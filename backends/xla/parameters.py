@@ -1,6 +1,6 @@
 """The programs' parameters: how they stand in the file, and how in memory. Needs no torch.
 
-The file is a safetensors file. Quantised weights stand in it as the graph has them (`graphs.quantized`), and come to
+The file is a safetensors file. Quantised weights stand in it as the graph has them (`formats.quantized`), and come to
 memory as the programs take them (`export.xla.narrow`): integers as narrow as their codes, in the order of axes that
 suits a TPU.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 CACHES = 1
 """Index of the programs' argument that holds the caches, which every call gives up."""

@@ -17,7 +17,7 @@ from transom.backends.artifact import CacheRecord, Manifest
 from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
 from transom.backends.xla.runtime import CACHES, load_jax
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 
 class XlaSession(Session):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from onnx import TensorProto
 
+from transom.errors import QuantizationError
 from transom.export.onnx.emitter import Emitter
-from transom.graphs.errors import QuantizationError
+from transom.formats.quantized import block_of, pack, unpack
+from transom.formats.schemes import BITS
 from transom.graphs.node import Node
-from transom.graphs.quantized import block_of, pack, unpack
-from transom.graphs.schemes import BITS
 from transom.graphs.weight import Weight
 
 

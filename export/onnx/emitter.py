@@ -19,8 +19,8 @@ import torch
 from onnx import TensorProto, helper
 
 from transom.backends.artifact import MODEL_FILE
+from transom.errors import UnsupportedOpsError
 from transom.export.lowering import require_supported
-from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node

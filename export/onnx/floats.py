@@ -12,7 +12,7 @@ import torch
 
 from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.lowerings import INT32
-from transom.graphs import sfp8
+from transom.formats import sfp8
 from transom.graphs.node import Node
 
 _BYTES = torch.arange(256, dtype=torch.int16).to(torch.uint8)

@@ -15,11 +15,11 @@ from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
+from transom.formats.quantized import block_of, unpack
+from transom.formats.schemes import BITS
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import block_of, unpack
-from transom.graphs.schemes import BITS
 from transom.graphs.weight import Weight
 
 MICROSOFT = "com.microsoft"

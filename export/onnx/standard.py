@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from transom.errors import QuantizationError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked, transposed
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
 from transom.graphs import ops
-from transom.graphs.errors import QuantizationError
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 

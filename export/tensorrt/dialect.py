@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from transom.errors import QuantizationError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked, transposed
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.lowerings import SHARED, add_bias, cast, new_positions, start
+from transom.formats.quantized import block_of
 from transom.graphs import ops
-from transom.graphs.errors import QuantizationError
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import block_of
 from transom.graphs.weight import Weight
 
 TABLE = Table(SHARED)

@@ -13,8 +13,8 @@ from transom.export.exporter import Lowered, Request
 from transom.export.onnx import emitter
 from transom.export.tensorrt.dialect import DIALECT
 from transom.export.tensorrt.verify.verify import require
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 
 BATCH = 1
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from tvm import relax, tirx
 
+from transom.errors import UnsupportedOpsError
 from transom.export.safetensors import stored_names
 from transom.export.tvm.kernels.tile import Tile
-from transom.graphs.errors import UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import layer_path
 from transom.graphs.node import Node

@@ -11,8 +11,8 @@ from typing import Any
 
 from tvm.support import cc
 
+from transom.errors import TargetError
 from transom.export.tvm.processor import Processor
-from transom.graphs.errors import TargetError
 
 ZIG = (sys.executable, "-m", "ziglang", "cc")
 

@@ -10,10 +10,10 @@ from tvm import relax, te
 from transom.export.lowering import Table
 from transom.export.tvm.emitter import Emitter, dtype_name
 from transom.export.tvm.kernels import attention, linear, quantized, rows
+from transom.formats.quantized import block_of
 from transom.graphs import ops
 from transom.graphs.match import aten, is_transpose
 from transom.graphs.node import Node, is_node
-from transom.graphs.quantized import block_of
 
 TABLE = Table()
 

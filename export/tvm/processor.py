@@ -10,8 +10,8 @@ from typing import Any
 from tvm.target import Target, codegen
 
 from transom.backends.tvm.machine import FEATURES, machine
+from transom.errors import TargetError
 from transom.export.tvm.kernels.tile import AVX2, AVX512, NEON, SSE, Tile
-from transom.graphs.errors import TargetError
 
 LEVELS = {
     "x86-64-v4": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),

@@ -18,9 +18,9 @@ import torch
 from transom.export.lowering import Table
 from transom.export.xla.attention import HIDDEN, cached_attention
 from transom.export.xla.narrow import embedding_quantized, linear_quantized
+from transom.formats.rounding import FLOAT8_MAX
 from transom.graphs import ops
 from transom.graphs.match import aten
-from transom.graphs.rounding import FLOAT8_MAX
 
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: jnp.float32,

@@ -48,7 +48,7 @@ def linear_quantized(
 
 
 def _widened(codes: jax.Array, number: str) -> jax.Array:
-    """Codes as float32; see `graphs.sfp8`."""
+    """Codes as float32; see `formats.sfp8`."""
     if number != "sfp8":
         return codes.astype(jnp.float32)
     wide = codes.astype(jnp.int32)

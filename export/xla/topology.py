@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from transom.errors import InvariantError, TargetError
 from transom.export.xla.sharding import CHIPS, cache_spec, parameter_specs, spread
-from transom.graphs.errors import InvariantError, TargetError
 
 KNOWN = (
     *("v4:1x1x1", "v4:2x2x1", "v4:2x2x2", "v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:16x16"),

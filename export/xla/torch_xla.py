@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 from transom.graphs.graph import Graph
 from transom.graphs.inline import inline
 

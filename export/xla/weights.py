@@ -10,10 +10,10 @@ import torch
 
 from transom.backends.xla.parameters import Parameter
 from transom.export import safetensors
+from transom.formats.quantized import block_of
+from transom.formats.schemes import BITS
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import block_of
-from transom.graphs.schemes import BITS
 from transom.graphs.weight import Weight
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transom.backends.session import Session
-    from transom.export.compile import Artifact
+    from transom.compiler import Artifact
     from transom.export.ranges import Ranges
     from transom.graphs.graph import Graph
     from transom.validation.bisection.sources import Source
@@ -38,14 +38,14 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
     """Trace a model to a graph; see `transom.graphs.trace.trace`."""
-    from transom.export.compile import trace_model
+    from transom.compiler import trace_model
 
     return trace_model(model, task=task)
 
 
 def compile(model: Model, *, out: str | Path, **options: Any) -> Artifact:
-    """Lower a model to a target and write the artifact; see `transom.export.compile.compile_model`."""
-    from transom.export.compile import compile_model
+    """Lower a model to a target and write the artifact; see `transom.compiler.compile_model`."""
+    from transom.compiler import compile_model
 
     return compile_model(model, out=Path(out), **options)
 

@@ -12,11 +12,11 @@ import pytest
 
 import transom
 from tests.artifacts import CHUNK, Export
+from transom import compiler
 from transom.backends.artifact import Manifest, read_manifest, write_manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.tensorrt.engines import engines
-from transom.export import compile as export_compile
-from transom.graphs.errors import ArtifactError, ContextLengthError, QuantizationError, SessionError, TargetError
+from transom.errors import ArtifactError, ContextLengthError, QuantizationError, SessionError, TargetError
 from transom.zoo.model import Model
 
 
@@ -287,7 +287,7 @@ def test_a_failing_export_leaves_nothing(tiny: Model, tmp_path: Path, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_compile, "_write_companions", fail)
+    monkeypatch.setattr(compiler, "_write_companions", fail)
     with pytest.raises(KeyboardInterrupt):
         transom.compile(tiny, out=tmp_path / "model")
     assert names(tmp_path) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from transom.backends.folder import ARTIFACT, CERTIFICATE, MANIFEST, check_absent, new_folder, replace_file
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 
 def names(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import transom
 from tests.artifacts import Export
 from transom.backends.onnxruntime.data import lies_elsewhere
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 
 
 def hub_cache(artifact: Path, root: Path) -> Path:

@@ -14,7 +14,7 @@ from tests.conftest import Cli, Stage
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
-from transom.graphs.errors import NonFiniteError, SessionError
+from transom.errors import NonFiniteError, SessionError
 
 BROKEN = 2 * CHUNK + 3
 """Position whose logits are no numbers: in the midst of the third call."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transom.backends.sampling import Sampling
-from transom.graphs.errors import SamplingError
+from transom.errors import SamplingError
 
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.3, 0.03, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)

@@ -18,7 +18,7 @@ from transom.backends import session as session_module
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
-from transom.graphs.errors import ContextLengthError, SessionError, TokenizerError
+from transom.errors import ContextLengthError, SessionError, TokenizerError
 
 PER_SLOT = 2 * 2 * 32 * 4
 """Bytes of keys and values of one slot of a layer of gemma3-tiny."""

@@ -26,8 +26,8 @@ from transom.backends.tensorrt.engines import engines
 from transom.backends.tensorrt.library import Library, find_library
 from transom.backends.tensorrt.sidecar import SIDECAR
 from transom.cli.build import compute_capabilities
+from transom.errors import ArtifactError, BuildError, TargetError
 from transom.export.tensorrt.verify.verify import verify
-from transom.graphs.errors import ArtifactError, BuildError, TargetError
 from transom.validation.certificate import read_certificate, write_certificate
 from transom.zoo.model import Model
 

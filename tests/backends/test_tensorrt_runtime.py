@@ -25,7 +25,7 @@ from transom.backends.tensorrt.cpu import CpuSession
 from transom.backends.tensorrt.engines import EngineRecord, note_engine
 from transom.backends.tensorrt.library import find_library
 from transom.backends.tensorrt.runtime import EngineSession
-from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
+from transom.errors import ArtifactError, ContextLengthError, SessionError, TargetError
 from transom.zoo.model import Model
 
 CHUNK, CONTEXT, RING = 20, 128, 35

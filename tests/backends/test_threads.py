@@ -9,7 +9,7 @@ import pytest
 import transom
 from tests.artifacts import Export
 from transom.backends.threads import PER_CORE, check_threads
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 MOST = PER_CORE * (os.cpu_count() or 1)
 

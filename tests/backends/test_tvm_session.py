@@ -24,9 +24,9 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.tvm import machine, runtime
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.session import TvmSession
-from transom.export.compile import trace_model
-from transom.graphs.errors import ArtifactError, ContextLengthError, TargetError
-from transom.graphs.schemes import scheme
+from transom.compiler import trace_model
+from transom.errors import ArtifactError, ContextLengthError, TargetError
+from transom.formats.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pipeline
 from transom.passes.pipelines import pipeline
@@ -136,7 +136,7 @@ def test_the_runtime_can_stand_elsewhere(artifact: Exported, tmp_path: Path) -> 
     for path in runtime._libraries(runtime._installed()):
         shutil.copy(path, tmp_path)
     program = (
-        "import sys, importlib.util, transom\nfrom transom.graphs.errors import TransomError\n"
+        "import sys, importlib.util, transom\nfrom transom.errors import TransomError\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'tvm' else find(name, *rest)\n"
         "try: print(transom.open(sys.argv[1], threads=1).prefill([1, 2]).shape)\n"

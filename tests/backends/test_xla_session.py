@@ -21,9 +21,9 @@ from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE
-from transom.graphs.errors import ArtifactError, ContextLengthError, SessionError, TargetError
+from transom.errors import ArtifactError, ContextLengthError, SessionError, TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph, Tap
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
@@ -208,7 +208,7 @@ def test_a_platform_without_a_device(artifact: Exported) -> None:
         check=False,
         env={**os.environ, "JAX_PLATFORMS": "cuda"},
     )
-    assert done.stderr.splitlines()[-1].startswith("transom.graphs.errors.TargetError: jax finds no device")
+    assert done.stderr.splitlines()[-1].startswith("transom.errors.TargetError: jax finds no device")
     assert done.stderr.splitlines()[-1].endswith("set JAX_PLATFORMS=cpu")
 
 

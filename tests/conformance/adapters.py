@@ -15,9 +15,9 @@ import transom
 from tests.conformance.reference import TEXT
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session as TransomSession
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES
 from transom.zoo.model import Model, load

@@ -11,8 +11,8 @@ from tests.conformance.cases import CASES
 from tests.conformance.eager import EagerRuntime
 from tests.conformance.runner import Report, run_suite
 from tests.tolerances import CONFORMANCE_FLOAT16, CONFORMANCE_LOGITS
+from transom.errors import TargetError
 from transom.export.exporter import exporter
-from transom.graphs.errors import TargetError
 from transom.passes.pipelines import PIPELINES
 from transom.passes.targets import TARGETS
 

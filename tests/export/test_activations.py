@@ -13,13 +13,13 @@ from tests.artifacts import CHUNK
 from tests.case import Case
 from tests.conftest import WINDOW
 from transom.backends.reference.session import ReferenceSession
+from transom.errors import TargetError
 from transom.export.ranges import activation_scales
+from transom.formats.number_format import float_format
+from transom.formats.rounding import FLOAT8
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.errors import TargetError
 from transom.graphs.graph import Graph
-from transom.graphs.number_format import float_format
-from transom.graphs.rounding import FLOAT8
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pipeline
 from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations

@@ -29,13 +29,13 @@ from tests.case import export, run_graph
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.backends.artifact import MODEL_FILE
 from transom.backends.safetensors import reading
+from transom.errors import QuantizationError
 from transom.export import safetensors
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.tensorrt import dialect
+from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs import ops
-from transom.graphs.errors import QuantizationError
 from transom.graphs.graph import Graph, Tap
-from transom.graphs.schemes import SCHEMES, scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize

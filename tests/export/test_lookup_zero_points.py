@@ -15,8 +15,8 @@ from torch import nn
 from tests.case import export
 from transom.backends.artifact import MODEL_FILE
 from transom.export.onnx import emitter, onnxruntime
+from transom.formats.schemes import BITS, Number, QuantSpec, Scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import BITS, Number, QuantSpec, Scheme
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized, meant_numbers

@@ -23,10 +23,10 @@ from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, INT8_ACTIVATIONS
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.backends.artifact import MODEL_FILE
+from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE
-from transom.graphs.errors import QuantizationError, UnsupportedOpsError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.zoo.checkpoints.random import random_weights

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
+from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.convert_quantized import ConvertQuantized

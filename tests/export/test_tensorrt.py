@@ -26,10 +26,10 @@ from tests.tolerances import BFLOAT16_LOGITS_TENSORRT, FLOAT16_LOGITS, FP8_ACTIV
 from transom.backends.artifact import MODEL_FILE
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.tensorrt.sidecar import SIDECAR, read_sidecar
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
+from transom.errors import ArtifactError, QuantizationError, TargetError
 from transom.export.tensorrt.verify.verify import verify
-from transom.graphs.errors import ArtifactError, QuantizationError, TargetError
-from transom.graphs.schemes import scheme
+from transom.formats.schemes import scheme
 from transom.passes.base import Pipeline
 from transom.passes.pipelines import PIPELINES
 from transom.zoo.model import Model, load

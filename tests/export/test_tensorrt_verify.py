@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.conftest import Cli
+from transom.errors import DialectError
 from transom.export.tensorrt.verify.verify import RULES, require, verify
-from transom.graphs.errors import DialectError
 
 HEADER = '<ir_version: 11, opset_import: ["" : {opset}, "trt" : 1]> g ({inputs}) => ({outputs}) {{ {nodes} }}'
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tests.artifacts import CHUNK
 from tests.tolerances import FP32_LOGITS, TF32_LOGITS
+from transom.errors import TargetError
 from transom.export.tensorrt import torch_tensorrt
-from transom.graphs.errors import TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 

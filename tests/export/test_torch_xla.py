@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from tests.artifacts import CHUNK
 from tests.tolerances import FP32_LOGITS
+from transom.errors import TargetError
 from transom.export.xla import torch_xla
-from transom.graphs.errors import TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 
@@ -44,7 +44,7 @@ def test_chunks_longer_than_the_window(
 def test_a_bfloat16_program_is_written_without_weights(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     pytest.importorskip("torch_xla", reason="torch-xla is not installed: it needs an environment with torch 2.9")
-    from transom.export.compile import trace_model
+    from transom.compiler import trace_model
 
     traced = trace_model(tiny, dtype=torch.bfloat16)
     graph, _ = pipeline("xla", chunk=1, scheme=scheme("none")).run(traced)

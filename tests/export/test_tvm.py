@@ -24,13 +24,13 @@ from tests.tolerances import FP32_ATTENTION, FP32_LOGITS, FP32_SUMS
 from transom.backends.safetensors import ALIGNMENT, reading
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR, require
+from transom.errors import TargetError, UnsupportedOpsError
 from transom.export import safetensors
+from transom.formats.quantized import dequantize, pack
+from transom.formats.rounding import round_rows
+from transom.formats.schemes import QuantSpec
 from transom.graphs import ops
-from transom.graphs.errors import TargetError, UnsupportedOpsError
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import dequantize, pack
-from transom.graphs.rounding import round_rows
-from transom.graphs.schemes import QuantSpec
 from transom.graphs.weight import Weight
 from transom.zoo.model import Model
 

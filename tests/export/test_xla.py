@@ -24,13 +24,14 @@ from tests.tolerances import BFLOAT16_LOGITS_XLA, FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
+from transom.errors import TargetError, UnsupportedOpsError
 from transom.export.exporter import Request
-from transom.graphs import ops, sfp8
-from transom.graphs.errors import TargetError, UnsupportedOpsError
+from transom.formats import sfp8
+from transom.formats.quantized import dequantize
+from transom.formats.schemes import scheme
+from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.quantized import dequantize
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 
@@ -321,7 +322,7 @@ import torch
 from torch import nn
 from transom.export.xla import weights
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
+from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.convert_quantized import ConvertQuantized

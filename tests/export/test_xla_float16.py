@@ -13,8 +13,8 @@ from tests.artifacts import CHUNK
 from tests.conftest import WINDOW
 from tests.planted import of_model, plant
 from tests.tolerances import FLOAT16_LOGITS
+from transom import compiler
 from transom.backends.reference.session import ReferenceSession
-from transom.export import compile as export_compile
 from transom.graphs.graph import Graph
 from transom.zoo.model import Model
 
@@ -31,8 +31,8 @@ def test_a_model_out_of_range_runs_in_float16(
 ) -> None:
     model = plant(tiny)
     graphs = {dtype: of_model(graph, model, dtype) for dtype, graph in _by_dtype(traced, traced_float16).items()}
-    monkeypatch.setattr(export_compile, "trace_model", lambda model, dtype: graphs[dtype])
-    monkeypatch.setattr(export_compile, "TOKENS", 2 * WINDOW)
+    monkeypatch.setattr(compiler, "trace_model", lambda model, dtype: graphs[dtype])
+    monkeypatch.setattr(compiler, "TOKENS", 2 * WINDOW)
     artifact = transom.compile(model, target="xla", dtype="float16", context=128, chunk=CHUNK, out=tmp_path / "model")
     assert {cache.dtype for cache in artifact.manifest.caches} == {"float16"}
     assert artifact.manifest.dtype == "float16"

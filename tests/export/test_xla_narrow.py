@@ -1,4 +1,4 @@
-"""Quantised weights of the target `xla` against the layout's definition in `graphs.quantized`."""
+"""Quantised weights of the target `xla` against the layout's definition in `formats.quantized`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.tolerances import FP32_PRODUCT
-from transom.graphs import quantized
+from transom.formats import quantized
 
 jax = pytest.importorskip("jax")
 jax.config.update("jax_platforms", "cpu")

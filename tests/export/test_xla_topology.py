@@ -14,9 +14,9 @@ import torch
 
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import cache_records
-from transom.export.compile import trace_model
-from transom.graphs.errors import InvariantError, TargetError
-from transom.graphs.schemes import scheme
+from transom.compiler import trace_model
+from transom.errors import InvariantError, TargetError
+from transom.formats.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import load
 from transom.zoo.plan import plan

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.tolerances import FUZZED_LOGITS
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 from transom.zoo.model import load
 
 RUNS = int(os.environ.get("TRANSOM_FUZZ", "1"))

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.zoo.gguf_bytes import KINDS, File, Tensor, Value, decode, dequantised, f32, tiny
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.tokenizer import Tokenizer
 

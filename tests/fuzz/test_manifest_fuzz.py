@@ -22,7 +22,7 @@ from transom.backends.folder import MANIFEST
 from transom.backends.session import Session
 from transom.cli import run
 from transom.cli.export import inspect
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 
 BOUNDED = settings(
     derandomize=True,

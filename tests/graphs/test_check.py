@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.conftest import Stage
+from transom.errors import InvariantError
 from transom.graphs.check import check
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import aten
 from transom.graphs.weight import Weight

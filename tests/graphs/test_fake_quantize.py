@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from transom.formats.quantized import decode
+from transom.formats.rounding import encode, find_grid
+from transom.formats.schemes import SPECS, QuantSpec
 from transom.graphs.fake_quantize import fake_quantize
-from transom.graphs.quantized import decode
-from transom.graphs.rounding import encode, find_grid
-from transom.graphs.schemes import SPECS, QuantSpec
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from tests.artifacts import CHUNK
 from tests.tolerances import FP32_LOGITS
-from transom.graphs.errors import TraceError
+from transom.errors import TraceError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.inline import inline
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 

@@ -13,8 +13,8 @@ from tests.case import run_graph
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
+from transom.errors import TraceError
 from transom.graphs.check import check
-from transom.graphs.errors import TraceError
 from transom.graphs.graph import Graph
 from transom.graphs.trace import trace
 from transom.graphs.weight import Weight

@@ -17,12 +17,12 @@ from tests.case import Case, export, run_graph
 from tests.conftest import WINDOW
 from tests.passes.test_huggingface import build
 from tests.tolerances import FP32_LOGITS
+from transom.errors import InvariantError
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
-from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize

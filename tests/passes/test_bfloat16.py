@@ -9,9 +9,9 @@ import torch
 from tests.artifacts import CHUNK
 from tests.tolerances import BF16_RMS, BF16_STEP
 from transom.backends.reference.session import ReferenceSession
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.model import Model
 

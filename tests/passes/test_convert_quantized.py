@@ -19,14 +19,15 @@ from tests.artifacts import CHUNK
 from tests.case import Case, export, run_graph
 from tests.tolerances import FP8_WEIGHTS, FP32_ATTENTION, FP32_LOGITS
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.graphs import ops, sfp8
-from transom.graphs.errors import QuantizationError
+from transom.errors import QuantizationError
+from transom.formats import sfp8
+from transom.formats.quantized import dequantize, pack, unpack
+from transom.formats.rounding import round_rows
+from transom.formats.schemes import BITS, SCHEMES, SPECS, Number, QuantSpec, Scheme, scheme
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.quantized import dequantize, pack, unpack
-from transom.graphs.rounding import round_rows
-from transom.graphs.schemes import BITS, SCHEMES, SPECS, Number, QuantSpec, Scheme, scheme
 from transom.graphs.weight import Lattice, Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize

@@ -15,13 +15,13 @@ from tests.conftest import WINDOW
 from tests.planted import of_model, plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom.backends.reference.session import ReferenceSession
+from transom.errors import InvariantError, NonFiniteError, RangeError
 from transom.export.ranges import Ranges, trace_ranges
+from transom.formats.number_format import FORMATS
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError, NonFiniteError, RangeError
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.graphs.number_format import FORMATS
-from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.insert_observers import narrow_values

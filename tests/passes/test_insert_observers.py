@@ -10,9 +10,9 @@ from torch import nn
 from tests.artifacts import CHUNK
 from tests.case import Case, export, run_graph
 from tests.conftest import WINDOW, Stage
+from transom.formats.observation import Observation
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.observation import Observation
-from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.insert_observers import InsertObservers, computed_values, narrow_values
 from transom.passes.pipelines import pipeline

@@ -12,10 +12,10 @@ from torch.nn.functional import gelu, silu
 
 from tests.case import Case, export, run_graph
 from tests.tolerances import FP32_ATTENTION
+from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Cache, Graph
 from transom.graphs.match import aten
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize

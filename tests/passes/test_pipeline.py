@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import pytest
 
-from transom.graphs.errors import InvariantError, TargetError
+from transom.errors import InvariantError, TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.graphs.schemes import scheme
 from transom.passes.base import Pass, Pipeline
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize

@@ -13,9 +13,9 @@ from torch import nn
 
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
-from transom.graphs.errors import InvariantError
+from transom.errors import InvariantError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.graphs.trace import trace
 from transom.graphs.weight import Weight
 from transom.passes.pipelines import PIPELINES, pipeline

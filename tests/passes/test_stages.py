@@ -14,9 +14,9 @@ from tests.artifacts import CHUNK
 from tests.case import Case, run_graph
 from tests.conftest import WINDOW, Stage
 from tests.tolerances import FP32_LOGITS
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.graphs.schemes import scheme
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transom.graphs.quantized import decode
-from transom.graphs.rounding import find_grid, round_rows
-from transom.graphs.schemes import SPECS, QuantSpec
+from transom.formats.quantized import decode
+from transom.formats.rounding import find_grid, round_rows
+from transom.formats.schemes import SPECS, QuantSpec
 from transom.training.gptq import _inverse_factor, gptq
 
 SPEC_LIST = [

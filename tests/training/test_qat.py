@@ -13,8 +13,8 @@ import transom
 from tests.conftest import Cli
 from tests.tolerances import FP32_LOGITS, INT8_ACTIVATIONS
 from tests.training.test_quantize import divergence
-from transom.graphs.errors import QuantizationError, TrainingError
-from transom.graphs.schemes import SPECS, QuantSpec, scheme
+from transom.errors import QuantizationError, TrainingError
+from transom.formats.schemes import SPECS, QuantSpec, scheme
 from transom.passes.base import Pipeline
 from transom.passes.fake_quantize import FakeQuantize
 from transom.training.latent import dithered, into_cells

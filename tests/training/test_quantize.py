@@ -14,8 +14,8 @@ import transformers
 import transom
 from tests.conftest import Cli
 from tests.tolerances import BFLOAT16_LOGITS_TENSORRT, INT8_ACTIVATIONS
-from transom.graphs.errors import CheckpointError, QuantizationError, TokenizerError
-from transom.graphs.schemes import scheme
+from transom.errors import CheckpointError, QuantizationError, TokenizerError
+from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import meant_numbers
 from transom.training.quantize import PtqMethod, quantize_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transom.graphs.errors import InvariantError
+from transom.errors import InvariantError
 from transom.graphs.graph import Graph
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages

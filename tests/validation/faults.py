@@ -10,11 +10,11 @@ import torch
 
 from tests.artifacts import CHUNK
 from tests.conftest import WINDOW
+from transom.formats.schemes import SPECS, scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
-from transom.graphs.schemes import SPECS, scheme
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention

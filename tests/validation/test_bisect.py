@@ -24,10 +24,10 @@ from transom.backends.artifact import read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.cli import main
-from transom.graphs.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
+from transom.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
+from transom.formats.schemes import Scheme, scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.graphs.schemes import Scheme, scheme
 from transom.passes import pipelines
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass

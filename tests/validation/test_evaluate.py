@@ -24,7 +24,7 @@ from tests.conftest import WINDOW, Cli
 from tests.tolerances import FP32_LOGITS
 from tests.validation.conftest import parsed
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
-from transom.graphs.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
+from transom.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
 from transom.graphs.graph import Graph
 from transom.validation import candidates
 from transom.validation.evaluation import measure

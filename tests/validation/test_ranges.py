@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import transom
 from transom.cli import app
+from transom.errors import ConfigError, ContextLengthError, TokenizerError
 from transom.export.ranges import Ranges
-from transom.graphs.errors import ConfigError, ContextLengthError, TokenizerError
+from transom.formats.number_format import FORMATS
 from transom.graphs.graph import Graph
-from transom.graphs.number_format import FORMATS
 from transom.validation import ranges as module
 from transom.zoo.model import Model
 

@@ -11,8 +11,8 @@ import torch
 
 from tests.conftest import WINDOW
 from transom.backends.artifact import CacheRecord
-from transom.graphs.errors import ContextLengthError, QuantizationError, TargetError
-from transom.graphs.schemes import SCHEMES
+from transom.errors import ContextLengthError, QuantizationError, TargetError
+from transom.formats.schemes import SCHEMES
 from transom.validation.compare import Differences, compare
 from transom.validation.judge import judge
 from transom.validation.lengths import default_chunk, default_context, schedule, text_length

@@ -21,10 +21,10 @@ from tests.validation.conftest import TARGETS
 from transom.backends.folder import CERTIFICATE
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.backends.session import Session
+from transom.errors import TargetError
 from transom.export.exporter import exporter
-from transom.graphs import rounding
-from transom.graphs.errors import TargetError
-from transom.graphs.schemes import Scheme
+from transom.formats import rounding
+from transom.formats.schemes import Scheme
 from transom.passes import conversion, pipelines
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.model import packaged_gguf
 from transom.zoo.tokenizer import Tokenizer

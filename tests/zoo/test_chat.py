@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.chat import Message, compile_template, render, render_template
 from transom.zoo.tokenizer import Tokenizer
 from transom.zoo.tokenizer_config import TokenizerConfig

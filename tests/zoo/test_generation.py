@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.generation import GEMMA_SAMPLING, GENERATION, Generation, read_sampling
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.config import DecoderConfig, Rope, tile
 from transom.zoo.huggingface import left_out, read_config, write_config
 from transom.zoo.presets import PRESETS, preset

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from transom.graphs.errors import CheckpointError, ConfigError
+from transom.errors import CheckpointError, ConfigError
 from transom.zoo.architectures import ARCHITECTURES, tensor_shapes
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.model import load, packaged_gguf, resolve_config

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import Cli
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.graphs.errors import CheckpointError, RangeError
+from transom.errors import CheckpointError, RangeError
 from transom.graphs.weight import Weight
 from transom.training.quantize import quantize_model
 from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, read_header

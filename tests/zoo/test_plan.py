@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.plan import parameters, plan
 from transom.zoo.presets import PRESETS, preset

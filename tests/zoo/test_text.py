@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.text import argument_text, check_text, decode_text, read_text
 from transom.zoo.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.graphs.errors import CheckpointError, TokenizerError
+from transom.errors import CheckpointError, TokenizerError
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.tokenizer import Tokenizer

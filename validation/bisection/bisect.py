@@ -22,10 +22,10 @@ from pathlib import Path
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.export.compile import trace_model
-from transom.graphs.errors import ArtifactError, ContextLengthError, TargetError
+from transom.compiler import trace_model
+from transom.errors import ArtifactError, ContextLengthError, TargetError
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES, pipeline

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from transom.graphs.quantized import decode
-from transom.graphs.rounding import round_rows
-from transom.graphs.schemes import QuantSpec, scheme
+from transom.formats.quantized import decode
+from transom.formats.rounding import round_rows
+from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import meant_numbers
 from transom.validation.tolerances import TAPS

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.evidence import Evidence, Hypothesis
 from transom.validation.bisection.hypotheses import hypotheses

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session
-from transom.export.compile import trace_model
+from transom.compiler import trace_model
 from transom.validation.oracle import round_weights
 from transom.zoo.gemma3 import rotate, rotation
 from transom.zoo.model import Model

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from transom.graphs.errors import QuantizationError
-from transom.graphs.schemes import SCHEMES, QuantSpec
+from transom.errors import QuantizationError
+from transom.formats.schemes import SCHEMES, QuantSpec
 from transom.validation.bisection.context import Context, rounded
 from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, best_factor
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.session import Session
-from transom.graphs.errors import ArtifactError
+from transom.errors import ArtifactError
 from transom.validation.bisection.sites import LOGITS, op_of
 
 Float = NDArray[np.float32]

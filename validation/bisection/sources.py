@@ -14,11 +14,11 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.export.compile import compile_model, trace_model
+from transom.compiler import compile_model, trace_model
+from transom.errors import InvariantError, TargetError
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.errors import InvariantError, TargetError
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import scheme
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.canonicalize import Canonicalize

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transom.backends.folder import check_absent
-from transom.graphs.errors import ConfigError, ContextLengthError, TargetError
-from transom.graphs.schemes import scheme
+from transom.errors import ConfigError, ContextLengthError, TargetError
+from transom.formats.schemes import scheme
 from transom.passes.targets import TARGETS
 from transom.validation.candidates import Candidate, Settings, check_targets
 from transom.validation.certificate import check_writable

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from transom.export.compile import CHUNK, versions
-from transom.graphs.errors import ConfigError, TargetError, TransomError
+from transom.compiler import CHUNK, versions
+from transom.errors import ConfigError, TargetError, TransomError
 from transom.validation.candidates import OnProgress, Opener, Settings, told_apart
 from transom.validation.evaluation.entries import check_context, check_names, named, refused, to_compile
 from transom.validation.evaluation.measure import measure_all, reason

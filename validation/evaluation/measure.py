@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from transom.backends.artifact import Manifest, read_manifest
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 from transom.validation.candidates import Candidate, OnProgress, Opener
 from transom.validation.compare import Array
 from transom.validation.evaluation.result import PLAIN, Facts, Row, oracle_row, target_row

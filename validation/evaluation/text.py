@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.errors import ContextLengthError, TokenizerError
 from transom.zoo.model import Model
 from transom.zoo.prompt import read_words
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
 from transom.zoo.checkpoints.gguf_config import read_config, read_metadata

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.graphs.errors import CheckpointError, ConfigError
+from transom.errors import CheckpointError, ConfigError
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
 from transom.zoo.config import DecoderConfig, LayerKind, Rope, tile

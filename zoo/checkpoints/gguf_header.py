@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.gguf_part import Part, TensorInfo, read_part
 from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
 

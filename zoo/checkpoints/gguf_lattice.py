@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from transom.graphs.schemes import Number
+from transom.formats.schemes import Number
 from transom.graphs.weight import Codes, Lattice
 
 

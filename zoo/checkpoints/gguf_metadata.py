@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 from transom.zoo.checkpoints.gguf_header import Header
 
 _SIZE_LIMIT = 2**31

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.containers import POINTER, is_pointer
 from transom.zoo.checkpoints.gguf_types import SIZED_TYPES, readable_types, type_name
 

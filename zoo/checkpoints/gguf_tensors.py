@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.checkpoints.gguf_config import PARTS_OF_KEYS
 from transom.zoo.checkpoints.gguf_header import Header

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import Header
 
 Tables = tuple[list[str], list[float], list[int]]

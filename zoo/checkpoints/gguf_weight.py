@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, TensorInfo
 from transom.zoo.checkpoints.gguf_lattice import read_lattice

@@ -2,7 +2,7 @@
 
 The folder's `model.safetensors` holds what the codes mean, so that anything can read it; a compiler must not round
 those numbers again, as scales found anew are other scales. For every quantised weight NAME the file has NAME.codes,
-NAME.scales and, if it is not symmetric, NAME.zero_points, as `graphs.quantized` lays them out; its metadata name the
+NAME.scales and, if it is not symmetric, NAME.zero_points, as `formats.quantized` lays them out; its metadata name the
 scheme and the spec of every weight.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from transom.graphs.errors import CheckpointError, QuantizationError
-from transom.graphs.quantized import unpack
-from transom.graphs.schemes import QuantSpec, scheme
+from transom.errors import CheckpointError, QuantizationError
+from transom.formats.quantized import unpack
+from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.weight import Codes, Lattice, Weight
 from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
 

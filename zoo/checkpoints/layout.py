@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.containers import MERGE
 
 TABLE = "embed_tokens.weight"

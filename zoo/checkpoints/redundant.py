@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.config import DecoderConfig, Rope
 

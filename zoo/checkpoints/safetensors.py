@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint

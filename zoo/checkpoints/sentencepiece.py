@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.json_object import read_object
 
 _NORMAL, _USER_DEFINED = 1, 4

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from onnx import ModelProto
 
+from transom.errors import DialectError
 from transom.export.tensorrt.verify import attention_rules, cache_rules, quantization_rules, typing_rules
 from transom.export.tensorrt.verify.view import Finding, Rule, View
-from transom.graphs.errors import DialectError
 
 RULES: tuple[Rule, ...] = (
     *typing_rules.RULES,

@@ -1,4 +1,4 @@
-"""Products with block-quantised weights, and rows of block-quantised tables; `graphs.quantized` has the layout.
+"""Products with block-quantised weights, and rows of block-quantised tables; `formats.quantized` has the layout.
 
 Axes: M rows, N columns of the result, K columns of x, G blocks of a row, B codes of a block. Codes become float32 on
 the way into the multiplication: activations are never rounded.
@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from transom.export.tvm.kernels.arithmetic import lane_sum
 from transom.export.tvm.kernels.matmul import PANEL_DEPTH, multiply_panel, panel_shape
 from transom.export.tvm.kernels.tile import Tile, divisor, part
-from transom.graphs.schemes import BITS
+from transom.formats.schemes import BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Codes:
         n: Rows of the matrix.
         blocks: Blocks of a row.
         block: Codes of a block.
-        number: What a code is; see `graphs.schemes.Number`.
+        number: What a code is; see `formats.schemes.Number`.
         symmetric: Whether the middle code means zero; otherwise there are zero points.
     """
 

@@ -18,7 +18,7 @@ from transom.cli import bisect, build, evaluate, export, models, qat, quantize, 
 from transom.cli.options import progress_console
 from transom.cli.signals import orderly_end
 from transom.cli.streams import abandon, flush, make_lenient
-from transom.graphs.errors import TransomError
+from transom.errors import TransomError
 
 BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 

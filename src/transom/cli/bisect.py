@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from transom.cli.options import Json, Seed, Weights, check_weights, console, load_model, print_json
-from transom.graphs.errors import TargetError
+from transom.errors import TargetError
 
 if TYPE_CHECKING:
     from transom.validation.bisection.verdict import Verdict

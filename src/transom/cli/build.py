@@ -12,7 +12,7 @@ from rich.table import Table
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Folder, Json, console, print_json, size
-from transom.graphs.errors import ArtifactError, TargetError
+from transom.errors import ArtifactError, TargetError
 
 
 def register(app: typer.Typer) -> None:

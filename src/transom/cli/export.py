@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Lower a model to a target and write the artifact."""
     from transom.backends.folder import check_absent
-    from transom.export.compile import CHUNK, compile_model
+    from transom.compiler import CHUNK, compile_model
     from transom.passes.add_taps import AddTaps
 
     # What can be refused at once should not wait for the weights.

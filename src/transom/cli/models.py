@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def list_models(json: Json = False) -> None:
     """List the models and targets that can be named."""
-    from transom.graphs.schemes import SCHEMES
+    from transom.formats.schemes import SCHEMES
     from transom.passes.targets import TARGETS
     from transom.zoo.plan import plan as make_plan
     from transom.zoo.presets import PRESETS

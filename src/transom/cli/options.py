@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from transom.cli.streams import StreamConsole
-from transom.graphs.errors import ArtifactError, CheckpointError
+from transom.errors import ArtifactError, CheckpointError
 
 console = StreamConsole(emoji=False)
 progress_console = StreamConsole(stderr=True, emoji=False)

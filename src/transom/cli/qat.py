@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
-from transom.graphs.errors import TrainingError
+from transom.errors import TrainingError
 
 
 def register(app: typer.Typer) -> None:

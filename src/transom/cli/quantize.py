@@ -36,7 +36,7 @@ def quantize(
 ) -> None:
     """Round a model's weights and write a checkpoint that every target takes as it is: see transom export DIR."""
     from transom.backends.folder import check_absent
-    from transom.graphs.errors import QuantizationError
+    from transom.errors import QuantizationError
     from transom.training.checkpoint import CHECKPOINT
     from transom.training.quantize import METHODS, quantize_model
 

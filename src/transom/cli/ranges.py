@@ -15,7 +15,7 @@ from transom.cli.options import Json, Model, Seed, Weights, console, load_model,
 
 if TYPE_CHECKING:
     from transom.export.ranges import Ranges, ValueRange
-    from transom.graphs.number_format import NumberFormat
+    from transom.formats.number_format import NumberFormat
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def ranges(
 
     Exit code 1 if something leaves the format's range, or is NaN or infinite; 2 if a checkpoint's own weight is.
     """
-    from transom.graphs.number_format import float_format
+    from transom.formats.number_format import float_format
     from transom.validation.ranges import ranges_of
 
     number_format = float_format(dtype)

@@ -21,7 +21,7 @@ from rich.text import Text
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
 from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
-from transom.graphs.errors import ContextLengthError, TokenizerError
+from transom.errors import ContextLengthError, TokenizerError
 from transom.zoo.text import argument_text, check_text, decode_text, read_text
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]

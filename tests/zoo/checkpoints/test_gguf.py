@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.graphs.errors import CheckpointError, ConfigError
+from transom.errors import CheckpointError, ConfigError
 from transom.zoo.checkpoints.gguf import open_gguf, read_config, revision
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.zoo.gguf_bytes import HIDDEN, ROWS, File, Value, tiny
-from transom.graphs.errors import ConfigError, TransomError
+from transom.errors import ConfigError, TransomError
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.gguf_config import read_config, read_metadata
 from transom.zoo.checkpoints.gguf_header import read_header

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.zoo.gguf_bytes import File, tiny
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.gguf import open_gguf, revision
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.model import load, resolve_config

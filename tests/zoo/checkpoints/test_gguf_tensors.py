@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.zoo.gguf_bytes import HIDDEN, ROWS, File, Tensor, f32, tiny
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.gguf_types import OTHER_TYPES, SIZED_TYPES
 

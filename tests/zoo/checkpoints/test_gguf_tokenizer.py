@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.zoo.gguf_bytes import PIECES, Value, tiny
-from transom.graphs.errors import TokenizerError
+from transom.errors import TokenizerError
 from transom.zoo.model import load
 from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer

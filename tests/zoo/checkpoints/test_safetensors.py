@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from transom.graphs.errors import CheckpointError
+from transom.errors import CheckpointError
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.checkpoints.safetensors import open_safetensors, revision

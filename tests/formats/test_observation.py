@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.tolerances import BUCKET
-from transom.graphs.errors import ConfigError
-from transom.graphs.number_format import FLOATS, FORMATS, float_format
-from transom.graphs.observation import SIZE, Observation
+from transom.errors import ConfigError
+from transom.formats.number_format import FLOATS, FORMATS, float_format
+from transom.formats.observation import SIZE, Observation
 from transom.graphs.observe import observe
 
 

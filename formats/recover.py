@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs.rounding import Rounded
-from transom.graphs.schemes import QuantSpec
+from transom.formats.rounding import Rounded
+from transom.formats.schemes import QuantSpec
 
 _DTYPES = ((torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24))
 """Dtypes that numbers may have been rounded to, with their significant bits, narrowest first."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from transom.graphs import sfp8
-from transom.graphs.schemes import BITS
+from transom.formats import sfp8
+from transom.formats.schemes import BITS
 
 
 def pack(codes: torch.Tensor, number: str) -> torch.Tensor:

@@ -11,11 +11,11 @@ import json
 import re
 from typing import Literal
 
-from transom.graphs.errors import QuantizationError
+from transom.errors import QuantizationError
 
 Number = Literal["int4", "int8", "float8_e4m3fn", "sfp8"]
 """What a code is: an integer; an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point Specification 1.0); or
-a switched 8-bit float (`graphs.sfp8`)."""
+a switched 8-bit float (`formats.sfp8`)."""
 
 BITS: dict[str, int] = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "sfp8": 8}
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transom.graphs.quantized import decode
-from transom.graphs.recover import recover, saved_dtype
-from transom.graphs.rounding import Rounded, round_rows
-from transom.graphs.schemes import SPECS, QuantSpec
+from transom.formats.quantized import decode
+from transom.formats.recover import recover, saved_dtype
+from transom.formats.rounding import Rounded, round_rows
+from transom.formats.schemes import SPECS, QuantSpec
 
 FOUR_BITS = ["int4_block32", "int4_block128", "int4_channel"]
 COLUMNS = 256

@@ -13,12 +13,12 @@ import torch
 from transom.backends.artifact import Manifest, write_manifest
 from transom.backends.folder import new_folder
 from transom.backends.reference.session import cache_records, tap_records
+from transom.errors import ContextLengthError, TargetError, TokenizerError
 from transom.export.exporter import Request, exporter
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
-from transom.graphs.errors import ContextLengthError, TargetError, TokenizerError
+from transom.formats.number_format import float_format
+from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs.graph import Graph
-from transom.graphs.number_format import float_format
-from transom.graphs.schemes import SCHEMES, scheme
 from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline

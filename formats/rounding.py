@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from transom.graphs import sfp8
-from transom.graphs.errors import QuantizationError
-from transom.graphs.schemes import QuantSpec
+from transom.errors import QuantizationError
+from transom.formats import sfp8
+from transom.formats.schemes import QuantSpec
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -140,7 +140,7 @@ def _error(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec, importance_GC:
 
 
 def values(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
-    """What the nearest codes mean, float32 [R, G, C]: what `encode` and `graphs.quantized.decode` give together."""
+    """What the nearest codes mean, float32 [R, G, C]: what `encode` and `formats.quantized.decode` give together."""
     scales = grid.scales(spec)[..., None]
     if not spec.is_integer:
         narrow = encode(blocks_RGC, grid, spec).codes

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transom.graphs import sfp8
-from transom.graphs.errors import QuantizationError
-from transom.graphs.quantized import dequantize
-from transom.graphs.rounding import round_rows
-from transom.graphs.schemes import SPECS
+from transom.errors import QuantizationError
+from transom.formats import sfp8
+from transom.formats.quantized import dequantize
+from transom.formats.rounding import round_rows
+from transom.formats.schemes import SPECS
 
 CODES = torch.tensor([code for code in range(256) if code != 0x80], dtype=torch.uint8)
 SMALLEST = 1.25 * 2**-23

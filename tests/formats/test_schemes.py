@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.case import Case
-from transom.graphs.errors import QuantizationError
+from transom.errors import QuantizationError
+from transom.formats.schemes import SCHEMES, SPECS, QuantSpec, scheme
 from transom.graphs.graph import Graph
-from transom.graphs.schemes import SCHEMES, SPECS, QuantSpec, scheme
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.zoo.model import Model

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.graphs.number_format import NumberFormat
+from transom.formats.number_format import NumberFormat
 
 KEPT_BITS = 13
 """Leading bits of a float32 that name a bucket: sign, eight of exponent, four of mantissa."""

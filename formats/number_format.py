@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.graphs.errors import ConfigError
+from transom.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

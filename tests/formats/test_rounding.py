@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transom.graphs.errors import QuantizationError
-from transom.graphs.quantized import decode
-from transom.graphs.rounding import Method, Rounded, encode, find_grid, round_rows, values
-from transom.graphs.schemes import SPECS, QuantSpec
+from transom.errors import QuantizationError
+from transom.formats.quantized import decode
+from transom.formats.rounding import Method, Rounded, encode, find_grid, round_rows, values
+from transom.formats.schemes import SPECS, QuantSpec
 
 ASYMMETRIC = QuantSpec(number="int4", block=32, symmetric=False)
 POSITIVE = QuantSpec(number="int4", block=32)

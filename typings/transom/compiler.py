@@ -1,0 +1,1 @@
+../../src/transom/compiler.py

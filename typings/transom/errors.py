@@ -1,0 +1,1 @@
+../../src/transom/errors.py
