@@ -10,7 +10,7 @@ Importing this package imports no runtime and no torch; each function brings wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transom.compiler import Artifact
     from transom.export.ranges import Ranges
     from transom.graphs.graph import Graph
+    from transom.passes.base import Pass
     from transom.validation.bisection.sources import Source
     from transom.validation.bisection.verdict import Verdict
     from transom.validation.evaluation.result import Evaluation
@@ -43,11 +44,40 @@ def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph
     return trace_model(model, task=task)
 
 
-def compile(model: Model, *, out: str | Path, **options: Any) -> Artifact:
-    """Lower a model to a target and write the artifact; see `transom.compiler.compile_model`."""
-    from transom.compiler import compile_model
+def compile(
+    model: Model,
+    *,
+    out: str | Path,
+    target: str = "onnxruntime",
+    quant: str | None = None,
+    context: int | None = None,
+    chunk: int | None = None,
+    dtype: str | None = None,
+    topology: str | None = None,
+    cpu: str | None = None,
+    before: Sequence[Pass] = (),
+    traced: Graph | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Artifact:
+    """Lower a model to a target and write the artifact; `transom.compiler.compile_model` explains the arguments."""
+    from transom.compiler import CHUNK, compile_model
 
-    return compile_model(model, out=Path(out), **options)
+    return compile_model(
+        model,
+        out=Path(out),
+        target=target,
+        quant=quant,
+        context=context,
+        chunk=CHUNK if chunk is None else chunk,
+        dtype=dtype,
+        topology=topology,
+        cpu=cpu,
+        before=before,
+        traced=traced,
+        overwrite=overwrite,
+        on_progress=on_progress,
+    )
 
 
 def open(folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Session:

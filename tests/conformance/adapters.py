@@ -99,8 +99,9 @@ class ArtifactRuntime:
         out = self.work / f"{folder.name}-{self.target}-{chunk}"
         if not out.exists():
             model, graph = traced(folder, self.dtype)
-            options = {"traced": graph, "dtype": self.dtype, "chunk": chunk, "context": context}
-            transom.compile(model, target=self.target, out=out, **options)
+            transom.compile(
+                model, target=self.target, out=out, traced=graph, dtype=self.dtype, chunk=chunk, context=context
+            )
         return SessionAdapter(transom.open(out, threads=1), getattr(torch, self.dtype).itemsize)
 
 
