@@ -12,12 +12,12 @@ import torch
 
 from transom.backends.folder import ARTIFACT, Kind
 from transom.errors import ArtifactError, CheckpointError
-from transom.export import safetensors
 from transom.formats.quantized import dequantize, pack
 from transom.formats.rounding import Rounded, held
 from transom.formats.schemes import QuantSpec
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Codes, Lattice, Weight
+from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.checkpoints.safetensors import read_entries
@@ -116,7 +116,7 @@ def write_quantized(
     """
     suffixes = ("codes", "scales", "zero_points")
     parts = {f"{name}.{suffix}" for name in specs for suffix in suffixes}
-    safetensors.write(
+    safetensors_writer.write(
         {name: weight for name, weight in graph.weights.items() if name in parts},
         folder / LATTICE,
         metadata={"scheme": quant, "specs": json.dumps({name: spec.key for name, spec in specs.items()})},

@@ -15,11 +15,11 @@ import torch
 from tvm import relax, tirx
 
 from transom.errors import UnsupportedOpsError
-from transom.export.safetensors import stored_names
 from transom.export.tvm.kernels.tile import Tile
 from transom.graphs.graph import Graph
 from transom.graphs.match import layer_path
 from transom.graphs.node import Node
+from transom.zoo.checkpoints.safetensors_writer import stored_names
 
 Lowering = Callable[["Emitter", Node], Any]
 """Emits the calls for one node and returns its value, or a list of values if it has several."""

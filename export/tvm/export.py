@@ -8,7 +8,6 @@ import torch
 
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR
-from transom.export import safetensors
 from transom.export.exporter import Lowered, Request
 from transom.export.lowering import require_supported
 from transom.export.tvm.build import write_library
@@ -17,6 +16,7 @@ from transom.export.tvm.lowerings import TABLE
 from transom.export.tvm.processor import processor
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
+from transom.zoo.checkpoints import safetensors_writer
 
 
 def export(graph: Graph, folder: Path, request: Request) -> Lowered:
@@ -36,7 +36,7 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
     request.on_program(0, 1)
     write_library(graph, made_for, folder / LIBRARY, chunk=request.chunk)
     request.on_program(1, 1)
-    safetensors.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
+    safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
     return Lowered(
         payload=LIBRARY,
         libraries=tuple(PAIR),

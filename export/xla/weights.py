@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from transom.backends.xla.parameters import Parameter
-from transom.export import safetensors
 from transom.formats.quantized import block_of
 from transom.formats.schemes import BITS
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
+from transom.zoo.checkpoints import safetensors_writer
 
 
 def stored_names(graph: Graph) -> dict[str, str]:
     """Name in the file by the graph's name: weights that share a buffer stand there once."""
-    return safetensors.stored_names(graph.weights)
+    return safetensors_writer.stored_names(graph.weights)
 
 
 def parameters(graph: Graph) -> dict[str, Parameter]:
@@ -55,14 +55,14 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
 
 
 def write(graph: Graph, path: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    """Write every weight once; see `safetensors.write`.
+    """Write every weight once; see `safetensors_writer.write`.
 
     Args:
         graph: Whose weights.
         path: File to write.
         on_bytes: Called with the number of bytes written each time.
     """
-    safetensors.write(_stored(graph), path, on_bytes=on_bytes)
+    safetensors_writer.write(_stored(graph), path, on_bytes=on_bytes)
 
 
 def _stored(graph: Graph) -> dict[str, Weight]:

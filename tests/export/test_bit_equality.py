@@ -30,7 +30,6 @@ from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.backends.artifact import MODEL_FILE
 from transom.backends.safetensors import reading
 from transom.errors import QuantizationError
-from transom.export import safetensors
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.tensorrt import dialect
 from transom.formats.schemes import SCHEMES, scheme
@@ -40,6 +39,7 @@ from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized, meant_numbers
+from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.random import random_weights
 
@@ -207,8 +207,8 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
     tvm = pytest.importorskip("tvm")
     from transom.export.tvm.lowerings import _codes
 
-    safetensors.write(graph.weights, folder / "weights")
-    stored = safetensors.stored_names(graph.weights)
+    safetensors_writer.write(graph.weights, folder / "weights")
+    stored = safetensors_writer.stored_names(graph.weights)
     with reading(folder / "weights") as file:
         held = {name: np.ascontiguousarray(file.read(stored[name])) for name in graph.weights}
 

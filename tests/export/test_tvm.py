@@ -25,13 +25,13 @@ from transom.backends.safetensors import ALIGNMENT, reading
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR, require
 from transom.errors import TargetError, UnsupportedOpsError
-from transom.export import safetensors
 from transom.formats.quantized import dequantize, pack
 from transom.formats.rounding import round_rows
 from transom.formats.schemes import QuantSpec
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
+from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.model import Model
 
 tvm = pytest.importorskip("tvm")
@@ -107,7 +107,7 @@ def test_tensors_of_odd_sizes_push_none_off_its_alignment(tmp_path: Path) -> Non
     counts: list[int] = []
     weights = {name: Weight.of(tensor) for name, tensor in tensors.items()}
     weights["again"] = weights["wide"]
-    safetensors.write(weights, tmp_path / PARAMETERS, on_bytes=counts.append)
+    safetensors_writer.write(weights, tmp_path / PARAMETERS, on_bytes=counts.append)
     with reading(tmp_path / PARAMETERS) as file:
         found = {name: file.read(name) for name in file.entries}
     assert sum(counts) == sum(array.nbytes for array in found.values())

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,11 +18,14 @@ import torch
 
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import tensor_shapes
-from transom.zoo.checkpoints.safetensors import DTYPES
+from transom.zoo.checkpoints.safetensors import INDEX, SINGLE
+from transom.zoo.checkpoints.safetensors_writer import write
 from transom.zoo.config import DecoderConfig
 from transom.zoo.huggingface import write_config
 
 _BLOCK_VALUES = 1 << 16
+_METADATA = {"format": "pt"}
+"""What transformers looks for in a file."""
 
 
 def random_weights(config: DecoderConfig, seed: int) -> dict[str, Weight]:
@@ -58,23 +60,24 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
+    state = {f"model.{name}": weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
     shards: list[dict[str, Weight]] = [{}]
-    for name, weight in weights.items():
-        held = sum(_bytes(other, dtype) for other in shards[-1].values())
-        if held and held + _bytes(weight, dtype) > shard_bytes:
+    for name, weight in state.items():
+        filled = sum(other.bytes for other in shards[-1].values())
+        if filled and filled + weight.bytes > shard_bytes:
             shards.append({})
-        shards[-1][f"model.{name}"] = weight
+        shards[-1][name] = weight
     if len(shards) == 1:
-        _write_shard(folder / "model.safetensors", shards[0], dtype)
+        write(shards[0], folder / SINGLE, metadata=_METADATA)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, shard, dtype)
+        write(shard, folder / file, metadata=_METADATA)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(_bytes(weight, dtype) for weight in weights.values())
+    total = sum(weight.bytes for weight in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight(name: str, shape: tuple[int, ...], seed: int) -> Weight:
@@ -105,27 +108,3 @@ def _read_rows(key: str, shape: tuple[int, ...], mean: float, deviation: float, 
     if mean:
         out += np.float32(mean)
     return torch.from_numpy(out.reshape(stop - start, *shape[1:]))
-
-
-def _bytes(weight: Weight, dtype: torch.dtype | None) -> int:
-    return math.prod(weight.shape) * (dtype or weight.dtype).itemsize
-
-
-def _write_shard(path: Path, weights: Mapping[str, Weight], dtype: torch.dtype | None) -> None:
-    codes = {known: code for code, known in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, weight in weights.items():
-        begin, end = end, end + _bytes(weight, dtype)
-        header[name] = {
-            "dtype": codes[dtype or weight.dtype],
-            "shape": list(weight.shape),
-            "data_offsets": [begin, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for weight in weights.values():
-            for block in weight.to(dtype or weight.dtype).blocks():
-                file.write(block.contiguous().view(torch.uint8).numpy().data)
