@@ -287,7 +287,7 @@ def test_a_failing_export_leaves_nothing(tiny: Model, tmp_path: Path, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compiler, "_write_companions", fail)
+    monkeypatch.setattr(compiler, "write_companions", fail)
     with pytest.raises(KeyboardInterrupt):
         transom.compile(tiny, out=tmp_path / "model")
     assert names(tmp_path) == []
