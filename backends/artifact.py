@@ -25,8 +25,10 @@ from typing import Any, NotRequired, TypedDict
 from transom.backends.folder import MANIFEST, is_plain, replace_file
 from transom.backends.records import checked, record
 from transom.errors import ArtifactError
+from transom.json_object import read_object
 
 VERSION = 2
+_AGAIN = "export the model again"
 MODEL_FILE = "model.onnx"
 _READ_BYTES = 4 * 2**20
 
@@ -201,8 +203,10 @@ def update_details(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
         ArtifactError: If it cannot be read or written.
     """
     path = folder / MANIFEST
+    data = read_object(path, ArtifactError, _AGAIN)
     try:
-        data = json.loads(path.read_bytes())
+        if data is None:
+            raise FileNotFoundError(f"there is no {MANIFEST}")
         change(data["details"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"cannot update {path}: {error}") from error
@@ -222,14 +226,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder: export a model to it first (transom export MODEL -o {folder})")
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_bytes())
-        version = data.pop("version")
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
-    if version != VERSION:
+    if (data := read_object(path, ArtifactError, _AGAIN)) is None:
+        raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom")
+    if (version := data.pop("version", None)) != VERSION:
         raise ArtifactError(f"{path} is of version {version!r}, this transom reads {VERSION}: use a matching transom")
     try:
         manifest = record(Manifest, data)

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import ArtifactError
+from transom.wording import listed
 
 MANIFEST, CERTIFICATE = "manifest.json", "validation.json"
 
 _SHOWN = 3
-"""So many strangers in a folder are named; the others are counted."""
+"""So many others in a folder are named; the others are counted."""
 
 _NAME_BYTES = 200
 """Of a name, as much as leaves room for what a draft adds; file systems take 255."""
@@ -113,10 +114,8 @@ def _reason_to_keep(path: Path, kind: Kind) -> str:
         known = kind.files(path)
         if known is None:
             return f"is not {kind.title}"
-        if strangers := list(_strangers(path, known)):
-            names = ", ".join(strangers[:_SHOWN])
-            more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
-            return f"holds what transom did not write there ({names}{more})"
+        if others := list(_others(path, known)):
+            return f"holds what transom did not write there ({listed(others, _SHOWN)})"
     with contextlib.suppress(FileNotFoundError):
         # Who stands in a folder that is replaced is left in one that has no name any more.
         if Path(os.path.realpath(os.getcwd())).is_relative_to(os.path.realpath(path)):
@@ -124,13 +123,13 @@ def _reason_to_keep(path: Path, kind: Kind) -> str:
     return ""
 
 
-def _strangers(folder: Path, known: Collection[str], inside: str = "") -> Iterator[str]:
+def _others(folder: Path, known: Collection[str], inside: str = "") -> Iterator[str]:
     """What is in a folder and not known, as paths that begin there; a folder that is not known stands for all in it."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = f"{inside}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
             if any(path.startswith(f"{name}/") for path in known):
-                yield from _strangers(folder / entry.name, known, f"{name}/")
+                yield from _others(folder / entry.name, known, f"{name}/")
             else:
                 yield f"{name}/"
         elif entry.is_dir() or (name not in known and not _DRAFT.fullmatch(entry.name)):

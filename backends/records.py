@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from transom.wording import shortened
 
 _Record = TypeVar("_Record")
 
@@ -26,7 +29,7 @@ def record(kind: type[_Record], data: object, where: str = "") -> _Record:
         ValueError: If a field is missing or unknown, or its value is of another kind.
     """
     fields = _mapping(data, where)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     declared = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # it is a dataclass
     if unknown := sorted(map(str, fields.keys() - declared.keys())):
         raise ValueError(f"{where or 'it'} has an unknown field {unknown[0]!r}")
@@ -66,9 +69,8 @@ def checked(value: object, hint: Any, where: str) -> Any:
     if origin in (tuple, Sequence):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} is {_shown(value)}, not a list")
-        return type(value if origin is Sequence else ())(
-            [checked(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
-        )
+        items = [checked(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if origin is tuple else items
     if origin is Mapping:
         return {key: checked(item, arguments[1], f"{where}.{key}") for key, item in _mapping(value, where).items()}
     if typing.is_typeddict(hint):
@@ -79,8 +81,12 @@ def checked(value: object, hint: Any, where: str) -> Any:
 def _typed_dictionary(value: Mapping[str, Any], hint: Any, where: str) -> dict[str, Any]:
     for name in sorted(hint.__required_keys__ - value.keys()):
         raise ValueError(f"{where} has no {name!r}")
-    hints = typing.get_type_hints(hint)
+    hints = _hints(hint)
     return {key: checked(item, hints.get(key, Any), f"{where}.{key}") for key, item in value.items()}
+
+
+# Annotations are text until they are read, which takes long for hundreds of records.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
@@ -90,5 +96,4 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(repr(value), _SHOWN)

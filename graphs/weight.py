@@ -209,6 +209,40 @@ class Weight:
         lattice = self.lattice and self.lattice.refuse_nonfinite(self.origin, self.shape[0])
         return dataclasses.replace(self, read_rows=read_rows, lattice=lattice)
 
+    def refuse_difference(self, copy: Weight) -> Weight:
+        """The same weight; reading rows, or their codes, in which a copy of it differs raises `CheckpointError`.
+
+        Args:
+            copy: Of the same shape, and perhaps of another dtype.
+        """
+
+        def check(start: int, stop: int) -> None:
+            step = max(1, ROWS_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+            for low in range(start, stop, step):
+                high = min(low + step, stop)
+                rows, others = (weight.read_rows(low, high).float() for weight in (self, copy))
+                if not torch.equal(rows, others):
+                    name = self.origin.rpartition(": ")[2]
+                    raise CheckpointError(
+                        f"{copy.origin} differs from {name}, whose copy it should be, in rows {low} to {high - 1}: "
+                        "models in which they differ are not supported"
+                    )
+
+        def read_rows(start: int, stop: int) -> torch.Tensor:
+            check(start, stop)
+            return self.read_rows(start, stop)
+
+        lattice = self.lattice
+        if lattice is not None:
+            read_codes = lattice.read_rows
+
+            def read_checked(start: int, stop: int) -> Codes:
+                check(start, stop)
+                return read_codes(start, stop)
+
+            lattice = dataclasses.replace(lattice, read_rows=read_checked)
+        return dataclasses.replace(self, read_rows=read_rows, lattice=lattice)
+
     def to(self, dtype: torch.dtype) -> Weight:
         """The same numbers in another dtype; reading one that the dtype cannot hold raises `RangeError`."""
         if dtype == self.dtype:

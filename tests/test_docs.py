@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from transom.cli import app
-from transom.graphs.schemes import SCHEMES
+from transom.formats.schemes import SCHEMES
 from transom.passes.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]

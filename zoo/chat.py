@@ -74,7 +74,6 @@ def compile_template(template: str) -> jinja2.Template:
     Raises:
         TokenizerError: If it is not valid Jinja.
     """
-    import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -85,7 +84,8 @@ def compile_template(template: str) -> jinja2.Template:
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
     try:
         return environment.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
+    # Jinja makes Python of it, which has limits and errors of its own.
+    except Exception as error:
         line = getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
         reason = " ".join(str(error).split()) or type(error).__name__

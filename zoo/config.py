@@ -10,7 +10,7 @@ from transom.errors import ConfigError
 
 LayerKind = Literal["local", "global"]
 
-_LARGEST = {
+LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
@@ -83,13 +83,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         sizes: dict[str, Any] = {
-            **{name: getattr(self, name) for name in _LARGEST if name != "num_layers"},
+            **{name: getattr(self, name) for name in LARGEST if name != "num_layers"},
             "num_layers": len(self.layer_kinds),
         }
         for name, size in sizes.items():
-            if type(size) is not int or not 1 <= size <= _LARGEST[name]:
+            if type(size) is not int or not 1 <= size <= LARGEST[name]:
                 raise ConfigError(
-                    f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {_LARGEST[name]:,}"
+                    f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}"
                 )
         numbers: dict[str, Any] = {
             "rope_local.theta": self.rope_local.theta,
@@ -105,10 +105,10 @@ class DecoderConfig:
                 raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")
-        if (width := self.num_heads * self.head_dim) > _LARGEST["hidden_size"]:
+        if (width := self.num_heads * self.head_dim) > LARGEST["hidden_size"]:
             raise ConfigError(
                 f"{self.name}: {self.num_heads} heads of {self.head_dim} are {width:,} wide, at most "
-                f"{_LARGEST['hidden_size']:,} are supported"
+                f"{LARGEST['hidden_size']:,} are supported"
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")

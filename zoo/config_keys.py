@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.errors import ConfigError
+from transom.wording import shortened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,15 +38,15 @@ class Keys:
         """Raise `ConfigError` about a key."""
         raise ConfigError(f"{self.path}: {self.label(key)} is {short(self.get(key))}: {reason}")
 
-    def whole(self, key: str, default: int) -> int:
-        """A positive whole number, or raise `ConfigError`; the default where the key is absent, but not where null."""
+    def whole(self, key: str, default: int, most: int = 2**31 - 1) -> int:
+        """A whole number from 1 to `most`, or raise `ConfigError`; the default if it is absent, but not if null."""
         value = self.values.get(key, default)
-        if type(value) is not int or value < 1:
-            self.refuse(key, "expected a positive whole number")
+        if type(value) is not int or not 1 <= value <= most:
+            self.refuse(key, f"expected a whole number from 1 to {most:,}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive finite number, or raise `ConfigError`; the default where the key is absent, but not where null."""
+        """A positive finite number, or raise `ConfigError`; the default if the key is absent, but not if null."""
         value = self.values.get(key, default)
         if not is_positive(value):
             self.refuse(key, "expected a positive finite number")
@@ -71,5 +72,4 @@ def is_positive(value: Any) -> bool:
 
 def short(value: Any) -> str:
     """A value as it stands in the file, for errors."""
-    words = json.dumps(value)
-    return words if len(words) <= 80 else words[:77] + "..."
+    return shortened(json.dumps(value))

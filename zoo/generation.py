@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import ConfigError
-from transom.zoo.json_object import read_object
+from transom.json_object import read_object
 
 GENERATION = "generation_config.json"
 

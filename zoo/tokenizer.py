@@ -17,7 +17,7 @@ import tokenizers
 
 from transom.errors import TokenizerError
 from transom.zoo.chat import Message, compile_template, render, render_template
-from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
 from transom.zoo.checkpoints.sentencepiece import added_tokens, sentencepiece_tables
 from transom.zoo.text import check_text
@@ -94,20 +94,23 @@ class Tokenizer:
         return Tokenizer(backend, TokenizerConfig.from_folder(folder))
 
     @staticmethod
-    def from_gguf(path: Path) -> Tokenizer:
+    def from_gguf(source: Path | Header) -> Tokenizer:
         """Build the tokenizer from the tables of a GGUF file, or of the set that the file is part of.
+
+        Args:
+            source: The file, or what `read_header` made of it.
 
         Raises:
             CheckpointError: If the file is damaged.
             TokenizerError: If it holds no tokenizer of Gemma's kind.
         """
-        header = read_header(path)
+        header = header_of(source)
         tables = read_tables(header)
-        config = TokenizerConfig.from_gguf(path, header.metadata, tables[0])
+        config = TokenizerConfig.from_gguf(header.path, header.metadata, tables[0])
         try:
             return Tokenizer(_build(*tables), config)
         except TokenizerError as error:
-            raise TokenizerError(f"{path}: {error}") from error
+            raise TokenizerError(f"{header.path}: {error}") from error
 
     @staticmethod
     def of_bytes(vocab_size: int) -> Tokenizer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import TokenizerError
-from transom.zoo.json_object import read_object
+from transom.json_object import read_object
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -83,7 +83,8 @@ class TokenizerConfig:
 
         Args:
             path: The file, for errors.
-            metadata: Its metadata, whose ids `gguf_tokenizer.read_tables` has checked.
+            metadata: Its metadata. Ids that are none are passed over: `gguf_tokenizer.read_tables` checks those that
+                bear on texts.
             pieces: Text of every token, by id.
 
         Raises:
@@ -92,8 +93,8 @@ class TokenizerConfig:
         tokens = {}
         for role, key in _ROLES.items():
             token = metadata.get(_GGUF + key)
-            # A largest integer stands for none.
-            if type(token) is int and token < len(pieces):
+            # 4294967295 means that there is no such token.
+            if type(token) is int and 0 <= token < len(pieces):
                 tokens[role] = pieces[token]
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):

@@ -17,7 +17,8 @@ from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, RangeError
 from transom.graphs.weight import Weight
 from transom.training.quantize import quantize_model
-from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, read_header
+from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load

@@ -12,15 +12,14 @@ import hashlib
 from pathlib import Path
 
 from transom.errors import CheckpointError
+from transom.wording import listed
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
-from transom.zoo.checkpoints.gguf_config import read_config, read_metadata
-from transom.zoo.checkpoints.gguf_header import read_header
-from transom.zoo.checkpoints.gguf_tensors import account
+from transom.zoo.checkpoints.gguf_config import read_metadata
+from transom.zoo.checkpoints.gguf_header import Header, header_of
+from transom.zoo.checkpoints.gguf_tensors import HEAD, account
 from transom.zoo.checkpoints.gguf_weight import gguf_package, open_weight
 from transom.zoo.config import DecoderConfig
-
-__all__ = ["open_gguf", "read_config", "revision"]
 
 _TENSORS = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
 _LAYER_TENSORS = {
@@ -42,11 +41,11 @@ _HASHED_WHOLE = 2**30
 """Models up to this many bytes are identified by all their bytes: about half a second at most."""
 
 
-def open_gguf(path: Path) -> tuple[DecoderConfig, Checkpoint]:
+def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     """Read the head of a GGUF file or set; the tensors stay where they are until read.
 
     Args:
-        path: The file, or any file of a set.
+        source: The file, any file of a set, or what `read_header` made of it.
 
     Returns:
         The configuration, named after the file, and float32 weights. Those that the file holds as integers times a
@@ -58,25 +57,31 @@ def open_gguf(path: Path) -> tuple[DecoderConfig, Checkpoint]:
             installed.
         ConfigError: If the file's metadata is incomplete or describes a model that the zoo does not hold.
     """
-    header = read_header(path)
+    header = header_of(source)
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
     names = {name: _name_in_file(name) for name in shapes}
     if missing := [name for name in names.values() if name not in header.tensors]:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"{path}: {len(missing)} of {len(shapes)} tensors are missing: {shown}: fetch it again")
+        raise CheckpointError(
+            f"{header.path}: {len(missing)} of {len(shapes)} tensors are missing: {listed(missing)}: fetch it again"
+        )
     gguf = gguf_package()
     weights = {}
     for name, shape in shapes.items():
         weight = open_weight(gguf, names[name], header.tensors[names[name]], shape)
         weights[name] = weight.map_rows(lambda rows: rows - 1) if len(shape) == 1 else weight
-    parts = account(gguf, header, names.values(), config.num_layers)
-    return config, Checkpoint(weights=weights, left_out=(*parts, *lines))
+    parts = account(gguf, header, set(names.values()), config)
+    copies = {}
+    if HEAD in header.tensors:
+        copies["embed_tokens.weight"] = (
+            open_weight(gguf, HEAD, header.tensors[HEAD], weights["embed_tokens.weight"].shape),
+        )
+    return config, Checkpoint(weights=weights, copies=copies, left_out=(*parts, *lines))
 
 
-def revision(path: Path) -> str:
+def revision(source: Path | Header) -> str:
     """Identity of a file or set: SHA-256 of it, or of its heads and size when it is larger than 1 GiB."""
-    header = read_header(path)
+    header = header_of(source)
     digest = hashlib.sha256()
     whole = header.size <= _HASHED_WHOLE
     for part in header.parts:

@@ -22,17 +22,16 @@ from typing import Any
 import numpy as np
 
 from transom.errors import CheckpointError, ConfigError
+from transom.wording import listed
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
-from transom.zoo.config import DecoderConfig, LayerKind, Rope, tile
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope, tile
 
 ARCHITECTURES = ("gemma3",)
 """Architectures of GGUF files that the zoo holds; each is also the prefix of its keys."""
 
 PARTS_OF_KEYS = ("vision.", "mm.", "audio.")
 """Keys (without the architecture) that describe a part beside the language model; see `gguf_tensors.PARTS`."""
-
-_MAX_LAYERS = 512
 
 # Ollama's keys, which tell its files from llama.cpp's.
 _OLLAMA = ("rope.global.freq_base", "rope.local.freq_base", "mm.tokens_per_image", "vision.block_count")
@@ -61,7 +60,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 )  # fmt: skip
 
 # An unknown key with one of these words is about numbers for all we know.
-_TELLING = re.compile(
+_BEARS_ON_NUMBERS = re.compile(
     "att|rope|rotary|norm|eps|expert|moe|cap|scal|residual|act|bias|window|layer|block|head|kv|length|embed|ffn|feed|"
     "theta|freq|base|lora|adapter|ssm|conv|alpha|beta|factor|multiplier|tensor|layout|loop|logit|router|gate|dim|rank|"
     "clamp|temp|position|causal|width|depth|size"
@@ -71,30 +70,22 @@ _HARMLESS = re.compile(r"pooling_type|classifier\..*|dense_[23]_feat_(in|out)")
 _OTHER_NAMESPACES = ("general.", "tokenizer.", "split.", "quantize.", "clip.")
 
 
-def read_config(header: Header) -> DecoderConfig:
-    """The configuration in a GGUF file's metadata.
-
-    Raises:
-        ConfigError: If the metadata is incomplete or describes a model that the zoo does not hold.
-        CheckpointError: If the embedding is missing, whose rows are the vocabulary, or contradicts the metadata.
-    """
-    return read_metadata(header)[0]
-
-
 def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
     """The configuration, and in plain words what in the metadata it does not reflect.
 
     Raises:
-        ConfigError, CheckpointError: As `read_config` does.
+        ConfigError: If the metadata is incomplete or describes a model that the zoo does not hold.
+        CheckpointError: If the embedding is missing, whose rows are the vocabulary, or contradicts the metadata.
     """
     path = header.path
     architecture = _architecture(header)
     keys = Metadata(header, architecture)
     lines: list[str] = []
     blocks = keys.size("block_count")
-    if blocks > _MAX_LAYERS:
-        raise keys.refuse("block_count", f"more than {_MAX_LAYERS} layers: convert the model again")
-    num_layers = blocks - predicting_layers(keys)
+    if blocks > LARGEST["num_layers"]:
+        raise keys.refuse("block_count", f"more than {LARGEST['num_layers']:,} layers: convert the model again")
+    # The last blocks may predict tokens further ahead; they are no part of the decoder.
+    num_layers = blocks - keys.size("nextn_predict_layers", 0, minimum=0)
     if num_layers < 1:
         raise keys.refuse("nextn_predict_layers", f"which leaves none of {blocks} layers: convert the model again")
     hidden_size = keys.size("embedding_length")
@@ -146,11 +137,6 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
     _check_agreement(keys, config)
     lines += _judge_others(header, keys)
     return config, tuple(lines)
-
-
-def predicting_layers(keys: Metadata) -> int:
-    """How many of the last blocks predict tokens further ahead, and are no part of the decoder."""
-    return keys.size("nextn_predict_layers", 0, minimum=0)
 
 
 def _architecture(header: Header) -> str:
@@ -286,11 +272,10 @@ def _equal(value: object, allowed: object) -> bool:
 
 def _judge_others(header: Header, keys: Metadata) -> list[str]:
     others = sorted(key for key in keys.unread if not key.startswith(PARTS_OF_KEYS))
-    if telling := [key for key in others if _TELLING.search(key) and not _HARMLESS.fullmatch(key)]:
-        names = ", ".join(f"{keys.prefix}{key} ({shown(keys.values[key])})" for key in telling[:5])
-        more = f" and {len(telling) - 5} more" if len(telling) > 5 else ""
+    if concerned := [key for key in others if _BEARS_ON_NUMBERS.search(key) and not _HARMLESS.fullmatch(key)]:
+        names = listed([f"{keys.prefix}{key} ({shown(keys.values[key])})" for key in concerned])
         raise ConfigError(
-            f"{keys.path}: metadata that Gemma 3 has no use for, but that may change its numbers: {names}{more}: "
+            f"{keys.path}: metadata that Gemma 3 has no use for, but that may change its numbers: {names}: "
             "choose another model"
         )
     unread = [keys.prefix + key for key in others]

@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from transom.errors import CheckpointError
+from transom.wording import listed, shortened
 from transom.zoo.checkpoints.gguf_part import Part, TensorInfo, read_part
-from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
-
-__all__ = ["QUANT_TYPES", "Header", "TensorInfo", "read_header"]
 
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.DOTALL)
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -46,11 +44,6 @@ class Header:
         """What the model is called: the file's name, less what tells the files of a set apart."""
         stem = self.path.stem
         return match[1] if (match := _PART_NAME.fullmatch(stem)) else stem
-
-    @property
-    def data_start(self) -> int:
-        """Where the head of the first file ends and its tensors begin, in bytes."""
-        return self.parts[0].data_start
 
     @property
     def size(self) -> int:
@@ -88,6 +81,11 @@ def read_header(path: Path) -> Header:
     return Header(path=parts[0].path, metadata=parts[0].metadata, tensors=tensors, parts=parts)
 
 
+def header_of(source: Path | Header) -> Header:
+    """The header of a file, unless it was read before."""
+    return source if isinstance(source, Header) else read_header(source)
+
+
 def _read_set(part: Part, count: int) -> tuple[Part, ...]:
     """All files of the set that `part` belongs to."""
     path, number = part.path, _number(part, _NUMBER)
@@ -99,8 +97,9 @@ def _read_set(part: Part, count: int) -> tuple[Part, ...]:
         )
     paths = [path.with_name(f"{match[1]}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
     if missing := [each.name for each in paths if not each.is_file()]:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"{path}: {len(missing)} of the {count} files of its set are missing: fetch {shown}")
+        raise CheckpointError(
+            f"{path}: {len(missing)} of the {count} files of its set are missing: fetch {listed(missing)}"
+        )
     parts = tuple(part if each == path else read_part(each) for each in paths)
     first = parts[0]
     for index, each in enumerate(parts):
@@ -130,5 +129,5 @@ def _same(left: object, right: object) -> bool:
 def _number(part: Part, key: str, default: int | None = None) -> int:
     value = part.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise CheckpointError(f"{part.path}: {key} is {str(value)[:60]!r}, expected a count: fetch it again")
+        raise CheckpointError(f"{part.path}: {key} is {shortened(repr(value))}, expected a count: fetch it again")
     return value

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from transom.errors import ConfigError
+from transom.wording import shortened
 from transom.zoo.checkpoints.gguf_header import Header
 
 _SIZE_LIMIT = 2**31
@@ -121,5 +122,4 @@ def shown(value: object) -> str:
         values = list(value[:4]) if isinstance(value, list) else value[:4].tolist()
         text = ", ".join(repr(item)[:20] for item in values)
         return f"[{text}{', ...' if len(value) > 4 else ''}] ({len(value)} values)"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(repr(value), 60)

@@ -73,9 +73,9 @@ def read_part(path: Path) -> Part:
     try:
         with path.open("rb") as file:
             start = file.read(8)
-            if is_pointer(path):
-                raise CheckpointError(f"{path}: {POINTER}")
             if start[:4] != b"GGUF":
+                if is_pointer(path):
+                    raise CheckpointError(f"{path}: {POINTER}")
                 raise CheckpointError(f"{path}: not a GGUF file: it must start with the bytes 'GGUF'")
             version = int.from_bytes(start[4:], "little")
             if version not in (2, 3):

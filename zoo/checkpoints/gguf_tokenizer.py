@@ -9,6 +9,7 @@ import numpy as np
 
 from transom.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import Header
+from transom.zoo.checkpoints.gguf_metadata import shown
 
 Tables = tuple[list[str], list[float], list[int]]
 """Pieces, scores and kinds, by id."""
@@ -39,7 +40,7 @@ def read_tables(header: Header) -> Tables:
     # An array is compared by element, so that the value must be a string first.
     if not isinstance(model, str) or model != "llama":
         raise TokenizerError(
-            f"{path}: its tokenizer is {str(model)[:60]!r}, expected 'llama', that is SentencePiece's "
+            f"{path}: its tokenizer is {shown(model)}, expected 'llama', that is SentencePiece's "
             f"({_PREFIX}model): convert the model again with tokenizer.model beside it"
         )
     pieces = metadata.get(f"{_PREFIX}tokens")
@@ -87,7 +88,7 @@ def _check_flags(header: Header) -> None:
     for name in _FLAGS:
         if (value := header.metadata.get(f"{_PREFIX}{name}", False)) is not False:
             raise TokenizerError(
-                f"{header.path}: {_PREFIX}{name} is {str(value)[:60]!r}, only False is supported, which is Gemma's: "
+                f"{header.path}: {_PREFIX}{name} is {shown(value)}, only False is supported, which is Gemma's: "
                 "convert the model again with tokenizer.model beside it"
             )
     charsmap = header.metadata.get(f"{_PREFIX}precompiled_charsmap")
@@ -104,7 +105,7 @@ def _check_ids(header: Header, pieces: list[str]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(pieces):
             raise TokenizerError(
-                f"{header.path}: {_PREFIX}{name} is {str(value)[:60]!r}, expected one of {len(pieces)} ids: "
+                f"{header.path}: {_PREFIX}{name} is {shown(value)}, expected one of {len(pieces)} ids: "
                 "convert the model again"
             )
         if piece is not None and piece in pieces and pieces[value] != piece:
@@ -145,7 +146,7 @@ def _check_unused(header: Header, pieces: list[str], kinds: np.ndarray) -> None:
     lengths = sorted({len(piece) for piece in other})
     for piece in pieces:
         if piece in other and _splits(piece, known):
-            concerned = piece
+            source = piece
         else:
             halves = [
                 half
@@ -156,10 +157,10 @@ def _check_unused(header: Header, pieces: list[str], kinds: np.ndarray) -> None:
             ]
             if not halves:
                 continue
-            concerned = halves[0]
-        index = other[concerned]
+            source = halves[0]
+        index = other[source]
         raise TokenizerError(
-            f"{header.path}: {_PREFIX}token_type of {index} is {kinds[index]}, but its piece {concerned[:40]!r} takes "
+            f"{header.path}: {_PREFIX}token_type of {index} is {kinds[index]}, but its piece {source[:40]!r} takes "
             f"part in the merge of {piece[:40]!r}: convert the model again"
         )
 

@@ -12,9 +12,9 @@ import torch
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
-from transom.zoo.checkpoints.gguf_header import QUANT_TYPES, TensorInfo
 from transom.zoo.checkpoints.gguf_lattice import read_lattice
-from transom.zoo.checkpoints.gguf_types import readable_types, type_name
+from transom.zoo.checkpoints.gguf_part import TensorInfo
+from transom.zoo.checkpoints.gguf_types import QUANT_TYPES, readable_types, type_name
 
 
 def gguf_package() -> ModuleType:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.errors import CheckpointError
+from transom.wording import listed
 from transom.zoo.checkpoints.containers import MERGE
 
 TABLE = "embed_tokens.weight"
@@ -29,7 +30,7 @@ _OTHER_PARTS = {
     "vision_model": "the vision tower",
     "multi_modal_projector": "the projector of images",
     "audio_tower": "the audio tower",
-    "mtp": "the heads that predict further tokens",
+    "mtp": "a part that predicts tokens further ahead",
 }
 _ADAPTED = re.compile(r"(^|\.)(lora_\w+|base_layer|base_model|modules_to_save|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
 _PACKED = re.compile(
@@ -104,19 +105,6 @@ class Layout:
             parts={part: tuple(group) for part, group in parts.items()},
         )
 
-    def left_out(self, entries: Mapping[str, Any]) -> tuple[str, ...]:
-        """A line for every part that is left out; `entries` have `start` and `stop`, in bytes."""
-        return tuple(
-            f"{part} of the checkpoint is left out: {len(names)} tensors, "
-            f"{sum(entries[name].stop - entries[name].start for name in names) / 1e6:,.1f} MB"
-            for part, names in self.parts.items()
-        )
-
-
-def shown(names: list[str], limit: int = 5) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
 
 def _without_wrappers(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Name without the parts that wrappers of modules add -> name in the files."""
@@ -131,10 +119,10 @@ def _without_wrappers(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _refuse_foreign(folder: Path, files: Mapping[str, str]) -> None:
     if adapted := [in_file for name, in_file in files.items() if _ADAPTED.search(name)]:
-        raise CheckpointError(f"{folder}: its tensors are those of an adapter ({shown(adapted, 2)}): {MERGE}")
+        raise CheckpointError(f"{folder}: its tensors are those of an adapter ({listed(adapted, 2)}): {MERGE}")
     if packed := [in_file for name, in_file in files.items() if _PACKED.search(name)]:
         raise CheckpointError(
-            f"{folder}: its weights were packed by a quantiser ({shown(packed, 2)}): give the checkpoint that is not "
+            f"{folder}: its weights were packed by a quantiser ({listed(packed, 2)}): give the checkpoint that is not "
             "quantised, or dequantise it first"
         )
 
@@ -142,7 +130,9 @@ def _refuse_foreign(folder: Path, files: Mapping[str, str]) -> None:
 def _prefix(folder: Path, files: Mapping[str, str], heads: list[str]) -> str:
     tables = [name for name in files if name.endswith(TABLE)]
     if len(tables) > 1:
-        raise CheckpointError(f"{folder}: has {len(tables)} tables of tokens, {shown(tables)}: keep one language model")
+        raise CheckpointError(
+            f"{folder}: has {len(tables)} tables of tokens, {listed(tables)}: keep one language model"
+        )
     # A tied model may be saved with its head alone.
     anchors = tables or [name for name in files if name.endswith("layers.0.input_layernorm.weight")]
     prefixes = [name[: name.rindex(TABLE if tables else "layers.0.")] for name in anchors]
@@ -170,10 +160,10 @@ def _refuse_missing(folder: Path, prefix: str, missing: list[str], files: Mappin
     if layers and lacking and min(lacking) == max(layers) + 1:
         advice = f"the checkpoint holds {max(layers) + 1} layers and config.json says {max(lacking) + 1}"
     elif len(missing) == wanted:
-        advice = f"its tensors are called {shown(list(files.values()), 3)}: config.json belongs to another model"
+        advice = f"its tensors are called {listed(list(files.values()), 3)}: config.json belongs to another model"
     else:
         advice = "the checkpoint is incomplete, or config.json belongs to another one"
-    names = shown([prefix + name for name in missing])
+    names = listed([prefix + name for name in missing])
     raise CheckpointError(f"{folder}: {len(missing)} of {wanted} tensors are missing: {names}: {advice}")
 
 
@@ -187,5 +177,5 @@ def _refuse_unknown(folder: Path, unknown: list[str], wanted: Mapping[str, Any])
     else:
         reason = "the model has no such part, and leaving it out could change its numbers"
     raise CheckpointError(
-        f"{folder}: {len(unknown)} tensors are not part of the model: {shown(beyond or unknown)}: {reason}"
+        f"{folder}: {len(unknown)} tensors are not part of the model: {listed(beyond or unknown)}: {reason}"
     )

@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
+from transom.json_object import parse_object, read_object
 from transom.zoo.architectures import tensor_shapes
-from transom.zoo.checkpoints.checkpoint import Checkpoint
+from transom.zoo.checkpoints.checkpoint import Checkpoint, left_out_line
 from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
 from transom.zoo.checkpoints.layout import Layout
 from transom.zoo.checkpoints.redundant import check_redundant
@@ -53,8 +52,8 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
         config: Says which tensors are needed, and their shapes.
 
     Returns:
-        Weights in the dtype of the checkpoint. Every other tensor is part of something that is left out, or repeats
-        what the model holds already, which is checked: a head against the table when the table is read.
+        Weights in the dtype of the checkpoint. Every other tensor is a copy of one of them, is redundant, which is
+        checked, or is part of something that is left out.
 
     Raises:
         CheckpointError: If a file is missing, truncated or corrupt, a tensor is missing or has the wrong shape or
@@ -68,12 +67,14 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     weights = {
         name: _weight(layout.sources[name], entries[layout.sources[name]], shape) for name, shape in shapes.items()
     }
-    for name, others in layout.copies.items():
-        for other in others:
-            weights[name] = _with_copy(weights[name], _weight(other, entries[other], shapes[name]))
     for in_file, name in layout.redundant.items():
         check_redundant(name, _weight(in_file, entries[in_file], entries[in_file].shape), config)
-    return Checkpoint(weights=weights, left_out=layout.left_out(entries))
+    copies = {
+        name: tuple(_weight(other, entries[other], shapes[name]) for other in others)
+        for name, others in layout.copies.items()
+    }
+    lines = tuple(left_out_line(part, names) for part, names in layout.parts.items())
+    return Checkpoint(weights=weights, copies=copies, left_out=lines)
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
@@ -124,12 +125,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file, as the index says."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
-        if not places or not all(isinstance(file, str) and file == Path(file).name for file in places.values()):
-            raise ValueError("weight_map must give the file beside it that holds each tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a valid index ({error!r}): fetch it again") from error
+    places = (read_object(index, CheckpointError) or {}).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: weight_map must give the file of each tensor: fetch it again")
+    if wrong := [file for file in places.values() if not isinstance(file, str) or file != Path(file).name]:
+        raise CheckpointError(f"{index}: {wrong[0]!r} is no file beside it: fetch it again")
     return dict(places)
 
 
@@ -153,8 +153,8 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     raw = _header_bytes(path)
     base, size = 8 + len(raw), path.stat().st_size
+    header = parse_object(raw, f"{path}: the header", CheckpointError, "fetch the file again")
     try:
-        header: dict[str, Any] = json.loads(raw)
         entries = {
             name: Entry(
                 path=path,
@@ -217,21 +217,6 @@ def _weight(name: str, entry: Entry, shape: tuple[int, ...]) -> Weight:
         read_rows=functools.partial(_read_rows, entry, dtype, row_bytes),
         origin=origin,
     )
-
-
-def _with_copy(weight: Weight, copy: Weight) -> Weight:
-    """The weight, held against its copy wherever rows of it are read."""
-
-    def read_rows(start: int, stop: int) -> torch.Tensor:
-        rows = weight.read_rows(start, stop)
-        if not torch.allclose(rows.float(), copy.read_rows(start, stop).float(), rtol=0, atol=0, equal_nan=True):
-            raise CheckpointError(
-                f"{copy.origin} is not equal to {weight.origin.rpartition(': ')[2]}, whose copy it should be, in rows "
-                f"{start} to {stop - 1}: heads that are not tied to the table are not supported"
-            )
-        return rows
-
-    return dataclasses.replace(weight, read_rows=read_rows)
 
 
 def _read_rows(entry: Entry, dtype: torch.dtype, row_bytes: int, start: int, stop: int) -> torch.Tensor:

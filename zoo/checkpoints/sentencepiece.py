@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transom.errors import TokenizerError
-from transom.zoo.json_object import read_object
+from transom.json_object import read_object
 
 _NORMAL, _USER_DEFINED = 1, 4
 _SPACE = "\u2581"
@@ -28,6 +28,8 @@ def added_tokens(folder: Path) -> list[tuple[str, int, bool]]:
             tokens.append((token, int(id), False))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TokenizerError(f"{folder}: its added tokens are malformed ({error!r}): fetch it again") from error
+    if wrong := [token for token, id, _ in tokens if not 0 <= id < 2**31]:
+        raise TokenizerError(f"{folder}: the id of the added token {wrong[0]!r} is out of range: fetch it again")
     return sorted(tokens, key=lambda token: token[1])
 
 

@@ -11,7 +11,8 @@ import torch
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, ConfigError
-from transom.zoo.checkpoints.gguf import open_gguf, read_config, revision
+from transom.zoo.checkpoints.gguf import open_gguf, revision
+from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import Rope, tile
@@ -106,7 +107,7 @@ def test_27b_scales_by_width_per_head(tmp_path: Path) -> None:
 def test_a_stated_pattern_counts(tiny_gguf: Path, pattern: object) -> None:
     header = read_header(tiny_gguf)
     header.metadata["gemma3.attention.sliding_window_pattern"] = pattern
-    assert read_config(header).layer_kinds == tile("LLG", 7)
+    assert read_metadata(header)[0].layer_kinds == tile("LLG", 7)
 
 
 @pytest.mark.parametrize("pattern", [0, "LLG", [True, False]])
@@ -114,7 +115,7 @@ def test_a_pattern_that_fits_nothing_is_refused(tiny_gguf: Path, pattern: object
     header = read_header(tiny_gguf)
     header.metadata["gemma3.attention.sliding_window_pattern"] = pattern
     with pytest.raises(ConfigError, match="sliding_window_pattern"):
-        read_config(header)
+        read_metadata(header)[0]
 
 
 @pytest.mark.parametrize(("key", "value"), [("attention.key_length", 0), ("block_count", 1.5)])
@@ -122,7 +123,7 @@ def test_metadata_that_makes_no_model(tiny_gguf: Path, key: str, value: float) -
     header = read_header(tiny_gguf)
     header.metadata[f"gemma3.{key}"] = value
     with pytest.raises(ConfigError):
-        read_config(header)
+        read_metadata(header)[0]
 
 
 def test_without_rope_scaling(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_unread_types_are_named(tmp_path: Path) -> None:
 def test_damaged_files(tiny_gguf: Path, tmp_path: Path) -> None:
     whole = tiny_gguf.read_bytes()
     path = tmp_path / "broken.gguf"
-    head = read_header(tiny_gguf).data_start
+    head = read_header(tiny_gguf).parts[0].data_start
     for content, said in (
         (b"", "not a GGUF file"),
         (b"PK\x03\x04" * 100, "not a GGUF file"),
@@ -181,7 +182,7 @@ def test_damaged_files(tiny_gguf: Path, tmp_path: Path) -> None:
 
 def test_any_cut_of_the_head_is_an_error(tiny_gguf: Path, tmp_path: Path) -> None:
     whole, path = tiny_gguf.read_bytes(), tmp_path / "broken.gguf"
-    for cut in np.linspace(0, read_header(tiny_gguf).data_start, 60).astype(int):
+    for cut in np.linspace(0, read_header(tiny_gguf).parts[0].data_start, 60).astype(int):
         path.write_bytes(whole[:cut])
         with pytest.raises(CheckpointError):
             open_gguf(path)
@@ -189,7 +190,7 @@ def test_any_cut_of_the_head_is_an_error(tiny_gguf: Path, tmp_path: Path) -> Non
 
 def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert read_config(read_header(tiny_gguf)) == TINY
+    assert read_metadata(read_header(tiny_gguf))[0] == TINY
     with pytest.raises(CheckpointError, match=r"pip install 'transom\[gguf\]'"):
         open_gguf(tiny_gguf)
 

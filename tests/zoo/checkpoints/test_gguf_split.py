@@ -83,14 +83,14 @@ def _set(index: int, key: str, value: tuple[str, object] | None) -> Callable[[in
     ("change", "words"),
     [
         (_set(1, "split.no", ("u16", 2)), "split.no is 2, its name says 1"),
-        (_set(1, "split.no", None), "split.no is 'None', expected a count"),
+        (_set(1, "split.no", None), "split.no is None, expected a count"),
         (_set(2, "split.count", ("u16", 4)), "split.count differs from that of tiny-model-00001-of-00003.gguf"),
         (_set(2, "split.tensors.count", ("i32", 4)), "split.tensors.count differs"),
         (_set(1, "gemma3.attention.sliding_window", ("u32", 4)), "gemma3.attention.sliding_window differs"),
         (_set(1, "gemma3.final_logit_softcapping", ("f32", 3.0)), "gemma3.final_logit_softcapping differs"),
         (_set(0, "split.tensors.count", None), "split.tensors.count differs"),
         (lambda at, part: part.set("split.tensors.count", ("i32", 99)), "is 99, but its 3 files hold 28 tensors"),
-        (lambda at, part: part.set("split.tensors.count", None), "split.tensors.count is 'None'"),
+        (lambda at, part: part.set("split.tensors.count", None), "split.tensors.count is None"),
         (lambda at, part: part.add("output_norm.weight", np.zeros(32)) if at == 2 else None, "holds too"),
     ],
 )

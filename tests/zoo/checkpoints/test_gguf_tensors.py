@@ -8,6 +8,7 @@ import torch
 
 from tests.zoo.gguf_bytes import HIDDEN, ROWS, File, Tensor, f32, tiny
 from transom.errors import CheckpointError
+from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.gguf_types import OTHER_TYPES, SIZED_TYPES
 
@@ -19,7 +20,9 @@ def write(tmp_path: Path, file: File) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        open_gguf(path)
+        _, checkpoint = open_gguf(path)
+        for weight in refuse_differences(checkpoint.weights, checkpoint.copies).values():
+            weight.read()
     message = str(caught.value)
     assert "\n" not in message and str(path) in message
     return message
@@ -41,6 +44,9 @@ def test_a_head_that_is_the_embedding(tmp_path: Path, kind: str) -> None:
     file.tensors.append(Tensor("output.weight", table.axes, 0 if kind == "F32" else 1, data))
     _, checkpoint = open_gguf(write(tmp_path, file))
     assert checkpoint.left_out == () and "lm_head.weight" not in checkpoint.weights
+    (name,) = checkpoint.copies
+    checked = refuse_differences(checkpoint.weights, checkpoint.copies)[name]
+    assert torch.equal(checked.read(), checkpoint.weights[name].read())
 
 
 def test_a_head_of_its_own(tmp_path: Path) -> None:
@@ -107,9 +113,9 @@ def test_parts_beside_the_decoder_are_listed(tmp_path: Path) -> None:
     config, checkpoint = open_gguf(write(tmp_path, file))
     assert config.num_layers == 2
     assert list(checkpoint.left_out) == [
-        "not read: a vision or audio part (v.blk.0.attn_q.weight, mm.input_projection.weight, v.patch_embd.weight)",
-        "not read: a head that embeds whole texts (dense_2.weight)",
-        "not read: layers that predict tokens further ahead (blk.1.nextn.eh_proj.weight)",
+        "a vision or audio part is left out (v.blk.0.attn_q.weight, mm.input_projection.weight, v.patch_embd.weight)",
+        "a head that embeds whole texts is left out (dense_2.weight)",
+        "a part that predicts tokens further ahead is left out (blk.1.nextn.eh_proj.weight)",
     ]
 
 

@@ -10,9 +10,12 @@ import safetensors.torch
 import torch
 
 from transom.errors import CheckpointError
+from transom.graphs.weight import Weight
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.checkpoints.safetensors import open_safetensors, revision
+from transom.zoo.huggingface import write_config
+from transom.zoo.model import load
 from transom.zoo.presets import preset
 
 TINY = preset("gemma3-tiny")
@@ -66,19 +69,22 @@ def test_a_head_alone_is_the_table(
 
 
 def test_a_head_must_equal_the_table(tmp_path: Path, tensors: Tensors) -> None:
+    write_config(TINY, tmp_path)
+
+    def table_of(head: torch.Tensor) -> Weight:
+        safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+        return load(tmp_path).weights["embed_tokens.weight"]
+
     table = tensors["embed_tokens.weight"]
-    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": table.float()}, tmp_path / "model.safetensors")
-    assert torch.equal(open_safetensors(tmp_path, TINY).weights["embed_tokens.weight"].read(), table)
+    assert torch.equal(table_of(table.float()).read(), table)
     other = table.clone()
     other[300, 7] += 1
-    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": other}, tmp_path / "model.safetensors")
-    weight = open_safetensors(tmp_path, TINY).weights["embed_tokens.weight"]
+    weight = table_of(other)
     assert torch.equal(weight.read_rows(0, 300), table[:300])
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight.* 256 to 511"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight.* 256 to 511"):
         weight.read_rows(256, 512)
-    safetensors.torch.save_file(prefixed(tensors) | {"lm_head.weight": other[:9]}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[9, 64\]"):
-        open_safetensors(tmp_path, TINY)
+        table_of(other[:9])
 
 
 FREQUENCIES = 1.0 / TINY.rope_global.theta ** (torch.arange(0, 32, 2) / 32) / 8
@@ -115,8 +121,9 @@ def test_parts_that_are_left_out_are_told(tmp_path: Path, tensors: Tensors) -> N
     for prefix, outer in (("language_model.model.", ""), ("model.language_model.", "model.")):
         safetensors.torch.save_file(prefixed(tensors, prefix) | prefixed(vision, outer), tmp_path / "model.safetensors")
         assert open_safetensors(tmp_path, TINY).left_out == (
-            "the vision tower of the checkpoint is left out: 2 tensors, 0.0 MB",
-            "the projector of images of the checkpoint is left out: 1 tensors, 1.0 MB",
+            f"the vision tower is left out ({outer}vision_tower.vision_model.post_layernorm.weight, "
+            f"{outer}vision_tower.vision_model.post_layernorm.bias)",
+            f"the projector of images is left out ({outer}multi_modal_projector.mm_soft_emb_norm.weight)",
         )
 
 
@@ -224,7 +231,7 @@ def test_missing_tensors_are_listed(tmp_path: Path, tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "replacement", "said"),
+    ("name", "replacement", "message"),
     [
         ("layers.0.self_attn.q_proj.weight", torch.zeros(128, 63), r"q_proj\.weight has shape \[128, 63\], expected"),
         ("embed_tokens.weight", torch.zeros(500, 64), "has 500 vocabulary rows, but config.json says vocab_size 512"),
@@ -232,8 +239,8 @@ def test_missing_tensors_are_listed(tmp_path: Path, tensors: Tensors) -> None:
         ("norm.weight", torch.zeros(64, dtype=torch.int64), r"norm\.weight is I64, expected one of F32"),
     ],
 )
-def test_wrong_tensors(tmp_path: Path, tensors: Tensors, name: str, replacement: torch.Tensor, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_wrong_tensors(tmp_path: Path, tensors: Tensors, name: str, replacement: torch.Tensor, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         open_safetensors(save(tmp_path, tensors | {name: replacement}), TINY)
 
 
@@ -242,21 +249,25 @@ def test_damaged_files(tmp_path: Path, tensors: Tensors) -> None:
         open_safetensors(tmp_path, TINY)
     path = save(tmp_path, tensors) / "model.safetensors"
     whole = path.read_bytes()
-    for cut, said in ((len(whole) - 1, "its header describes"), (100, "within its header"), (3, "within its header")):
+    for cut, message in (
+        (len(whole) - 1, "its header describes"),
+        (100, "within its header"),
+        (3, "within its header"),
+    ):
         path.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match=said) as caught:
+        with pytest.raises(CheckpointError, match=message) as caught:
             open_safetensors(tmp_path, TINY)
         assert "\n" not in str(caught.value)
     (length,) = struct.unpack("<Q", whole[:8])
     path.write_bytes(whole[:8] + b"x" * length + whole[8 + length :])
-    with pytest.raises(CheckpointError, match="header is corrupt"):
+    with pytest.raises(CheckpointError, match="the header"):
         open_safetensors(tmp_path, TINY)
     header = json.loads(whole[8 : 8 + length])
     entry = header["model.layers.0.mlp.up_proj.weight"]
     entry["data_offsets"] = [entry["data_offsets"][0] - 4, entry["data_offsets"][1] - 4]
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :])
-    with pytest.raises(CheckpointError, match="header is corrupt"):
+    with pytest.raises(CheckpointError, match="the header"):
         open_safetensors(tmp_path, TINY)
 
 
@@ -275,7 +286,7 @@ def test_damaged_index(tiny_folder: Path, tmp_path: Path) -> None:
         open_safetensors(tmp_path, TINY)
     for damaged in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}'):
         (tmp_path / "model.safetensors.index.json").write_text(damaged)
-        with pytest.raises(CheckpointError, match="not a valid index"):
+        with pytest.raises(CheckpointError, match=r"index\.json: "):
             open_safetensors(tmp_path, TINY)
 
 

@@ -1,0 +1,1 @@
+../../src/transom/json_object.py

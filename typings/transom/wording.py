@@ -1,0 +1,1 @@
+../../src/transom/wording.py
