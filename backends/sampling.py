@@ -47,9 +47,10 @@ class Sampling:
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise SamplingError(f"{name} must be a number, got {value!r}")
+                whole = "" if float in kinds else "whole "
+                raise SamplingError(f"{name} must be a {whole}number, got {value!r}")
         if not 0 <= self.temperature <= sys.float_info.max:
-            raise SamplingError(f"temperature must be 0 or more, got {self.temperature}")
+            raise SamplingError(f"temperature must be 0 or more, and finite, got {self.temperature}")
         if self.top_k < 0:
             raise SamplingError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -304,5 +304,6 @@ def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:
     row = int(bad.any(-1).argmax())
     return NonFiniteError(
         f"{int(bad[row].sum()):,} of {logits.shape[-1]:,} logits at position {positions[row]} are NaN or infinite: "
-        "`transom ranges` names the layers whose numbers leave a dtype's range; export in a wider --dtype"
+        "`transom ranges` names the layers whose numbers leave a dtype's range; what computes in float16 is to be "
+        "exported in another --dtype"
     )

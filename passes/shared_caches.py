@@ -30,24 +30,26 @@ def cache_readers(graph: Graph) -> dict[str, list[Node]]:
 
 def _readers(graph: Graph, cache: Node, softmaxes: dict[Node, Node]) -> set[Node]:
     readers: set[Node] = set()
-    queue = [cache]
+    queue, seen = [cache], {cache}
     for node in queue:
         for user in node.users:
             if is_call(user, *_ATTENTIONS):
                 readers.add(user)
             elif is_call(user, *PRODUCTS) and multiplies_values(graph, user, node):
                 readers.add(softmaxes.get(user) or _softmax_after(user) or user)
-            elif user not in queue and (is_call(user, *PRODUCTS) or passes_on(node, user)):
+            elif user not in seen and (is_call(user, *PRODUCTS) or passes_on(node, user)):
                 queue.append(user)
+                seen.add(user)
     return readers
 
 
 def _softmax_after(scores: Node) -> Node | None:
-    queue = [scores]
+    queue, seen = [scores], {scores}
     for node in queue:
         for user in node.users:
             if is_softmax(user):
                 return user
-            if user not in queue and not is_call(user, *PRODUCTS) and passes_on(node, user):
+            if user not in seen and not is_call(user, *PRODUCTS) and passes_on(node, user):
                 queue.append(user)
+                seen.add(user)
     return None

@@ -120,7 +120,10 @@ def train(
         report = {"settings": dataclasses.asdict(settings), "kl": losses, "source": model.source}
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         if target is not None:
-            again = dataclasses.replace(load(folder), source=str(out), tokenizer=model.tokenizer)
+            # The folder has another name while it is written, and holds no more than the language model.
+            again = dataclasses.replace(
+                load(folder), source=str(out), config=model.config, tokenizer=model.tokenizer, left_out=model.left_out
+            )
             compile_model(again, target=target, out=folder / target, on_progress=on_progress)
     state.remove()
     return losses

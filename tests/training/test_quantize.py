@@ -57,6 +57,9 @@ def test_a_checkpoint_keeps_what_its_source_says_beside_the_weights(tiny: Model,
     assert again.tokenizer is not None and again.tokenizer.config == config
     assert again.generation.sampling == {"do_sample": False}
     assert set(again.generation.stop_ids) == {1, 7, 262, 266, 300}
+    without = dataclasses.replace(source, tokenizer=None)
+    quantize_model(without, quant="int4_block32", out=tmp_path / "w")
+    assert load(tmp_path / "w").generation.stop_ids == (7, 300)
     quantize_model(source, quant="int4_block32", out=tmp_path / "q", overwrite=True)
 
 

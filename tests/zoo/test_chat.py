@@ -98,6 +98,8 @@ def test_gemmas_own_template_writes_gemmas_turns() -> None:
     ("template", "message"),
     [
         ("{% for m in messages %}", "not valid in line 1"),
+        ("{% for a in messages %}" * 25 + "{% endfor %}" * 25, "not valid"),
+        ("{% if a %}" * 120 + "{% endif %}" * 120, "not valid"),
         ("a\n{{ messages | nonsense }}", "not valid in line 2 .No filter named 'nonsense'"),
         ("{% include 'other' %}", "does not take this conversation"),
         ("{{ messages.pop() }}", "does not take this conversation"),

@@ -69,6 +69,12 @@ def test_folder(tiny_folder: Path) -> None:
         (tiny_folder / "tokenizer.json").unlink()
 
 
+def test_a_folder_may_have_a_presets_name(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gemma3-tiny"
+    folder.symlink_to(tiny_folder)
+    assert load(folder).source == str(folder)
+
+
 def test_gguf(tiny_gguf: Path) -> None:
     model = load(tiny_gguf)
     assert model.tokenizer is not None and model.tokenizer.vocab_size == 300

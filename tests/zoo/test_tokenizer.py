@@ -175,6 +175,8 @@ def test_tokens_that_were_added_to_a_tokenizer_model(trained: Path, tmp_path: Pa
         ({"<|far|>": size + 7}, "'<|far|>' is said to be"),
         ({"<bos>": 5}, "'<bos>' is said to be 5"),
         ({"<|x|>": "many"}, "added tokens are malformed"),
+        ({"<|x|>": -1}, "'<|x|>' is out of range"),
+        ({"<|x|>": 2**40}, "'<|x|>' is out of range"),
         ([], "must hold a JSON object"),
     ):
         (tmp_path / "added_tokens.json").write_text(json.dumps(malformed))

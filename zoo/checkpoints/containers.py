@@ -9,15 +9,17 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 
 MERGE = "merge the adapter into its base first (PEFT: merge_and_unload, then save_pretrained)"
 
+_SAVE = "save the model as safetensors (transformers: from_pretrained, then save_pretrained)"
+_SAVE_FROM_PYTORCH = "save the model as safetensors from PyTorch"
 # Ends of names of other containers -> what to do with them.
 _OTHERS = {
     ".gguf": "give the path of that file itself",
-    ".bin": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
-    ".pt": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
-    ".pth": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
-    ".ckpt": "save the model as safetensors (transformers: from_pretrained, then save_pretrained)",
-    ".h5": "save the model as safetensors from PyTorch",
-    ".msgpack": "save the model as safetensors from PyTorch",
+    ".bin": _SAVE,
+    ".pt": _SAVE,
+    ".pth": _SAVE,
+    ".ckpt": _SAVE,
+    ".h5": _SAVE_FROM_PYTORCH,
+    ".msgpack": _SAVE_FROM_PYTORCH,
     ".npz": "save the model as safetensors in Hugging Face's layout",
     ".nemo": "convert it to Hugging Face's layout",
     ".safetensors": "call the weights model.safetensors, or give their index model.safetensors.index.json",

@@ -75,7 +75,7 @@ def evaluate(
     from transom.validation.evaluation.report import render, render_plot
 
     check_weights(weights)
-    check_outputs(json_file, html, plot, inputs=[text])
+    check_outputs(json_file, html, plot, inputs=[text, *map(Path, model_or_dirs), *([Path(model)] if model else [])])
     with stage_bars() as on_progress:
         found = evaluate_sources(
             model_or_dirs,

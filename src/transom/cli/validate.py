@@ -69,7 +69,7 @@ def validate(
     from transom.validation.validate import validate_sources
 
     check_weights(weights)
-    check_outputs(json_file, html, inputs=[text])
+    check_outputs(json_file, html, inputs=[text, *map(Path, model_or_dirs), *([Path(model)] if model else [])])
     with stage_bars() as on_progress:
         found = validate_sources(
             model_or_dirs,

@@ -121,8 +121,8 @@ def test_parts_that_are_left_out_are_told(tmp_path: Path, tensors: Tensors) -> N
     for prefix, outer in (("language_model.model.", ""), ("model.language_model.", "model.")):
         safetensors.torch.save_file(prefixed(tensors, prefix) | prefixed(vision, outer), tmp_path / "model.safetensors")
         assert open_safetensors(tmp_path, TINY).left_out == (
-            f"the vision tower is left out ({outer}vision_tower.vision_model.post_layernorm.weight, "
-            f"{outer}vision_tower.vision_model.post_layernorm.bias)",
+            f"the vision tower is left out ({outer}vision_tower.vision_model.post_layernorm.bias, "
+            f"{outer}vision_tower.vision_model.post_layernorm.weight)",
             f"the projector of images is left out ({outer}multi_modal_projector.mm_soft_emb_norm.weight)",
         )
 
@@ -261,6 +261,9 @@ def test_damaged_files(tmp_path: Path, tensors: Tensors) -> None:
     (length,) = struct.unpack("<Q", whole[:8])
     path.write_bytes(whole[:8] + b"x" * length + whole[8 + length :])
     with pytest.raises(CheckpointError, match="the header"):
+        open_safetensors(tmp_path, TINY)
+    path.write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
+    with pytest.raises(CheckpointError, match="the header: not readable as JSON"):
         open_safetensors(tmp_path, TINY)
     header = json.loads(whole[8 : 8 + length])
     entry = header["model.layers.0.mlp.up_proj.weight"]
