@@ -20,6 +20,9 @@ Task = Literal["decode", "score"]
 
 MAX_BATCH = 256
 
+LEAST_BOUND = 64
+"""The sizes that are traced must lie within their bounds, however short the context."""
+
 
 class TracedConfig(Protocol):
     """What tracing must know of a decoder."""
@@ -96,7 +99,9 @@ def trace(
         with _default_dtype(dtype):
             module = build().eval()
         tokens = torch.zeros(2, 7, dtype=torch.int64)
-        batch, new = Dim("B", min=1, max=MAX_BATCH), Dim("T", min=1, max=config.context)
+        # A bound of sizes only: sessions hold to the context itself.
+        most = max(config.context, LEAST_BOUND)
+        batch, new = Dim("B", min=1, max=MAX_BATCH), Dim("T", min=1, max=most)
         try:
             if task == "score":
                 program = export(_Score(module), (tokens,), dynamic_shapes=({0: batch, 1: new},), strict=False)
@@ -105,14 +110,14 @@ def trace(
                 caches = [
                     (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)
                 ]
-                cache_dims = {0: batch, 2: Dim("S", min=1, max=config.context)}
+                cache_dims = {0: batch, 2: Dim("S", min=1, max=most)}
                 program = export(
                     _Decode(module),
                     (tokens, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64), caches),
                     dynamic_shapes=(
                         {0: batch, 1: new},
                         None,
-                        {0: Dim("P", min=0, max=config.context)},
+                        {0: Dim("P", min=0, max=most)},
                         [(cache_dims, cache_dims)] * config.num_layers,
                     ),
                     strict=False,

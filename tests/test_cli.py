@@ -203,8 +203,20 @@ def test_text_that_is_not_utf8(cli: Cli, artifact: Path, tmp_path: Path, command
 def test_a_text_that_is_read_is_not_written(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello " * 400)
     code, _, err = cli("evaluate", "gemma3-tiny", "--text", tmp_path / "text", "--html", tmp_path / "text")
-    assert code == 2 and "it is read too" in err
+    assert code == 2 and "it is read, or stands in what is read" in err
     assert (tmp_path / "text").read_text() == "hello " * 400
+
+
+@pytest.mark.parametrize("command", ["validate", "evaluate"])
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_what_is_read_is_not_written_over(cli: Cli, artifact: Path, tmp_path: Path, command: str, option: str) -> None:
+    (tmp_path / "text").write_text("hello " * 400)
+    (tmp_path / "link").symlink_to(artifact)
+    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    for output in (artifact / "model.onnx.data", tmp_path / "link/manifest.json", artifact / "new"):
+        code, _, err = cli(command, artifact, "--text", tmp_path / "text", option, output)
+        assert code == 2 and "stands in what is read" in err
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
 
 
 def test_a_byte_order_mark_is_no_text(cli: Cli, artifact: Path, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from transom.errors import ConfigError
+from transom.zoo.config_keys import is_positive
 
 LayerKind = Literal["local", "global"]
 
@@ -101,7 +101,7 @@ class DecoderConfig:
             **({} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}),
         }
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not is_positive(value):
                 raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.errors import ConfigError
 from transom.wording import shortened
+
+# Of float32, which models compute in: the smallest number without leading zeros, and the largest.
+_LEAST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,13 +63,8 @@ class Keys:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number above zero that a float can hold; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return 0 < float(value) < math.inf
-    except OverflowError:
-        return False
+    """Whether a value is a number above zero that float32 holds with all its digits; true and false are none."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and _LEAST <= value <= _LARGEST
 
 
 def short(value: Any) -> str:

@@ -7,13 +7,14 @@ files too; GGUF in its metadata. A source that says nothing of sampling is sampl
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transom.errors import ConfigError
 from transom.json_object import read_object
+from transom.wording import shortened
 
 GENERATION = "generation_config.json"
 
@@ -145,8 +146,8 @@ def _token_ids(what: str, value: object) -> list[int]:
 # What each setting may be.
 _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (lambda value: _is_number(value) and 0 <= value < math.inf, "a number from 0 on"),
-    "top_k": (lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
+    "temperature": (lambda value: _is_number(value) and 0 <= value <= sys.float_info.max, "a number from 0 on"),
+    "top_k": (lambda value: type(value) is int and 0 <= value < 2**31, "a whole number from 0 to 2**31"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and up to 1"),
     "min_p": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1"),
 }
@@ -158,7 +159,7 @@ def _sampling(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         valid, expected = _VALID[name]
         if not valid(value):
-            raise ConfigError(f"{path}: {name} is {value!r}, expected {expected}: mend it, or remove the file")
+            raise ConfigError(f"{path}: {name} is {shortened(repr(value))}, expected {expected}: mend it")
     if not settings["do_sample"]:
         return {"do_sample": False}
     return {name: value for name, value in settings.items() if value is not None}

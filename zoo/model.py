@@ -14,8 +14,10 @@ from typing import Literal
 
 import torch
 
-from transom.errors import CheckpointError
+from transom.errors import CheckpointError, ConfigError, TokenizerError
 from transom.graphs.weight import Weight
+from transom.json_object import is_file
+from transom.wording import shortened
 from transom.zoo.architectures import build_empty
 from transom.zoo.checkpoints import gguf, lattice, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
@@ -183,7 +185,11 @@ def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfi
     if str(name_or_path) in PRESETS:
         return preset(str(name_or_path)), None
     path = Path(name_or_path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"cannot look at {shortened(str(path))} ({error.strerror}): give another name") from error
+    if is_folder:
         return read_config(path), path
     if path.is_file() or path.suffix == ".gguf":
         header = read_header(path)
@@ -199,7 +205,7 @@ def _tokenizer(config: DecoderConfig, source: Path | Header | None) -> Tokenizer
         return Tokenizer.of_bytes(config.vocab_size) if config.name == _TINY else None
     if isinstance(source, Header):
         return Tokenizer.from_gguf(source)
-    if any((source / name).is_file() for name in (TOKENIZER, "tokenizer.model")):
+    if any(is_file(source / name, TokenizerError) for name in (TOKENIZER, "tokenizer.model")):
         return Tokenizer.from_folder(source)
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transom.errors import ConfigError
 from transom.formats.schemes import QuantSpec, scheme
-from transom.zoo.config import DecoderConfig, LayerKind
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes of one number in the cache."""
@@ -88,8 +88,10 @@ def plan(
         ConfigError: If a size is not positive, or the cache's dtype is unknown.
         QuantizationError: If the scheme is unknown.
     """
-    if context < 1 or batch < 1:
-        raise ConfigError(f"context and batch must be positive, got {context} and {batch}")
+    if not 1 <= context <= LARGEST["context"] or not 1 <= batch <= LARGEST["context"]:
+        raise ConfigError(
+            f"context and batch must be positive, and at most {LARGEST['context']:,}, got {context} and {batch}"
+        )
     if cache_dtype not in CACHE_DTYPES:
         raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
     slot_bytes = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_dtype] * batch

@@ -16,12 +16,13 @@ from pathlib import Path
 import tokenizers
 
 from transom.errors import TokenizerError
+from transom.json_object import is_file
 from transom.zoo.chat import Message, compile_template, render, render_template
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
 from transom.zoo.checkpoints.sentencepiece import added_tokens, sentencepiece_tables
 from transom.zoo.text import check_text
-from transom.zoo.tokenizer_config import TokenizerConfig
+from transom.zoo.tokenizer_config import CONFIG, TokenizerConfig
 
 # Kinds of pieces, as SentencePiece and GGUF number them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -29,6 +30,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 TOKENIZER = "tokenizer.json"
 
 _SPACE = "\u2581"
+_PROBE = "hello  world\n\u00e9 \u65e5"
+"""Words, runs of spaces, and characters that few vocabularies hold whole."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _BOS, _EOS, _UNK, _END_OF_TURN = "<bos>", "<eos>", "<unk>", "<end_of_turn>"
 # Some published files call these ordinary text, which would make a chat unreadable to the model.
@@ -52,6 +56,9 @@ class Tokenizer:
         Raises:
             TokenizerError: If it lacks <eos>, or the token that begins a text.
         """
+        # What a library saved for its own batches would cut or fill up every prompt.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self.config = config or TokenizerConfig()
         bos_name, eos_name = self.config.tokens.get("bos_token", _BOS), self.config.tokens.get("eos_token", _EOS)
@@ -74,16 +81,21 @@ class Tokenizer:
             TokenizerError: If neither is there, or it is malformed.
         """
         path = folder / TOKENIZER
-        if path.is_file():
+        if is_file(path, TokenizerError):
             try:
-                return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), TokenizerConfig.from_folder(folder))
+                backend = tokenizers.Tokenizer.from_file(str(path))
             # The library raises plain Exception.
             except Exception as error:
-                if isinstance(error, TokenizerError):
-                    raise
                 raise TokenizerError(f"{path}: malformed ({error}): fetch it again") from error
+            tokenizer = _in_folder(backend, folder)
+            if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+                raise TokenizerError(
+                    f"{path}: a text does not come back from its ids as Gemma's do: only byte-pair encoding with "
+                    "SentencePiece's spaces and bytes is supported, so choose another model"
+                )
+            return tokenizer
         path = folder / "tokenizer.model"
-        if not path.is_file():
+        if not is_file(path, TokenizerError):
             raise TokenizerError(f"{folder}: has neither tokenizer.json nor tokenizer.model: copy one into it")
         try:
             backend = _build(*sentencepiece_tables(path.read_bytes()))
@@ -91,7 +103,7 @@ class Tokenizer:
             raise TokenizerError(f"{path}: not a SentencePiece model ({error}): fetch it again") from error
         for token, id, special in added_tokens(folder):
             _add(backend, token, id, special, folder)
-        return Tokenizer(backend, TokenizerConfig.from_folder(folder))
+        return _in_folder(backend, folder)
 
     @staticmethod
     def from_gguf(source: Path | Header) -> Tokenizer:
@@ -257,6 +269,14 @@ def _build(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int])
     backend.add_special_tokens(added[True])
     backend.add_tokens(added[False])
     return backend
+
+
+def _in_folder(backend: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
+    config = TokenizerConfig.from_folder(folder)
+    try:
+        return Tokenizer(backend, config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{folder}: {error}: choose another model, or mend its {CONFIG}") from error
 
 
 def _add(backend: tokenizers.Tokenizer, token: str, id: int, special: bool, folder: Path) -> None:

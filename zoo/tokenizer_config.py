@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import TokenizerError
-from transom.json_object import read_object
+from transom.json_object import is_file, read_object
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -59,9 +59,8 @@ class TokenizerConfig:
             # A token with options is an object, whose content is its text.
             text = value.get("content") if isinstance(value, dict) else value
             if text is not None and not isinstance(text, str):
-                raise TokenizerError(
-                    f"{folder / CONFIG}: {role} is {value!r}, expected the token's text: fetch it again"
-                )
+                where = folder / (_TOKENS if config.get(role) is None else CONFIG)
+                raise TokenizerError(f"{where}: {role} is {value!r}, expected the token's text: fetch it again")
             if text is not None:
                 tokens[role] = text
         left_out = []
@@ -118,7 +117,7 @@ class TokenizerConfig:
 def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """The default chat template, and the names of others that stand beside it."""
     path = folder / TEMPLATE
-    if path.is_file():
+    if is_file(path, TokenizerError):
         try:
             # Line ends are part of a template.
             return path.read_bytes().decode("utf-8-sig"), []

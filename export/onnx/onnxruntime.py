@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transom.errors import TargetError
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
@@ -23,6 +24,8 @@ from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
 MICROSOFT = "com.microsoft"
+HEAD_STEP = 8
+"""GroupQueryAttention takes heads whose width is a multiple of it, and says so only when it runs."""
 
 # Computes with int8 activations. Without it MatMulNBits falls back to paths that are 200 times slower.
 ACCURACY_LEVEL = 4
@@ -129,7 +132,11 @@ def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
 @TABLE.lowers(ops.CACHED_ATTENTION)
 def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
     q, k, v, k_cache, v_cache, _, scale, window = node.args
-    batch, tokens, heads, _ = q.meta["val"].shape
+    batch, tokens, heads, width = q.meta["val"].shape
+    if int(width) % HEAD_STEP:
+        raise TargetError(
+            f"the target 'onnxruntime' takes heads whose width is a multiple of {HEAD_STEP}, not {width}: choose 'onnx'"
+        )
     local: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
     out, k_out, v_out = emitter.op(
         "GroupQueryAttention",

@@ -1,8 +1,27 @@
 """Every error that a user can meet. Each message says what is wrong, where, and what to do."""
 
+import re
+
 
 class TransomError(Exception):
-    """Base of all errors that bad input or a missing part can cause; the CLI turns it into exit code 2."""
+    """Base of all errors that bad input or a missing part can cause; the CLI turns it into exit code 2.
+
+    Attributes:
+        lines: Whether the message is a list of several lines. Elsewhere line ends can only come from names and values
+            that it quotes, and are written as escapes.
+    """
+
+    lines = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if self.lines else _BREAKS.sub(_escaped, message))
+
+
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 class ConfigError(TransomError):
@@ -28,9 +47,13 @@ class InvariantError(TransomError):
 class UnsupportedOpsError(TransomError):
     """A graph holds operations that the target cannot lower; all of them are named at once."""
 
+    lines = True
+
 
 class DialectError(TransomError):
     """A model breaks rules of the runtime that it is for; all breaches are named at once."""
+
+    lines = True
 
 
 class QuantizationError(TransomError):
@@ -51,6 +74,8 @@ class TargetError(TransomError):
 
 class BuildError(TransomError):
     """A vendor's builder could not make an engine of an artifact."""
+
+    lines = True
 
 
 class ContextLengthError(TransomError):

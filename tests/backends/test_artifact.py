@@ -111,7 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no version": (edit(lambda data: {key: data[key] for key in data if key != "version"}), "is of version None"),
     "half a manifest": (cut_manifest, "not readable as JSON"),
     "no manifest": (empty, "holds no manifest.json"),
-    "a binary manifest": (binary, "not readable as JSON"),
+    "a binary manifest": (binary, "not UTF-8 .byte 0xff at 0"),
     "a list": (edit(lambda data: [data]), "must hold a JSON object, got list"),
     "a number": (edit(lambda data: 3), "must hold a JSON object, got int"),
     "an unknown field": (edit(lambda data: data | {"more": 1}), "malformed"),

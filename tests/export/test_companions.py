@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -9,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 
 import transom
 from tests.conftest import Cli
+from tests.tolerances import FP32_LOGITS
 from tests.zoo.tiny_gguf import TINY, write_gguf
-from transom.zoo.checkpoints.random import random_weights
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import load
+from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -74,7 +79,7 @@ def test_the_sources_own(folder: Path, tmp_path: Path, cli: Cli, monkeypatch: py
     monkeypatch.setattr(Tokenizer, "encode", recorded)
     monkeypatch.setattr("sys.stdin", typed("hi\n"))
     assert cli("chat", out, "--max-new-tokens", 2)[0] == 0
-    assert prompts == ["<|im_start|>user\nhi<|im_end|>\n"]
+    assert prompts[-1] == "<|im_start|>user\nhi<|im_end|>\n"
 
 
 def test_greedy_where_the_source_does_not_sample(
@@ -115,6 +120,26 @@ def test_a_hub_ids_own_are_read_from_the_snapshot(
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == [1, 50, 262, 264, 300] and generation["top_k"] == 7
     assert "*.jinja" in patterns and "*.json" in patterns
+
+
+@pytest.mark.parametrize("context", [1, 2, 17])
+def test_models_of_a_short_context(context: int, tmp_path: Path) -> None:
+    config = dataclasses.replace(preset("gemma3-tiny"), context=context)
+    write_checkpoint(tmp_path / "m", config, random_weights(config, 0))
+    model = load(tmp_path / "m")
+    session = transom.open(transom.compile(model, out=tmp_path / "out").folder)
+    ids = [2, 9, 4, 7][:context]
+    with torch.no_grad():
+        expected = model.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].numpy()
+    assert np.abs(session.logits(ids) - expected).max() < FP32_LOGITS
+
+
+def test_heads_that_a_runtime_does_not_take(tmp_path: Path, cli: Cli) -> None:
+    config = dataclasses.replace(preset("gemma3-tiny"), head_dim=12)
+    write_checkpoint(tmp_path / "m", config, random_weights(config, 0))
+    code, _, error = cli("export", tmp_path / "m", "-o", tmp_path / "out")
+    assert code == 2 and "multiple of 8, not 12: choose 'onnx'" in error and not (tmp_path / "out").exists()
+    assert cli("export", tmp_path / "m", "-o", tmp_path / "out", "--target", "onnx")[0] == 0
 
 
 def test_gguf(tmp_path: Path) -> None:

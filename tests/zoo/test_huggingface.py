@@ -229,6 +229,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization": {"bits": 4, "group_size": 64}}, "quantization says"),
     ({"architectures": ["Gemma3ForSequenceClassification"]}, "architectures is"),
     ({"architectures": "Gemma3ForCausalLM"}, "architectures is"),
+    ({"rope_theta": 1e-320}, "rope_theta is 1e-320"),
+    ({"final_logit_softcapping": 1e300}, "final_logit_softcapping is 1e\\+300"),
+    ({"rope_scaling": {"a\nb": 1}}, r"a\\nb is not understood"),
     ({"rope_theta": 0.0}, "rope_theta is 0.0"),
     ({"rope_theta": float("nan")}, "rope_theta is NaN"),
     ({"rope_theta": True}, "rope_theta is true"),
@@ -328,6 +331,7 @@ def test_what_is_not_applied_is_listed(tmp_path: Path) -> None:
     [
         ("adapter_config.json", "merge the adapter into its base first"),
         ("model-q8.gguf", "model-q8.gguf: give the path of that file itself"),
+        ("model.safetensors", r"no config\.json: give the folder"),
         ("params.npz", "params.npz: save the model as safetensors"),
         ("model.nemo", "model.nemo: convert it"),
     ],

@@ -89,6 +89,7 @@ def test_gguf(tiny_gguf: Path) -> None:
         ("gemma3-1b", CheckpointError, "gemma3-1b comes without weights.*google/gemma-3-1b-it.*--weights random"),
         ("gemma9", ConfigError, "no model named 'gemma9'"),
         ("./absent/folder", ConfigError, "no model named"),
+        ("a" * 300, ConfigError, "cannot look at a"),
         ("absent.gguf", CheckpointError, "absent.gguf: cannot be read"),
     ],
 )

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import sentencepiece.sentencepiece_model_pb2 as model_pb2
+import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +163,62 @@ def test_damaged_files(trained: Path, tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(CheckpointError, match="not a GGUF"):
         Tokenizer.from_gguf(tmp_path / "tokenizer.model")
+
+
+def test_what_a_library_saved_for_its_batches_is_not_applied(tmp_path: Path) -> None:
+    backend = Tokenizer.of_bytes(512)._backend
+    backend.enable_truncation(8)
+    backend.enable_padding(length=60, pad_id=0, pad_token="<pad>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "a prompt of more than eight bytes"
+    assert Tokenizer.from_folder(tmp_path).encode(text) == BYTES.encode(text)
+
+
+SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = SPECIAL | {piece: index for index, piece in enumerate(alphabet, 4)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    vocab = SPECIAL | {"hello": 4, "##lo": 5, "wor": 6}
+    return tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=vocab, unk_token="<unk>"))
+
+
+def with_a_space_in_front() -> tokenizers.Tokenizer:
+    backend = Tokenizer.of_bytes(512)._backend
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    return backend
+
+
+@pytest.mark.parametrize("make", [byte_level, word_piece, with_a_space_in_front])
+def test_a_tokenizer_of_another_family(make: Callable[[], tokenizers.Tokenizer], tmp_path: Path) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="does not come back from its ids"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+)
+def test_companions_that_are_no_files(name: str, tmp_path: Path) -> None:
+    BYTES.save(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(TokenizerError, match=f"{name}: a link that leads nowhere"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(TokenizerError, match=f"{name}: no file"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_tokens_that_were_added_to_a_tokenizer_model(trained: Path, tmp_path: Path) -> None:

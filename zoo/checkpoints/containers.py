@@ -11,6 +11,7 @@ MERGE = "merge the adapter into its base first (PEFT: merge_and_unload, then sav
 
 _SAVE = "save the model as safetensors (transformers: from_pretrained, then save_pretrained)"
 _SAVE_FROM_PYTORCH = "save the model as safetensors from PyTorch"
+_WEIGHTS = (".bin", ".safetensors", ".index.json")
 # Ends of names of other containers -> what to do with them.
 _OTHERS = {
     ".gguf": "give the path of that file itself",
@@ -35,7 +36,11 @@ def explain_missing(folder: Path, wanted: str) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if adapter := [name for name in names if name in ADAPTER]:
         return f"{folder}: no {wanted}, and {adapter[0]} says that it holds an adapter: {MERGE}"
+    if "manifest.json" in names and "generation_config.json" in names:
+        return f"{folder}: no {wanted}: it looks like an artifact that was exported: see transom inspect"
     for end, advice in _OTHERS.items():
+        if wanted == "config.json" and end in _WEIGHTS:
+            continue
         if others := [name for name in names if name.endswith(end)]:
             return f"{folder}: no {wanted}, but {others[0]}: {advice}"
     return f"{folder}: no {wanted}: give the folder of a Hugging Face checkpoint or a .gguf file"

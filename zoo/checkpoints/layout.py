@@ -151,6 +151,8 @@ def _is_redundant(name: str, wanted: Mapping[str, Any]) -> bool:
     stem, _, last = name.rpartition(".")
     if last == "bias":
         return f"{stem}.weight" in wanted
+    if match := _LAYER.match(name):
+        return _ROTARY.fullmatch(name) is not None and f"{match[0]}input_layernorm.weight" in wanted
     return name == "embed_tokens.embed_scale" or _ROTARY.fullmatch(name) is not None
 
 
@@ -159,6 +161,8 @@ def _refuse_missing(folder: Path, prefix: str, missing: list[str], files: Mappin
     lacking = {int(match[1]) for name in missing if (match := _LAYER.match(name))}
     if layers and lacking and min(lacking) == max(layers) + 1:
         advice = f"the checkpoint holds {max(layers) + 1} layers and config.json says {max(lacking) + 1}"
+    elif not files:
+        advice = "it holds no tensors: fetch it again"
     elif len(missing) == wanted:
         advice = f"its tensors are called {listed(list(files.values()), 3)}: config.json belongs to another model"
     else:

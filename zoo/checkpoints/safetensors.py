@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
-from transom.json_object import parse_object, read_object
+from transom.json_object import is_file, parse_object, read_object
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint, left_out_line
 from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
@@ -113,12 +114,12 @@ def revision(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
+    if is_file(folder / SINGLE, CheckpointError):
         return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
+    if not is_file(folder / INDEX, CheckpointError):
         raise CheckpointError(explain_missing(folder, SINGLE))
     names = sorted(set(_weight_map(folder / INDEX).values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not is_file(folder / name, CheckpointError)]:
         raise CheckpointError(f"{folder}: shards named by the index are missing: {', '.join(missing)}: fetch them")
     return [folder / name for name in names]
 
@@ -128,9 +129,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     places = (read_object(index, CheckpointError) or {}).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: weight_map must give the file of each tensor: fetch it again")
-    if wrong := [file for file in places.values() if not isinstance(file, str) or file != Path(file).name]:
-        raise CheckpointError(f"{index}: {wrong[0]!r} is no file beside it: fetch it again")
+    if wrong := [file for file in places.values() if not _is_name(file)]:
+        raise CheckpointError(f"{index}: {wrong[0]!r} is no name of a file beside it: fetch it again")
     return dict(places)
+
+
+def _is_name(file: object) -> bool:
+    """Whether a value is the name of a file in the same folder; systems take 255 bytes."""
+    return isinstance(file, str) and bool(file) and file == Path(file).name and len(os.fsencode(file)) < 256
 
 
 def _header_bytes(path: Path) -> bytes:

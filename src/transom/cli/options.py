@@ -51,11 +51,14 @@ def check_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> No
     """
     from transom.validation.certificate import check_writable
 
-    taken = {os.path.realpath(path): "is read too" for path in inputs if path is not None}
+    taken: dict[str, str] = {}
+    sources = [Path(os.path.realpath(path)) for path in inputs if path is not None]
     for path in paths:
         if path is None or str(path) == "-":
             continue
         place = os.path.realpath(path)
+        if any(Path(place).is_relative_to(source) for source in sources):
+            raise ArtifactError(f"cannot write {path}: it is read, or stands in what is read: choose another name")
         if place in taken and not (path.exists() and not path.is_file()):
             raise ArtifactError(f"cannot write {path}: it {taken[place]}, so choose another name")
         taken[place] = "is named for two outputs"

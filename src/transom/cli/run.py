@@ -201,7 +201,9 @@ def _sampling(
 
 
 def _check_room(session: Session, tokens: int) -> None:
-    """Raise `ContextLengthError` for a conversation after which not one token more can be had."""
+    """Raise an error for a conversation that is empty, or after which not one token more can be had."""
+    if not tokens:
+        raise TokenizerError("the chat template writes nothing for this conversation: mend it, or export without it")
     if tokens > session.context:
         raise ContextLengthError(
             f"with this line the conversation has {tokens} tokens, its context holds {session.context}: say it "
@@ -216,6 +218,8 @@ def _ask() -> str | None:
         line = input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeError as error:
+        raise TokenizerError(f"standard input is not {sys.stdin.encoding} ({error}): write UTF-8") from error
     return line.removeprefix("\ufeff").strip() or None
 
 

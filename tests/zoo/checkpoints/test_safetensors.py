@@ -133,6 +133,8 @@ FOREIGN = {
     "score.weight": "a head of another task",
     "v_head.summary.weight": "a head of another task",
     "model.norm2.weight": "not part of the model: model.norm2.weight: the model has no such part",
+    "model.layers.6.self_attn.rotary_emb.inv_freq": "config.json says that there are 6 layers",
+    "model.a\nb.weight": r"model\.a\\nb\.weight",
     "model.layers.0.self_attn.sinks": "not part of the model: model.layers.0.self_attn.sinks",
     "model.norms.bias": "not part of the model",
     f"model.{Q}.lora_A.weight": "those of an adapter.*merge the adapter",
@@ -168,6 +170,8 @@ def test_advice_names_the_cause(tmp_path: Path, tensors: Tensors) -> None:
         CheckpointError, match=r"80 of 80 .* its tensors are called wte: config.json belongs to another"
     ):
         open_safetensors(save(tmp_path, {"wte": torch.zeros(3)}, ""), TINY)
+    with pytest.raises(CheckpointError, match="it holds no tensors"):
+        open_safetensors(save(tmp_path, {}), TINY)
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json stands beside the model: merge the adapter"):
         open_safetensors(save(tmp_path, tensors), TINY)
@@ -287,7 +291,15 @@ def test_damaged_index(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="model-00001-of-"):
         open_safetensors(tmp_path, TINY)
-    for damaged in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}'):
+    for damaged in (
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": ""}}',
+        json.dumps({"weight_map": {"a": "b" * 300}}),
+    ):
         (tmp_path / "model.safetensors.index.json").write_text(damaged)
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             open_safetensors(tmp_path, TINY)
