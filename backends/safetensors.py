@@ -44,8 +44,8 @@ def zeros(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.zeros(size + ALIGNMENT, np.uint8)
     first = -buffer.ctypes.data % ALIGNMENT
-    found: NDArray[Any] = buffer[first : first + size].view(dtype).reshape(shape)
-    return found
+    array: NDArray[Any] = buffer[first : first + size].view(dtype).reshape(shape)
+    return array
 
 
 class Reader:

@@ -215,16 +215,16 @@ class Session(abc.ABC):
     ) -> NDArray[np.float64]:
         """Log probability of every token but the first given those before it, [T - 1], from empty caches."""
         self.reset()
-        ids, found, position = np.asarray(token_ids), [], 0
+        ids, log_probs, position = np.asarray(token_ids), [], 0
         for logits in self.feed(token_ids, wanted="all", on_chunk=on_chunk):
             targets = ids[position + 1 : position + 1 + logits.shape[0]]
             rows = logits[: targets.size]
             top = rows.max(-1, keepdims=True)
             # Exponentials in float32, which are fast; only their sum needs more digits.
             totals = np.exp(rows - top).sum(-1, dtype=np.float64)
-            found.append((rows[np.arange(targets.size), targets] - top[:, 0]).astype(np.float64) - np.log(totals))
+            log_probs.append((rows[np.arange(targets.size), targets] - top[:, 0]).astype(np.float64) - np.log(totals))
             position += logits.shape[0]
-        return np.concatenate(found)
+        return np.concatenate(log_probs)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt.
@@ -280,10 +280,10 @@ class Session(abc.ABC):
             token = sampling.choose(logits, generator)
             if token in stops:
                 return
-            held = self.position
+            position = self.position
             yield token
             if count < max_new_tokens:
-                if (stream, held) != (self._streams, self.position):
+                if (stream, position) != (self._streams, self.position):
                     raise SessionError("the session was used between two tokens of a stream: finish the stream first")
                 logits = self.decode(token)
 

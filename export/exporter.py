@@ -85,9 +85,9 @@ def exporter(target: str) -> Exporter:
     if target not in EXPORTERS:
         raise TargetError(f"no target named {target!r}: choose one of {', '.join(EXPORTERS)}")
     try:
-        found: Exporter = importlib.import_module(EXPORTERS[target]).export
+        export_function: Exporter = importlib.import_module(EXPORTERS[target]).export
     except ImportError as error:
         extra = TARGETS[target].extra
         wanted = f"pip install 'transom[{extra}]'" if extra else "install it"
         raise TargetError(f"the target {target!r} needs a library that is missing ({error}): {wanted}") from error
-    return found
+    return export_function

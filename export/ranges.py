@@ -134,17 +134,17 @@ def trace_ranges(
     graph, _ = Pipeline([InsertObservers("values", only=names)]).run(full)
     session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
     session.refuses_nonfinite = False  # where they come from is what ranges tell
-    found = {name: Observation.none() for name in names}
+    observations = {name: Observation.none() for name in names}
 
     def on_chunk(count: int) -> None:
         for name in names:
-            found[name] = found[name].merge(Observation.of(session.tapped[PREFIX + name]))
+            observations[name] = observations[name].merge(Observation.of(session.tapped[PREFIX + name]))
         on_progress("ranges", min(session.position, len(tokens)), len(tokens))
 
     session.prefill(tokens, on_chunk=on_chunk)
     values = [
         ValueRange(name=name, op=_operation(name), layer=layer_of(name), observation=observation)
-        for name, observation in found.items()
+        for name, observation in observations.items()
     ]
     return Ranges(model=model.config.name, tokens=len(tokens), values=(*values, *_weights(model.weights, on_progress)))
 
@@ -174,17 +174,17 @@ def activation_scales(
     observed, _ = Pipeline([InsertObservers("linears")]).run(graph)
     session = ReferenceSession(observed, context=context, chunk=min(chunk, CHUNK))
     names = [tap.name for tap in observed.taps if tap.name.startswith(PREFIX)]
-    found = {name: Observation.none() for name in names}
+    observations = {name: Observation.none() for name in names}
 
     def on_chunk(count: int) -> None:
         for name in names:
-            found[name] = found[name].merge(Observation.of(session.tapped[name]))
+            observations[name] = observations[name].merge(Observation.of(session.tapped[name]))
         on_progress("observe", min(session.position, len(tokens)), len(tokens))
 
     session.prefill(tokens, on_chunk=on_chunk)
     return {
         name.removeprefix(PREFIX): seen.clip_scale(number_format) if seen.largest else 0.0
-        for name, seen in found.items()
+        for name, seen in observations.items()
     }
 
 
@@ -193,11 +193,11 @@ def _operation(name: str) -> str:
 
 
 def _weights(weights: Mapping[str, Weight], on_progress: OnProgress) -> list[ValueRange]:
-    found = []
+    value_ranges = []
     for name, weight in weights.items():
         observation = Observation.none()
         for rows in weight.blocks():
             observation = observation.merge(Observation.of(observe(rows).numpy()))
-        found.append(ValueRange(name=name, op="weight", layer=layer_of(name), observation=observation))
-        on_progress("weights", len(found), len(weights))
-    return found
+        value_ranges.append(ValueRange(name=name, op="weight", layer=layer_of(name), observation=observation))
+        on_progress("weights", len(value_ranges), len(weights))
+    return value_ranges

@@ -39,13 +39,13 @@ class NumberFormat:
             # frexp's mantissa lies in [0.5, 1), so its exponent is one more.
             exponents = np.maximum(np.frexp(x)[1] - 1, self.exponent)
             steps = np.ldexp(1.0, exponents - self.digits)
-        found: NDArray[np.float64] = np.clip(np.rint(x / steps) * steps, -self.largest, self.largest)
-        return found
+        rounded: NDArray[np.float64] = np.clip(np.rint(x / steps) * steps, -self.largest, self.largest)
+        return rounded
 
 
 FORMATS: dict[str, NumberFormat] = {
-    made.name: made
-    for made in (
+    number_format.name: number_format
+    for number_format in (
         NumberFormat(name="float16", largest=65504.0, exponent=-14, digits=10),
         NumberFormat(name="bfloat16", largest=float.fromhex("0x1.fep127"), exponent=-126, digits=7),
         NumberFormat(name="float8_e4m3fn", largest=448.0, exponent=-6, digits=3),
@@ -55,7 +55,7 @@ FORMATS: dict[str, NumberFormat] = {
 }
 """By name. Integers are symmetric: -128 and -8 are left out."""
 
-FLOATS = tuple(name for name, made in FORMATS.items() if made.digits is not None)
+FLOATS = tuple(name for name, number_format in FORMATS.items() if number_format.digits is not None)
 """Those that values can be held in without a scale."""
 
 

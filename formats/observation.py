@@ -163,7 +163,7 @@ class Observation:
 
     def _points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Magnitudes that stand for those seen, and how many each stands for."""
-        found, weights = [], []
+        magnitudes, weights = [], []
         for counts, most, least in (
             (self.counts[:_FINITE], self.maximum, self._least(positive=True)),
             (self.counts[_HALF : _HALF + _FINITE], -self.minimum, self._least(positive=False)),
@@ -172,9 +172,9 @@ class Observation:
             starts = np.maximum(_EDGES[filled], least)
             stops = np.minimum(_STOPS[filled], most)
             middles = (np.arange(_POINTS) + 0.5) / _POINTS
-            found.append((starts[:, None] + (stops - starts)[:, None] * middles).ravel())
+            magnitudes.append((starts[:, None] + (stops - starts)[:, None] * middles).ravel())
             weights.append(np.repeat(counts[filled] / _POINTS, _POINTS))
-        return np.concatenate(found), np.concatenate(weights)
+        return np.concatenate(magnitudes), np.concatenate(weights)
 
     def _least(self, *, positive: bool) -> float:
         """Least magnitude on one side of zero, as far as the extremes tell."""
@@ -184,8 +184,8 @@ class Observation:
 
 def _covered(magnitude: float) -> NDArray[np.float64]:
     """Share of each bucket that lies below a magnitude."""
-    found: NDArray[np.float64] = np.clip((magnitude - _EDGES) / (_STOPS - _EDGES), 0, 1)
-    return found
+    shares: NDArray[np.float64] = np.clip((magnitude - _EDGES) / (_STOPS - _EDGES), 0, 1)
+    return shares
 
 
 def _squared_errors(x: NDArray[np.float64], scale: float, number_format: NumberFormat) -> NDArray[np.float64]:

@@ -51,16 +51,16 @@ def recover(blocks_RGC: torch.Tensor, spec: QuantSpec, saved: tuple[torch.dtype,
         part_NC, half_NC, below_NC = (x[rows, groups] for x in (blocks_RGC, half_RGC, below_RGC))
         guess_N = largest_RG[rows, groups] / furthest
         sign_N = _signs(part_NC, furthest, spec)
-        found_NC = (part_NC / (guess_N * sign_N)[:, None]).round()
-        size_NC = found_NC.abs().clamp(min=1).double()
+        codes_NC = (part_NC / (guess_N * sign_N)[:, None]).round()
+        size_NC = codes_NC.abs().clamp(min=1).double()
         # Every number but zero says between what bounds the scale must be. They may be a float32's last digit apart.
-        low_N = torch.where(found_NC == 0, 0, (part_NC.abs().double() - below_NC) / size_NC).amax(-1)
-        high_N = torch.where(found_NC == 0, torch.inf, (part_NC.abs().double() + half_NC) / size_NC).amin(-1)
+        low_N = torch.where(codes_NC == 0, 0, (part_NC.abs().double() - below_NC) / size_NC).amax(-1)
+        high_N = torch.where(codes_NC == 0, torch.inf, (part_NC.abs().double() + half_NC) / size_NC).amin(-1)
         scale_N = _roundest(low_N, high_N) * sign_N
-        again_NC = (found_NC * scale_N[:, None]).to(dtype).float()
-        fits_N = (again_NC == part_NC).all(-1) & (found_NC >= -middle).all(-1) & (found_NC < middle).all(-1)
+        again_NC = (codes_NC * scale_N[:, None]).to(dtype).float()
+        fits_N = (again_NC == part_NC).all(-1) & (codes_NC >= -middle).all(-1) & (codes_NC < middle).all(-1)
         rows, groups = rows[fits_N], groups[fits_N]
-        codes[rows, groups] = (found_NC[fits_N] + middle).to(torch.uint8)
+        codes[rows, groups] = (codes_NC[fits_N] + middle).to(torch.uint8)
         scales[rows, groups] = scale_N[fits_N]
         left_RG[rows, groups] = False
     return None if bool(left_RG.any()) else Rounded(codes=codes, scales=scales, zero_points=None)

@@ -126,7 +126,7 @@ def _largest_fits(largest: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         # Its makers scale only what would not fit.
         return torch.where(largest <= sfp8.LARGEST, 1.0, largest / sfp8.LARGEST)
     top = FLOAT8_MAX if spec.number == "float8_e4m3fn" else 2 ** (spec.bits - 1) - 1
-    # Codes are found with the scale as it is held, where that is narrower.
+    # Codes are computed with the stored scale, where its dtype is narrower.
     return _no_zeros((largest / top).to(getattr(torch, spec.scale_dtype)).float())
 
 
@@ -187,31 +187,31 @@ def encode(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> Rounded:
 def round_rows(
     rows_RK: torch.Tensor, spec: QuantSpec, method: Method = "nearest", *, tensor_max: float | None = None
 ) -> Rounded:
-    """Round rows to their groups' grids; a group longer than a held block is cut, with its scale repeated.
+    """Round rows to their groups' grids; a group longer than a stored block is split, with its scale repeated.
 
     Args:
         rows_RK: float32.
-        spec: The spec; see its `group` and `held_block`.
+        spec: The spec; see its `group` and `stored_block`.
         method: How scales are found.
         tensor_max: See `find_grid`.
 
     Returns:
-        Codes [R, K / block, block] of held blocks.
+        Codes [R, K / block, block] of stored blocks.
     """
     rows, columns = rows_RK.shape
     blocks_RGC = rows_RK.view(rows, -1, spec.group(columns))
-    found = encode(blocks_RGC, find_grid(blocks_RGC, spec, method, tensor_max=tensor_max), spec)
-    return held(found, spec, columns)
+    rounded = encode(blocks_RGC, find_grid(blocks_RGC, spec, method, tensor_max=tensor_max), spec)
+    return split_groups(rounded, spec, columns)
 
 
-def held(found: Rounded, spec: QuantSpec, columns: int) -> Rounded:
-    """Codes of groups as codes of held blocks."""
-    block, group = spec.held_block(columns), found.codes.shape[2]
+def split_groups(rounded: Rounded, spec: QuantSpec, columns: int) -> Rounded:
+    """Split the codes of groups into stored blocks, each with the scale and zero point of its group."""
+    block, group = spec.stored_block(columns), rounded.codes.shape[2]
     if block == group:
-        return found
+        return rounded
     pieces = group // block
     return Rounded(
-        codes=found.codes.reshape(found.codes.shape[0], -1, block),
-        scales=found.scales.repeat_interleave(pieces, 1),
-        zero_points=None if found.zero_points is None else found.zero_points.repeat_interleave(pieces, 1),
+        codes=rounded.codes.reshape(rounded.codes.shape[0], -1, block),
+        scales=rounded.scales.repeat_interleave(pieces, 1),
+        zero_points=None if rounded.zero_points is None else rounded.zero_points.repeat_interleave(pieces, 1),
     )

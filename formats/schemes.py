@@ -23,7 +23,7 @@ SMALLEST_BLOCK = 16
 """Runtimes take powers of two from here on."""
 
 LARGEST_BLOCK = 128
-"""Blocks that are held are no longer than this: a scale for more columns is repeated, which changes no number."""
+"""Columns of a stored block, at most: a scale for more columns is repeated, which changes no number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ class QuantSpec:
         """
         return columns if isinstance(self.block, str) else _dividing(columns, self.block)
 
-    def held_block(self, columns: int) -> int:
-        """Columns of a block as it is held.
+    def stored_block(self, columns: int) -> int:
+        """Columns of a stored block, which has its own copy of the group's scale.
 
         Raises:
             QuantizationError: If no block of `SMALLEST_BLOCK` or more divides the columns.
@@ -84,7 +84,7 @@ class QuantSpec:
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix [rows, columns]: codes, float32 scales, and zero points packed like codes."""
-        blocks = columns // self.held_block(columns)
+        blocks = columns // self.stored_block(columns)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
 

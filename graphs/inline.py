@@ -35,8 +35,10 @@ class _Plain(nn.Module):
             self._buffers_of[placeholder] = shared[id(weight)]
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        given, held = iter(inputs), self._buffers_of
-        values = [getattr(self, held[name]) if name in held else next(given) for name in self._graph.placeholders()]
+        given, buffers = iter(inputs), self._buffers_of
+        values = [
+            getattr(self, buffers[name]) if name in buffers else next(given) for name in self._graph.placeholders()
+        ]
         return torch.fx.Interpreter(self._graph.module).run(*values)
 
 

@@ -76,7 +76,7 @@ class _UnreadableMaskError(Exception):
 
 def _candidate(seen_TS: torch.Tensor, point: _Point) -> int:
     """The window that one point suggests; every other point must agree."""
-    keys_S = ops.held_positions(point.start, point.tokens, point.slots)
+    keys_S = ops.slot_positions(point.start, point.tokens, point.slots)
     count = int(seen_TS[-1].sum())
     return 0 if count == int((keys_S >= 0).sum()) else count
 
@@ -132,19 +132,19 @@ def _span(reach: int) -> int:
 
 
 def _upstream(node: Node) -> list[Node]:
-    found: dict[Node, None] = {}
+    nodes: dict[Node, None] = {}
     stack = [node]
     while stack:
         current = stack.pop()
-        if current not in found:
-            found[current] = None
+        if current not in nodes:
+            nodes[current] = None
             stack.extend(current.all_input_nodes)
-    return list(found)
+    return list(nodes)
 
 
 def _value_inputs(mask: Node) -> list[Node]:
     """Inputs whose numbers (not only whose sizes) the mask depends on."""
-    found: dict[Node, None] = {}
+    inputs: dict[Node, None] = {}
     seen: set[Node] = set()
     stack = [mask]
     while stack:
@@ -154,10 +154,10 @@ def _value_inputs(mask: Node) -> list[Node]:
         seen.add(node)
         if node.op == "placeholder":
             if isinstance(node.meta.get("val"), torch.Tensor):
-                found[node] = None
+                inputs[node] = None
         elif not is_call(node, aten.sym_size.int):
             stack.extend(node.all_input_nodes)
-    return list(found)
+    return list(inputs)
 
 
 def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _body(function: _Function) -> _Function:
     return function
 
 
-def held_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.Tensor:
+def slot_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.Tensor:
     """Position that each cache slot holds after `tokens` new ones were written, int64 [S]; negative means empty.
 
     Position p stands in slot p % S, so slot j holds `last - (last - j) % S`.
@@ -39,7 +39,7 @@ def held_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.
 
 def visible(start: torch.Tensor | int, tokens: int, slots: int, window: int) -> torch.Tensor:
     """Which slots each new token sees, bool [T, S]: `0 <= key <= position`, and `position - key < window` if local."""
-    keys_S = held_positions(start, tokens, slots)
+    keys_S = slot_positions(start, tokens, slots)
     distance_TS = (start + torch.arange(tokens))[:, None] - keys_S
     seen_TS = (keys_S >= 0) & (distance_TS >= 0)
     return seen_TS & (distance_TS < window) if window else seen_TS
@@ -176,7 +176,7 @@ def cached_attention(
     k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
     positions_T = start + torch.arange(tokens)
-    keys_J = torch.cat((held_positions(start, 0, slots), positions_T))
+    keys_J = torch.cat((slot_positions(start, 0, slots), positions_T))
     distance_TJ = positions_T[:, None] - keys_J
     seen_TJ = (keys_J >= 0) & (distance_TJ >= 0)
     if window:

@@ -115,10 +115,10 @@ def _norms(graph: Graph) -> Iterator[_Site]:
 def _projections(graph: Graph) -> Iterator[_Site]:
     tables = [node.args[0].meta["val"].shape[0] for node in graph.calls(aten.embedding.default)]
     for node in graph.calls(aten.linear.default):
-        held = graph.weight_of(node.args[1])
-        if held is None or held[1].shape[0] in tables or _feeds_gate(node):
+        named_weight = graph.weight_of(node.args[1])
+        if named_weight is None or named_weight[1].shape[0] in tables or _feeds_gate(node):
             continue
-        yield node, _path(node, held[0].removesuffix(".weight")), "projection"
+        yield node, _path(node, named_weight[0].removesuffix(".weight")), "projection"
 
 
 def _feeds_gate(linear: Node) -> bool:

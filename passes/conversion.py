@@ -16,7 +16,7 @@ import torch
 from transom.errors import QuantizationError
 from transom.formats.quantized import decode, pack
 from transom.formats.recover import recover, saved_dtype
-from transom.formats.rounding import Method, Rounded, held, round_rows
+from transom.formats.rounding import Method, Rounded, round_rows, split_groups
 from transom.formats.schemes import QuantSpec
 from transom.graphs.weight import Lattice, Weight
 
@@ -54,9 +54,9 @@ class Conversion:
         """See the class."""
         return float((self.squares / self.total) ** 0.5) if self.total else 0.0
 
-    def measure(self, numbers: torch.Tensor, meant: torch.Tensor) -> None:
-        """Take account of some numbers and what their codes mean, float32 of one shape."""
-        errors = meant - numbers
+    def measure(self, numbers: torch.Tensor, decoded: torch.Tensor) -> None:
+        """Add the errors of some decoded numbers to the record; both are float32 of one shape."""
+        errors = decoded - numbers
         self.max_abs = max(self.max_abs, float(errors.abs().max()))
         self.squares += _sum_of_squares(errors)
         self.total += _sum_of_squares(numbers)
@@ -83,7 +83,7 @@ def _sum_of_squares(numbers: torch.Tensor) -> float:
 
 def can_hold(spec: QuantSpec, lattice: Lattice, columns: int) -> bool:
     """Whether a spec's grid can hold a lattice's codes and scales as they are."""
-    if lattice.block % spec.held_block(columns):
+    if lattice.block % spec.stored_block(columns):
         return False
     if spec.scale_dtype == "bfloat16" and lattice.scale_dtype != "bfloat16":
         return False
@@ -103,7 +103,7 @@ def spec_of(name: str, weight: Weight, spec: QuantSpec, *, as_shipped: bool) -> 
         if as_shipped and lattice is not None:
             block: Any = "row" if lattice.block == columns else lattice.block
             spec = QuantSpec(number=lattice.number, block=block, symmetric=lattice.symmetric)
-        spec.held_block(columns), spec.group(columns)
+        spec.stored_block(columns), spec.group(columns)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from None
     return spec
@@ -117,7 +117,7 @@ def joint_spec(specs: list[QuantSpec], columns: int) -> QuantSpec | None:
     if len({(spec.is_integer or spec.number, spec.symmetric) for spec in specs}) > 1:
         return None
     number = "int8" if first.is_integer and any(spec.bits == 8 for spec in specs) else first.number
-    block = math.gcd(*(spec.held_block(columns) for spec in specs))
+    block = math.gcd(*(spec.stored_block(columns) for spec in specs))
     return QuantSpec(number=number, block=block, symmetric=first.symmetric)
 
 
@@ -166,12 +166,12 @@ class QuantizedRows:
             if QuantizedRows._last is not None:
                 QuantizedRows._last._forget()
             QuantizedRows._last = self
-        found = [
+        pieces = [
             part.read(max(start - low, 0), min(stop, high) - low, index)
             for part, (low, high) in zip(self._parts, itertools.pairwise(self._starts), strict=True)
             if start < high and stop > low
         ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _forget(self) -> None:
         for part in self._parts:
@@ -208,25 +208,25 @@ class _Part:
         )
         self._rows = max(1, BLOCK_NUMBERS // weight.shape[1])
         self._measured: set[int] = set()
-        self._found: set[int] = set()
+        self._kept_chunks: set[int] = set()
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tensor_max: float | None = None
 
     def read(self, start: int, stop: int, index: int) -> torch.Tensor:
         """See `QuantizedRows.read`."""
-        found: torch.Tensor | None = None
+        rows: torch.Tensor | None = None
         for low in range(start - start % self._rows, stop, self._rows):
             piece = self._chunk(low, index)
             first, last = max(start, low), min(stop, low + piece.shape[0])
-            if found is None:
-                found = piece.new_empty((stop - start, *piece.shape[1:]))
-            found[first - start : last - start] = piece[first - low : last - low]
-        assert found is not None, "no rows were asked for"
-        return found
+            if rows is None:
+                rows = piece.new_empty((stop - start, *piece.shape[1:]))
+            rows[first - start : last - start] = piece[first - low : last - low]
+        assert rows is not None, "no rows were asked for"
+        return rows
 
     def _chunk(self, low: int, index: int) -> torch.Tensor:
         high = min(low + self._rows, self.weight.shape[0])
-        if index and self._kept is not None and low in self._found:
+        if index and self._kept is not None and low in self._kept_chunks:
             return self._kept[index - 1][low:high]
         parts = self._quantize(low, high)
         if self._kept is None:
@@ -235,29 +235,29 @@ class _Part:
             self._kept = scales, zeros
         for kept, small in zip(self._kept, parts[1:], strict=True):
             kept[low:high] = small
-        self._found.add(low)
+        self._kept_chunks.add(low)
         return parts[index]
 
     def forget(self) -> None:
         """Free what was kept."""
-        self._found, self._kept = set(), None
+        self._kept_chunks, self._kept = set(), None
 
     def _quantize(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found, number = self._keep(start, stop) if self.record.kept else self._round(start, stop), self.joint.number
+        rounded, number = self._keep(start, stop) if self.record.kept else self._round(start, stop), self.joint.number
         if number != self.spec.number and self.spec.symmetric:
             # The middle code of 8 bits in place of that of 4.
-            found = dataclasses.replace(found, codes=found.codes + 2**7 - 2**3)
-        found = held(found, self.joint, self.weight.shape[1])
-        zeros = found.zero_points
+            rounded = dataclasses.replace(rounded, codes=rounded.codes + 2**7 - 2**3)
+        rounded = split_groups(rounded, self.joint, self.weight.shape[1])
+        zeros = rounded.zero_points
         if zeros is None:
             zeros = torch.empty(stop - start, 0, dtype=torch.uint8)
-        return pack(found.codes, number), found.scales, pack(zeros, number)
+        return pack(rounded.codes, number), rounded.scales, pack(zeros, number)
 
     def _keep(self, start: int, stop: int) -> Rounded:
         """The checkpoint's own codes."""
         spec, columns = self.spec, self.weight.shape[1]
         assert self.weight.lattice is not None
-        block = spec.held_block(columns)
+        block = spec.stored_block(columns)
         codes, scales, zeros = self.weight.lattice.with_block(block).read_rows(start, stop)
         self._check_finite(scales, start, stop)
         middle = 2 ** (spec.bits - 1)
@@ -273,15 +273,15 @@ class _Part:
             self._tensor_max = self._largest()
         recovered = self._recover(rows)
         try:
-            found = recovered or round_rows(rows, self.spec, self.method, tensor_max=self._tensor_max)
+            rounded = recovered or round_rows(rows, self.spec, self.method, tensor_max=self._tensor_max)
         except QuantizationError as error:
             raise QuantizationError(f"{self.name}, {self._rows_of(start, stop)}: {error}") from None
         if start not in self._measured:
             self._measured.add(start)
             self.record.recovered += 0 if recovered is None else len(rows)
-            again = decode(found.codes, found.scales, found.zero_points, self.spec.number)
+            again = decode(rounded.codes, rounded.scales, rounded.zero_points, self.spec.number)
             self.record.measure(rows, again.view_as(rows))
-        return found
+        return rounded
 
     def _recover(self, rows: torch.Tensor) -> Rounded | None:
         if not self._may_recover:
@@ -289,20 +289,21 @@ class _Part:
         if self._saved is None:
             self._saved = saved_dtype(rows)
         columns = rows.shape[1]
-        found = recover(rows.view(len(rows), -1, self.spec.group(columns)), self.spec, self._saved)
-        if found is not None and self.spec.scale_dtype == "bfloat16":
+        rounded = recover(rows.view(len(rows), -1, self.spec.group(columns)), self.spec, self._saved)
+        if rounded is not None and self.spec.scale_dtype == "bfloat16":
             # Runtimes that take such scales take none below zero.
-            held_as = found.scales.to(torch.bfloat16).float()
-            found = found if torch.equal(held_as, found.scales) and bool((held_as > 0).all()) else None
-        self._may_recover = found is not None
-        return None if found is None else held(found, self.spec, columns)
+            narrow_scales = rounded.scales.to(torch.bfloat16).float()
+            if not (torch.equal(narrow_scales, rounded.scales) and bool((narrow_scales > 0).all())):
+                rounded = None
+        self._may_recover = rounded is not None
+        return None if rounded is None else split_groups(rounded, self.spec, columns)
 
     def _largest(self) -> float:
-        found, start = 0.0, 0
+        largest, start = 0.0, 0
         for rows in self.weight.blocks():
             self._check_finite(rows, start, start + len(rows))
-            found, start = max(found, float(rows.abs().max())), start + len(rows)
-        return found
+            largest, start = max(largest, float(rows.abs().max())), start + len(rows)
+        return largest
 
     def _check_finite(self, values: torch.Tensor, start: int, stop: int) -> None:
         if not bool(torch.isfinite(values).all()):

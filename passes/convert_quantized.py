@@ -56,17 +56,17 @@ class ConvertQuantized(Pass):
         for node in [*embeddings, *graph.calls(aten.linear.default)]:
             is_embedding = node.target is aten.embedding.default
             table = node.args[0] if is_embedding else node.args[1]
-            held = graph.weight_of(table)
-            if held is None:
+            named_weight = graph.weight_of(table)
+            if named_weight is None:
                 continue
-            spec = scheme_spec(self.scheme, *held, is_table=table in tables)
+            spec = scheme_spec(self.scheme, *named_weight, is_table=table in tables)
             if spec is None:
                 continue
             if not is_quantizable(node):
-                self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
+                self.skipped.append(f"{named_weight[0]}: linears with a bias are not quantised")
                 continue
             if table not in codes:
-                codes[table] = self._codes(graph, *held, spec)
+                codes[table] = self._codes(graph, *named_weight, spec)
             operation = ops.EMBEDDING_QUANTIZED if is_embedding else ops.LINEAR_QUANTIZED
             source = node.args[1] if is_embedding else node.args[0]
             with graph.fx.inserting_before(node):
@@ -82,7 +82,7 @@ class ConvertQuantized(Pass):
         source = QuantizedRows(name, weight, spec, self.method, as_shipped=self.scheme.as_shipped)
         self.conversions += source.conversions
         self.specs[name] = spec = source.spec
-        block = spec.held_block(columns)
+        block = spec.stored_block(columns)
         blocks = columns // block
 
         def part(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Weight:
@@ -118,8 +118,8 @@ def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = F
 _Codes = tuple[Node, Node, Node | None, str]
 
 
-def meant_numbers(name: str, weight: Weight, scheme: Scheme) -> torch.Tensor:
-    """What a matrix means once it is quantised by a scheme, float32 [R, K]; as it is if the scheme leaves it so.
+def dequantized(name: str, weight: Weight, scheme: Scheme) -> torch.Tensor:
+    """Numbers of a matrix after quantisation by a scheme, float32 [R, K]; the matrix's own if the scheme leaves it out.
 
     Raises:
         QuantizationError: If the scheme cannot hold it, or it is not finite.

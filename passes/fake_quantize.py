@@ -50,16 +50,19 @@ class FakeQuantize(Pass):
         for node in graph.calls(aten.embedding.default, aten.linear.default):
             index = 0 if node.target is aten.embedding.default else 1
             table = node.args[index]
-            held = graph.weight_of(table)
-            if held is None or (spec := scheme_spec(self.scheme, *held, is_table=table in tables)) is None:
+            named_weight = graph.weight_of(table)
+            if named_weight is None:
                 continue
-            spec = spec_of(*held, spec, as_shipped=self.scheme.as_shipped)
+            spec = scheme_spec(self.scheme, *named_weight, is_table=table in tables)
+            if spec is None:
+                continue
+            spec = spec_of(*named_weight, spec, as_shipped=self.scheme.as_shipped)
             if not is_quantizable(node):
-                self.skipped.append(f"{held[0]}: linears with a bias are not quantised")
+                self.skipped.append(f"{named_weight[0]}: linears with a bias are not quantised")
                 continue
             if table not in rounded:
-                self.specs[held[0]] = spec
-                grid = self._grid(graph, *held, spec)
+                self.specs[named_weight[0]] = spec
+                grid = self._grid(graph, *named_weight, spec)
                 with graph.fx.inserting_before(node):
                     rounded[table] = graph.call(FAKE_QUANTIZE, (table, *grid, spec.key), node)
             node.update_arg(index, rounded[table])
@@ -76,14 +79,14 @@ class FakeQuantize(Pass):
             return find_grid(rows.view(len(rows), groups, -1), spec, self.method, tensor_max=largest)
 
         def zeros(start: int, stop: int) -> torch.Tensor:
-            found = read(start, stop).zero_points
-            assert found is not None, f"{name}: {spec.describe()} has no zero points"
-            return found
+            zero_points = read(start, stop).zero_points
+            assert zero_points is not None, f"{name}: {spec.describe()} has no zero points"
+            return zero_points
 
         def part(suffix: str, read_rows: object) -> Node:
             shape = (weight.shape[0], groups)
-            made = Weight(shape=shape, dtype=torch.float32, read_rows=read_rows, origin=weight.origin)  # type: ignore[arg-type]
-            return graph.add_weight(f"{name}.{suffix}", made)
+            part_weight = Weight(shape=shape, dtype=torch.float32, read_rows=read_rows, origin=weight.origin)  # type: ignore[arg-type]
+            return graph.add_weight(f"{name}.{suffix}", part_weight)
 
         divisors = part("divisors", lambda start, stop: read(start, stop).divisors.contiguous())
         return divisors, None if spec.symmetric else part("zero_points", zeros)

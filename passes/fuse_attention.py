@@ -90,12 +90,12 @@ def _match(node: Node) -> _Site | str | None:
     if weights.args[1] not in (-1, 3):
         return "the softmax is not over the keys"
     masked = skip_casts(weights.args[0])
-    found = _split_mask(masked)
-    if found is None:
+    parts = _split_mask(masked)
+    if parts is None:
         return "the softmax has no mask that could be recognised"
-    if isinstance(found, str):
-        return found
-    scores, mask, hidden = found
+    if isinstance(parts, str):
+        return parts
+    scores, mask, hidden = parts
     scores, scale = skip_casts(scores), 1.0
     while (scaled := split_scalar(scores, aten.mul.Tensor, aten.div.Tensor)) is not None:
         scale *= scaled[1] if scores.target is aten.mul.Tensor else 1 / scaled[1]
@@ -163,9 +163,9 @@ def _hides(fill: Any) -> bool:
 
 def _unrepeat_both(k: Node, v: Node, q: Node) -> tuple[Node, Node]:
     """Keys and values without their repetition, or as they are if that is recognised in one of them only."""
-    found = _unrepeat(k, q), _unrepeat(v, q)
-    heads = [value.meta["val"].shape[1] for value in found]
-    return found if heads[0] == heads[1] else (k, v)
+    unrepeated = _unrepeat(k, q), _unrepeat(v, q)
+    heads = [value.meta["val"].shape[1] for value in unrepeated]
+    return unrepeated if heads[0] == heads[1] else (k, v)
 
 
 def _unrepeat(node: Node, q: Node) -> Node:

@@ -72,7 +72,7 @@ def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:
     for width in (64,) if not isinstance(slots, int) else (slots,):
         for start in (0, 1, width - 2, width, 5 * width + 3):
             for count in (1, 7) if not isinstance(tokens, int) else (tokens,):
-                found = evaluate(graph, index, {str(slots): width, str(tokens): count}, start)
-                if not torch.equal(found, (start + torch.arange(count)) % width):
+                indices = evaluate(graph, index, {str(slots): width, str(tokens): count}, start)
+                if not torch.equal(indices, (start + torch.arange(count)) % width):
                     return False
     return True

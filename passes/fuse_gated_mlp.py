@@ -32,10 +32,10 @@ class FuseGatedMLP(Pass):
                 continue
             if len(gate.args) != 2 or len(up.args) != 2 or gate.args[0] is not up.args[0]:
                 continue
-            gate_held, up_held = graph.weight_of(gate.args[1]), graph.weight_of(up.args[1])
-            if gate_held is None or up_held is None or gate_held[1].shape != up_held[1].shape:
+            named_gate, named_up = graph.weight_of(gate.args[1]), graph.weight_of(up.args[1])
+            if named_gate is None or named_up is None or named_gate[1].shape != named_up[1].shape:
                 continue
-            (name, gate_weight), (_, up_weight) = gate_held, up_held
+            (name, gate_weight), (_, up_weight) = named_gate, named_up
             joint = name.replace("gate_proj", "gate_up_proj") if "gate_proj" in name else f"{name}.gate_up"
             packed = graph.add_weight(joint, Weight.concat([gate_weight, up_weight]))
             with graph.fx.inserting_before(node):

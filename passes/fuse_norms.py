@@ -29,11 +29,11 @@ class FuseNorms(Pass):
         changes = 0
         for node in graph.calls(aten.mul.Tensor):
             for normed, scale in (node.args[:2], node.args[1::-1]):
-                found = _match_normalised(skip_casts(normed))
-                weight = _weight(graph, scale, found[0].meta["val"].shape[-1]) if found else None
-                if found is None or weight is None:
+                operands = _match_normalised(skip_casts(normed))
+                weight = _weight(graph, scale, operands[0].meta["val"].shape[-1]) if operands else None
+                if operands is None or weight is None:
                     continue
-                x, eps = found
+                x, eps = operands
                 normalised = cast_back(node, x)
                 with graph.fx.inserting_before(node):
                     if normalised.meta["val"].dtype != x.meta["val"].dtype:  # its result stays wider than its input
@@ -68,10 +68,10 @@ def _weight(graph: Graph, scale: Any, width: Any) -> Node | None:
     """The norm's weight [width] as one input; `1 + w` becomes a weight of its own."""
     scale = skip_casts(scale)
     shifted = split_scalar(scale, aten.add.Tensor)
-    held = graph.weight_of(skip_casts(shifted[0] if shifted else scale))
-    if held is None or held[1].shape != (width,):
+    named_weight = graph.weight_of(skip_casts(shifted[0] if shifted else scale))
+    if named_weight is None or named_weight[1].shape != (width,):
         return None
-    name, weight = held
+    name, weight = named_weight
     if shifted is None:
         return graph.placeholders()[{v: k for k, v in graph.weight_names().items()}[name]]
     offset = shifted[1]

@@ -27,15 +27,15 @@ class FuseRotary(Pass):
         """Fuse every rotation."""
         changes = 0
         for node in graph.calls(aten.cat.default):
-            found = _match(node)
-            if found is None:
+            operands = _match(node)
+            if operands is None:
                 continue
-            rotated = cast_back(node, found[0])
-            if rotated.meta["val"].dtype != found[0].meta["val"].dtype:
-                self.skipped.append(f"{layer_path(node)}: the rotation changes {found[0]}'s dtype")
+            rotated = cast_back(node, operands[0])
+            if rotated.meta["val"].dtype != operands[0].meta["val"].dtype:
+                self.skipped.append(f"{layer_path(node)}: the rotation changes {operands[0]}'s dtype")
                 continue
             with graph.fx.inserting_before(node):
-                fused = graph.call(ops.ROTARY, (*found, True), node)
+                fused = graph.call(ops.ROTARY, (*operands, True), node)
             rotated.replace_all_uses_with(fused)
             changes += 1
         return changes

@@ -68,8 +68,8 @@ class GuardRanges(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Put every operation that makes or reads a value out of range into float32; counts them."""
-        found = narrow_values(graph, self.dtype)
-        sizes = {node: (name, self.largest[name]) for name, node in found.items() if self.largest[name] > self.limit}
+        nodes = narrow_values(graph, self.dtype)
+        sizes = {node: (name, self.largest[name]) for name, node in nodes.items() if self.largest[name] > self.limit}
         hot = _carry(graph, sizes)
         self._refuse_results(graph, hot)
         islands = _Islands(graph, self.dtype, hot)
@@ -182,9 +182,9 @@ class _Islands:
         if used in self.wide or not self._is_narrow(used):
             return self.wide.get(used, used)
         if used not in self._casts:
-            held = self.graph.weight_of(used)
-            if held is not None and all(is_call(user, aten.linear.default) for user in used.users):
-                name, weight = held
+            named_weight = self.graph.weight_of(used)
+            if named_weight is not None and all(is_call(user, aten.linear.default) for user in used.users):
+                name, weight = named_weight
                 self._casts[used] = self.graph.add_weight(f"float32.{name}", weight.to(_WIDE))
             else:
                 self._casts[used] = self.graph.call(aten.to.dtype, (used, _WIDE), used)

@@ -52,10 +52,10 @@ class InsertObservers(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Observe every site that is not observed yet."""
-        found = computed_values(graph) if self.sites == "values" else self._linear_inputs(graph)
+        named_values = computed_values(graph) if self.sites == "values" else self._linear_inputs(graph)
         present = {tap.name for tap in graph.taps}
         observers = {node.args[0]: node for node in graph.calls(OBSERVE)}
-        new = [(name, node) for name, node in found if PREFIX + name not in present]
+        new = [(name, node) for name, node in named_values if PREFIX + name not in present]
         if self.only is not None:
             new = [(name, node) for name, node in new if name in self.only]
         for name, node in new:
@@ -67,11 +67,11 @@ class InsertObservers(Pass):
     def _linear_inputs(self, graph: Graph) -> Iterator[tuple[str, Node]]:
         seen: set[str] = set()
         for node in graph.calls(*_LINEARS):
-            held = graph.weight_of(skip_casts(node.args[1]))
-            if held is None:
+            named_weight = graph.weight_of(skip_casts(node.args[1]))
+            if named_weight is None:
                 self.skipped.append(f"{layer_path(node) or node.name}: the linear's weight is no input with a name")
                 continue
-            name = input_name(held[0])
+            name = input_name(named_weight[0])
             if name in seen:
                 self.skipped.append(f"{name}: another linear of the same weight is observed")
                 continue
@@ -98,7 +98,7 @@ def computed_values(graph: Graph) -> list[tuple[str, Node]]:
     for node in graph.placeholders().values():
         if node.name not in weights and node.name != graph.start:
             activations.add(node)
-    found, counts = [], dict[str, int]()
+    named_values, counts = [], dict[str, int]()
     for node in graph.calls_all():
         if not any(used in activations for used in node.all_input_nodes) or is_call(node, OBSERVE):
             continue
@@ -108,8 +108,8 @@ def computed_values(graph: Graph) -> list[tuple[str, Node]]:
             activations.add(node)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and (name := _name(node)) is not None:
             counts[name] = counts.get(name, 0) + 1
-            found.append((name if counts[name] == 1 else f"{name}.{counts[name]}", node))
-    return found
+            named_values.append((name if counts[name] == 1 else f"{name}.{counts[name]}", node))
+    return named_values
 
 
 def _name(node: Node) -> str | None:
@@ -143,5 +143,5 @@ def input_name(weight: str) -> str:
 
 def layer_of(name: str) -> int | None:
     """Layer of a site; None before the first and after the last."""
-    found = re.search(r"layers\.(\d+)", name)
-    return int(found[1]) if found else None
+    match = re.search(r"layers\.(\d+)", name)
+    return int(match[1]) if match else None

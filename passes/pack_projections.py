@@ -37,8 +37,8 @@ class PackProjections(Pass):
 
 
 def _pack(graph: Graph, group: list[Node]) -> None:
-    held = [graph.weight_of(node.args[1]) for node in group]
-    names, weights = [item[0] for item in held if item], [item[1] for item in held if item]
+    named_weights = [graph.weight_of(node.args[1]) for node in group]
+    names, weights = [item[0] for item in named_weights if item], [item[1] for item in named_weights if item]
     name = names[0].replace("q_proj", "qkv_proj") if "q_proj" in names[0] else names[0] + ".packed"
     packed = graph.add_weight(name, Weight.concat(weights))
     first = group[0]

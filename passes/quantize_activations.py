@@ -40,10 +40,10 @@ class QuantizeActivations(Pass):
         changes = 0
         for node in graph.calls(ops.LINEAR_QUANTIZED):
             x, codes = node.args[:2]
-            held = graph.weight_of(codes)
-            if codes in tables or held is None or x.target is ops.ROUND_ACTIVATIONS:
+            named_codes = graph.weight_of(codes)
+            if codes in tables or named_codes is None or x.target is ops.ROUND_ACTIVATIONS:
                 continue
-            name = input_name(held[0])
+            name = input_name(named_codes[0])
             if not self.scales.get(name):
                 self.skipped.append(f"{name}: no numbers of it were observed")
                 continue

@@ -13,7 +13,7 @@ import torch
 from transom.backends.folder import ARTIFACT, Kind
 from transom.errors import ArtifactError, CheckpointError
 from transom.formats.quantized import dequantize, pack
-from transom.formats.rounding import Rounded, held
+from transom.formats.rounding import Rounded, split_groups
 from transom.formats.schemes import QuantSpec
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Codes, Lattice, Weight
@@ -67,7 +67,7 @@ def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
         found: Codes of the spec's groups.
     """
     columns = weight.shape[1]
-    found = held(found, spec, columns)
+    found = split_groups(found, spec, columns)
     packed, scales = pack(found.codes, spec.number), found.scales
     zeros = None if found.zero_points is None else pack(found.zero_points, spec.number)
     middle = 2 ** (spec.bits - 1)
@@ -86,7 +86,7 @@ def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
         name=spec.describe(),
         number=spec.number,
         bits=spec.bits,
-        block=spec.held_block(columns),
+        block=spec.stored_block(columns),
         symmetric=spec.symmetric,
         scale_dtype=spec.scale_dtype,
         read_rows=read_codes,

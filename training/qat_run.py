@@ -16,7 +16,7 @@ from transom.formats.schemes import TABLE, QuantSpec, Scheme
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
-from transom.passes.convert_quantized import meant_numbers
+from transom.passes.convert_quantized import dequantized
 from transom.passes.fake_quantize import FakeQuantize
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import with_codes
@@ -59,7 +59,7 @@ class QatRun:
         table = next(name for name in traced.weights if TABLE in name)
         self._table = table
         raw = {name: weight.read().float() for name, weight in traced.weights.items()}
-        frozen = {table: meant_numbers(table, traced.weights[table], made)}
+        frozen = {table: dequantized(table, traced.weights[table], made)}
         self._teacher = {name: tensor.to(self.device) for name, tensor in raw.items()}
         self._teacher_stages = Stages(traced, device=self.device)
         self._student_stages = Stages(self._graph, device=self.device)

@@ -181,8 +181,8 @@ def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Ma
     return candidate, manifest
 
 
-def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Artifacts carry their folders in their names where these would not tell."""
+def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Add its folder to the name of every artifact whose name another candidate shares."""
     names = [candidate.name for candidate in candidates]
     return [
         dataclasses.replace(candidate, name=f"{candidate.name} ({candidate.folder})")

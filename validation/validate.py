@@ -20,8 +20,8 @@ from transom.validation.candidates import (
     Opener,
     Settings,
     check_targets,
+    disambiguate,
     installed_targets,
-    told_apart,
 )
 from transom.validation.certificate import check_writable, write_certificate
 from transom.validation.inputs import Inputs, read_inputs
@@ -111,7 +111,7 @@ def validate_sources(
     quant = inputs.model.quant if quant is None else quant
     names, not_run = _names(inputs, targets, quant, dtype)
     compiled = _settings(config, quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
-    candidates = told_apart(
+    candidates = disambiguate(
         [*inputs.artifacts, *_compiled(names, compiled, None if out is None else Path(out), overwrite)]
     )
     if not candidates:

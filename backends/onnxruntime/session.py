@@ -65,8 +65,8 @@ class OnnxRuntimeSession(Session):
             self._runtime.run_with_iobinding(self._binding)
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
         self.tapped = dict(zip(self._taps, taps, strict=True))
-        found: Float = logits[0]
-        return found
+        rows: Float = logits[0]
+        return rows
 
     def _allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

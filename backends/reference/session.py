@@ -77,8 +77,8 @@ class ReferenceSession(Session):
             logits, *rest = self._interpreter.run(*inputs)
         self._tensors, taps = rest[: len(self.caches)], rest[len(self.caches) :]
         self.tapped = {name: _array(value) for name, value in zip(self._taps, taps, strict=True)}
-        found: Float = logits[0].float().numpy()
-        return found
+        rows: Float = logits[0].float().numpy()
+        return rows
 
     def _allocate(self, slots: int) -> None:
         old, grown = self._tensors, []

@@ -102,14 +102,14 @@ def _this_gpu() -> tuple[int, str]:
         return 0, ""
 
 
-def _compute(library: Library, sidecar: Sidecar, asked: Sequence[int] | None) -> tuple[int, ...]:
+def _compute(library: Library, sidecar: Sidecar, capabilities: Sequence[int] | None) -> tuple[int, ...]:
     if not library.is_rtx:
-        if asked:
+        if capabilities:
             raise TargetError("TensorRT builds for the GPU of this machine: leave out --cc, or pass --rtx")
         return ()
     kinds = library.module.ComputeCapability
     known = [number for number in range(200) if hasattr(kinds, f"SM{number}")]
-    chosen = asked or [number for number in RTX_DEFAULT if number >= sidecar.least_sm and number in known]
+    chosen = capabilities or [number for number in RTX_DEFAULT if number >= sidecar.least_sm and number in known]
     for number in chosen:
         if number not in known:
             raise TargetError(
@@ -161,7 +161,7 @@ def _build(
         for name, shapes in wanted.inputs.items():
             profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"{library.title} does not take the profile {wanted.name!r}: {log.said()}")
+            raise BuildError(f"{library.title} does not take the profile {wanted.name!r}: {log.cause()}")
     raised: list[BaseException] = []
     monitor = _monitor(trt, on_progress, raised)
     if monitor is not None:
@@ -170,7 +170,7 @@ def _build(
     if raised:
         raise raised[0]
     if not done:
-        raise BuildError(f"{library.title} cannot build {model}: {log.said()}")
+        raise BuildError(f"{library.title} cannot build {model}: {log.cause()}")
 
 
 def _builder(library: Library, log: Any) -> Any:
@@ -179,14 +179,14 @@ def _builder(library: Library, log: Any) -> Any:
         return library.module.Builder(log)
     except (TypeError, RuntimeError) as error:
         raise TargetError(
-            f"{library.title} finds no GPU to build on ({log.said() or error}): build with --rtx, which needs none"
+            f"{library.title} finds no GPU to build on ({log.cause() or error}): build with --rtx, which needs none"
         ) from None
 
 
 def _refusals(parser: Any) -> str:
-    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
     return "\n".join(
-        f"  {error.node_name() or 'the model'} ({error.node_operator()}): {error.desc()}" for error in found
+        f"  {error.node_name() or 'the model'} ({error.node_operator()}): {error.desc()}" for error in errors
     )
 
 
@@ -229,7 +229,7 @@ def _logger(trt: Any) -> Any:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(" ".join(message.split()))
 
-        def said(self) -> str:
+        def cause(self) -> str:
             # The first is the cause; that there is no GPU is said of every build without one.
             causes = [error for error in self.errors if "cudaError" not in error] or self.errors
             return causes[0][:400] if causes else ""

@@ -88,8 +88,8 @@ def _import_rtx() -> Any:
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         raise ImportError("No module named 'tensorrt_rtx'")
     # Not imported, as that would bring another ONNX Runtime.
-    found = importlib.util.find_spec(_RTX_LIBRARIES)
-    for folder in (found.submodule_search_locations or []) if found else []:
+    spec = importlib.util.find_spec(_RTX_LIBRARIES)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
         # The parser needs the library, and the bindings need both.
         for stem in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
             for path in sorted(Path(folder).glob(f"{stem}.*"))[-1:]:

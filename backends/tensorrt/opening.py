@@ -47,10 +47,10 @@ def candidates(folder: Path, manifest: Manifest) -> Iterator[tuple[EngineRecord,
         TargetError: If there is no GPU, or no engine at all.
     """
     compute, gpu = this_gpu()
-    found = engines(manifest)
-    if not found:
+    records = engines(manifest)
+    if not records:
         raise TargetError("no engine was built: transom build")
-    for record in sorted(found, key=lambda record: (record.library != "tensorrt", record.portable)):
+    for record in sorted(records, key=lambda record: (record.library != "tensorrt", record.portable)):
         if not record.fits(compute, gpu):
             continue
         try:

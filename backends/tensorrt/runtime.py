@@ -62,10 +62,10 @@ class EngineSession(Session):
                 "again with transom build"
             )
         for output, given in self._sidecar.aliases.items():
-            if (found := engine.get_aliased_input_tensor(output)) != given:
+            if (aliased := engine.get_aliased_input_tensor(output)) != given:
                 raise ArtifactError(
                     f"{record.file} does not write the cache {given!r} in place (its output shares memory with "
-                    f"{found!r}): build it again with transom build"
+                    f"{aliased!r}): build it again with transom build"
                 )
         if record.weight_streaming:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()

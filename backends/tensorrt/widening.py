@@ -28,7 +28,7 @@ def widened(model: ModelProto) -> ModelProto:
         model: Its weights may lie outside of it.
     """
     types = element_types(model)
-    made, wide = [], dict[str, str]()
+    nodes, wide = [], dict[str, str]()
 
     def widen(name: str) -> Iterator[NodeProto]:
         if types.get(name) in HALF and name not in wide:
@@ -37,21 +37,21 @@ def widened(model: ModelProto) -> ModelProto:
 
     for node in model.graph.node:
         if node.op_type in _MOVES:
-            made.append(node)
+            nodes.append(node)
             continue
         for name in node.input:
-            made.extend(widen(name))
+            nodes.extend(widen(name))
         exact = {name: f"{name}.exact" for name in node.output if types.get(name) in HALF}
         new = NodeProto()
         new.CopyFrom(node)
         new.input[:] = [wide.get(name, name) for name in node.input]
         new.output[:] = [exact.get(name, name) for name in node.output]
-        made.append(new)
-        made += [helper.make_node("Cast", [exact[name]], [name], name=exact[name], to=types[name]) for name in exact]
+        nodes.append(new)
+        nodes += [helper.make_node("Cast", [exact[name]], [name], name=exact[name], to=types[name]) for name in exact]
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
-    result.graph.node.extend(made)
+    result.graph.node.extend(nodes)
     return result
 
 

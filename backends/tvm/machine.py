@@ -57,8 +57,8 @@ def has_features() -> frozenset[str] | None:
         text = _CPUINFO.read_text()
     except OSError:
         return None
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else None
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match[1].split()) if match else None
 
 
 def require_machine(details: Mapping[str, Any]) -> None:
@@ -70,10 +70,10 @@ def require_machine(details: Mapping[str, Any]) -> None:
     Raises:
         TargetError: If it was made for another family of processors, another system, or a processor that can do more.
     """
-    made_for = f"this artifact holds machine code for {details['cpu']} ({details['triple']})"
+    contents = f"this artifact holds machine code for {details['cpu']} ({details['triple']})"
     again = "export the model on this machine, or for it with --cpu"
     if details["machine"] != machine() or ("linux" in details["triple"]) != (sys.platform == "linux"):
-        raise TargetError(f"{made_for}, this is {machine()} on {sys.platform}: {again}")
+        raise TargetError(f"{contents}, this is {machine()} on {sys.platform}: {again}")
     has = has_features()
     if has is not None and (lacking := sorted(set(details["needs"]) - has)):
-        raise TargetError(f"{made_for}, this processor lacks {', '.join(lacking)}: {again}")
+        raise TargetError(f"{contents}, this processor lacks {', '.join(lacking)}: {again}")

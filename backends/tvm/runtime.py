@@ -66,10 +66,10 @@ def _without_torch() -> Iterator[None]:
 
 
 def _installed() -> Path:
-    found = importlib.util.find_spec("tvm")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
         raise TargetError(f"running this artifact needs TVM's runtime, which is missing: {INSTALL}")
-    return Path(found.submodule_search_locations[0]) / "lib"
+    return Path(spec.submodule_search_locations[0]) / "lib"
 
 
 def _libraries(folder: Path) -> list[Path]:

@@ -69,8 +69,8 @@ class TvmSession(Session):
         self.tapped = {
             name: np.from_dlpack(value).reshape(shape) for (name, shape), value in zip(self._taps, taps, strict=True)
         }
-        found: Any = np.from_dlpack(logits)
-        return np.asarray(found, np.float32)
+        rows: Any = np.from_dlpack(logits)
+        return np.asarray(rows, np.float32)
 
     def _allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

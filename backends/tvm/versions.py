@@ -20,8 +20,8 @@ def require(*distributions: str) -> None:
     """
     for name in distributions:
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             raise TargetError(f"the target 'tvm' needs {name} {PAIR[name]}, which is missing: {INSTALL}") from None
-        if found != PAIR[name]:
-            raise TargetError(f"the target 'tvm' needs {name} {PAIR[name]}, not {found}: {INSTALL}")
+        if installed != PAIR[name]:
+            raise TargetError(f"the target 'tvm' needs {name} {PAIR[name]}, not {installed}: {INSTALL}")

@@ -64,27 +64,27 @@ def read_parameters(path: Path, parameters: Mapping[str, Parameter], put: Any) -
         return {name: put(_in_memory(file.read(name), wanted)) for name, wanted in parameters.items()}
 
 
-def _in_memory(held: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
+def _in_memory(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
     plain = wanted.axes == tuple(range(len(wanted.held))) and not wanted.packed and not wanted.middle
     if not plain:
-        return _arranged(held, wanted)
-    if held.dtype != np.dtype(wanted.dtype):
-        raise ValueError(f"numbers of {held.dtype} in place of {wanted.dtype}")
-    return held.reshape(wanted.held)
+        return _arranged(stored, wanted)
+    if stored.dtype != np.dtype(wanted.dtype):
+        raise ValueError(f"numbers of {stored.dtype} in place of {wanted.dtype}")
+    return stored.reshape(wanted.held)
 
 
-def _arranged(held: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
+def _arranged(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
     """A tensor as the programs take it, converted by blocks of rows."""
     dtype = np.dtype(wanted.dtype)
-    found = aligned(math.prod(wanted.shape) * dtype.itemsize).view(dtype).reshape(wanted.shape)
-    by_row = found.transpose(np.argsort(wanted.axes))
-    step = max(1, _ROWS_BYTES // max(1, held[:1].nbytes))
-    for start in range(0, len(held), step):
-        rows = held[start : start + step].reshape(min(step, len(held) - start), -1)
+    tensor = aligned(math.prod(wanted.shape) * dtype.itemsize).view(dtype).reshape(wanted.shape)
+    by_row = tensor.transpose(np.argsort(wanted.axes))
+    step = max(1, _ROWS_BYTES // max(1, stored[:1].nbytes))
+    for start in range(0, len(stored), step):
+        rows = stored[start : start + step].reshape(min(step, len(stored) - start), -1)
         if wanted.packed:
             pairs = np.stack((rows & 15, rows >> 4), -1)
             rows = pairs.reshape(len(rows), -1)[:, : math.prod(wanted.held[1:])]
         if wanted.middle:
             rows = (rows - np.uint8(wanted.middle)).view(np.int8)
         by_row[start : start + step] = rows.reshape(len(rows), *wanted.held[1:])
-    return found
+    return tensor

@@ -47,7 +47,7 @@ class XlaSession(Session):
         )
         self._jax = load_jax(threads)
         details = manifest.details
-        self._made = f"jax {details['jax']} on {details['date']}"
+        self._exporter = f"jax {details['jax']} on {details['date']}"
         self._programs = {
             entry["tokens"]: self._program(folder / Path(entry["file"]).name) for entry in details["programs"].values()
         }
@@ -70,8 +70,8 @@ class XlaSession(Session):
 
     def _unreadable(self, name: str, error: Exception) -> ArtifactError:
         return ArtifactError(
-            f"jax {self._jax.__version__} cannot read {name}, made by {self._made} ({_first_line(error)}): export the "
-            "model again"
+            f"jax {self._jax.__version__} cannot read {name}, made by {self._exporter} ({_first_line(error)}): "
+            "export the model again"
         )
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
@@ -93,8 +93,8 @@ class XlaSession(Session):
             name: self._cut(np.asarray(tap), axes, count, logit_positions.size)
             for (name, axes), tap in zip(self._tap_axes.items(), taps, strict=True)
         }
-        found: Float = np.asarray(logits)[0, : logit_positions.size].astype(np.float32)
-        return found
+        rows: Float = np.asarray(logits)[0, : logit_positions.size].astype(np.float32)
+        return rows
 
     def _executable(self, length: int, wanted: int, arguments: tuple[Any, ...]) -> Any:
         """The program for so many tokens and positions, compiled when it is first needed."""
@@ -105,8 +105,9 @@ class XlaSession(Session):
                 self._compiled[length, wanted] = program.lower(self._parameters, self._arrays, *arguments).compile()
             except Exception as error:  # the compiler's errors have no common base
                 raise ArtifactError(
-                    f"XLA cannot compile the program for {length} tokens, made by {self._made} ({_first_line(error)}): "
-                    "run it where its platforms are and memory is enough, or export the model again"
+                    f"XLA cannot compile the program for {length} tokens, made by {self._exporter} "
+                    f"({_first_line(error)}): run it where its platforms are and memory is enough, or export the model "
+                    "again"
                 ) from error
         return self._compiled[length, wanted]
 

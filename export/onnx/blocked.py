@@ -24,11 +24,13 @@ class Blocked:
     Args:
         emitter: Of the export.
         parts: Codes, scales, zero points or None, and number, as in `graphs.ops`.
-        held: How the scales are held, in place of float32.
+        convert_scales: Converts the scales to the dtype in which the runtime takes them; by default they stay float32.
     """
 
-    def __init__(self, emitter: Emitter, parts: Any, held: Callable[[Weight], Weight] = lambda scales: scales) -> None:
-        self._emitter, self._held = emitter, held
+    def __init__(
+        self, emitter: Emitter, parts: Any, convert_scales: Callable[[Weight], Weight] = lambda scales: scales
+    ) -> None:
+        self._emitter, self._convert_scales = emitter, convert_scales
         self._codes, self._scales, self._zero_points, self.number = parts
         self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
         self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
@@ -39,7 +41,7 @@ class Blocked:
         assert scales is not None
         names = [
             self._integers(self._codes, self.blocks * self.block),
-            self._emitter.initializer(f"{scales[0]}.transposed", transposed(self._held(scales[1]))),
+            self._emitter.initializer(f"{scales[0]}.transposed", transposed(self._convert_scales(scales[1]))),
         ]
         if self._zero_points is not None:
             names.append(self._integers(self._zero_points, self.blocks))
@@ -47,9 +49,9 @@ class Blocked:
 
     def _integers(self, node: Node, columns: int) -> str:
         """Write codes [N, columns] as [columns, N]; without zero points they become signed."""
-        held = self._emitter.graph.weight_of(node)
-        assert held is not None
-        name, weight = held
+        named_weight = self._emitter.graph.weight_of(node)
+        assert named_weight is not None
+        name, weight = named_weight
         signed, bits, number = self._zero_points is None, self.bits, self.number
 
         def rows(packed: torch.Tensor) -> torch.Tensor:

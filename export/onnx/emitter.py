@@ -153,9 +153,9 @@ class Emitter:
             shape = [0, 0, *(int(size) for size in node.meta["val"].shape[2:])]
             self._names[node] = self.op("Reshape", self.flat[node], self.constant(np.array(shape)))
         if node not in self._names:
-            held = self.graph.weight_of(node)
-            assert held is not None, f"{node} is neither computed nor a weight"
-            self._names[node] = self.initializer(*held)
+            named_weight = self.graph.weight_of(node)
+            assert named_weight is not None, f"{node} is neither computed nor a weight"
+            self._names[node] = self.initializer(*named_weight)
         name = self._names[node]
         assert isinstance(name, str)
         return name

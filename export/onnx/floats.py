@@ -35,9 +35,9 @@ def looked_up(emitter: Emitter, codes: Node, scales: Node, number: str, *, rows:
         rows: Which rows, int64 [...].
     """
     _, blocks, block = (int(size) for size in codes.meta["val"].shape)
-    held = emitter.graph.weight_of(codes)
-    assert held is not None
-    name, weight = held
+    named_codes = emitter.graph.weight_of(codes)
+    assert named_codes is not None
+    name, weight = named_codes
     parts = [
         emitter.initializer(name, weight.map_rows(lambda part: part.view(torch.uint8), dtype=torch.uint8)),
         emitter.value(scales),

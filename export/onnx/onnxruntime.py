@@ -73,7 +73,7 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     block = block_of(codes.meta["val"], number)
     # With a third axis, one buffer serves this operator and MatMulNBits.
     unsqueezed = emitter.op("Unsqueeze", emitter.value(scales), emitter.constant(np.array([2])))
-    found = emitter.op(
+    gathered = emitter.op(
         "GatherBlockQuantized",
         emitter.value(codes),
         emitter.value(tokens),
@@ -85,7 +85,7 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
         gather_axis=0,
         quantize_axis=2,
     )
-    return str(emitter.op("Reshape", found, emitter.constant(np.array([0, 0, blocks * block]))))
+    return str(emitter.op("Reshape", gathered, emitter.constant(np.array([0, 0, blocks * block]))))
 
 
 def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None, number: str) -> str:

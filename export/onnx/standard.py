@@ -33,8 +33,8 @@ def _rms_norm(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(aten.linear.default)
 def _linear(emitter: Emitter, node: Node) -> str:
     x, table = node.args[:2]
-    held = emitter.graph.weight_of(table)
-    if held is None or len(table.users) > 1:
+    named_weight = emitter.graph.weight_of(table)
+    if named_weight is None or len(table.users) > 1:
         # A table that an embedding reads too keeps its layout; Gemm reads it transposed, but only with two axes.
         width, rows = int(x.meta["val"].shape[-1]), int(node.meta["val"].shape[-1])
         leading = [emitter.size(size) for size in x.meta["val"].shape[:-1]]
@@ -46,7 +46,7 @@ def _linear(emitter: Emitter, node: Node) -> str:
         shape = emitter.op("Concat", *leading, emitter.size(rows), axis=0)
         product = emitter.op("Reshape", product, shape, allowzero=1)
     else:
-        name, weight = held
+        name, weight = named_weight
         table_name = emitter.initializer(f"{name}.transposed", transposed(weight))
         product = emitter.op("MatMul", emitter.value(x), table_name)
     return add_bias(emitter, node, product)
@@ -73,8 +73,8 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     if matrix.bits < 8:
         raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")
     columns = [emitter.op("Gather", name, tokens, axis=1) for name in matrix.inputs()]
-    found = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
-    return str(emitter.op("Transpose", found, perm=[1, 2, 0]))
+    numbers = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
+    return str(emitter.op("Transpose", numbers, perm=[1, 2, 0]))
 
 
 @TABLE.lowers(ops.WRITE_CACHE)

@@ -40,12 +40,12 @@ def _rms_norm(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(aten.linear.default)
 def _linear(emitter: Emitter, node: Node) -> str:
     x, table = node.args[:2]
-    held = emitter.graph.weight_of(table)
-    if held is None or len(table.users) > 1:
+    named_weight = emitter.graph.weight_of(table)
+    if named_weight is None or len(table.users) > 1:
         # A table that an embedding reads too keeps its layout.
         matrix = emitter.op("Transpose", emitter.value(table), perm=[1, 0])
     else:
-        name, weight = held
+        name, weight = named_weight
         matrix = emitter.initializer(f"{name}.transposed", transposed(weight))
     return add_bias(emitter, node, emitter.op("MatMul", emitter.value(x), matrix))
 
@@ -53,12 +53,12 @@ def _linear(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
     x, codes, scales, zero_points, number = node.args
-    dtype = _held_in(emitter, x.meta["val"].dtype)
+    dtype = _scale_dtype(emitter, x.meta["val"].dtype)
     if len(codes.users) > 1:
         matrix = emitter.op("Transpose", _table(emitter, *node.args[1:]), perm=[1, 0])
         return _product(emitter, x, matrix, _table_dtype(emitter, codes))
     if number == "float8_e4m3fn":
-        name, weight = _held(emitter, codes)
+        name, weight = _named_weight(emitter, codes)
         parts = [
             emitter.initializer(f"{name}.transposed", transposed(_bytes(weight)), TensorProto.FLOAT8E4M3FN),
             _row_scales(emitter, scales, dtype),
@@ -74,7 +74,7 @@ def _product(emitter: Emitter, x: Node, matrix: str, dtype: torch.dtype) -> str:
     return str(emitter.op("MatMul", emitter.value(x), cast(emitter, matrix, dtype, x.meta["val"].dtype)))
 
 
-def _held_in(emitter: Emitter, computed: torch.dtype) -> torch.dtype:
+def _scale_dtype(emitter: Emitter, computed: torch.dtype) -> torch.dtype:
     """Dtype of scales: what is computed in, and in float32 islands that of the caches."""
     caches = [emitter.graph.placeholders()[cache.input].meta["val"].dtype for cache in emitter.graph.caches]
     return caches[0] if caches and computed == torch.float32 else computed
@@ -93,7 +93,7 @@ def _table_dtype(emitter: Emitter, codes: Node) -> torch.dtype:
     heads = [user.args[0] for user in codes.users if user.target is ops.LINEAR_QUANTIZED]
     embeddings = [user for user in codes.users if user.target is ops.EMBEDDING_QUANTIZED]
     first = [*heads, *(user for node in embeddings for user in node.users)][0]
-    return _held_in(emitter, first.meta["val"].dtype)
+    return _scale_dtype(emitter, first.meta["val"].dtype)
 
 
 def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None, number: str) -> str:
@@ -101,7 +101,7 @@ def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None
     dtype = _table_dtype(emitter, codes)
 
     def make() -> str:
-        name, weight = _held(emitter, codes)
+        name, weight = _named_weight(emitter, codes)
         _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
         block = block_of(codes.meta["val"], number)
         if number == "float8_e4m3fn":
@@ -110,20 +110,20 @@ def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None
             return str(emitter.op("DequantizeLinear", *parts, axis=0))
         # Both nibbles of every byte, from codes around 8 to codes around zero, in two's complement.
         signed = weight.map_rows(lambda part: part.flatten(1) ^ 0x88, row_shape=(blocks * block // 2,))
-        held_name, held = _held(emitter, scales)
+        scales_name, scales_weight = _named_weight(emitter, scales)
         parts = [
             emitter.initializer(name, signed, TensorProto.INT4),
-            emitter.initializer(held_name, _scales(held, dtype)),
+            emitter.initializer(scales_name, _scales(scales_weight, dtype)),
         ]
         return str(emitter.op("DequantizeLinear", *parts, axis=1, block_size=block))
 
     return str(emitter.once(("table", codes), make))
 
 
-def _held(emitter: Emitter, node: Node) -> tuple[str, Weight]:
-    held = emitter.graph.weight_of(node)
-    assert held is not None, f"{node} is no weight"
-    return held
+def _named_weight(emitter: Emitter, node: Node) -> tuple[str, Weight]:
+    named_weight = emitter.graph.weight_of(node)
+    assert named_weight is not None, f"{node} is no weight"
+    return named_weight
 
 
 def _bytes(codes: Weight) -> Weight:
@@ -143,8 +143,8 @@ def _scales(scales: Weight, dtype: torch.dtype) -> Weight:
 
     def narrowed(part: torch.Tensor) -> torch.Tensor:
         narrow = part.to(dtype)
-        is_held = (narrow >= torch.finfo(dtype).smallest_normal) | (narrow.float() == part)
-        if not bool((is_held & (narrow > 0) & torch.isfinite(narrow)).all()):
+        keeps_digits = (narrow >= torch.finfo(dtype).smallest_normal) | (narrow.float() == part)
+        if not bool((keeps_digits & (narrow > 0) & torch.isfinite(narrow)).all()):
             raise QuantizationError(
                 f"a scale of {scales.origin} is not positive, too large or too small for {dtype}, which TensorRT holds "
                 "it in: choose int4_block32_bf16 or fp8_channel, in bfloat16"
@@ -156,7 +156,7 @@ def _scales(scales: Weight, dtype: torch.dtype) -> Weight:
 
 def _row_scales(emitter: Emitter, scales: Node, dtype: torch.dtype) -> str:
     """Scales [R, G] of which every row has one, as [R]."""
-    name, weight = _held(emitter, scales)
+    name, weight = _named_weight(emitter, scales)
 
     def first(part: torch.Tensor) -> torch.Tensor:
         if not torch.equal(part, part[:, :1].expand_as(part)):
@@ -213,8 +213,8 @@ def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.constant(np.array(slots)))
     keys = emitter.op("Sub", last, age)
     distance = emitter.op("Sub", positions, keys)
-    held = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
-    return str(emitter.op("And", held, emitter.op("Less", distance, emitter.constant(np.array(window)))))
+    causal = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
+    return str(emitter.op("And", causal, emitter.op("Less", distance, emitter.constant(np.array(window)))))
 
 
 DIALECT = Dialect(name="tensorrt", opset=24, ir_version=11, domains={}, lowerings=TABLE, widens=True)

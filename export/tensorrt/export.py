@@ -75,9 +75,9 @@ def _profile(name: str, likely: int, most: int) -> Profile:
 
 def _rounded_scales(request: Request) -> tuple[str, ...]:
     """Scales have the dtype that is computed in; those of some schemes have more digits."""
-    made = scheme(request.quant)
-    wide = [spec.describe() for spec in made.specs if spec.scale_dtype == "float32"]
-    if made.activations is not None:
+    quant_scheme = scheme(request.quant)
+    wide = [spec.describe() for spec in quant_scheme.specs if spec.scale_dtype == "float32"]
+    if quant_scheme.activations is not None:
         wide.append("activations")
     if not wide:
         return ()

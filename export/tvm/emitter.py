@@ -24,7 +24,7 @@ from transom.zoo.checkpoints.safetensors_writer import stored_names
 Lowering = Callable[["Emitter", Node], Any]
 """Emits the calls for one node and returns its value, or a list of values if it has several."""
 
-_made: dict[tuple[Any, Tile], Any] = {}
+_kernel_cache: dict[tuple[Any, Tile], Any] = {}
 """Every kernel that this process has made, by key and tile: reading a kernel takes TVM longer than compiling it."""
 
 
@@ -70,13 +70,13 @@ class Emitter:
             name: Of the function.
             chunk: Most new tokens in one call; memory is planned for as many.
         """
-        held = self.graph.weight_names()
+        weight_names = self.graph.weight_names()
         stored = stored_names(self.graph.weights)
         inputs = [self._input(node) for node in self.graph.user_inputs()]
         weights: dict[str, Any] = {}
         for placeholder, node in self.graph.placeholders().items():
-            if placeholder in held:
-                key = stored[held[placeholder]]
+            if placeholder in weight_names:
+                key = stored[weight_names[placeholder]]
                 if key not in weights:
                     weights[key] = self._input(node)
                 self._values[node] = weights[key]
@@ -97,9 +97,9 @@ class Emitter:
 
     def _input(self, node: Node) -> Any:
         value = node.meta["val"]
-        found = relax.Var(node.name, relax.TensorType(self.shape(node), dtype_name(value.dtype)))
-        self._values[node] = found
-        return found
+        variable = relax.Var(node.name, relax.TensorType(self.shape(node), dtype_name(value.dtype)))
+        self._values[node] = variable
+        return variable
 
     def value(self, node: Node) -> Any:
         """A node's value."""
@@ -164,26 +164,26 @@ class Emitter:
             in_place: Indices of inputs that it writes; they follow the outputs in what is returned.
         """
         if key not in self._kernels:
-            if (key, self.tile) not in _made:
-                _made[key, self.tile] = make()
-            self._kernels[key] = self.builder.add_func(_made[key, self.tile], str(key[0]))
+            if (key, self.tile) not in _kernel_cache:
+                _kernel_cache[key, self.tile] = make()
+            self._kernels[key] = self.builder.add_func(_kernel_cache[key, self.tile], str(key[0]))
         types = [relax.TensorType(list(shape), "float32") for shape in outputs]
         types += [relax.TensorType(inputs[index].ty.shape, inputs[index].ty.dtype) for index in in_place]
         kernel, given = self._kernels[key], list(inputs)
         if in_place:
             places = [*(-1 for _ in outputs), *in_place]
-            found = self.builder.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(given), places, types))
+            result = self.builder.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(given), places, types))
         else:
-            found = self.builder.emit(relax.op.call_tir(kernel, given, types if len(types) > 1 else types[0]))
+            result = self.builder.emit(relax.op.call_tir(kernel, given, types if len(types) > 1 else types[0]))
         if len(types) == 1:
-            return [found]
-        return [self.builder.emit(relax.TupleGetItem(found, index)) for index in range(len(types))]
+            return [result]
+        return [self.builder.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
 
 def parameter_names(graph: Graph) -> list[str]:
     """Names of the stored weights, in the order in which functions take them."""
-    stored, held = stored_names(graph.weights), graph.weight_names()
-    return list(dict.fromkeys(stored[held[name]] for name in graph.placeholders() if name in held))
+    stored, weight_names = stored_names(graph.weights), graph.weight_names()
+    return list(dict.fromkeys(stored[weight_names[name]] for name in graph.placeholders() if name in weight_names))
 
 
 def tap_shapes(graph: Graph) -> dict[str, list[int]]:

@@ -32,19 +32,19 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
         TargetError: If the processor is unknown, or nothing here can link for it.
     """
     require_supported(graph, TABLE, request.target)
-    made_for = processor(request.cpu)
+    target_processor = processor(request.cpu)
     request.on_program(0, 1)
-    write_library(graph, made_for, folder / LIBRARY, chunk=request.chunk)
+    write_library(graph, target_processor, folder / LIBRARY, chunk=request.chunk)
     request.on_program(1, 1)
     safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
     return Lowered(
         payload=LIBRARY,
         libraries=tuple(PAIR),
         details={
-            "machine": made_for.machine,
-            "triple": made_for.triple,
-            "cpu": made_for.cpu,
-            "needs": list(made_for.needs),
+            "machine": target_processor.machine,
+            "triple": target_processor.triple,
+            "cpu": target_processor.cpu,
+            "needs": list(target_processor.needs),
             "parameters": parameter_names(graph),
             "tap_shapes": tap_shapes(graph),
         },

@@ -37,7 +37,7 @@ def linker(processor: Processor) -> Callable[..., None]:
         line = [*command, "-nostdlib", "-shared", "-fPIC", "-o", output, *objects]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise TargetError(f"{Path(command[0]).name} could not link for {processor.triple}: {said}")
+            message = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise TargetError(f"{Path(command[0]).name} could not link for {processor.triple}: {message}")
 
     return link

@@ -123,10 +123,10 @@ def _index_select(emitter: Emitter, node: Node) -> Any:
 
 def _select(emitter: Emitter, node: Node, source: Any, index: Any) -> Any:
     k = emitter.width(node)
-    (found,) = emitter.call(
+    (result,) = emitter.call(
         ("select_rows", k), lambda: rows.table_rows(k, emitter.tile), (index, source), emitter.shape(node)
     )
-    return found
+    return result
 
 
 @TABLE.lowers(aten.linear.default)
@@ -157,8 +157,8 @@ def _with_codes(emitter: Emitter, node: Node, name: str, make: Any) -> Any:
     x, codes, scales, zero_points, number = node.args
     layout = _codes(codes, zero_points, number)
     inputs = [emitter.value(value) for value in (x, codes, scales, codes if zero_points is None else zero_points)]
-    (found,) = emitter.call((name, layout), lambda: make(layout, emitter.tile), inputs, emitter.shape(node))
-    return found
+    (result,) = emitter.call((name, layout), lambda: make(layout, emitter.tile), inputs, emitter.shape(node))
+    return result
 
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
@@ -178,13 +178,13 @@ def _rms_norm(emitter: Emitter, node: Node) -> Any:
     x, weight, eps = node.args
     h = int(x.meta["val"].shape[-1])
     heads = emitter.width(x) // h
-    (found,) = emitter.call(
+    (result,) = emitter.call(
         ("rms_norm", heads, h, eps),
         lambda: rows.rms_norm(heads, h, eps, emitter.tile),
         (emitter.value(x), emitter.value(weight)),
         emitter.shape(node),
     )
-    return found
+    return result
 
 
 @TABLE.lowers(ops.ADD_RMS_NORM)
@@ -208,25 +208,25 @@ def _rotary(emitter: Emitter, node: Node) -> Any:
     if heads_first:
         raise emitter.refuse(node, "heads must come after tokens")
     heads, h = (int(size) for size in x.meta["val"].shape[2:])
-    (found,) = emitter.call(
+    (result,) = emitter.call(
         ("rotary", heads, h),
         lambda: rows.rotary(heads, h, emitter.tile),
         (emitter.value(x), emitter.value(cos), emitter.value(sin)),
         emitter.shape(node),
     )
-    return found
+    return result
 
 
 @TABLE.lowers(ops.GATED_GELU)
 def _gated_gelu(emitter: Emitter, node: Node) -> Any:
     k, single = emitter.width(node), emitter.is_single(node)
-    (found,) = emitter.call(
+    (result,) = emitter.call(
         ("gated_gelu", k, single),
         lambda: rows.gated_gelu(k, emitter.tile, single=single),
         (emitter.value(node.args[0]),),
         emitter.shape(node),
     )
-    return found
+    return result
 
 
 @TABLE.lowers(ops.CACHED_ATTENTION)

@@ -34,11 +34,11 @@ SMALLEST_PREFILL = 8
 
 def lengths(chunk: int) -> list[int]:
     """Numbers of new tokens that get a program: 1, then the chunk and its quarters."""
-    found = {1, chunk}
+    counts = {1, chunk}
     while chunk > 4 * SMALLEST_PREFILL:
         chunk = -(-chunk // 4)
-        found.add(chunk)
-    return sorted(found)
+        counts.add(chunk)
+    return sorted(counts)
 
 
 def program_name(tokens: int) -> str:

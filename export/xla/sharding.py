@@ -42,10 +42,10 @@ def parameter_specs(
         chips: How many.
     """
     kv_heads, width = caches[0].shape[1], caches[0].shape[3]
-    found = {}
+    specs = {}
     for name, parameter in parameters.items():
         match = _PARAMETER.search(name)
-        found[name] = PartitionSpec()
+        specs[name] = PartitionSpec()
         if match is None:
             continue
         role, by_inputs = match["role"], match["role"] in _BY_INPUTS
@@ -53,8 +53,8 @@ def parameter_specs(
         whole = _query_heads(parameters, name, width) if role in ("q_proj", "o_proj") else 0
         whole = kv_heads if role in ("k_proj", "v_proj") else whole
         if parameter.shape[axis] % chips == 0 and whole % chips == 0:
-            found[name] = PartitionSpec(*(None,) * axis, CHIPS)
-    return found
+            specs[name] = PartitionSpec(*(None,) * axis, CHIPS)
+    return specs
 
 
 def _axis(part: str | None, rank: int, by_inputs: bool) -> int:

@@ -24,9 +24,9 @@ def stored_names(graph: Graph) -> dict[str, str]:
 
 def parameters(graph: Graph) -> dict[str, Parameter]:
     """How the programs take every stored weight; for the layouts of quantised ones see `narrow`."""
-    names, found = stored_names(graph), {}
+    names, entries = stored_names(graph), {}
     for name, weight in _stored(graph).items():
-        found[name] = Parameter(
+        entries[name] = Parameter(
             dtype=str(weight.dtype).removeprefix("torch."), held=weight.shape, axes=tuple(range(len(weight.shape)))
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
@@ -48,10 +48,10 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         }
         for part, how in arranged.items():
             if part is not None:
-                held = graph.weight_of(part)
-                assert held is not None, f"{node}: {part} is no weight"
-                found[names[held[0]]] = Parameter(**how)
-    return found
+                named_weight = graph.weight_of(part)
+                assert named_weight is not None, f"{node}: {part} is no weight"
+                entries[names[named_weight[0]]] = Parameter(**how)
+    return entries
 
 
 def write(graph: Graph, path: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:

@@ -38,7 +38,7 @@ from transom.graphs.graph import Graph, Tap
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.convert_quantized import ConvertQuantized, meant_numbers
+from transom.passes.convert_quantized import ConvertQuantized, dequantized
 from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.random import random_weights
@@ -263,7 +263,7 @@ def expect_equal(graph: Graph, quant: str, target: str, folder: Path, made: Grap
     assert {node.target for node in made.calls_all()} == {ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED}
     whole, single = RUNTIMES[target](made, folder)
     for name, found, some in zip(OUTPUTS, whole, single, strict=True):
-        expected = meant_numbers(name, graph.weights[name], scheme(quant)).numpy()
+        expected = dequantized(name, graph.weights[name], scheme(quant)).numpy()
         if found is whole[0]:
             np.testing.assert_array_equal(found, expected)
         else:
@@ -302,7 +302,7 @@ def test_weights_of_a_gguf_file_are_equal_to_the_bit(quant: str, target: str, sh
     expect_equal(shipped, quant, target, tmp_path)
     kept = {name: quant == "as_shipped" or name != DOWN for name in (TABLE, QUERY, DOWN)}
     for name, is_kept in kept.items():
-        numbers = meant_numbers(name, shipped.weights[name], scheme(quant))
+        numbers = dequantized(name, shipped.weights[name], scheme(quant))
         assert torch.equal(numbers, shipped.weights[name].read()) == is_kept, "Q6_K has blocks of 16"
 
 

@@ -19,7 +19,7 @@ from transom.formats.schemes import BITS, Number, QuantSpec, Scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.convert_quantized import ConvertQuantized, meant_numbers
+from transom.passes.convert_quantized import ConvertQuantized, dequantized
 
 ROWS, COLUMNS = 70, 96
 NAME = "embed_tokens.weight"
@@ -60,4 +60,4 @@ def test_rows_are_equal_to_the_bit(plain: Graph, tmp_path: Path, number: Number,
         assert (zeros == 2 ** (BITS[number] - 1)).all()
     session = ort.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
     (rows,) = session.run(None, {"tokens": np.arange(ROWS)[None]})
-    np.testing.assert_array_equal(rows[0], meant_numbers(NAME, plain.weights[NAME], scheme).numpy())
+    np.testing.assert_array_equal(rows[0], dequantized(NAME, plain.weights[NAME], scheme).numpy())

@@ -96,17 +96,17 @@ def test_bad_specs(fields: dict[str, Any], message: str) -> None:
 
 def test_blocks_are_halved_until_they_divide() -> None:
     wide = QuantSpec(number="int8", block=256)
-    assert [(wide.group(n), wide.held_block(n)) for n in (512, 640, 96, 48)] == [
+    assert [(wide.group(n), wide.stored_block(n)) for n in (512, 640, 96, 48)] == [
         (256, 128),
         (128, 128),
         (32, 32),
         (16, 16),
     ]
     row = QuantSpec(number="int8", block="row")
-    assert [(row.group(n), row.held_block(n)) for n in (640, 96)] == [(640, 128), (96, 32)]
+    assert [(row.group(n), row.stored_block(n)) for n in (640, 96)] == [(640, 128), (96, 32)]
     for spec in (wide, row):
         with pytest.raises(QuantizationError, match="40 columns cannot be cut into blocks of 16 or more"):
-            spec.held_block(40)
+            spec.stored_block(40)
 
 
 def test_in_words() -> None:

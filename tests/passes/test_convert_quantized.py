@@ -32,7 +32,7 @@ from transom.graphs.weight import Lattice, Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import can_hold
-from transom.passes.convert_quantized import ConvertQuantized, meant_numbers
+from transom.passes.convert_quantized import ConvertQuantized, dequantized
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
 from transom.passes.pipelines import pipeline
@@ -396,7 +396,7 @@ def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> No
         assert not torch.equal(found, numbers)
     data = record.to_json()
     assert json.loads(json.dumps(data)) == data and data["kept"] == record.kept and data["error"] == record.error
-    assert torch.equal(meant_numbers("first.weight", weight, as_scheme(spec)), found)
+    assert torch.equal(dequantized("first.weight", weight, as_scheme(spec)), found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -551,7 +551,7 @@ def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixe
     (convert,) = [one for one in passes.passes if isinstance(one, ConvertQuantized)]
     found = Counter[str]()
     wanted = {
-        key: meant_numbers(key, weight, scheme(name)) for key, weight in mixed.weights.items() if len(weight.shape) == 2
+        key: dequantized(key, weight, scheme(name)) for key, weight in mixed.weights.items() if len(weight.shape) == 2
     }
     nodes = dict.fromkeys(node.args[1:] for node in made.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
     for args in nodes:

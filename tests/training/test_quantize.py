@@ -17,7 +17,7 @@ from tests.tolerances import BFLOAT16_LOGITS_TENSORRT, INT8_ACTIVATIONS
 from transom.errors import CheckpointError, QuantizationError, TokenizerError
 from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
-from transom.passes.convert_quantized import meant_numbers
+from transom.passes.convert_quantized import dequantized
 from transom.training.quantize import PtqMethod, quantize_model
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import write_checkpoint
@@ -38,7 +38,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(model: Model, quant: str) -> dict[str, torch.Tensor]:
     return {
-        name: meant_numbers(name, weight, scheme(quant))
+        name: dequantized(name, weight, scheme(quant))
         for name, weight in model.weights.items()
         if len(weight.shape) > 1
     }
@@ -75,7 +75,7 @@ def test_a_checkpoint_means_what_its_codes_mean(quant: str, tiny: Model, tmp_pat
             assert weight.lattice is not None and held.dtype == torch.float32
             assert torch.equal(held, expected[name]), name
             # Converting again changes nothing: the codes are kept.
-            assert torch.equal(meant_numbers(name, weight, scheme(quant)), held)
+            assert torch.equal(dequantized(name, weight, scheme(quant)), held)
         else:
             assert torch.equal(held, tiny.weights[name].read())
     errors = {entry.weight: entry for entry in found.conversions}
@@ -234,7 +234,7 @@ def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: 
         assert record.recovered == weight.shape[0] and not record.kept
         meant = load(tmp_path / "found").weights[record.weight].read()
         assert torch.equal(meant.bfloat16(), weight.read()), "to the last bit of what was saved"
-        near = meant_numbers(record.weight, Weight.of(coded.weights[record.weight].read()), scheme(quant))
+        near = dequantized(record.weight, Weight.of(coded.weights[record.weight].read()), scheme(quant))
         assert float((meant - near).abs().max()) <= 2**-8 * float(near.abs().max())
     # What is on no grid is rounded, and said to be.
     rounded = quantize_model(tiny, quant=quant, out=tmp_path / "rounded")

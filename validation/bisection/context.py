@@ -11,7 +11,7 @@ from transom.formats.quantized import decode
 from transom.formats.rounding import round_rows
 from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.weight import Weight
-from transom.passes.convert_quantized import meant_numbers
+from transom.passes.convert_quantized import dequantized
 from transom.validation.tolerances import TAPS
 from transom.zoo.config import DecoderConfig, Rope
 
@@ -39,7 +39,7 @@ class Context:
     def weight(self, name: str) -> torch.Tensor:
         """A weight as the scheme means it, float32."""
         weight = self.weights[name]
-        return weight.read().float() if len(weight.shape) < 2 else meant_numbers(name, weight, scheme(self.quant))
+        return weight.read().float() if len(weight.shape) < 2 else dequantized(name, weight, scheme(self.quant))
 
     def spec(self, name: str) -> QuantSpec | None:
         """How the scheme of the runs holds a matrix; None as it is."""

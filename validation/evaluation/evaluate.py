@@ -10,7 +10,7 @@ from typing import Literal
 
 from transom.compiler import CHUNK, versions
 from transom.errors import ConfigError, TargetError, TransomError
-from transom.validation.candidates import OnProgress, Opener, Settings, told_apart
+from transom.validation.candidates import OnProgress, Opener, Settings, disambiguate
 from transom.validation.evaluation.entries import check_context, check_names, named, refused, to_compile
 from transom.validation.evaluation.measure import measure_all, reason
 from transom.validation.evaluation.result import Evaluation
@@ -113,7 +113,7 @@ def evaluate_sources(
             threads=threads,
         )
         made = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
-    entries = told_apart([*(named(part) for part in inputs.artifacts), *made])
+    entries = disambiguate([*(named(part) for part in inputs.artifacts), *made])
     not_run = refused(entries)
     if len(not_run) == len(entries):
         raise _nothing(not_run)

@@ -41,27 +41,27 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
     Raises:
         CheckpointError: If the codes are damaged, or are not those of the weights, or the first rows are not finite.
     """
-    path, found = folder / LATTICE, dict(weights)
+    path, coded = folder / LATTICE, dict(weights)
     if not path.is_file():
-        return found, "none"
+        return coded, "none"
     entries, metadata = read_entries(path)
     try:
         quant, specs = metadata["scheme"], json.loads(metadata["specs"])
         scheme(quant)
         for name, key in specs.items():
-            shape = found[name].shape
+            shape = coded[name].shape
             lattice = _lattice(name, entries, QuantSpec.of_key(key), shape)
             lattice = lattice.refuse_nonfinite(f"{path}: {name}", shape[0])
-            _check(path, name, lattice, found[name])
-            found[name] = dataclasses.replace(found[name], lattice=lattice)
+            _check(path, name, lattice, coded[name])
+            coded[name] = dataclasses.replace(coded[name], lattice=lattice)
     except (KeyError, ValueError, TypeError, AttributeError, QuantizationError) as error:
         raise CheckpointError(f"{path}: not the codes of this checkpoint ({error}): quantise it again") from error
-    return found, quant
+    return coded, quant
 
 
 def _lattice(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tuple[int, ...]) -> Lattice:
     rows, columns = shape
-    block = spec.held_block(columns)
+    block = spec.stored_block(columns)
     blocks = columns // block
     parts = {
         "codes": ((rows, blocks, block * spec.bits // 8), "F8_E4M3" if spec.number == "float8_e4m3fn" else "U8"),

@@ -84,10 +84,10 @@ def _mask_type(view: View) -> Iterator[tuple[str, str]]:
 
 def _shared_masks(view: View) -> Iterator[tuple[str, str]]:
     """Masks that are computed in the same way from the same values."""
-    made: dict[str, set[str]] = defaultdict(set)
+    names_by_recipe: dict[str, set[str]] = defaultdict(set)
     for name in {given(node, _MASK) for node in view.of("Attention")} - {""}:
-        made[view.recipe(name)].add(name)
-    for names in made.values():
+        names_by_recipe[view.recipe(name)].add(name)
+    for names in names_by_recipe.values():
         if len(names) > 1:
             yield min(names), f"the same mask is made {len(names)} times: make it once and let all layers share it"
 

@@ -114,9 +114,9 @@ def _narrow_floats(view: View) -> Iterator[tuple[str, str]]:
 def _narrow_blocks(view: View) -> Iterator[tuple[str, str]]:
     for node in view.nodes:
         wanted = next((block for prefix, block in NARROW_BLOCKS.items() if node.op_type.startswith(prefix)), None)
-        found = attribute(node, "block_size", wanted)
-        if wanted is not None and found != wanted:
-            yield node.name, f"{node.op_type} with blocks of {found}: it takes blocks of {wanted} only"
+        block_size = attribute(node, "block_size", wanted)
+        if wanted is not None and block_size != wanted:
+            yield node.name, f"{node.op_type} with blocks of {block_size}: it takes blocks of {wanted} only"
     for node in view.of("DequantizeLinear"):
         block = attribute(node, "block_size", 0)
         if view.type(node.input[0]) == TensorProto.FLOAT4E2M1 and block != NARROW_BLOCKS["TRT_FP4"]:

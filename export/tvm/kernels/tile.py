@@ -30,10 +30,10 @@ SSE = Tile(registers=16, lanes=4, rows=4, vectors=2)
 
 def divisor(size: int, limit: int) -> int:
     """The largest power of two up to `limit` that divides `size`."""
-    found = 1
-    while found * 2 <= limit and size % (found * 2) == 0:
-        found *= 2
-    return found
+    power = 1
+    while power * 2 <= limit and size % (power * 2) == 0:
+        power *= 2
+    return power
 
 
 def part(size: int, limit: int, step: int) -> int:
