@@ -53,7 +53,7 @@ def recover(blocks_RGC: torch.Tensor, spec: QuantSpec, saved: tuple[torch.dtype,
         sign_N = _signs(part_NC, furthest, spec)
         codes_NC = (part_NC / (guess_N * sign_N)[:, None]).round()
         size_NC = codes_NC.abs().clamp(min=1).double()
-        # Every number but zero says between what bounds the scale must be. They may be a float32's last digit apart.
+        # Every number but zero bounds the scale. The bounds may be a float32's last digit apart.
         low_N = torch.where(codes_NC == 0, 0, (part_NC.abs().double() - below_NC) / size_NC).amax(-1)
         high_N = torch.where(codes_NC == 0, torch.inf, (part_NC.abs().double() + half_NC) / size_NC).amin(-1)
         scale_N = _roundest(low_N, high_N) * sign_N

@@ -140,7 +140,7 @@ def _error(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec, importance_GC:
 
 
 def values(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
-    """What the nearest codes mean, float32 [R, G, C]: what `encode` and `formats.quantized.decode` give together."""
+    """Numbers of the nearest codes, float32 [R, G, C], as `encode` and then `formats.quantized.decode` give them."""
     scales = grid.scales(spec)[..., None]
     if not spec.is_integer:
         narrow = encode(blocks_RGC, grid, spec).codes

@@ -124,8 +124,8 @@ def joint_spec(specs: list[QuantSpec], columns: int) -> QuantSpec | None:
 class QuantizedRows:
     """Codes, scales and zero points of one weight.
 
-    The three are written one after the other. Scales and zero points are small, so those that were found along with
-    the codes are kept, for the weight that was read last; without that, rounding would be done three times.
+    The three are written one after the other. Scales and zero points are small, so those computed along with the
+    codes are kept, for the weight that was read last; otherwise rounding would be done three times.
 
     Args:
         name: Of the weight.

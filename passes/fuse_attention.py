@@ -162,7 +162,7 @@ def _hides(fill: Any) -> bool:
 
 
 def _unrepeat_both(k: Node, v: Node, q: Node) -> tuple[Node, Node]:
-    """Keys and values without their repetition, or as they are if that is recognised in one of them only."""
+    """Keys and values without their repetition; both unchanged if only one of them has a recognised repetition."""
     unrepeated = _unrepeat(k, q), _unrepeat(v, q)
     heads = [value.meta["val"].shape[1] for value in unrepeated]
     return unrepeated if heads[0] == heads[1] else (k, v)

@@ -230,7 +230,7 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def cause(self) -> str:
-            # The first is the cause; that there is no GPU is said of every build without one.
+            # The first error is the cause; every build without a GPU also reports that there is none.
             causes = [error for error in self.errors if "cudaError" not in error] or self.errors
             return causes[0][:400] if causes else ""
 

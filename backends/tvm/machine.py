@@ -52,7 +52,7 @@ def machine() -> str:
 
 
 def has_features() -> frozenset[str] | None:
-    """What the processor can do, in the Linux kernel's words; None where nobody says."""
+    """Features of the processor, as the Linux kernel names them; None where it reports none."""
     try:
         text = _CPUINFO.read_text()
     except OSError:

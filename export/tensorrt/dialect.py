@@ -75,7 +75,7 @@ def _product(emitter: Emitter, x: Node, matrix: str, dtype: torch.dtype) -> str:
 
 
 def _scale_dtype(emitter: Emitter, computed: torch.dtype) -> torch.dtype:
-    """Dtype of scales: what is computed in, and in float32 islands that of the caches."""
+    """Dtype of scales: that of the computation; in float32 islands, that of the caches."""
     caches = [emitter.graph.placeholders()[cache.input].meta["val"].dtype for cache in emitter.graph.caches]
     return caches[0] if caches and computed == torch.float32 else computed
 
@@ -135,7 +135,7 @@ def _bytes(codes: Weight) -> Weight:
 
 
 def _scales(scales: Weight, dtype: torch.dtype) -> Weight:
-    """Scales in the dtype that is computed in, which TensorRT asks for.
+    """Scales in the dtype of the computation, as TensorRT requires.
 
     Raises:
         QuantizationError: If one is not positive there, is infinite, or so small that it loses digits.

@@ -74,7 +74,7 @@ def _profile(name: str, likely: int, most: int) -> Profile:
 
 
 def _rounded_scales(request: Request) -> tuple[str, ...]:
-    """Scales have the dtype that is computed in; those of some schemes have more digits."""
+    """Notes on scales that lost digits: scales have the dtype of the computation, and some schemes have wider ones."""
     quant_scheme = scheme(request.quant)
     wide = [spec.describe() for spec in quant_scheme.specs if spec.scale_dtype == "float32"]
     if quant_scheme.activations is not None:

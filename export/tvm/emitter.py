@@ -25,7 +25,7 @@ Lowering = Callable[["Emitter", Node], Any]
 """Emits the calls for one node and returns its value, or a list of values if it has several."""
 
 _kernel_cache: dict[tuple[Any, Tile], Any] = {}
-"""Every kernel that this process has made, by key and tile: reading a kernel takes TVM longer than compiling it."""
+"""Every kernel of this process, by key and tile: reading a kernel takes TVM longer than compiling it."""
 
 
 class Emitter:
