@@ -34,8 +34,8 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, V]."""
-        found = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table).float()
-        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+        logits = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 class Targets(abc.ABC):
@@ -137,5 +137,5 @@ def distillation_loss(hidden: torch.Tensor, head: Head, targets: Targets) -> tor
         head: The student's head.
         targets: What it should say of the same positions.
     """
-    found: torch.Tensor = _Loss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-    return found
+    loss: torch.Tensor = _Loss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return loss

@@ -84,13 +84,15 @@ def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
     rounded = {}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
         _, codes, scales, zero_points, number = node.args
-        if (held := graph.weight_of(codes)) is None or (held_scales := graph.weight_of(scales)) is None:
+        if (named_codes := graph.weight_of(codes)) is None or (named_scales := graph.weight_of(scales)) is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
         zeros = graph.weight_of(zero_points)
-        numbers = dequantize(held[1].read(), held_scales[1].read(), zeros and zeros[1].read(), number)
-        rounded[held[0].removesuffix(".codes")] = numbers
+        numbers = dequantize(named_codes[1].read(), named_scales[1].read(), zeros and zeros[1].read(), number)
+        rounded[named_codes[0].removesuffix(".codes")] = numbers
     # Assigned, not copied: a checkpoint's tensors may share memory with the module's.
-    found = module.load_state_dict(rounded, assign=True, strict=False)
-    if found.unexpected_keys:
-        raise InvariantError(f"quantised weights that the module does not have: {', '.join(found.unexpected_keys)}")
+    load_result = module.load_state_dict(rounded, assign=True, strict=False)
+    if load_result.unexpected_keys:
+        raise InvariantError(
+            f"quantised weights that the module does not have: {', '.join(load_result.unexpected_keys)}"
+        )
     module.requires_grad_(False)

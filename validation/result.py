@@ -60,9 +60,9 @@ class CacheResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `window_share` is the part of the local bytes that the plan's bare window needs."""
-        found = dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
         share = self.local_window / self.local if self.local else None
-        return {"local": found.pop("local"), "global": found.pop("global_"), **found, "window_share": share}
+        return {"local": data.pop("local"), "global": data.pop("global_"), **data, "window_share": share}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,9 +155,9 @@ class TargetResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the verdict in front."""
-        found = dataclasses.asdict(self)
-        found["cache_bytes"] = self.caches and self.caches.to_json()
-        del found["caches"]
+        data = dataclasses.asdict(self)
+        data["cache_bytes"] = self.caches and self.caches.to_json()
+        del data["caches"]
         return {
             "passed": self.passed,
             "max_abs": self.worst("max_abs"),
@@ -165,7 +165,7 @@ class TargetResult:
             "kl": self.worst("kl_mean"),
             "kl_max": self.worst("kl_max"),
             "top1_agreement": self.top1_agreement,
-            **found,
+            **data,
             "by_position": [float(f"{value:.3g}") for value in self.by_position],
         }
 
@@ -201,7 +201,7 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        found: dict[str, Any] = finite(
+        data: dict[str, Any] = finite(
             {
                 "model": self.model,
                 "passed": self.passed,
@@ -214,13 +214,13 @@ class Validation:
                 "targets": {name: result.to_json() for name, result in self.targets.items()},
             }
         )
-        return found
+        return data
 
 
 def finite(value: Any) -> Any:
     """Plain data in which a number that is not finite is None, for JSON has none."""
     if isinstance(value, dict):
-        return {key: finite(held) for key, held in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(held) for held in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

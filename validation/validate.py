@@ -106,7 +106,7 @@ def validate_sources(
             # It also draws the text of a model without a tokenizer.
             "seed": seed != 0 and model is None and inputs.model.tokenizer is not None,
         }
-        if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
+        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
             raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
     quant = inputs.model.quant if quant is None else quant
     names, not_run = _names(inputs, targets, quant, dtype)
@@ -266,10 +266,10 @@ def _settings(
 
 
 def _compiled(names: Sequence[str], settings: Settings, out: Path | None, overwrite: bool) -> list[Candidate]:
-    found = []
+    candidates = []
     for name in names:
         folder = None if out is None or name == REFERENCE else out / name
         if folder is not None:
             check_absent(folder, overwrite=overwrite)
-        found.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
-    return found
+        candidates.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
+    return candidates

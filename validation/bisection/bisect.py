@@ -158,8 +158,8 @@ def bisect_stages(
         if not done.changes:
             continue
         means = quant if is_quantized(graph) else "none"
-        right, meant = reference_graph(traced, means), dataclasses.replace(context, quant=means)
-        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, meant)
+        right, quantized_context = reference_graph(traced, means), dataclasses.replace(context, quant=means)
+        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, quantized_context)
         if verdict.diverged:
             return dataclasses.replace(verdict, stage=name)
     if verdict is None:
@@ -263,14 +263,14 @@ def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
 
 def _bisect(a: Session, b: Session, calls: Sequence[Call], context: Context) -> Verdict:
     runs = zip(steps(a, calls, context.tokens), steps(b, calls, context.tokens), strict=True)
-    found = differences(runs)
-    first = first_divergent(found, context.tolerance)
+    tap_differences = differences(runs)
+    first = first_divergent(tap_differences, context.tolerance)
     if first is None:
-        return agreement(found, context.tolerance)
+        return agreement(tap_differences, context.tolerance)
     where = site(first.tap, context.config.num_layers)
     names = {where.tap, *where.inputs}
     again_a, again_b = (record(session, calls, context.tokens, names) for session in (a, b))
-    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(found))
+    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(tap_differences))
 
 
 def _with_taps(

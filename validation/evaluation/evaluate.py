@@ -97,12 +97,12 @@ def evaluate_sources(
             "weights": weights != "checkpoint" and model is None,
             "seed": seed != 0 and model is None,
         }
-        if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
+        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
             raise ConfigError(f"artifacts are evaluated as they stand: leave out {idle}, or name schemes to compile")
     check_context(config, context)
     most = min(context or config.context, *(part.settings.context for part in inputs.artifacts), config.context)
     read = read_sequences(inputs.model, Path(text), length=length, windows=windows, most=most)
-    made = []
+    compiled = []
     if compiles:
         settings = Settings(
             quant="none",
@@ -112,8 +112,8 @@ def evaluate_sources(
             chunk=chunk or CHUNK,
             threads=threads,
         )
-        made = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
-    entries = told_apart([*(named(part) for part in inputs.artifacts), *made])
+        compiled = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
+    entries = told_apart([*(named(part) for part in inputs.artifacts), *compiled])
     not_run = refused(entries)
     if len(not_run) == len(entries):
         raise _nothing(not_run)

@@ -172,7 +172,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        found: dict[str, Any] = finite(
+        data: dict[str, Any] = finite(
             {
                 "model": self.model,
                 "parameters": self.parameters,
@@ -186,7 +186,7 @@ class Evaluation:
                 "rows": [{**row.to_json(), "on_front": list(self.fronts_of(row))} for row in self.rows],
             }
         )
-        return found
+        return data
 
 
 def target_row(facts: Facts, scores: Scores, oracle: Array, speed: Speed, seconds: float) -> Row:
