@@ -1,6 +1,6 @@
-"""GPTQ: weights rounded one column after the other, the error of each made up for by those that are still free.
+"""GPTQ rounds weights one column after the other; the columns that are still free compensate the error of each.
 
-Source: arXiv 2210.17323. Scales are found beforehand and stay, so columns can be taken in the order of their
+Source: arXiv 2210.17323. Scales are chosen beforehand and stay, so columns can be taken in the order of their
 importance ("act-order" with static groups).
 """
 

@@ -8,10 +8,10 @@ from transom.formats.schemes import QuantSpec
 
 
 def into_cells(weight_RK: torch.Tensor, calibrated_RK: torch.Tensor, divisors_RG: torch.Tensor) -> torch.Tensor:
-    """Numbers that round to what calibration says they should mean.
+    """Numbers that round to the calibrated ones.
 
     Those that do so already stay. The others go into their cell, as far from its centre as from its border: at the
-    border itself the noise of a few steps would turn them back, and what calibration found would be lost.
+    border itself the noise of a few steps would turn them back, and the calibrated codes would be lost.
     """
     step_RK = _by_column(divisors_RG.abs(), weight_RK)
     away_RK = weight_RK - calibrated_RK

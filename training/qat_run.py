@@ -67,7 +67,7 @@ class QatRun:
         narrow = getattr(torch, settings.head_dtype)
         self._teacher_head = Head(table=self._teacher[table].to(narrow), softcap=cap)
         student = {name: raw[name].clone() for name in raw if name != table}
-        # What a saved state holds need not be found again.
+        # A saved state replaces the grids, so they need no calibration then.
         student |= self._grids(raw, on_progress, calibrated=settings.start == "gptq" and not begun)
         for name, spec in self.specs.items():
             if settings.start != "gptq":
@@ -86,7 +86,7 @@ class QatRun:
     def _grids(
         self, raw: dict[str, torch.Tensor], on_progress: Callable[[str, int, int], None], *, calibrated: bool
     ) -> dict[str, Any]:
-        """Scales to begin with; calibrated also weights, moved into the cells of the codes that were found."""
+        """Initial scales and, if calibrated, weights that are moved into the cells of their codes."""
         parameters = {}
         for name in self.specs:
             for part in (f"{name}.divisors", f"{name}.zero_points"):

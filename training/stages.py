@@ -1,7 +1,7 @@
 """A `score` graph cut into stages, one a layer, each run by itself on real tensors and any device.
 
 So activations can be forgotten and computed again (gradient checkpointing), and a layer can be calibrated on what the
-layers before it gave. The head's product is left out: logits of 262,144 tokens are never made for all positions.
+layers before it gave. The head's product is left out: logits of 262,144 tokens are never computed for all positions.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Candidate:
 
 
 def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
-    """Raise `TargetError` for a target that is unknown, given twice, lacks a library, or cannot hold what is asked."""
+    """Raise `TargetError` for a target that is unknown, given twice, lacks a library, or cannot hold the scheme."""
     known = (REFERENCE, *TARGETS)
     for name in names:
         if name not in known:

@@ -67,7 +67,7 @@ def compare(logits: NDArray[np.float32], expected: Logits, first: int) -> Differ
 
 
 def divergence(logits: NDArray[np.float32], expected: Logits, first: int) -> Array:
-    """KL(expected || found) of every position alone, [T]."""
+    """KL(expected || logits) of every position alone, [T]."""
     parts = []
     for low in range(0, len(logits), ROWS):
         rows = torch.from_numpy(np.ascontiguousarray(logits[low : low + ROWS]))

@@ -79,7 +79,7 @@ def read_inputs(
 
 
 def model_of(manifest: Manifest, folder: Path) -> Model:
-    """The model that an artifact was made from, found again by what its manifest says."""
+    """Load the model that an artifact was made from, by the name in its manifest."""
     source, revision = manifest.source["name"], manifest.source["revision"]
     try:
         if source == "random" and (match := _SEED.fullmatch(revision)):

@@ -79,7 +79,7 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
             )
     expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache in local)
     per_token = sum(_slot_bytes(cache) for cache in session.caches if config.layer_window(cache.layer) is None)
-    # A session counts a cache without a window as global; that was said above.
+    # A session counts a cache without a window as global; that is a failure above.
     if all(cache.window is not None for cache in local):
         if cache_bytes["local"] != expected:
             failures.append(

@@ -1,4 +1,4 @@
-"""One target, run through a schedule and held against the oracle."""
+"""Run one target through a schedule and compare it with the oracle."""
 
 from __future__ import annotations
 

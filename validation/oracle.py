@@ -1,7 +1,8 @@
 """The oracle: the model file in eager float32 PyTorch, all positions at once, without caches and without passes.
 
 Of a quantised model, it has the numbers that the codes mean. Logits are causal, so one pass over the longest prompt
-serves every shorter one. Only hidden states are kept: logits of 262,144 tokens are made for a few positions at a time.
+serves every shorter one. Only hidden states are kept: logits of 262,144 tokens are computed for a few positions
+at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Reading:
 
         def keep(_: object, __: object, normed_BTD: torch.Tensor) -> torch.Tensor:
             hidden.append(normed_BTD[0])
-            # One position is enough for the head: its rows are made later, by `logits`.
+            # One position is enough for the head: `logits` computes its rows later.
             return normed_BTD[:, -1:]
 
         hook = module.norm.register_forward_hook(keep)
@@ -52,7 +53,7 @@ class Reading:
 
 
 class Oracle:
-    """The eager module, and what it said of the text that all targets read.
+    """The eager module, and its reading of the text that all targets read.
 
     Args:
         model: The model.
@@ -78,7 +79,7 @@ class Oracle:
 
 
 def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
-    """Give a module the numbers that the codes of a scheme mean, made by the pass that makes the codes."""
+    """Give a module the numbers that the codes of a scheme mean, computed by the pass that makes the codes."""
     passes = Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))])
     graph, _ = passes.run(graph)
     rounded = {}

@@ -1,4 +1,4 @@
-"""What a validation found, as data."""
+"""The result of a validation, as data."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TargetResult:
         chunk: Most new tokens in one call.
         window: Keys that a local layer sees.
         slots: Slots of the local layers' rings.
-        tolerance: What it was held to.
+        tolerance: What its differences may be.
         lengths: A record a run.
         new_tokens: Length of the greedy continuation.
         first_different: Index in the continuation of the first token that is not the oracle's likeliest; None if there
@@ -131,7 +131,7 @@ class TargetResult:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no failures."""
         return not self.failures
 
     @property
@@ -177,7 +177,7 @@ class Validation:
     Attributes:
         model: Its name.
         source: Where the weights came from, and their revision.
-        oracle: What the targets were held against, in words.
+        oracle: What the targets are compared with, in words.
         prompt: Source, number and sha256 of the tokens.
         targets: Results by name; artifacts of one target are told apart by their folders.
         not_run: Targets that were left out, with the reason.

@@ -1,4 +1,4 @@
-"""Validation: the same prompts through every target, held against the oracle."""
+"""Validation: the same prompts through every target, compared with the oracle."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def compile_model(
         topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
         before: Passes to run before the target's own, such as `AddTaps`.
-        traced: What `trace_model` made of this model in this dtype, to save doing it again; left as it is.
+        traced: The graph of `trace_model` for this model in this dtype, to save tracing again; it stays unchanged.
         out: Folder to write; it appears only when it is whole.
         overwrite: Whether to replace a folder of that name.
         on_progress: Told of every step.

@@ -195,7 +195,7 @@ def attend(
 
 
 def _fit_scale(evidence: Evidence, seen: torch.Tensor, scale: float) -> float:
-    """The factor on the scores that comes closest to what was found, by golden-section search on its logarithm."""
+    """The factor on the scores that comes closest to the output, by golden-section search on its logarithm."""
 
     def loss(power: float) -> float:
         errors = (attend(evidence, seen, scale * 2**power) - evidence.output).double().pow(2)

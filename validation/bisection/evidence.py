@@ -54,6 +54,6 @@ RIGHT = "it does what the model says"
 
 
 def best_factor(predicted: torch.Tensor, output: torch.Tensor) -> float:
-    """The number that brings a prediction closest to what was found."""
+    """The number that brings a prediction closest to the output."""
     x, y = (value.double().flatten().nan_to_num(0.0) for value in (predicted, output))
     return float((x @ y) / (x @ x).clamp_min(1e-300))

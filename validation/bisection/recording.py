@@ -1,4 +1,4 @@
-"""What a run's taps said, position by position, whatever runtime it came from."""
+"""The values of a run's taps, position by position, from any runtime."""
 
 from __future__ import annotations
 

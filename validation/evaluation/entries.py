@@ -17,7 +17,7 @@ from transom.zoo.config import DecoderConfig
 
 
 def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) -> None:
-    """Raise what is wrong with the names of schemes and targets, None where the defaults are meant.
+    """Raise what is wrong with the names of schemes and targets, None for the defaults.
 
     Raises:
         QuantizationError: If a scheme is unknown.
@@ -72,7 +72,7 @@ def named(candidate: Candidate) -> Candidate:
 
 
 def refused(candidates: Sequence[Candidate]) -> dict[str, Exception]:
-    """By name, those that can be known not to run: a library is missing, or the target cannot hold what is asked."""
+    """Why candidates cannot run, by name: a library is missing, or the target cannot hold the scheme."""
     refusals: dict[str, Exception] = {}
     for candidate in candidates:
         try:

@@ -47,7 +47,7 @@ def evaluate_sources(
 ) -> Evaluation:
     """Weigh schemes: perplexity, KL and top-1 agreement against bytes and tokens a second.
 
-    All are held against the unquantised model: the plain module in float32 with the checkpoint's own numbers. Whatever
+    All are compared with the unquantised model: the plain module in float32 with the checkpoint's own numbers. Whatever
     a checkpoint of bfloat16 or of a GGUF file says, float32 holds exactly. Schemes are compiled, measured and removed
     one after another; one that cannot be run is told apart from the others, unless it is the only one.
 

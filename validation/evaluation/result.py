@@ -1,4 +1,4 @@
-"""What an evaluation found, as data."""
+"""The result of an evaluation, as data."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Evaluation:
         model: Its name.
         parameters: Numbers in its weights.
         source: Where the weights came from, and their revision.
-        oracle: What the rows were held against, in words.
+        oracle: What the rows are compared with, in words.
         text: File, sha256 of the token ids, and how it was cut.
         speed: How the speeds were measured.
         rows: The oracle first.

@@ -18,7 +18,7 @@ from transom.validation.evaluation.text import Text
 from transom.validation.oracle import Reading
 
 CALL = 256
-"""Most positions whose logits are asked for at once: 256 MiB of Gemma's vocabulary."""
+"""Most positions whose logits are computed at once: 256 MiB of Gemma's vocabulary."""
 
 Advance = Callable[[int], None]
 

@@ -1,4 +1,4 @@
-"""`transom validate`: the same prompts through every target, held against the plain module."""
+"""`transom validate`: the same prompts through every target, compared with the plain module."""
 
 from __future__ import annotations
 
