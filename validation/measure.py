@@ -19,8 +19,8 @@ from transom.validation.result import LengthResult, TargetResult
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 
-SAID = 400
-"""Most characters of a runtime's own words in a failure: some say pages."""
+MESSAGE_LIMIT = 400
+"""Most characters of a runtime's own message in a failure: some write pages."""
 
 
 class Run(NamedTuple):
@@ -119,7 +119,7 @@ def measure(
 
 def in_a_line(error: Exception) -> str:
     """A runtime's own words, shortened."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_LIMIT]}"
 
 
 def not_measured(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:

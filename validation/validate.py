@@ -83,7 +83,7 @@ def validate_sources(
     Raises:
         ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or an option would
             do nothing.
-        TargetError: If a target is unknown, or was named and its library is missing or it cannot hold what is asked.
+        TargetError: If a target is unknown, or was named and its library is missing or it cannot hold the scheme.
         ArtifactError: If an artifact is damaged, or a folder cannot be written.
         ContextLengthError: If the context is too short or longer than the model's.
         TokenizerError: If the text cannot be read.
