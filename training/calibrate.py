@@ -52,7 +52,7 @@ def calibrate(
         QuantizationError: If a weight is not finite, or what goes into it is not.
     """
     stages = Stages(graph)
-    found: dict[str, Weight] = {}
+    rounded_weights: dict[str, Weight] = {}
     records: dict[str, Conversion] = {}
     batches = [stages.start(tokens_T[None]) for tokens_T in sequences_NT]
     with torch.no_grad():
@@ -65,16 +65,16 @@ def calibrate(
                     _check_finite(name, weights[name], moments)
                     with one_thread():
                         codes = quantizer(weights[name], moments, specs[name])
-                    found[name] = with_codes(weight, specs[name], codes)
+                    rounded_weights[name] = with_codes(weight, specs[name], codes)
                     records[name] = _record(name, weight, specs[name])
-                    raw, weights[name] = weights[name], found[name].read()
+                    raw, weights[name] = weights[name], rounded_weights[name].read()
                     records[name].measure(raw, weights[name])
             for values in batches:
                 outputs = stages.run(stage, weights, [values[node] for node in stage.inputs])
                 values |= zip(stage.outputs, outputs, strict=True)
                 _forget(values, stages, done)
             on_progress(done + 1, len(stages.stages))
-    return found, records
+    return rounded_weights, records
 
 
 def _record(name: str, weight: Weight, spec: QuantSpec) -> Conversion:
@@ -83,16 +83,20 @@ def _record(name: str, weight: Weight, spec: QuantSpec) -> Conversion:
 
 
 def _weight(graph: Graph, node: Node) -> tuple[str, Weight]:
-    held = graph.weight_of(node.args[1])
-    assert held is not None, f"{node} multiplies by no weight"
-    return held
+    named_weight = graph.weight_of(node.args[1])
+    assert named_weight is not None, f"{node} multiplies by no weight"
+    return named_weight
 
 
 def _groups(stage: Stage, graph: Graph, specs: Mapping[str, QuantSpec]) -> list[list[Node]]:
     """Linears of a stage that read the same value, in the order in which they run."""
     groups: dict[Node, list[Node]] = {}
     for node in stage.nodes:
-        if node.target is aten.linear.default and (held := graph.weight_of(node.args[1])) and held[0] in specs:
+        if (
+            node.target is aten.linear.default
+            and (named_weight := graph.weight_of(node.args[1]))
+            and named_weight[0] in specs
+        ):
             groups.setdefault(node.args[0], []).append(node)
     return list(groups.values())
 

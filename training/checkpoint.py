@@ -58,25 +58,25 @@ def check_apart(out: Path, model: Model) -> None:
         raise ArtifactError(f"{out} is the model that is read, so it is not replaced: choose another name")
 
 
-def with_codes(weight: Weight, spec: QuantSpec, found: Rounded) -> Weight:
+def with_codes(weight: Weight, spec: QuantSpec, rounded: Rounded) -> Weight:
     """A weight that has the numbers of its codes, and carries them.
 
     Args:
         weight: What was quantised.
         spec: Its spec.
-        found: Codes of the spec's groups.
+        rounded: Codes of the spec's groups.
     """
     columns = weight.shape[1]
-    found = split_groups(found, spec, columns)
-    packed, scales = pack(found.codes, spec.number), found.scales
-    zeros = None if found.zero_points is None else pack(found.zero_points, spec.number)
+    rounded = split_groups(rounded, spec, columns)
+    packed, scales = pack(rounded.codes, spec.number), rounded.scales
+    zeros = None if rounded.zero_points is None else pack(rounded.zero_points, spec.number)
     middle = 2 ** (spec.bits - 1)
 
     def read_codes(start: int, stop: int) -> Codes:
-        codes = found.codes[start:stop].flatten(1)
+        codes = rounded.codes[start:stop].flatten(1)
         if spec.is_integer and spec.symmetric:
             codes = (codes.to(torch.int16) - middle).to(torch.int8)
-        return codes, scales[start:stop], None if found.zero_points is None else found.zero_points[start:stop]
+        return codes, scales[start:stop], None if rounded.zero_points is None else rounded.zero_points[start:stop]
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
         part = None if zeros is None else zeros[start:stop]

@@ -17,8 +17,8 @@ def device_of(name: str) -> torch.device:
     """
     try:
         if name == "xla":
-            found: torch.device = importlib.import_module("torch_xla").device()
-            return found
+            xla_device: torch.device = importlib.import_module("torch_xla").device()
+            return xla_device
         device = torch.device(name)
         torch.zeros(1, device=device)
     except ImportError as error:

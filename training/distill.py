@@ -1,10 +1,10 @@
 """Distillation: what a student's next-token probabilities lose against a teacher's, without holding all logits.
 
-Logits of a few positions at a time are made from hidden states, and what they say of the gradient is kept in place of
-them: memory is a few rows of the vocabulary, however many positions there are.
+Logits are computed from hidden states for a few positions at a time, and only their part of the gradient is kept:
+memory is a few rows of the vocabulary, however many positions there are.
 
-Targets are the teacher's whole distribution, or 256 samples of it, as the Gemma 3 report distils (section 2.2). How it
-samples is not said; counts of draws with replacement are an unbiased estimate of the distribution (arXiv 2503.16870).
+Targets are the teacher's whole distribution, or 256 samples of it, as the Gemma 3 report distils (section 2.2). It
+does not say how it samples; counts of draws with replacement estimate the distribution without bias (arXiv 2503.16870).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 LOGITS = 2**24
-"""Logits made at a time: 64 MiB of float32."""
+"""Logits computed at a time: 64 MiB of float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, V]."""
-        found = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table).float()
-        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+        logits = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 class Targets(abc.ABC):
@@ -137,5 +137,5 @@ def distillation_loss(hidden: torch.Tensor, head: Head, targets: Targets) -> tor
         head: The student's head.
         targets: What it should say of the same positions.
     """
-    found: torch.Tensor = _Loss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-    return found
+    loss: torch.Tensor = _Loss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,6 +1,6 @@
-"""GPTQ: weights rounded one column after the other, the error of each made up for by those that are still free.
+"""GPTQ rounds weights one column after the other; the columns that are still free compensate the error of each.
 
-Source: arXiv 2210.17323. Scales are found beforehand and stay, so columns can be taken in the order of their
+Source: arXiv 2210.17323. Scales are chosen beforehand and stay, so columns can be taken in the order of their
 importance ("act-order" with static groups).
 """
 
@@ -53,10 +53,10 @@ def gptq(weight_RK: torch.Tensor, moments_KK: torch.Tensor, spec: QuantSpec) -> 
             zeros = None if grid.zero_points is None else grid.zero_points[:, place, None]
             here = Grid(divisors=grid.divisors[:, place, None], zero_points=zeros)
             given = free_RK[:, column]
-            found = values(given[:, None, None], here, spec)[:, 0, 0]
-            error = (given - found) / factor_KK[column, column]
+            rounded_R = values(given[:, None, None], here, spec)[:, 0, 0]
+            error = (given - rounded_R) / factor_KK[column, column]
             free_RK[:, column:high].addr_(error, factor_KK[column, column:high], alpha=-1)
-            rounded_RK[:, column], errors[:, column - low] = found, error
+            rounded_RK[:, column], errors[:, column - low] = rounded_R, error
         free_RK[:, high:].addmm_(errors, factor_KK[low:high, high:], alpha=-1)
     again = torch.empty_like(rounded_RK)
     again[:, order] = rounded_RK
@@ -72,5 +72,5 @@ def _inverse_factor(moments_KK: torch.Tensor) -> torch.Tensor:
     """
     upper_KK = torch.linalg.cholesky(moments_KK.flip(0, 1)).flip(0, 1)
     identity_KK = torch.eye(len(moments_KK), dtype=moments_KK.dtype)
-    found_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
-    return found_KK
+    factor_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
+    return factor_KK

@@ -7,15 +7,15 @@ import torch
 from transom.formats.schemes import QuantSpec
 
 
-def into_cells(weight_RK: torch.Tensor, meant_RK: torch.Tensor, divisors_RG: torch.Tensor) -> torch.Tensor:
-    """Numbers that round to what calibration says they should mean.
+def into_cells(weight_RK: torch.Tensor, calibrated_RK: torch.Tensor, divisors_RG: torch.Tensor) -> torch.Tensor:
+    """Numbers that round to the calibrated ones.
 
     Those that do so already stay. The others go into their cell, as far from its centre as from its border: at the
-    border itself the noise of a few steps would turn them back, and what calibration found would be lost.
+    border itself the noise of a few steps would turn them back, and the calibrated codes would be lost.
     """
     step_RK = _by_column(divisors_RG.abs(), weight_RK)
-    away_RK = weight_RK - meant_RK
-    return torch.where(away_RK.abs() < 0.49 * step_RK, weight_RK, meant_RK + 0.25 * step_RK * away_RK.sign())
+    away_RK = weight_RK - calibrated_RK
+    return torch.where(away_RK.abs() < 0.49 * step_RK, weight_RK, calibrated_RK + 0.25 * step_RK * away_RK.sign())
 
 
 def _by_column(x_RG: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:

@@ -98,15 +98,15 @@ def train(
         TrainingError: If the device is missing, a saved state is of another run, or training diverges.
         ArtifactError: If `out` exists or cannot be written.
     """
-    made = scheme(settings.quant)
-    if not made.linears:
+    quant_scheme = scheme(settings.quant)
+    if not quant_scheme.linears:
         raise QuantizationError(f"the scheme {settings.quant!r} quantises no projection, so there is nothing to train")
     check_apart(out, model)
     with new_folder(out, overwrite=overwrite, kind=CHECKPOINT) as folder:
         sequences = read_sequences(model, text, settings.length)
         state = TrainingState(out, settings, model.revision, sequences)
         saved = state.load()
-        run = QatRun(model, made, settings, sequences, on_progress, begun=saved is not None)
+        run = QatRun(model, quant_scheme, settings, sequences, on_progress, begun=saved is not None)
         losses = [] if saved is None else run.resume(saved)
         for index in range(len(losses), settings.steps):
             losses.append(run.step(index))

@@ -40,7 +40,7 @@ class QatRun:
     def __init__(
         self,
         model: Model,
-        made: Scheme,
+        scheme: Scheme,
         settings: QatSettings,
         sequences_NT: torch.Tensor,
         on_progress: Callable[[str, int, int], None],
@@ -53,13 +53,13 @@ class QatRun:
         traced = score_graph(model)
         self._traced = traced
         # The table is a third or more of a small model and is only rounded to 8 bits: it is not worth its gradients.
-        fake = FakeQuantize(dataclasses.replace(made, table=None), "mse")
+        fake = FakeQuantize(dataclasses.replace(scheme, table=None), "mse")
         self._graph, _ = Pipeline([fake]).run(traced)
         self.specs: dict[str, QuantSpec] = fake.specs
         table = next(name for name in traced.weights if TABLE in name)
         self._table = table
         raw = {name: weight.read().float() for name, weight in traced.weights.items()}
-        frozen = {table: dequantized(table, traced.weights[table], made)}
+        frozen = {table: dequantized(table, traced.weights[table], scheme)}
         self._teacher = {name: tensor.to(self.device) for name, tensor in raw.items()}
         self._teacher_stages = Stages(traced, device=self.device)
         self._student_stages = Stages(self._graph, device=self.device)
@@ -67,7 +67,7 @@ class QatRun:
         narrow = getattr(torch, settings.head_dtype)
         self._teacher_head = Head(table=self._teacher[table].to(narrow), softcap=cap)
         student = {name: raw[name].clone() for name in raw if name != table}
-        # What a saved state holds need not be found again.
+        # A saved state replaces the grids, so they need no calibration then.
         student |= self._grids(raw, on_progress, calibrated=settings.start == "gptq" and not begun)
         for name, spec in self.specs.items():
             if settings.start != "gptq":
@@ -86,14 +86,14 @@ class QatRun:
     def _grids(
         self, raw: dict[str, torch.Tensor], on_progress: Callable[[str, int, int], None], *, calibrated: bool
     ) -> dict[str, Any]:
-        """Scales to begin with; calibrated also weights, moved into the cells of the codes that were found."""
-        found = {}
+        """Initial scales and, if calibrated, weights that are moved into the cells of their codes."""
+        parameters = {}
         for name in self.specs:
             for part in (f"{name}.divisors", f"{name}.zero_points"):
                 if part in self._graph.weights:
-                    found[part] = self._graph.weights[part].read()
+                    parameters[part] = self._graph.weights[part].read()
         if not calibrated:
-            return found
+            return parameters
         count = min(len(self._sequences), max(1, CALIBRATION_TOKENS // self.settings.length))
         # Not those that training begins with: what they lose would tell nothing.
         order = self._order(0)[-count:]
@@ -107,12 +107,12 @@ class QatRun:
             lattice = weight.lattice
             assert lattice is not None
             _, scales, zeros = lattice.read_rows(0, weight.shape[0])
-            repeats = scales.shape[1] // found[f"{name}.divisors"].shape[1]
-            found[f"{name}.divisors"] = scales[:, ::repeats].contiguous()
+            repeats = scales.shape[1] // parameters[f"{name}.divisors"].shape[1]
+            parameters[f"{name}.divisors"] = scales[:, ::repeats].contiguous()
             if zeros is not None:
-                found[f"{name}.zero_points"] = zeros[:, ::repeats].float().contiguous()
-            found[name] = into_cells(raw[name], weight.read(), found[f"{name}.divisors"])
-        return found
+                parameters[f"{name}.zero_points"] = zeros[:, ::repeats].float().contiguous()
+            parameters[name] = into_cells(raw[name], weight.read(), parameters[f"{name}.divisors"])
+        return parameters
 
     def step(self, index: int) -> float:
         """One step of the optimiser; returns the mean KL."""
@@ -197,6 +197,6 @@ class QatRun:
             zeros = self._student.get(f"{name}.zero_points")
             divisors = self._student[f"{name}.divisors"].detach().cpu()
             grid = Grid(divisors=divisors, zero_points=None if zeros is None else zeros.cpu())
-            found = encode(tensor.view(*divisors.shape, -1), grid, spec)
-            graph.weights[name] = with_codes(Weight.of(tensor, weight.origin), spec, found)
+            rounded = encode(tensor.view(*divisors.shape, -1), grid, spec)
+            graph.weights[name] = with_codes(Weight.of(tensor, weight.origin), spec, rounded)
         return graph

@@ -76,10 +76,10 @@ def quantize_model(
         TokenizerError: If the text cannot be read.
         ArtifactError: If `out` exists or cannot be written.
     """
-    made = scheme(quant)
+    quant_scheme = scheme(quant)
     if method not in METHODS:
         raise QuantizationError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
-    if not made.specs:
+    if not quant_scheme.specs:
         raise QuantizationError(f"the scheme {quant!r} quantises nothing: choose another one")
     if method == "gptq" and text is None:
         raise QuantizationError("gptq needs a text to calibrate on: give --calibrate FILE")
@@ -93,8 +93,8 @@ def quantize_model(
         if sequences is not None:
             linears = {}
             for name, weight in graph.weights.items():
-                if TABLE not in name and (spec := scheme_spec(made, name, weight)):
-                    linears[name] = spec_of(name, weight, spec, as_shipped=made.as_shipped)
+                if TABLE not in name and (spec := scheme_spec(quant_scheme, name, weight)):
+                    linears[name] = spec_of(name, weight, spec, as_shipped=quant_scheme.as_shipped)
             rounded, calibrated = calibrate(
                 graph, linears, sequences, on_progress=lambda done, total: on_progress("calibrate", done, total)
             )

@@ -1,7 +1,7 @@
 """A `score` graph cut into stages, one a layer, each run by itself on real tensors and any device.
 
 So activations can be forgotten and computed again (gradient checkpointing), and a layer can be calibrated on what the
-layers before it gave. The head's product is left out: logits of 262,144 tokens are never made for all positions.
+layers before it gave. The head's product is left out: logits of 262,144 tokens are never computed for all positions.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class Stages:
             for used in node.all_input_nodes:
                 readers.setdefault(used, set()).add(place)
         readers.setdefault(self._hidden, set()).add(last + 2)
-        found = []
+        stages = []
         for place, nodes in order.items():
             used = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
-            found.append(
+            stages.append(
                 Stage(
                     layer=place if 0 <= place <= last else None,
                     nodes=tuple(nodes),
@@ -104,7 +104,7 @@ class Stages:
                     weights=tuple(self._names[n] for n in used if n in self._names),
                 )
             )
-        return found
+        return stages
 
     def run(self, stage: Stage, weights: Mapping[str, torch.Tensor], inputs: Sequence[Any], watch: Watch = None) -> Any:
         """Run one stage.
@@ -150,8 +150,8 @@ class Stages:
             else:
                 outputs = run(*inputs)
             values |= zip(stage.outputs, outputs, strict=True)
-        found: torch.Tensor = values[self._hidden]
-        return found
+        hidden: torch.Tensor = values[self._hidden]
+        return hidden
 
     def start(self, tokens_BT: torch.Tensor) -> Values:
         """Values to begin with, for running stages one by one."""
@@ -166,19 +166,19 @@ Watch = Callable[[Node, Any, Any], None] | None
 
 
 def _layer(node: Node) -> int | None:
-    found = re.match(r"layers\.(\d+)", layer_path(node))
-    return int(found[1]) if found else None
+    match = re.match(r"layers\.(\d+)", layer_path(node))
+    return int(match[1]) if match else None
 
 
 def _ancestors(node: Node) -> set[Node]:
     """The node and all that it is computed from."""
-    found, stack = set(), [node]
+    ancestors, stack = set(), [node]
     while stack:
         current = stack.pop()
-        if current not in found:
-            found.add(current)
+        if current not in ancestors:
+            ancestors.add(current)
             stack.extend(current.all_input_nodes)
-    return found
+    return ancestors
 
 
 def _head(graph: Graph) -> Node:
@@ -188,5 +188,5 @@ def _head(graph: Graph) -> Node:
         node = node.args[0]
     if not is_call(node, aten.linear.default):
         raise InvariantError("the graph does not end in a linear: give the 'score' graph of a language model")
-    found: Node = node
-    return found
+    head: Node = node
+    return head

@@ -28,9 +28,9 @@ class TrainingState:
 
     def __init__(self, out: Path, settings: Any, revision: str, sequences: torch.Tensor) -> None:
         self.path = out.resolve().parent / f".{out.name}.training"
-        said = {key: value for key, value in dataclasses.asdict(settings).items() if key != "save_every"}
+        fixed_settings = {key: value for key, value in dataclasses.asdict(settings).items() if key != "save_every"}
         digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-        self._identity = json.dumps([said, revision, digest], sort_keys=True)
+        self._identity = json.dumps([fixed_settings, revision, digest], sort_keys=True)
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last; None if nothing was.
@@ -41,8 +41,8 @@ class TrainingState:
         if not self.path.exists():
             return None
         try:
-            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            identity = found.pop("identity")
+            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity = saved.pop("identity")
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{self.path} cannot be read ({_line(error)}): remove it to begin again") from error
         if identity != self._identity:
@@ -50,7 +50,7 @@ class TrainingState:
                 f"{self.path} is of a run with another model, text or settings: remove it to begin again, or choose "
                 "another --out"
             )
-        return found
+        return saved
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace what was saved; a reader sees the old state or the new one.

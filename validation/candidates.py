@@ -77,7 +77,7 @@ class Candidate:
 
 
 def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
-    """Raise `TargetError` for a target that is unknown, given twice, lacks a library, or cannot hold what is asked."""
+    """Raise `TargetError` for a target that is unknown, given twice, lacks a library, or cannot hold the scheme."""
     known = (REFERENCE, *TARGETS)
     for name in names:
         if name not in known:
@@ -91,14 +91,14 @@ def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
 
 def installed_targets(*, quant: str, dtype: str | None) -> tuple[list[str], dict[str, str]]:
     """All targets that can run this here, and why the others cannot."""
-    found, missing = [REFERENCE], {}
+    runnable, missing = [REFERENCE], {}
     for name in TARGETS:
         try:
             check_targets([name], quant=quant, dtype=dtype)
-            found.append(name)
+            runnable.append(name)
         except TargetError as error:
             missing[name] = str(error)
-    return found, missing
+    return runnable, missing
 
 
 class Opener:

@@ -51,7 +51,7 @@ class Certificate:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `ArtifactError` if no file can be made in a folder."""
+    """Raise `ArtifactError` if no file can be created in a folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -93,7 +93,7 @@ def read_certificate(folder: Path) -> Certificate:
 
 
 def _manifest_hash(folder: Path) -> str:
-    """Of all but the engines, which are made of the artifact and change nothing of it."""
+    """Hash all but the engines, which are built from the artifact and change nothing of it."""
     data = json.loads((folder / MANIFEST).read_text())
     data["details"].pop("engines", None)
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -51,41 +51,41 @@ class Differences:
         return Differences(first=parts[0].first, **arrays)
 
 
-def compare(found: NDArray[np.float32], expected: Logits, first: int) -> Differences:
+def compare(logits: NDArray[np.float32], expected: Logits, first: int) -> Differences:
     """Compare a target's logits with the oracle's, a few positions at a time.
 
     Args:
-        found: Logits [T, V] of a target.
+        logits: Logits [T, V] of a target.
         expected: The oracle.
         first: Position of the first row.
     """
     parts = []
-    for low in range(0, len(found), ROWS):
-        rows = torch.from_numpy(np.ascontiguousarray(found[low : low + ROWS]))
+    for low in range(0, len(logits), ROWS):
+        rows = torch.from_numpy(np.ascontiguousarray(logits[low : low + ROWS]))
         parts.append(_compare_rows(rows, expected(first + low, first + low + len(rows)), first + low))
     return Differences.join(parts)
 
 
-def divergence(found: NDArray[np.float32], expected: Logits, first: int) -> Array:
-    """KL(expected || found) of every position alone, [T]."""
+def divergence(logits: NDArray[np.float32], expected: Logits, first: int) -> Array:
+    """KL(expected || logits) of every position alone, [T]."""
     parts = []
-    for low in range(0, len(found), ROWS):
-        rows = torch.from_numpy(np.ascontiguousarray(found[low : low + ROWS]))
+    for low in range(0, len(logits), ROWS):
+        rows = torch.from_numpy(np.ascontiguousarray(logits[low : low + ROWS]))
         beside = expected(first + low, first + low + len(rows))
         parts.append(kl(beside.log_softmax(-1), rows.log_softmax(-1)))
     return np.concatenate(parts)
 
 
-def _compare_rows(found: torch.Tensor, expected: torch.Tensor, first: int) -> Differences:
-    best, chosen = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
+def _compare_rows(rows: torch.Tensor, expected: torch.Tensor, first: int) -> Differences:
+    best, chosen = expected.argmax(-1, keepdim=True), rows.argmax(-1, keepdim=True)
     gap = (expected.gather(1, best) - expected.gather(1, chosen))[:, 0]
     # Also of a NaN, which torch calls the largest of all, the gap must not be a number.
-    gap = torch.where(found.gather(1, chosen)[:, 0].isnan(), torch.nan, gap)
+    gap = torch.where(rows.gather(1, chosen)[:, 0].isnan(), torch.nan, gap)
     return Differences(
         first=first,
-        max_abs=_array((found - expected).abs().amax(-1)),
+        max_abs=_array((rows - expected).abs().amax(-1)),
         magnitude=_array(expected.abs().amax(-1)),
-        kl=kl(expected.log_softmax(-1), found.log_softmax(-1)),
+        kl=kl(expected.log_softmax(-1), rows.log_softmax(-1)),
         gap=_array(gap),
     )
 

@@ -75,15 +75,15 @@ def read_inputs(
         loaded = model_of(opened[0][1], folders[0])
     for folder, (_, manifest) in zip(folders, opened, strict=True):
         check_same(loaded, manifest, folder, weights=same_weights or chosen is None)
-    return Inputs(model=loaded, artifacts=tuple(made for made, _ in opened), compiles=bool(models))
+    return Inputs(model=loaded, artifacts=tuple(candidate for candidate, _ in opened), compiles=bool(models))
 
 
 def model_of(manifest: Manifest, folder: Path) -> Model:
-    """The model that an artifact was made from, found again by what its manifest says."""
+    """Load the model that an artifact was made from, by the name in its manifest."""
     source, revision = manifest.source["name"], manifest.source["revision"]
     try:
-        if source == "random" and (found := _SEED.fullmatch(revision)):
-            return load(manifest.model["name"], weights="random", seed=int(found[1]))
+        if source == "random" and (match := _SEED.fullmatch(revision)):
+            return load(manifest.model["name"], weights="random", seed=int(match[1]))
         return load(source)
     except ConfigError as error:
         raise ConfigError(

@@ -16,37 +16,38 @@ PLAN_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": 
 """The plan's names of what caches hold."""
 
 
-def judge(kind: str, found: Differences, bound: Tolerance) -> list[str]:
+def judge(kind: str, differences: Differences, bound: Tolerance) -> list[str]:
     """Why a run fails; empty if it passes. What is not a number fails.
 
     Args:
         kind: "prefill" or "decode".
-        found: All its positions.
-        bound: What it is held to.
+        differences: All its positions.
+        bound: How large they may be.
     """
-    length = found.first + len(found.kl)
-    where = f"a prompt of {length}" if kind == "prefill" else f"decoding {found.first} to {length - 1}"
+    length = differences.first + len(differences.kl)
+    where = f"a prompt of {length}" if kind == "prefill" else f"decoding {differences.first} to {length - 1}"
     failures = []
-    bad = _beyond(found.relative, bound.relative, found.first)
-    if bad and not (bad[2] <= bound.outliers * len(found.kl) and bad[1] <= bound.outlier * bound.relative):
+    bad = _beyond(differences.relative, bound.relative, differences.first)
+    if bad and not (bad[2] <= bound.outliers * len(differences.kl) and bad[1] <= bound.outlier * bound.relative):
         position, value, count = bad
         failures.append(
             f"{where}: logits differ from position {position} on, by {value:.1e} of the largest; "
-            f"{bound.relative:.0e} is allowed, {count} of {len(found.kl)} positions are beyond it"
+            f"{bound.relative:.0e} is allowed, {count} of {len(differences.kl)} positions are beyond it"
         )
-    if bad := _beyond(found.kl, bound.kl_max, found.first):
+    if bad := _beyond(differences.kl, bound.kl_max, differences.first):
         position, value, _ = bad
         failures.append(f"{where}: KL is {value:.1e} nats at position {position}, {bound.kl_max:.0e} is allowed")
-    if not (mean := found.kl.mean()) <= bound.kl_mean:
+    if not (mean := differences.kl.mean()) <= bound.kl_mean:
         failures.append(f"{where}: mean KL is {mean:.1e} nats, {bound.kl_mean:.0e} is allowed")
-    if bad := _beyond(found.gap / np.maximum(found.magnitude, 1e-30), bound.tie, found.first):
+    if bad := _beyond(differences.gap / np.maximum(differences.magnitude, 1e-30), bound.tie, differences.first):
         position, _, count = bad
         failures.append(
-            f"{where}: another token is the likeliest from position {position} on, at {count} of {len(found.kl)} "
+            f"{where}: another token is the likeliest from position {position} on, at {count} of {len(differences.kl)} "
             "positions; these are no ties"
         )
+    share = float((differences.gap == 0).mean())
     # Of a few decoded positions, one tie would be a large share.
-    if kind == "prefill" and not (share := float((found.gap == 0).mean())) >= bound.top1 - 1 / len(found.gap):
+    if kind == "prefill" and not share >= bound.top1 - 1 / len(differences.gap):
         failures.append(f"{where}: top-1 agreement is {share:.1%}, {bound.top1:.0%} is required")
     return failures
 
@@ -65,7 +66,7 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
         config: The model's configuration.
         tokens: Length of the longest prompt.
     """
-    found, failures = session.cache_bytes(), []
+    cache_bytes, failures = session.cache_bytes(), []
     most = config.window + session.chunk - 1
     local = [cache for cache in session.caches if config.layer_window(cache.layer) is not None]
     for cache in local:
@@ -78,23 +79,23 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
             )
     expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache in local)
     per_token = sum(_slot_bytes(cache) for cache in session.caches if config.layer_window(cache.layer) is None)
-    # A session counts a cache without a window as global; that was said above.
+    # A session counts a cache without a window as global; that is a failure above.
     if all(cache.window is not None for cache in local):
-        if found["local"] != expected:
+        if cache_bytes["local"] != expected:
             failures.append(
-                f"caches of local layers take {found['local']:,} bytes after {tokens} tokens, the manifest's slots "
-                f"come to {expected:,}"
+                f"caches of local layers take {cache_bytes['local']:,} bytes after {tokens} tokens, the manifest's "
+                f"slots come to {expected:,}"
             )
-        if not per_token * tokens <= found["global"] <= per_token * session.context:
+        if not per_token * tokens <= cache_bytes["global"] <= per_token * session.context:
             failures.append(
-                f"caches of global layers take {found['global']:,} bytes after {tokens} tokens, at {per_token:,} a "
-                f"token and a context of {session.context:,}"
+                f"caches of global layers take {cache_bytes['global']:,} bytes after {tokens} tokens, at {per_token:,} "
+                f"a token and a context of {session.context:,}"
             )
     dtype = PLAN_NAMES[session.caches[0].dtype]
     bare = plan(config, context=session.context, cache_dtype=dtype).layers
     return CacheResult(
-        local=found["local"],
-        global_=found["global"],
+        local=cache_bytes["local"],
+        global_=cache_bytes["global"],
         local_manifest=expected,
         local_window=sum(layer.bytes for layer in bare if layer.kind == "local"),
         unbounded=sum(_slot_bytes(cache) for cache in local) * session.context,

@@ -45,11 +45,11 @@ def compare_layers(
     with ExitStack() as stack:
         pair = [stack.enter_context(opener.open(part, progress, [AddTaps()])) for part in (reference, candidate)]
         runs = [steps(session, calls, text) for session in pair]
-        for call, expected, found in zip(calls, *runs, strict=True):
+        for call, expected, actual in zip(calls, *runs, strict=True):
             for name, value in expected.items():
                 before, largest = worst.get(name, (0.0, SMALLEST))
                 # numpy's maximum keeps a NaN.
-                difference = np.maximum(before, np.abs(found[name] - value).max())
+                difference = np.maximum(before, np.abs(actual[name] - value).max())
                 worst[name] = float(difference), float(np.maximum(largest, np.abs(value).max()))
             progress("positions", call.start + call.count, length)
     return tuple(

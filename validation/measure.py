@@ -1,4 +1,4 @@
-"""One target, run through a schedule and held against the oracle."""
+"""Run one target through a schedule and compare it with the oracle."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from transom.validation.result import LengthResult, TargetResult
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 
-SAID = 400
-"""Most characters of a runtime's own words in a failure: some say pages."""
+MESSAGE_LIMIT = 400
+"""Most characters of a runtime's own message in a failure: some write pages."""
 
 
-class Found(NamedTuple):
+class Run(NamedTuple):
     """One run: its differences, and the time that the target took."""
 
     kind: str
@@ -65,21 +65,21 @@ def measure(
         done += count
         on_progress(done, total)
 
-    found = []
+    runs = []
     for length in plans.prompts:
         whole = length == plans.longest
         beside = unquantized if whole else None
-        found.append(_prefill(session, oracle, text[:length], advance, beside, whole=whole))
-    found += [_decode(session, oracle, text, span, advance) for span in plans.decodes]
+        runs.append(_prefill(session, oracle, text[:length], advance, beside, whole=whole))
+    runs += [_decode(session, oracle, text, span, advance) for span in plans.decodes]
     began = time.perf_counter()
     prompt = list(text[: plans.continued])
     new, unchosen = _continuation(session, prompt, plans.new_tokens)
     seconds = time.perf_counter() - began
     advance(plans.continued + plans.new_tokens)
     different, diverged = (_first_divergence(oracle, prompt, new, tie) for tie in (0.0, bound.tie))
-    longest = found[len(plans.prompts) - 1]
+    longest = runs[len(plans.prompts) - 1]
     caches, failures = weigh(session, config, plans.longest)
-    failures = [*(line for run in found for line in judge(run.kind, run.differences, bound)), *failures]
+    failures = [*(line for run in runs for line in judge(run.kind, run.differences, bound)), *failures]
     if unchosen is not None:
         failures.append(f"the greedy continuation of a prompt of {plans.continued} ends at {len(new)}: {unchosen}")
     if diverged is not None:
@@ -102,7 +102,7 @@ def measure(
         window=config.window,
         slots=tuple(sorted({c.slots for c in session.caches if c.window is not None and c.slots is not None})),
         tolerance=bound,
-        lengths=tuple(_result(run) for run in found),
+        lengths=tuple(_result(run) for run in runs),
         new_tokens=plans.new_tokens,
         first_different=different,
         first_divergence=diverged,
@@ -113,13 +113,13 @@ def measure(
         failures=tuple(failures),
         by_position=tuple(float(value) for value in longest.differences.relative),
         note=session.note,
-        seconds=sum(run.seconds for run in found) + seconds,
+        seconds=sum(run.seconds for run in runs) + seconds,
     )
 
 
 def in_a_line(error: Exception) -> str:
     """A runtime's own words, shortened."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_LIMIT]}"
 
 
 def not_measured(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
@@ -161,7 +161,7 @@ def _prefill(
     unquantized: Reading | None,
     *,
     whole: bool,
-) -> Found:
+) -> Run:
     """Run a prompt; compares every position if `whole`, else those of the last call.
 
     The earlier calls of a shorter prompt are the very calls of the longest one, so comparing them again tells nothing.
@@ -185,12 +185,12 @@ def _prefill(
         advance(len(logits))
         del logits
     kl = float(np.concatenate(distances).mean()) if distances else None
-    return Found("prefill", Differences.join(parts), seconds, kl)
+    return Run("prefill", Differences.join(parts), seconds, kl)
 
 
 def _decode(
     session: Session, oracle: Oracle, text: Sequence[int], span: tuple[int, int], advance: Callable[[int], None]
-) -> Found:
+) -> Run:
     first, stop = span
     session.reset()
     session.prefill(text[:first])
@@ -202,7 +202,7 @@ def _decode(
         seconds += time.perf_counter() - began
         parts.append(compare(logits[None], oracle.text.logits, position))
         advance(1)
-    return Found("decode", Differences.join(parts), seconds)
+    return Run("decode", Differences.join(parts), seconds)
 
 
 def _continuation(session: Session, prompt: list[int], count: int) -> tuple[list[int], str | None]:
@@ -229,18 +229,18 @@ def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: fl
     return None
 
 
-def _result(run: Found) -> LengthResult:
-    found = run.differences
-    worst = int(np.argmax(found.relative))
+def _result(run: Run) -> LengthResult:
+    differences = run.differences
+    worst = int(np.argmax(differences.relative))
     return LengthResult(
         kind=run.kind,
-        first=found.first,
-        length=found.first + len(found.kl),
-        max_abs=float(found.max_abs.max()),
-        max_rel=float(found.relative.max()),
-        worst=found.first + worst,
-        kl_mean=float(found.kl.mean()),
-        kl_max=float(found.kl.max()),
-        top1_agreement=float((found.gap == 0).mean()),
+        first=differences.first,
+        length=differences.first + len(differences.kl),
+        max_abs=float(differences.max_abs.max()),
+        max_rel=float(differences.relative.max()),
+        worst=differences.first + worst,
+        kl_mean=float(differences.kl.mean()),
+        kl_max=float(differences.kl.max()),
+        top1_agreement=float((differences.gap == 0).mean()),
         seconds=run.seconds,
     )

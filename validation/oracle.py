@@ -1,7 +1,8 @@
 """The oracle: the model file in eager float32 PyTorch, all positions at once, without caches and without passes.
 
 Of a quantised model, it has the numbers that the codes mean. Logits are causal, so one pass over the longest prompt
-serves every shorter one. Only hidden states are kept: logits of 262,144 tokens are made for a few positions at a time.
+serves every shorter one. Only hidden states are kept: logits of 262,144 tokens are computed for a few positions
+at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Reading:
 
         def keep(_: object, __: object, normed_BTD: torch.Tensor) -> torch.Tensor:
             hidden.append(normed_BTD[0])
-            # One position is enough for the head: its rows are made later, by `logits`.
+            # One position is enough for the head: `logits` computes its rows later.
             return normed_BTD[:, -1:]
 
         hook = module.norm.register_forward_hook(keep)
@@ -52,7 +53,7 @@ class Reading:
 
 
 class Oracle:
-    """The eager module, and what it said of the text that all targets read.
+    """The eager module, and its reading of the text that all targets read.
 
     Args:
         model: The model.
@@ -78,19 +79,21 @@ class Oracle:
 
 
 def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
-    """Give a module the numbers that the codes of a scheme mean, made by the pass that makes the codes."""
+    """Give a module the numbers that the codes of a scheme mean, computed by the pass that makes the codes."""
     passes = Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))])
     graph, _ = passes.run(graph)
     rounded = {}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
         _, codes, scales, zero_points, number = node.args
-        if (held := graph.weight_of(codes)) is None or (held_scales := graph.weight_of(scales)) is None:
+        if (named_codes := graph.weight_of(codes)) is None or (named_scales := graph.weight_of(scales)) is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
         zeros = graph.weight_of(zero_points)
-        numbers = dequantize(held[1].read(), held_scales[1].read(), zeros and zeros[1].read(), number)
-        rounded[held[0].removesuffix(".codes")] = numbers
+        numbers = dequantize(named_codes[1].read(), named_scales[1].read(), zeros and zeros[1].read(), number)
+        rounded[named_codes[0].removesuffix(".codes")] = numbers
     # Assigned, not copied: a checkpoint's tensors may share memory with the module's.
-    found = module.load_state_dict(rounded, assign=True, strict=False)
-    if found.unexpected_keys:
-        raise InvariantError(f"quantised weights that the module does not have: {', '.join(found.unexpected_keys)}")
+    load_result = module.load_state_dict(rounded, assign=True, strict=False)
+    if load_result.unexpected_keys:
+        raise InvariantError(
+            f"quantised weights that the module does not have: {', '.join(load_result.unexpected_keys)}"
+        )
     module.requires_grad_(False)

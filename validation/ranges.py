@@ -24,7 +24,7 @@ def ranges_of(
     seed: int = 0,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Ranges:
-    """Trace ranges on a text: `found.overflowing(float_format("float16"))` tells what leaves float16's range.
+    """Trace ranges on a text: `ranges.overflowing(float_format("float16"))` tells what leaves float16's range.
 
     Args:
         model: Its weights are read into memory; it computes in float32.

@@ -13,28 +13,28 @@ from transom.validation.result import TargetResult, Validation
 STYLE, CHART_STYLE = (Path(__file__).parent / name for name in ("report.css", "chart.css"))
 
 
-def render(found: Validation) -> str:
+def render(validation: Validation) -> str:
     """A whole page."""
-    verdict = "passed" if found.passed else "failed"
-    ran, wrong = len(found.targets), sum(not result.passed for result in found.targets.values())
+    verdict, mark = ("passed", "✓") if validation.passed else ("failed", "✗")
+    ran, wrong = len(validation.targets), sum(not result.passed for result in validation.targets.values())
     count = f"{ran} target{'s' if ran != 1 else ''} ran, " + (f"{wrong} failed" if wrong else "none failed")
     body = [
-        f'<header class="{verdict}"><h1>{escape(found.model)}</h1>',
-        f'<p class="verdict"><span aria-hidden="true">{"✓" if found.passed else "✗"}</span> Validation {verdict}</p>',
-        f"<p>{count}. Held against {escape(found.oracle)}.</p></header>",
+        f'<header class="{verdict}"><h1>{escape(validation.model)}</h1>',
+        f'<p class="verdict"><span aria-hidden="true">{mark}</span> Validation {verdict}</p>',
+        f"<p>{count}. Held against {escape(validation.oracle)}.</p></header>",
         "<main>",
-        *_failures(found),
+        *_failures(validation),
         "<section><h2>Targets</h2>",
-        _summary(found),
-        *_not_run(found),
+        _summary(validation),
+        *_not_run(validation),
         "</section>",
-        *_positions(found),
-        *_layers(found),
-        *(_details(name, result) for name, result in found.targets.items()),
-        _provenance(found),
+        *_positions(validation),
+        *_layers(validation),
+        *(_details(name, result) for name, result in validation.targets.items()),
+        _provenance(validation),
         "</main>",
     ]
-    return page(f"{found.model}: validation {verdict}", body)
+    return page(f"{validation.model}: validation {verdict}", body)
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -61,16 +61,16 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
     )
 
 
-def _failures(found: Validation) -> list[str]:
+def _failures(validation: Validation) -> list[str]:
     lines = [
         f"<li><strong>{escape(name)}</strong>: {escape(failure)}</li>"
-        for name, result in found.targets.items()
+        for name, result in validation.targets.items()
         for failure in result.failures
     ]
     return [f'<section class="failures"><h2>What is wrong</h2><ul>{"".join(lines)}</ul></section>'] if lines else []
 
 
-def _summary(found: Validation) -> str:
+def _summary(validation: Validation) -> str:
     header = (
         "target", "verdict", "max abs", "max rel", "KL mean", "KL max", "top-1", "first divergence", "local caches",
         "seconds",
@@ -88,19 +88,19 @@ def _summary(found: Validation) -> str:
             f"{result.caches.local:,} B" if result.caches else "none",
             f"{result.seconds:.1f}",
         )
-        for name, result in found.targets.items()
+        for name, result in validation.targets.items()
     ]
     return table("Largest values over all lengths. KL is in nats, the relative difference of the largest logit of its "
                  "position.", header, rows)  # fmt: skip
 
 
-def _not_run(found: Validation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in found.not_run.items()]
+def _not_run(validation: Validation) -> list[str]:
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in validation.not_run.items()]
     return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
 
 
-def _positions(found: Validation) -> list[str]:
-    results = found.targets
+def _positions(validation: Validation) -> list[str]:
+    results = validation.targets
     longest = max((len(result.by_position) for result in results.values()), default=0)
     columns: dict[float, str] = {}
     for result in results.values():
@@ -129,8 +129,8 @@ def _positions(found: Validation) -> list[str]:
     ]
 
 
-def _layers(found: Validation) -> list[str]:
-    measured = {name: result for name, result in found.targets.items() if result.layers}
+def _layers(validation: Validation) -> list[str]:
+    measured = {name: result for name, result in validation.targets.items() if result.layers}
     if not measured:
         return []
     series, ticks = [], {}
@@ -143,7 +143,7 @@ def _layers(found: Validation) -> list[str]:
             x = float(tap.layer if tap.layer is not None else (last + 1 if seen else -1))
             points[x] = _largest((points.get(x, 0.0), tap.max_rel))
             ticks[x] = str(tap.layer) if tap.layer is not None else ("end" if seen else "in")
-        series.append(Series(name=name, points=sorted(points.items()), style=list(found.targets).index(name)))
+        series.append(Series(name=name, points=sorted(points.items()), style=list(validation.targets).index(name)))
     chart = Chart(
         key="layers",
         title=f"Difference by layer, {', '.join(measured)}",
@@ -169,8 +169,8 @@ def _steps(name: str, result: TargetResult) -> str:
 
 
 def _largest(values: Iterable[float]) -> float:
-    held = list(values)
-    return math.nan if any(map(math.isnan, held)) else max(held)
+    numbers = list(values)
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
 
 def _details(name: str, result: TargetResult) -> str:
@@ -247,13 +247,13 @@ def _divergence(result: TargetResult) -> str:
     return f"{first}, which is a tie{also}"
 
 
-def _provenance(found: Validation) -> str:
-    prompt = found.prompt
+def _provenance(validation: Validation) -> str:
+    prompt = validation.prompt
     facts = {
-        "weights": f"{found.source['name']}, revision {found.source['revision']}",
+        "weights": f"{validation.source['name']}, revision {validation.source['revision']}",
         "prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}",
-        "date": found.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        "date": validation.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in validation.versions.items()),
     }
     lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"

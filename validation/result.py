@@ -1,4 +1,4 @@
-"""What a validation found, as data."""
+"""The result of a validation, as data."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class CacheResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `window_share` is the part of the local bytes that the plan's bare window needs."""
-        found = dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
         share = self.local_window / self.local if self.local else None
-        return {"local": found.pop("local"), "global": found.pop("global_"), **found, "window_share": share}
+        return {"local": data.pop("local"), "global": data.pop("global_"), **data, "window_share": share}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class TargetResult:
         chunk: Most new tokens in one call.
         window: Keys that a local layer sees.
         slots: Slots of the local layers' rings.
-        tolerance: What it was held to.
+        tolerance: What its differences may be.
         lengths: A record a run.
         new_tokens: Length of the greedy continuation.
         first_different: Index in the continuation of the first token that is not the oracle's likeliest; None if there
@@ -131,7 +131,7 @@ class TargetResult:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no failures."""
         return not self.failures
 
     @property
@@ -155,9 +155,9 @@ class TargetResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the verdict in front."""
-        found = dataclasses.asdict(self)
-        found["cache_bytes"] = self.caches and self.caches.to_json()
-        del found["caches"]
+        data = dataclasses.asdict(self)
+        data["cache_bytes"] = self.caches and self.caches.to_json()
+        del data["caches"]
         return {
             "passed": self.passed,
             "max_abs": self.worst("max_abs"),
@@ -165,7 +165,7 @@ class TargetResult:
             "kl": self.worst("kl_mean"),
             "kl_max": self.worst("kl_max"),
             "top1_agreement": self.top1_agreement,
-            **found,
+            **data,
             "by_position": [float(f"{value:.3g}") for value in self.by_position],
         }
 
@@ -177,7 +177,7 @@ class Validation:
     Attributes:
         model: Its name.
         source: Where the weights came from, and their revision.
-        oracle: What the targets were held against, in words.
+        oracle: What the targets are compared with, in words.
         prompt: Source, number and sha256 of the tokens.
         targets: Results by name; artifacts of one target are told apart by their folders.
         not_run: Targets that were left out, with the reason.
@@ -201,7 +201,7 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        found: dict[str, Any] = finite(
+        data: dict[str, Any] = finite(
             {
                 "model": self.model,
                 "passed": self.passed,
@@ -214,13 +214,13 @@ class Validation:
                 "targets": {name: result.to_json() for name, result in self.targets.items()},
             }
         )
-        return found
+        return data
 
 
 def finite(value: Any) -> Any:
     """Plain data in which a number that is not finite is None, for JSON has none."""
     if isinstance(value, dict):
-        return {key: finite(held) for key, held in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(held) for held in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -119,14 +119,14 @@ def tolerance(target: str, *, dtype: str, quant: str) -> Tolerance:
     """
     if dtype not in ("float32", "float16", "bfloat16"):
         raise TargetError(f"no tolerance is known for {dtype!r}: add one to validation/tolerances.py")
-    made = scheme(quant)
-    if made.activations is not None and target != "reference":
+    quant_scheme = scheme(quant)
+    if quant_scheme.activations is not None and target != "reference":
         return FLOAT8_ACTIVATIONS  # the reference runs before activations are rounded
     if dtype == "bfloat16":
         return BFLOAT16
     if dtype == "float16":
         return FLOAT16
-    integers = any(spec.is_integer for spec in made.specs)
+    integers = any(spec.is_integer for spec in quant_scheme.specs)
     return INT8 if integers and target in INT8_ACTIVATIONS else FLOAT32
 
 

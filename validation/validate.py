@@ -1,4 +1,4 @@
-"""Validation: the same prompts through every target, held against the oracle."""
+"""Validation: the same prompts through every target, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def validate_sources(
     Raises:
         ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or an option would
             do nothing.
-        TargetError: If a target is unknown, or was named and its library is missing or it cannot hold what is asked.
+        TargetError: If a target is unknown, or was named and its library is missing or it cannot hold the scheme.
         ArtifactError: If an artifact is damaged, or a folder cannot be written.
         ContextLengthError: If the context is too short or longer than the model's.
         TokenizerError: If the text cannot be read.
@@ -106,7 +106,7 @@ def validate_sources(
             # It also draws the text of a model without a tokenizer.
             "seed": seed != 0 and model is None and inputs.model.tokenizer is not None,
         }
-        if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
+        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
             raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
     quant = inputs.model.quant if quant is None else quant
     names, not_run = _names(inputs, targets, quant, dtype)
@@ -266,10 +266,10 @@ def _settings(
 
 
 def _compiled(names: Sequence[str], settings: Settings, out: Path | None, overwrite: bool) -> list[Candidate]:
-    found = []
+    candidates = []
     for name in names:
         folder = None if out is None or name == REFERENCE else out / name
         if folder is not None:
             check_absent(folder, overwrite=overwrite)
-        found.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
-    return found
+        candidates.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
+    return candidates

@@ -63,10 +63,10 @@ def guards(
     if traced.output.args[0][0].meta["val"].dtype != torch.float16:
         return ()
     prompt = make_prompt(model, min(TOKENS, model.config.context), None)
-    found = trace_ranges(
+    ranges = trace_ranges(
         model, prompt.ids, full=trace_model(model, dtype=torch.float32), half=traced, on_progress=on_progress
     )
-    return (GuardRanges(found.largest()),)
+    return (GuardRanges(ranges.largest()),)
 
 
 def compile_model(
@@ -98,7 +98,7 @@ def compile_model(
         topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
         before: Passes to run before the target's own, such as `AddTaps`.
-        traced: What `trace_model` made of this model in this dtype, to save doing it again; left as it is.
+        traced: The graph of `trace_model` for this model in this dtype, to save tracing again; it stays unchanged.
         out: Folder to write; it appears only when it is whole.
         overwrite: Whether to replace a folder of that name.
         on_progress: Told of every step.
@@ -215,18 +215,20 @@ def _without_template(model: Model) -> list[str]:
 def check_options(target: str, quant: str, dtype: str | None, **given: str | None) -> str:
     """The dtype to compute in, if the target has it and takes all that is asked of it; raises `TargetError` if not."""
     able = TARGETS[target]
-    made = scheme(quant)
-    if lacking := sorted({spec.number for spec in made.specs} - able.numbers):
+    quant_scheme = scheme(quant)
+    if lacking := sorted({spec.number for spec in quant_scheme.specs} - able.numbers):
         raise TargetError(
-            f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose {_held_by(able)}"
+            f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose "
+            f"{_schemes_for(able)}"
         )
-    for spec in made.specs:
+    for spec in quant_scheme.specs:
         if reason := able.refuses(spec):
             raise TargetError(
-                f"the target {target!r} holds no {spec.describe()} of {quant!r}, as {reason}: choose {_held_by(able)}"
+                f"the target {target!r} holds no {spec.describe()} of {quant!r}, as {reason}: choose "
+                f"{_schemes_for(able)}"
             )
-    if made.activations is not None and made.activations not in able.activations:
-        takers = [name for name, other in TARGETS.items() if made.activations in other.activations]
+    if quant_scheme.activations is not None and quant_scheme.activations not in able.activations:
+        takers = [name for name, other in TARGETS.items() if quant_scheme.activations in other.activations]
         others = f"choose {' or '.join(takers)}" if takers else "no target does"
         raise TargetError(f"the target {target!r} rounds no activations, which {quant!r} asks for: {others}")
     if dtype is not None and dtype not in able.dtypes:
@@ -237,13 +239,13 @@ def check_options(target: str, quant: str, dtype: str | None, **given: str | Non
     return dtype or able.dtypes[0]
 
 
-def _held_by(target: Target) -> str:
+def _schemes_for(target: Target) -> str:
     """Schemes that a target can hold, in words."""
     names = [
         name
-        for name, made in SCHEMES.items()
-        if all(spec.number in target.numbers and not target.refuses(spec) for spec in made.specs)
-        and (made.activations is None or made.activations in target.activations)
+        for name, quant_scheme in SCHEMES.items()
+        if all(spec.number in target.numbers and not target.refuses(spec) for spec in quant_scheme.specs)
+        and (quant_scheme.activations is None or quant_scheme.activations in target.activations)
     ]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 

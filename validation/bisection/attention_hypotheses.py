@@ -50,9 +50,9 @@ def of_attention(evidence: Evidence) -> Iterator[Hypothesis]:
     yield guess("mask", RIGHT)
     for cause, changed in _masks(keys, window, config.window, blocks):
         yield guess("mask", cause, changed)
-        for held in _held(evidence, keys, window):
-            if not torch.equal(changed & held, changed):
-                yield guess("mask", f"{cause}, as far as its cache holds them", changed & held)
+        for cached in _cached_keys(evidence, keys, window):
+            if not torch.equal(changed & cached, changed):
+                yield guess("mask", f"{cause}, as far as its cache holds them", changed & cached)
     yield from (guess("cache write", cause, kept) for cause, kept in _losses(evidence, keys, seen, window))
     for shift, words in ((1, "before"), (-1, "after")):
         yield Hypothesis(
@@ -91,11 +91,11 @@ def of_attention(evidence: Evidence) -> Iterator[Hypothesis]:
 def _blocks(evidence: Evidence) -> torch.Tensor:
     """Pairs of positions of one block that sees itself, bool [T, T]."""
     at = evidence.positions
-    found = torch.zeros(len(at), len(at), dtype=torch.bool)
+    same_block = torch.zeros(len(at), len(at), dtype=torch.bool)
     for first, stop in evidence.context.blocks:
         inside = (at >= first) & (at < stop)
-        found |= inside[:, None] & inside
-    return found
+        same_block |= inside[:, None] & inside
+    return same_block
 
 
 def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -125,7 +125,7 @@ def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) ->
         yield "the image block is missing: its tokens see only earlier ones", causal & in_window
 
 
-def _held(evidence: Evidence, keys: _Keys, window: int | None) -> Iterator[torch.Tensor]:
+def _cached_keys(evidence: Evidence, keys: _Keys, window: int | None) -> Iterator[torch.Tensor]:
     """What rightly bounded caches of a local layer hold: written before attention, and after it."""
     if window is not None:
         yield keys.lost < window + max(count for _, count in evidence.calls) - 1
@@ -195,7 +195,7 @@ def attend(
 
 
 def _fit_scale(evidence: Evidence, seen: torch.Tensor, scale: float) -> float:
-    """The factor on the scores that comes closest to what was found, by golden-section search on its logarithm."""
+    """The factor on the scores that comes closest to the output, by golden-section search on its logarithm."""
 
     def loss(power: float) -> float:
         errors = (attend(evidence, seen, scale * 2**power) - evidence.output).double().pow(2)

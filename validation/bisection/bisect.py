@@ -8,7 +8,7 @@
 
 Both runs go side by side, call by call, and only the sizes of their differences are kept: all values of a large model
 would take gigabytes. If they part, they run once more to record the first site that differs and its inputs, and
-`divergence` tests known causes on those numbers. `compare` does the same on recordings, whatever made them.
+`divergence` tests known causes on those numbers. `compare` does the same on recordings from any source.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def bisect(
             that pass, interpreted), an artifact's folder, a graph with taps, or an open session with taps.
         b: The other run.
         model: The model, or what `zoo.model.load` takes; by default that of an artifact.
-        quant: Quantisation scheme, for what has to be made first; by default that of an artifact.
+        quant: Quantisation scheme of a run that is not read from a folder; by default that of an artifact.
         length: Tokens of the prompt; by default so many that decoding passes the wrap of a ring of slots.
         chunk: Most tokens in a call; by default more than two windows, or that of an artifact.
         decode: Tokens to decode one by one after the prompt.
@@ -136,7 +136,7 @@ def bisect_stages(
         model: The model, or what `zoo.model.load` takes.
         quant: Quantisation scheme.
         length: As for `bisect`.
-        chunk: As for `bisect`; passes of one's own must have been made for as many.
+        chunk: As for `bisect`; passes of one's own must be built for the same chunk.
         decode: As for `bisect`.
         share: As for `bisect`.
 
@@ -158,8 +158,8 @@ def bisect_stages(
         if not done.changes:
             continue
         means = quant if is_quantized(graph) else "none"
-        right, meant = reference_graph(traced, means), dataclasses.replace(context, quant=means)
-        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, meant)
+        right, quantized_context = reference_graph(traced, means), dataclasses.replace(context, quant=means)
+        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, quantized_context)
         if verdict.diverged:
             return dataclasses.replace(verdict, stage=name)
     if verdict is None:
@@ -263,14 +263,14 @@ def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
 
 def _bisect(a: Session, b: Session, calls: Sequence[Call], context: Context) -> Verdict:
     runs = zip(steps(a, calls, context.tokens), steps(b, calls, context.tokens), strict=True)
-    found = differences(runs)
-    first = first_divergent(found, context.tolerance)
+    tap_differences = differences(runs)
+    first = first_divergent(tap_differences, context.tolerance)
     if first is None:
-        return agreement(found, context.tolerance)
+        return agreement(tap_differences, context.tolerance)
     where = site(first.tap, context.config.num_layers)
     names = {where.tap, *where.inputs}
     again_a, again_b = (record(session, calls, context.tokens, names) for session in (a, b))
-    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(found))
+    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(tap_differences))
 
 
 def _with_taps(
@@ -297,8 +297,8 @@ def _with_taps(
 def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share: float) -> str | None:
     """The first pass after which a target's graph, interpreted, no longer says what the model means.
 
-    Every stage is held against the graph as traced, from the pass on that quantises with the numbers that the codes
-    mean. That graph is held against the other run first: if it differs, no pass can be told to be at fault.
+    Every stage is compared with the graph as traced, from the pass on that quantises with the numbers that the codes
+    mean. That graph is compared with the other run first: if it differs, no pass can be told to be at fault.
     """
     if not isinstance(blamed, str) or blamed.partition("@")[0] not in PIPELINES:
         return None

@@ -53,5 +53,5 @@ class Context:
 
 def rounded(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """What a matrix float32 [R, K] means once it is rounded to nearest."""
-    found = round_rows(numbers, spec, tensor_max=float(numbers.abs().max()))
-    return decode(found.codes, found.scales, found.zero_points, spec.number).view_as(numbers)
+    encoded = round_rows(numbers, spec, tensor_max=float(numbers.abs().max()))
+    return decode(encoded.codes, encoded.scales, encoded.zero_points, spec.number).view_as(numbers)

@@ -82,24 +82,26 @@ def differences(runs: Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]])
                 parts.setdefault(name, []).append(Difference.between(name, value, b[name]))
     if not parts:
         raise ArtifactError("the two runs have no tap in common: compare runs of one model")
-    return [Difference.join(found) for found in parts.values()]
+    return [Difference.join(tap_parts) for tap_parts in parts.values()]
 
 
-def first_divergent(found: Sequence[Difference], tolerance: float) -> Difference | None:
+def first_divergent(tap_differences: Sequence[Difference], tolerance: float) -> Difference | None:
     """The first tap, in order of execution, that differs: all before it agree, so its inputs do."""
-    return next((difference for difference in found if difference.relative.max() > tolerance), None)
+    return next((difference for difference in tap_differences if difference.relative.max() > tolerance), None)
 
 
-def agreement(found: Sequence[Difference], tolerance: float) -> Verdict:
+def agreement(tap_differences: Sequence[Difference], tolerance: float) -> Verdict:
     """The verdict on two runs that do not part."""
-    logits = [difference for difference in found if difference.tap == LOGITS]
+    logits = [difference for difference in tap_differences if difference.tap == LOGITS]
     agreeing = "no value differs beyond the tolerance"
     return Verdict(
         diverged=False,
         max_abs=max((float(difference.absolute.max()) for difference in logits), default=0.0),
-        relative=max(float(difference.relative.max()) for difference in found),
-        cause=agreeing if len(found) > len(logits) else f"{agreeing}, but without taps only logits were compared",
-        compared=len(found),
+        relative=max(float(difference.relative.max()) for difference in tap_differences),
+        cause=agreeing
+        if len(tap_differences) > len(logits)
+        else f"{agreeing}, but without taps only logits were compared",
+        compared=len(tap_differences),
         tolerance=tolerance,
     )
 
@@ -117,12 +119,12 @@ def compare(a: Recording, b: Recording, context: Context) -> Verdict:
     """
     if a.calls != b.calls:
         raise ArtifactError("the two runs were not made of the same calls: record both with one plan")
-    found = differences([(a.values, b.values)])
-    first = first_divergent(found, context.tolerance)
+    tap_differences = differences([(a.values, b.values)])
+    first = first_divergent(tap_differences, context.tolerance)
     if first is None:
-        return agreement(found, context.tolerance)
+        return agreement(tap_differences, context.tolerance)
     verdict = explain(site(first.tap, context.config.num_layers), first, a, b, context)
-    return dataclasses.replace(verdict, compared=len(found))
+    return dataclasses.replace(verdict, compared=len(tap_differences))
 
 
 def explain(where: Site, difference: Difference, a: Recording, b: Recording, context: Context) -> Verdict:
@@ -188,10 +190,10 @@ def _test(
 ) -> tuple[Side | None, list[_Trial]]:
     """Which run is at fault, and how well every hypothesis predicts its numbers."""
     evidence = {side: _evidence(where, run, context) for side, run in runs.items()}
-    known = {side: found for side, found in evidence.items() if found is not None}
+    known = {side: side_evidence for side, side_evidence in evidence.items() if side_evidence is not None}
     if not known:
         return None, []
-    candidates = {side: list(hypotheses(found)) for side, found in known.items()}
+    candidates = {side: list(hypotheses(side_evidence)) for side, side_evidence in known.items()}
     errors = {side: _errors(candidates[side][0], known[side], differs)[0] for side in known}
     side = max(known, key=lambda name: (errors[name], name))
     blamed = side if len(known) > 1 and errors[side] > 5 * min(errors.values()) else None
@@ -204,8 +206,8 @@ def _test(
 
 def _errors(hypothesis: Hypothesis, evidence: Evidence, differs: NDArray[np.bool_]) -> tuple[float, float]:
     """Largest error of a prediction where the runs differ, and elsewhere."""
-    found, predicted = evidence.output.numpy(), hypothesis.predict().numpy()
-    relative = Difference.between(evidence.site.tap, found, predicted).relative
+    output, predicted = evidence.output.numpy(), hypothesis.predict().numpy()
+    relative = Difference.between(evidence.site.tap, output, predicted).relative
     # A token that sees no key at all may give anything.
     defined = np.isfinite(predicted).reshape(len(predicted), -1).all(1)
     if not (differs & defined).any():

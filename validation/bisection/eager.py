@@ -84,8 +84,8 @@ class EagerSession(Session):
         with torch.no_grad():
             logits_BTV, written = self._module(torch.from_numpy(tokens)[None], torch.tensor(self.position), pairs)
         self._tensors = [tensor for pair in written for tensor in pair]
-        found: Float = logits_BTV[0, torch.from_numpy(logit_positions)].numpy()
-        return found
+        logits: Float = logits_BTV[0, torch.from_numpy(logit_positions)].numpy()
+        return logits
 
     def _allocate(self, slots: int) -> None:
         grown = [torch.zeros(1, cache.heads, slots, cache.width) for cache in self.caches]

@@ -53,7 +53,7 @@ class Hypothesis:
 RIGHT = "it does what the model says"
 
 
-def best_factor(predicted: torch.Tensor, found: torch.Tensor) -> float:
-    """The number that brings a prediction closest to what was found."""
-    x, y = (value.double().flatten().nan_to_num(0.0) for value in (predicted, found))
+def best_factor(predicted: torch.Tensor, output: torch.Tensor) -> float:
+    """The number that brings a prediction closest to the output."""
+    x, y = (value.double().flatten().nan_to_num(0.0) for value in (predicted, output))
     return float((x @ y) / (x @ x).clamp_min(1e-300))

@@ -94,10 +94,10 @@ def _of_norm(evidence: Evidence) -> Iterator[Hypothesis]:
 
 def _of_embedding(evidence: Evidence) -> Iterator[Hypothesis]:
     context, name = evidence.context, f"{evidence.site.path}.weight"
-    held = context.weights[name]
+    weight = context.weights[name]
     ids = torch.tensor(list(context.tokens[: len(evidence.output)]))
     unique, index = torch.unique(ids, return_inverse=True)
-    rows = torch.cat([held.read_rows(int(token), int(token) + 1) for token in unique]).float()
+    rows = torch.cat([weight.read_rows(int(token), int(token) + 1) for token in unique]).float()
     fmt = context.spec(name)
     right = rows if fmt is None else rounded(rows, fmt)
     exact = context.config.hidden_size**0.5

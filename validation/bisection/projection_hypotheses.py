@@ -16,16 +16,16 @@ from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis, b
 
 
 def other_specs(context: Context, name: str) -> Iterator[tuple[str, QuantSpec]]:
-    """Every way in which a weight may be quantised, but not the one in which it is meant to be."""
-    meant, columns = context.spec(name), context.weights[name].shape[1]
+    """Every way in which a weight may be quantised, except the one that the scheme gives it."""
+    scheme_spec, columns = context.spec(name), context.weights[name].shape[1]
     # What differs only in the names that it is for, or in how it would cut wider matrices, is the same here.
-    found: dict[tuple[Any, ...], QuantSpec] = {}
-    for spec in (spec for made in SCHEMES.values() for spec in made.specs):
+    specs: dict[tuple[Any, ...], QuantSpec] = {}
+    for spec in (spec for scheme in SCHEMES.values() for spec in scheme.specs):
         with contextlib.suppress(QuantizationError):
-            found.setdefault(_key(spec, columns), spec)
-    if meant is not None:
-        found.pop(_key(meant, columns), None)
-    for spec in sorted(found.values(), key=lambda spec: (-spec.bits, str(spec.block), spec.symmetric, spec.number)):
+            specs.setdefault(_key(spec, columns), spec)
+    if scheme_spec is not None:
+        specs.pop(_key(scheme_spec, columns), None)
+    for spec in sorted(specs.values(), key=lambda spec: (-spec.bits, str(spec.block), spec.symmetric, spec.number)):
         block = f"blocks of {spec.block}" if isinstance(spec.block, int) else f"one block a {spec.block}"
         kind = f"{spec.bits} bits" if spec.is_integer else spec.number
         yield f"rounded to {kind} in {block}", spec

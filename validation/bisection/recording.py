@@ -1,4 +1,4 @@
-"""What a run's taps said, position by position, whatever runtime it came from."""
+"""The values of a run's taps, position by position, from any runtime."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Ite
                 parts.setdefault(name, []).append(_positions_first(name, value))
 
         logits = session.prefill(list(tokens[call.start : call.start + call.count]), on_chunk=keep)
-        found = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
-        if short := [name for name, value in found.items() if len(value) != call.count]:
-            raise ArtifactError(f"{short[0]} has {len(found[short[0]])} positions for a call of {call.count} tokens")
-        yield {**found, LOGITS: np.asarray(logits, np.float32)[None]}
+        taps = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
+        if short := [name for name, value in taps.items() if len(value) != call.count]:
+            raise ArtifactError(f"{short[0]} has {len(taps[short[0]])} positions for a call of {call.count} tokens")
+        yield {**taps, LOGITS: np.asarray(logits, np.float32)[None]}
 
 
 def _positions_first(name: str, value: NDArray[Any]) -> Float:
@@ -124,8 +124,8 @@ def record(
 ) -> Recording:
     """Run the calls and keep some taps, or all of them; all of a large model's would take gigabytes."""
     parts: dict[str, list[Float]] = {}
-    for found in steps(session, calls, tokens):
-        for name, value in found.items():
+    for taps in steps(session, calls, tokens):
+        for name, value in taps.items():
             if names is None or name in names:
                 parts.setdefault(name, []).append(value.copy())
     return Recording(calls=tuple(calls), values={name: np.concatenate(rows) for name, rows in parts.items()})

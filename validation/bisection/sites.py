@@ -80,10 +80,10 @@ def site(tap: str, num_layers: int) -> Site:
         num_layers: Layers of the decoder.
     """
     path = tap.removeprefix("tap.")
-    found = re.match(r"layers\.(\d+)\.(.+)", path)
-    layer = int(found[1]) if found else None
-    if found and layer is not None:
-        names = _INPUTS.get(found[2], ())
+    match = re.match(r"layers\.(\d+)\.(.+)", path)
+    layer = int(match[1]) if match else None
+    if match and layer is not None:
+        names = _INPUTS.get(match[2], ())
         inputs = tuple(_stream(layer) if name == "stream" else f"tap.layers.{layer}.{name}" for name in names)
     else:
         inputs = {"norm": (_stream(num_layers),), LOGITS: ("tap.norm",)}.get(path, ())

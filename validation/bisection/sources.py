@@ -1,4 +1,4 @@
-"""What a run can be made from: a target, a stage of its passes, the eager module, an artifact, a graph."""
+"""The sources that a run can use: a target, a stage of its passes, the eager module, an artifact, a graph."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def open_source(
     Args:
         source: What to open.
         model: The model.
-        traced: Makes its decode graph as traced, without taps; called if something has to be made from it.
-        quant: Scheme of what has to be made first.
+        traced: Returns its decode graph as traced, without taps; called only if that graph is needed.
+        quant: Quantisation scheme, unless the source is a folder, a graph or a session.
         context: Longest sequence.
         chunk: Most new tokens in a call.
 
@@ -99,7 +99,7 @@ def open_source(
 
 @contextlib.contextmanager
 def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
-    """An artifact made again with taps, for one that was made without."""
+    """Export an artifact again with taps, for one that was exported without."""
     traced = trace_model(model, dtype=getattr(torch, manifest.dtype))
     options = {
         "target": manifest.target,
@@ -114,9 +114,9 @@ def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
 
 
 def _processor(manifest: Manifest) -> str | None:
-    """What an artifact's machine code was made for, as `compile_model` is told it; None for this machine."""
+    """The processor of an artifact's machine code, as `compile_model` takes it; None for this machine."""
     details = manifest.details
-    # A name alone stands for Linux; code for another system can only be made on it.
+    # A name alone stands for Linux; code for another system can only be compiled on it.
     if "cpu" not in TARGETS[manifest.target].options or "linux" not in details.get("triple", ""):
         return None
     # LLVM knows a "generic" processor of every family.

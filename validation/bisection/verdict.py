@@ -16,7 +16,7 @@ class Verdict:
         op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
             "residual" or "logits".
         stage: The pass that brought it in, "lowering" if the graph that the passes leave is right, None if that was not
-            asked or is not known.
+            examined or is not known.
         max_abs: Largest difference at that site; without a divergence, that of the logits. None if a value is NaN or
             infinite.
         relative: The same as a share of the largest value of its position; without a divergence, of any site.

@@ -17,7 +17,7 @@ from transom.zoo.config import DecoderConfig
 
 
 def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) -> None:
-    """Raise what is wrong with the names of schemes and targets, None where the defaults are meant.
+    """Raise what is wrong with the names of schemes and targets, None for the defaults.
 
     Raises:
         QuantizationError: If a scheme is unknown.
@@ -52,7 +52,7 @@ def to_compile(
     Raises:
         ArtifactError: If a folder in `out` exists already or cannot be written.
     """
-    found = []
+    candidates = []
     for target in targets:
         for name in schemes:
             # What schemes are called may hold characters that folders should not.
@@ -62,8 +62,8 @@ def to_compile(
                 check_writable(next(parent for parent in folder.resolve().parents if parent.exists()))
             quantized = dataclasses.replace(settings, quant=name)
             candidate = Candidate(name=target, target=target, settings=quantized, folder=folder, overwrite=overwrite)
-            found.append(named(candidate))
-    return found
+            candidates.append(named(candidate))
+    return candidates
 
 
 def named(candidate: Candidate) -> Candidate:
@@ -72,12 +72,12 @@ def named(candidate: Candidate) -> Candidate:
 
 
 def refused(candidates: Sequence[Candidate]) -> dict[str, Exception]:
-    """By name, those that can be known not to run: a library is missing, or the target cannot hold what is asked."""
-    found: dict[str, Exception] = {}
+    """Why candidates cannot run, by name: a library is missing, or the target cannot hold the scheme."""
+    refusals: dict[str, Exception] = {}
     for candidate in candidates:
         try:
             if not candidate.exported:
                 check_targets([candidate.target], quant=candidate.settings.quant, dtype=candidate.settings.dtype)
         except TargetError as error:
-            found[candidate.name] = error
-    return found
+            refusals[candidate.name] = error
+    return refusals

@@ -47,7 +47,7 @@ def evaluate_sources(
 ) -> Evaluation:
     """Weigh schemes: perplexity, KL and top-1 agreement against bytes and tokens a second.
 
-    All are held against the unquantised model: the plain module in float32 with the checkpoint's own numbers. Whatever
+    All are compared with the unquantised model: the plain module in float32 with the checkpoint's own numbers. Whatever
     a checkpoint of bfloat16 or of a GGUF file says, float32 holds exactly. Schemes are compiled, measured and removed
     one after another; one that cannot be run is told apart from the others, unless it is the only one.
 
@@ -97,12 +97,12 @@ def evaluate_sources(
             "weights": weights != "checkpoint" and model is None,
             "seed": seed != 0 and model is None,
         }
-        if idle := ", ".join(f"--{name}" for name, said in given.items() if said):
+        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
             raise ConfigError(f"artifacts are evaluated as they stand: leave out {idle}, or name schemes to compile")
     check_context(config, context)
     most = min(context or config.context, *(part.settings.context for part in inputs.artifacts), config.context)
     read = read_sequences(inputs.model, Path(text), length=length, windows=windows, most=most)
-    made = []
+    compiled = []
     if compiles:
         settings = Settings(
             quant="none",
@@ -112,8 +112,8 @@ def evaluate_sources(
             chunk=chunk or CHUNK,
             threads=threads,
         )
-        made = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
-    entries = disambiguate([*(named(part) for part in inputs.artifacts), *made])
+        compiled = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
+    entries = disambiguate([*(named(part) for part in inputs.artifacts), *compiled])
     not_run = refused(entries)
     if len(not_run) == len(entries):
         raise _nothing(not_run)

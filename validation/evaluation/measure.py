@@ -79,11 +79,11 @@ def payload_bytes(manifest: Manifest) -> int:
 
 def _read(model: Model, text: Text, advance: Callable[[int], None]) -> list[Reading]:
     """What the oracle says; of the module, only the table of the head outlives this."""
-    module, found = model.eager(), []
+    module, readings = model.eager(), []
     for tokens in text.sequences:
-        found.append(Reading(module, tokens))
+        readings.append(Reading(module, tokens))
         advance(len(tokens) - 1)
-    return found
+    return readings
 
 
 def _measure_one(

@@ -14,40 +14,41 @@ HEADER = (
 )  # fmt: skip
 
 
-def render(found: Evaluation) -> str:
+def render(evaluation: Evaluation) -> str:
     """A whole page."""
-    best = ", ".join(escape(row.name) for row in found.front("bytes"))
+    best = ", ".join(escape(row.name) for row in evaluation.front("bytes"))
     body = [
-        f"<header><h1>{escape(found.model)}</h1>",
+        f"<header><h1>{escape(evaluation.model)}</h1>",
         '<p class="verdict">Schemes weighed against size and speed</p>',
-        f"<p>Held against {escape(found.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p></header>",
+        f"<p>Held against {escape(evaluation.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p>"
+        "</header>",
         "<main>",
         "<section><h2>Schemes</h2>",
         "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its "
         "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
         "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
-        table("Schemes", HEADER, [[escape(cell) for cell in cells(found, row)] for row in found.rows]),
-        *_not_run(found),
+        table("Schemes", HEADER, [[escape(cell) for cell in cells(evaluation, row)] for row in evaluation.rows]),
+        *_not_run(evaluation),
         "</section>",
         "<section><h2>Fronts</h2>",
         "<p>Filled points are on the front: no other scheme is better in both. Bars are the standard error of the "
         "difference from the unquantised model.</p>",
-        *(f"<figure>{draw(scatter)}</figure>" for scatter in scatters(found)),
+        *(f"<figure>{draw(scatter)}</figure>" for scatter in scatters(evaluation)),
         "</section>",
-        _provenance(found),
+        _provenance(evaluation),
         "</main>",
     ]
-    return page(f"{found.model}: schemes", body)
+    return page(f"{evaluation.model}: schemes", body)
 
 
-def render_plot(found: Evaluation) -> str:
+def render_plot(evaluation: Evaluation) -> str:
     """Both plots as one SVG file."""
-    return document(f"{found.model}: schemes", scatters(found))
+    return document(f"{evaluation.model}: schemes", scatters(evaluation))
 
 
-def cells(found: Evaluation, row: Row) -> tuple[str, ...]:
+def cells(evaluation: Evaluation, row: Row) -> tuple[str, ...]:
     """A row of the table under `HEADER`, as plain text."""
-    bare = row is found.plain
+    bare = row is evaluation.plain
     return (
         row.name,
         f"{row.bytes / 1e6:,.1f}",
@@ -57,7 +58,7 @@ def cells(found: Evaluation, row: Row) -> tuple[str, ...]:
         "" if bare else number(row.kl.mean),
         "" if bare else share(row.top1_agreement),
         *("" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f}" for speed in (row.prefill, row.decode)),
-        ", ".join({"bytes": "size", "decode": "speed"}[axis] for axis in found.fronts_of(row)),
+        ", ".join({"bytes": "size", "decode": "speed"}[axis] for axis in evaluation.fronts_of(row)),
     )
 
 
@@ -66,17 +67,17 @@ def figures(value: float) -> str:
     return f"{value:,.{3 if value < 100 else 0}f}"
 
 
-def scatters(found: Evaluation) -> tuple[Scatter, Scatter]:
+def scatters(evaluation: Evaluation) -> tuple[Scatter, Scatter]:
     """Bytes and speed against perplexity."""
     return (
-        _scatter(found, "bytes", f"{found.model}: perplexity by size", "MB on disk", "less"),
-        _scatter(found, "decode", f"{found.model}: perplexity by speed", "tokens decoded a second", "more"),
+        _scatter(evaluation, "bytes", f"{evaluation.model}: perplexity by size", "MB on disk", "less"),
+        _scatter(evaluation, "decode", f"{evaluation.model}: perplexity by speed", "tokens decoded a second", "more"),
     )
 
 
-def _scatter(found: Evaluation, axis: Axis, title: str, x_label: str, better: str) -> Scatter:
-    targets = list(dict.fromkeys(row.target for row in found.measured))
-    on_front = found.front(axis)
+def _scatter(evaluation: Evaluation, axis: Axis, title: str, x_label: str, better: str) -> Scatter:
+    targets = list(dict.fromkeys(row.target for row in evaluation.measured))
+    on_front = evaluation.front(axis)
     points = [
         Point(
             # The legend tells the target; what is left tells artifacts of one scheme apart.
@@ -87,7 +88,7 @@ def _scatter(found: Evaluation, axis: Axis, title: str, x_label: str, better: st
             style=targets.index(row.target),
             on_front=row in on_front,
         )
-        for row in found.measured
+        for row in evaluation.measured
     ]
     return Scatter(
         key=axis,
@@ -96,26 +97,27 @@ def _scatter(found: Evaluation, axis: Axis, title: str, x_label: str, better: st
         y_label="perplexity",
         better="less" if better == "less" else "more",
         points=points,
-        level=(found.plain.perplexity, f"unquantised, plain module: {figures(found.plain.perplexity)}"),
+        level=(evaluation.plain.perplexity, f"unquantised, plain module: {figures(evaluation.plain.perplexity)}"),
         legend=[(name, style) for style, name in enumerate(targets)] if len(targets) > 1 else (),
     )
 
 
-def _not_run(found: Evaluation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in found.not_run.items()]
+def _not_run(evaluation: Evaluation) -> list[str]:
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in evaluation.not_run.items()]
     return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
 
 
-def _provenance(found: Evaluation) -> str:
-    text, speed = found.text, found.speed
+def _provenance(evaluation: Evaluation) -> str:
+    text, speed = evaluation.text, evaluation.speed
     cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
     facts = {
-        "weights": f"{found.source['name']}, revision {found.source['revision']}; {found.parameters:,} numbers",
+        "weights": f"{evaluation.source['name']}, revision {evaluation.source['revision']}; "
+        f"{evaluation.parameters:,} numbers",
         "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
         "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
         f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
-        "date": found.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        "date": evaluation.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in evaluation.versions.items()),
     }
     lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data."""
+"""The result of an evaluation, as data."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Evaluation:
         model: Its name.
         parameters: Numbers in its weights.
         source: Where the weights came from, and their revision.
-        oracle: What the rows were held against, in words.
+        oracle: What the rows are compared with, in words.
         text: File, sha256 of the token ids, and how it was cut.
         speed: How the speeds were measured.
         rows: The oracle first.
@@ -172,7 +172,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        found: dict[str, Any] = finite(
+        data: dict[str, Any] = finite(
             {
                 "model": self.model,
                 "parameters": self.parameters,
@@ -186,7 +186,7 @@ class Evaluation:
                 "rows": [{**row.to_json(), "on_front": list(self.fronts_of(row))} for row in self.rows],
             }
         )
-        return found
+        return data
 
 
 def target_row(facts: Facts, scores: Scores, oracle: Array, speed: Speed, seconds: float) -> Row:

@@ -88,7 +88,7 @@ def document(title: str, scatters: Sequence[Scatter]) -> str:
     """Plots under each other as a file of its own, in the light colours of the report."""
     # Not every program that shows SVG knows CSS variables.
     colours = dict(re.findall(r"(--[\w-]+): *(#\w+)", STYLE.read_text(encoding="utf-8").partition("}")[0]))
-    style = re.sub(r"var\((--[\w-]+)\)", lambda found: str(colours[found[1]]), CHART_STYLE.read_text(encoding="utf-8"))
+    style = re.sub(r"var\((--[\w-]+)\)", lambda match: str(colours[match[1]]), CHART_STYLE.read_text(encoding="utf-8"))
     high = HEIGHT * len(scatters)
     return "\n".join(
         [
@@ -149,9 +149,9 @@ class _Plot:
 
     def _corners(self) -> list[tuple[float, float]]:
         """Of the front's steps: nothing between two schemes can be had."""
-        held = sorted((point for point in self.points if point.on_front), key=lambda point: (point.x, point.y))
+        on_front = sorted((point for point in self.points if point.on_front), key=lambda point: (point.x, point.y))
         corners: list[tuple[float, float]] = []
-        for point in held:
+        for point in on_front:
             x, y = self.x(point.x), self.y(point.y)
             if corners:
                 corners.append((x, corners[-1][1]) if self.scatter.better == "less" else (corners[-1][0], y))
@@ -221,13 +221,13 @@ class _Plot:
     def _taken(self) -> list[Box]:
         """Where points, their bars and the front are."""
         centres = [(self.x(point.x), self.y(point.y)) for point in self.points]
-        found = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in centres]
+        boxes = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in centres]
         for point in self.points:
             if ends := self._bar(point):
-                found.append((self.x(point.x) - 4, ends[0], self.x(point.x) + 4, ends[1]))
+                boxes.append((self.x(point.x) - 4, ends[0], self.x(point.x) + 4, ends[1]))
         for (x1, y1), (x2, y2) in itertools.pairwise(self._corners()):
-            found.append((min(x1, x2) - 1, min(y1, y2) - 1, max(x1, x2) + 1, max(y1, y2) + 1))
-        return found
+            boxes.append((min(x1, x2) - 1, min(y1, y2) - 1, max(x1, x2) + 1, max(y1, y2) + 1))
+        return boxes
 
     def _legend(self) -> list[str]:
         parts, x = [], float(WIDTH - RIGHT)
@@ -249,11 +249,10 @@ def _placed(text: str, spots: Sequence[tuple[float, float, str]], taken: list[Bo
         low = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
         return (low, y - LINE + 3, low + wide, y + 3)
 
-    def free(found: Box) -> bool:
-        inside = found[0] >= LEFT and found[2] <= WIDTH - RIGHT and found[1] >= TOP - 8 and found[3] <= HEIGHT - BOTTOM
+    def free(area: Box) -> bool:
+        inside = area[0] >= LEFT and area[2] <= WIDTH - RIGHT and area[1] >= TOP - 8 and area[3] <= HEIGHT - BOTTOM
         return inside and not any(
-            found[0] < other[2] and other[0] < found[2] and found[1] < other[3] and other[1] < found[3]
-            for other in taken
+            area[0] < other[2] and other[0] < area[2] and area[1] < other[3] and other[1] < area[3] for other in taken
         )
 
     spot = next((spot for spot in spots if free(box(spot))), spots[0])

@@ -18,7 +18,7 @@ from transom.validation.evaluation.text import Text
 from transom.validation.oracle import Reading
 
 CALL = 256
-"""Most positions whose logits are asked for at once: 256 MiB of Gemma's vocabulary."""
+"""Most positions whose logits are computed at once: 256 MiB of Gemma's vocabulary."""
 
 Advance = Callable[[int], None]
 
@@ -85,12 +85,12 @@ def score_oracle(text: Text, readings: Sequence[Reading], advance: Advance) -> A
     return np.concatenate(parts)
 
 
-def _score_call(found: torch.Tensor, following: Sequence[int], expected: Logits, first: int) -> list[Scores]:
+def _score_call(logits: torch.Tensor, following: Sequence[int], expected: Logits, first: int) -> list[Scores]:
     """Score the rows that a token follows; the last one of a sequence predicts nothing that is known."""
     parts = []
     for low in range(0, len(following), ROWS):
         tokens = following[low : low + ROWS]
-        rows, beside = found[low : low + len(tokens)], expected(first + low, first + low + len(tokens))
+        rows, beside = logits[low : low + len(tokens)], expected(first + low, first + low + len(tokens))
         log_q = rows.log_softmax(-1)
         parts.append(
             Scores(

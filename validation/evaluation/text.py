@@ -13,7 +13,7 @@ from transom.zoo.model import Model
 from transom.zoo.prompt import read_words
 
 LENGTH = 2048
-"""Tokens of a sequence, if the text and the context have as many and nothing else is said."""
+"""Tokens of a sequence, if the text and the context have as many and no other length is given."""
 
 SHORTEST = 3
 """Two scored tokens, the fewest that have a standard error."""

@@ -72,12 +72,12 @@ def compute_capabilities(text: str) -> list[int]:
         TargetError: If it is no such list.
     """
     try:
-        found = [round(float(part) * 10) if "." in part else int(part) for part in text.split(",")]
+        capabilities = [round(float(part) * 10) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) <= 0:
+        capabilities = []
+    if not capabilities or min(capabilities) <= 0:
         raise TargetError(f"--cc takes compute capabilities with commas between, such as 89,120, not {text!r}")
-    return found
+    return capabilities
 
 
 def verify(

@@ -77,7 +77,7 @@ def evaluate(
     check_weights(weights)
     check_outputs(json_file, html, plot, inputs=[text, *map(Path, model_or_dirs), *([Path(model)] if model else [])])
     with stage_bars() as on_progress:
-        found = evaluate_sources(
+        evaluation = evaluate_sources(
             model_or_dirs,
             text=text,
             schemes=_names(schemes),
@@ -97,31 +97,31 @@ def evaluate(
             on_progress=on_progress,
         )
     if html is not None:
-        replace_file(html, render(found))
+        replace_file(html, render(evaluation))
     if plot is not None:
-        replace_file(plot, render_plot(found))
+        replace_file(plot, render_plot(evaluation))
     if str(json_file) == "-":
-        print_json(found.to_json())
+        print_json(evaluation.to_json())
         return
     if json_file is not None:
-        replace_file(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
-    _show(found)
+        replace_file(json_file, json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n")
+    _show(evaluation)
 
 
 def _names(option: str | None) -> list[str] | None:
     return None if option is None else [name.strip() for name in option.split(",") if name.strip()]
 
 
-def _show(found: Evaluation) -> None:
-    text, speed = found.text, found.speed
+def _show(evaluation: Evaluation) -> None:
+    text, speed = evaluation.text, evaluation.speed
     timed = f"prefill of {speed['prefill_tokens']:,}, then {speed['decode_tokens']:,} one by one"
     cut = f"{text['sequences']} x {text['length']:,}" if text["sequences"] > 1 else f"{text['length']:,}"
     console.print(
-        f"[bold]{escape(found.model)}[/bold], {cut} tokens of {escape(str(text['source']))}, against the plain module "
-        "in float32",
+        f"[bold]{escape(evaluation.model)}[/bold], {cut} tokens of {escape(str(text['source']))}, against the plain "
+        "module in float32",
         highlight=False,
     )
-    rows = [_cells(found, row) for row in found.rows]
+    rows = [_cells(evaluation, row) for row in evaluation.rows]
     # Two tables where one would break its numbers over lines.
     for columns in [range(len(COLUMNS))] if console.width >= WIDE else [(0, 3, 4, 5, 6), (0, 1, 2, 7, 8, 9)]:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -136,12 +136,12 @@ def _show(found: Evaluation) -> None:
         f"second: {timed}, {speed['threads']} threads, {escape(str(speed['machine']))}[/dim]",
         highlight=False,
     )
-    for name, reason in found.not_run.items():
+    for name, reason in evaluation.not_run.items():
         console.print(f"[yellow]not run:[/yellow] {escape(name)}: {escape(reason)}", highlight=False)
 
 
-def _cells(found: Evaluation, row: Row) -> tuple[str, ...]:
+def _cells(evaluation: Evaluation, row: Row) -> tuple[str, ...]:
     from transom.validation.evaluation.report import cells
 
-    name, _, *others = cells(found, row)
+    name, _, *others = cells(evaluation, row)
     return (escape(name), size(row.bytes), *others)

@@ -92,15 +92,16 @@ def plan(
     def at(tokens: int) -> Any:
         return make_plan(config, context=tokens, quant=quant, cache_dtype=cache_dtype, batch=batch)
 
-    made = at(config.context if context is None else context)
+    model_plan = at(config.context if context is None else context)
     if json:
-        print_json(made.to_json())
+        print_json(model_plan.to_json())
         return
     console.print(
-        f"[bold]{escape(config.name)}[/bold]: {made.parameters:,} parameters, {size(made.weight_bytes)} ({quant})"
+        f"[bold]{escape(config.name)}[/bold]: {model_plan.parameters:,} parameters, "
+        f"{size(model_plan.weight_bytes)} ({quant})"
     )
     table = Table("context", "bounded", "global-only", "share", title=f"Cache bytes, {cache_dtype}, batch {batch}")
-    for tokens in sorted({*(c for c in TABLE_CONTEXTS if c <= config.context), made.context}):
+    for tokens in sorted({*(c for c in TABLE_CONTEXTS if c <= config.context), model_plan.context}):
         row = at(tokens)
         share = row.cache_bytes_bounded / row.cache_bytes_global_only
         cells = f"{tokens:,}", size(row.cache_bytes_bounded), size(row.cache_bytes_global_only), f"{share:.1%}"

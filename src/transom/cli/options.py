@@ -47,7 +47,7 @@ def check_weights(weights: str) -> None:
 def check_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> None:
     """Raise `ArtifactError` for a file that could not be written when a long run ends; - is none, nor is None.
 
-    One that is written twice, or that is read as well, cannot be meant.
+    A file that is written twice, or that is also read, is a mistake.
     """
     from transom.validation.certificate import check_writable
 

@@ -48,7 +48,7 @@ def quantize(
         raise QuantizationError(f"no method named {chosen!r}: choose one of {', '.join(METHODS)}")
     loaded = load_model(model, weights, seed)
     with stage_bars() as on_progress:
-        found = quantize_model(
+        quantized = quantize_model(
             loaded,
             quant=scheme,
             out=out,
@@ -58,7 +58,7 @@ def quantize(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    conversions = [entry.to_json() for entry in found.conversions]
+    conversions = [entry.to_json() for entry in quantized.conversions]
     if json:
         print_json({"folder": str(out), "scheme": scheme, "method": chosen, "conversions": conversions})
         return

@@ -44,19 +44,19 @@ def ranges(
     number_format = float_format(dtype)
     loaded = load_model(model, weights, seed)
     with stage_bars() as on_progress:
-        found = ranges_of(loaded, text=text, tokens=tokens, seed=seed, on_progress=on_progress)
+        value_ranges = ranges_of(loaded, text=text, tokens=tokens, seed=seed, on_progress=on_progress)
     if json:
-        print_json(found.to_json(number_format))
+        print_json(value_ranges.to_json(number_format))
     else:
-        _show(found, number_format)
-    if found.overflowing(number_format):
+        _show(value_ranges, number_format)
+    if value_ranges.overflowing(number_format):
         raise typer.Exit(1)
 
 
-def _show(found: Ranges, number_format: NumberFormat) -> None:
+def _show(value_ranges: Ranges, number_format: NumberFormat) -> None:
     """The tightest value of every layer, then every value that overflows."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.title = f"{escape(found.model)} in {number_format.name}, {found.tokens:,} tokens"
+    table.title = f"{escape(value_ranges.model)} in {number_format.name}, {value_ranges.tokens:,} tokens"
     for name in ("layer", "largest value", "magnitude", "headroom", "overflow", "to zero"):
         # Where the terminal is narrow, long names are folded, and numbers stay whole.
         table.add_column(
@@ -66,7 +66,7 @@ def _show(found: Ranges, number_format: NumberFormat) -> None:
             overflow="fold",
         )
     groups: dict[str, list[ValueRange]] = {}
-    for value in found.values:
+    for value in value_ranges.values:
         kind = "weights" if value.op == "weight" else "outside" if value.layer is None else str(value.layer)
         groups.setdefault(kind, []).append(value)
     for kind, values in groups.items():
@@ -83,17 +83,17 @@ def _show(found: Ranges, number_format: NumberFormat) -> None:
             f"{max(value.to_json(number_format)['underflow_share'] for value in values):.1e}",
         )
     console.print(table)
-    for value in found.overflowing(number_format):
+    for value in value_ranges.overflowing(number_format):
         count, finite = value.observation.nonfinite, value.observation.count
         if count:
             what, amount = "not finite:", f": {count:,.0f} of {count + finite:,.0f} numbers are NaN or infinite"
         else:
             what, amount = "out of range:", f" reaches {value.observation.largest:,.4g}"
         console.print(f"[red]{what}[/red] {escape(value.name)}{amount}", highlight=False)
-    if not found.overflowing(number_format):
+    if not value_ranges.overflowing(number_format):
         console.print(f"everything is in the range of {number_format.name}")
 
 
 def _bits(headroom: float, *, overflows: bool) -> str:
-    said = "all zero" if math.isinf(headroom) else f"{headroom:+.1f} bits"
-    return f"[red]{said}[/red]" if overflows else said
+    bits = "all zero" if math.isinf(headroom) else f"{headroom:+.1f} bits"
+    return f"[red]{bits}[/red]" if overflows else bits

@@ -154,7 +154,7 @@ def chat(
     assert session.tokenizer is not None
     session.tokenizer.check_template()
     messages: list[Message] = [Message(role="system", content=system)] if system else []
-    held: list[int] = []
+    cached_ids: list[int] = []
     while (line := _ask()) is not None:
         messages.append(Message(role="user", content=line))
         try:
@@ -166,9 +166,11 @@ def chat(
             messages.pop()
             progress_console.print(f"[yellow]left out:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
             continue
-        same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(cached_ids, ids, strict=False)) if a != b), min(len(cached_ids), len(ids))
+        )
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
-        keep = same == len(held) and len(ids) > same
+        keep = same == len(cached_ids) and len(ids) > same
         new = ids[same:] if keep else ids
         decoder, answer = _stream(folder, session), []
         # A conversation may fill the context; only when not one token more fits is it over.
@@ -177,7 +179,7 @@ def chat(
             answer.append(token)
             _say(decoder.add(token), quiet=False)
         _say(decoder.finish() + "\n", quiet=False)
-        held = [*ids, *answer][: session.position]
+        cached_ids = [*ids, *answer][: session.position]
         messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
 
 

@@ -40,7 +40,7 @@ def make_lenient() -> None:
 
 
 def flush() -> None:
-    """Write out what is held back, which else happens when it is too late to tell of an error.
+    """Write out what is buffered, while an error can still be reported.
 
     Raises:
         OSError: If it cannot be written.

@@ -1,4 +1,4 @@
-"""`transom validate`: the same prompts through every target, held against the plain module."""
+"""`transom validate`: the same prompts through every target, compared with the plain module."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def validate(
     check_weights(weights)
     check_outputs(json_file, html, inputs=[text, *map(Path, model_or_dirs), *([Path(model)] if model else [])])
     with stage_bars() as on_progress:
-        found = validate_sources(
+        validation = validate_sources(
             model_or_dirs,
             targets=None if targets is None else [name.strip() for name in targets.split(",")],
             quant=quant,
@@ -89,31 +89,31 @@ def validate(
             on_progress=on_progress,
         )
     if html is not None:
-        replace_file(html, render(found))
+        replace_file(html, render(validation))
     if json_file is not None and str(json_file) != "-":
-        replace_file(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_file(json_file, json.dumps(validation.to_json(), indent=1, allow_nan=False) + "\n")
     if str(json_file) == "-":
-        print_json(found.to_json())
+        print_json(validation.to_json())
     else:
-        _show(found)
-    if not found.passed:
+        _show(validation)
+    if not validation.passed:
         raise typer.Exit(1)
 
 
-def _show(found: Validation) -> None:
-    prompt = found.prompt
+def _show(validation: Validation) -> None:
+    prompt = validation.prompt
     console.print(
-        f"[bold]{escape(found.model)}[/bold], {prompt['tokens']:,} tokens of {escape(str(prompt['source']))}, against "
-        "the plain module in float32",
+        f"[bold]{escape(validation.model)}[/bold], {prompt['tokens']:,} tokens of {escape(str(prompt['source']))}, "
+        "against the plain module in float32",
         highlight=False,
     )
     table = Table(title="Largest differences over all lengths", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("target", "verdict", "max abs", "max rel", "KL max", "top-1", "diverges", "caches"):
         table.add_column(name, justify="left" if name in ("target", "verdict") else "right", no_wrap=True)
-    for name, result in found.targets.items():
+    for name, result in validation.targets.items():
         table.add_row(*_row(name, result))
     console.print(table)
-    for name, result in found.targets.items():
+    for name, result in validation.targets.items():
         lengths = ", ".join(f"{run.length:,}" for run in result.prefills)
         console.print(
             f"[dim]{escape(name)}: {result.quant}, {result.dtype}, chunks of {result.chunk:,}, a window of "
@@ -124,9 +124,9 @@ def _show(found: Validation) -> None:
             console.print(f"[yellow]{escape(name)}:[/yellow] {escape(result.note)}", highlight=False)
         for line in result.not_reached:
             console.print(f"[yellow]{escape(name)}, not reached:[/yellow] {escape(line)}", highlight=False)
-    for name, reason in found.not_run.items():
+    for name, reason in validation.not_run.items():
         console.print(f"[yellow]not run:[/yellow] {name}: {escape(reason)}", highlight=False)
-    for name, result in found.targets.items():
+    for name, result in validation.targets.items():
         for failure in result.failures:
             console.print(f"[red]{escape(name)}:[/red] {escape(failure)}", highlight=False, soft_wrap=True)
 
