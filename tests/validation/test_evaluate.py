@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +53,24 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def weighed(
     tiny: Model, traced: Graph, words: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Evaluation, Path]]:
+) -> tuple[Evaluation, Path]:
     """gemma3-tiny on ONNX Runtime, in calls longer than the window, and its artifacts. Copy what you change."""
     out = tmp_path_factory.mktemp("evaluated")
+    # Undone before any other test: its graph is of float32, whatever is asked for.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "trace_model", lambda model, dtype: traced)
-        yield (
-            evaluate_sources(
-                tiny,
-                text=words,
-                schemes=SCHEMES,
-                length=LENGTH,
-                windows=WINDOWS,
-                chunk=37,
-                decode_tokens=5,
-                threads=1,
-                out=out,
-            ),
-            out,
+        evaluation = evaluate_sources(
+            tiny,
+            text=words,
+            schemes=SCHEMES,
+            length=LENGTH,
+            windows=WINDOWS,
+            chunk=37,
+            decode_tokens=5,
+            threads=1,
+            out=out,
         )
+    return evaluation, out
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
