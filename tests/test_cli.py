@@ -256,7 +256,7 @@ def test_names_are_no_markup(cli: Cli, artifact: Path, tmp_path: Path, monkeypat
     (folder / "manifest.json").write_text(json.dumps(data))
     # The name stands in a table's title, which is as wide as the table.
     monkeypatch.chdir(tmp_path)
-    code, out, err = cli("inspect", folder.name)
+    code, out, err = cli("inspect", folder.relative_to(tmp_path))
     assert code == 0 and "[/red] :smile:" in out and "revision" in out, err
     write_checkpoint(folder / "model", dataclasses.replace(preset("gemma3-tiny"), name="[/red]"), {})
     code, out, err = cli("show", folder / "model")
