@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from transom.errors import ConfigError
@@ -127,3 +128,15 @@ def tile(pattern: str, num_layers: int) -> tuple[LayerKind, ...]:
     """Repeat a pattern such as "LLLLLG" and cut it to `num_layers`."""
     kinds: dict[str, LayerKind] = {"L": "local", "G": "global"}
     return tuple(kinds[pattern[index % len(pattern)]] for index in range(num_layers))
+
+
+def read_decoder(path: Path, *, name: str, **fields: Any) -> DecoderConfig:
+    """A configuration that was read from a file, which its errors name.
+
+    Raises:
+        ConfigError: As `DecoderConfig` does.
+    """
+    try:
+        return DecoderConfig(name=name, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None

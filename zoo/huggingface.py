@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from transom.errors import ConfigError
 from transom.json_object import read_object
 from transom.zoo.checkpoints.containers import explain_missing
-from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope, read_decoder
 from transom.zoo.config_keys import Keys, is_positive, short
 
 CONFIG = "config.json"
@@ -117,7 +117,7 @@ def read_config(folder: Path) -> DecoderConfig:
     # Only the text-only class applies it.
     if text is outer and text.get("final_logit_softcapping") is not None:
         softcap = text.number("final_logit_softcapping", 0)
-    return _decoder(
+    return read_decoder(
         text.path,
         name=folder.resolve().name,
         architecture=_MODEL_TYPES[outer.values["model_type"]],
@@ -130,13 +130,6 @@ def read_config(folder: Path) -> DecoderConfig:
         norm_eps=text.number("rms_norm_eps", _EPS),
         logit_softcap=softcap,
     )
-
-
-def _decoder(path: Path, *, name: str, **fields: Any) -> DecoderConfig:
-    try:
-        return DecoderConfig(name=name, **fields)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def left_out(folder: Path) -> tuple[str, ...]:

@@ -193,6 +193,8 @@ def typed_for_transformers(values: dict[str, Any]) -> dict[str, Any]:
         "final_logit_softcapping": float,
         "attn_logit_softcapping": float,
         "query_pre_attn_scalar": int,
+        "rope_theta": float,
+        "rope_local_base_freq": float,
     }
     return {key: types[key](value) if key in types and value is not None else value for key, value in values.items()}
 

@@ -25,7 +25,7 @@ from transom.errors import CheckpointError, ConfigError
 from transom.wording import listed
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
-from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope, tile
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope, read_decoder, tile
 
 ARCHITECTURES = ("gemma3",)
 """Architectures of GGUF files that the zoo holds; each is also the prefix of its keys."""
@@ -115,7 +115,8 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
     kinds = _layer_kinds(keys, blocks, num_layers, lines)
     context = keys.size("context_length")
     theta_local, theta_global = _thetas(keys, lines, ollama=ollama)
-    config = DecoderConfig(
+    config = read_decoder(
+        path,
         name=header.name,
         architecture=architecture,
         vocab_size=_vocab_size(header, hidden_size),

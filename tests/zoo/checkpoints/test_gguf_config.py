@@ -174,6 +174,11 @@ def test_no_number(tmp_path: Path, key: str, value: Value) -> None:
     assert f"gemma3.{key} is" in refusal(write(tmp_path, {f"gemma3.{key}": value}))
 
 
+def test_sizes_beyond_bounds_name_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"gemma3.attention.head_count": ("u32", 65_540)})
+    assert refusal(path).startswith(f"{path}: num_heads is 65540, expected a whole number from 1 to 65,536")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
