@@ -85,7 +85,7 @@ def read_certificate(folder: Path) -> Certificate:
         data = json.loads(path.read_text())
         passed, date, version = bool(data["passed"]), str(data["date"]), data["version"]
         same = data["manifest_sha256"] == _manifest_hash(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Certificate(state="damaged")
     if version != VERSION:
         return Certificate(state="damaged")

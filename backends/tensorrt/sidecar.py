@@ -99,7 +99,7 @@ def read_sidecar(folder: Path) -> Sidecar:
         )
         layers = tuple(Layer(**entry) for entry in data.pop("layers"))
         return Sidecar(profiles=profiles, layers=layers, **data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
 
 

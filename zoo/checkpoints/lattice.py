@@ -54,7 +54,7 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
             lattice = lattice.refuse_nonfinite(f"{path}: {name}", shape[0])
             _check(path, name, lattice, coded[name])
             coded[name] = dataclasses.replace(coded[name], lattice=lattice)
-    except (KeyError, ValueError, TypeError, AttributeError, QuantizationError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, QuantizationError) as error:
         raise CheckpointError(f"{path}: not the codes of this checkpoint ({error}): quantise it again") from error
     return coded, quant
 
