@@ -22,7 +22,7 @@ from benchmarks.quiet import OtherCpu, wait_for_quiet
 from benchmarks.report import Results, Row, Timing, draw, render
 from benchmarks.worker import ContenderError, Worker
 from transom.validation.evaluation.speed import processor
-from transom.zoo.model import packaged_gguf
+from transom.zoo.architectures import packaged
 from transom.zoo.tokenizer import Tokenizer
 
 ROOM = 256
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, artifacts: Path) -> Results:
     """All measurements of one run."""
     lengths = sorted(options.lengths)
     needed = max(options.perplexity_tokens, lengths[-1] + options.decode_tokens)
-    ids = text.read_tokens(Tokenizer.from_gguf(packaged_gguf()), needed)
+    ids = text.read_tokens(Tokenizer.from_gguf(packaged("gemma3-270m")), needed)
     context = max(lengths[-1] + ROOM, options.perplexity_tokens)
     folder = artifacts / f"context-{context}"
     setup = Setup(artifacts=str(folder), context=context, threads=options.threads)

@@ -115,8 +115,9 @@ def _dividing(columns: int, block: int) -> int:
     return block
 
 
-TABLE = "embed_tokens"
-"""Found in the name of the embedding, which is the head too: both read one buffer."""
+def is_table(name: str) -> bool:
+    """Whether a weight is the table of tokens, or a head that is not tied to it."""
+    return "embed_tokens" in name or "lm_head" in name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class Scheme:
 
     def of(self, name: str) -> QuantSpec | None:
         """What becomes of the weight of this name."""
-        if TABLE in name:
+        if is_table(name):
             return self.table
         return next((spec for spec in self.linears if re.search(spec.modules, name)), None)
 

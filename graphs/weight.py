@@ -61,6 +61,16 @@ class Lattice:
 
         return dataclasses.replace(self, block=block, read_rows=read_rows)
 
+    def reorder_rows(self, order: Sequence[int]) -> Lattice:
+        """The same codes with rows reordered; see `Weight.reorder_rows`."""
+
+        def read_rows(start: int, stop: int) -> Codes:
+            low, high, index = _reordered(order, start, stop)
+            codes, scales, zeros = self.read_rows(low, high)
+            return codes[index], scales[index], None if zeros is None else zeros[index]
+
+        return dataclasses.replace(self, read_rows=read_rows)
+
     def decode(self, codes: Codes) -> torch.Tensor:
         """What some rows of codes mean, float32 [rows, K]."""
         integers, scales, zeros = codes
@@ -194,6 +204,19 @@ class Weight:
             origin=self.origin,
         )
 
+    def reorder_rows(self, order: Sequence[int]) -> Weight:
+        """The same rows, reordered alike within every group of as many as `order` lists; codes go along.
+
+        Args:
+            order: Row of the group that comes first, second and so on. Its length divides the number of rows.
+        """
+
+        def read_rows(start: int, stop: int) -> torch.Tensor:
+            low, high, index = _reordered(order, start, stop)
+            return self.read_rows(low, high)[index]
+
+        return dataclasses.replace(self, read_rows=read_rows, lattice=self.lattice and self.lattice.reorder_rows(order))
+
     def refuse_nonfinite(self) -> Weight:
         """The same weight; reading rows, or codes, that are NaN or infinite raises `CheckpointError`.
 
@@ -265,6 +288,14 @@ class Weight:
             return narrow
 
         return convert
+
+
+def _reordered(order: Sequence[int], start: int, stop: int) -> tuple[int, int, torch.Tensor]:
+    """Rows to read for the reordered rows [start, stop), and where each of these stands among them."""
+    group = len(order)
+    low, high = start // group * group, -(-stop // group) * group
+    rows = torch.arange(start, stop)
+    return low, high, rows // group * group + torch.tensor(order)[rows % group] - low
 
 
 def _nonfinite(origin: str, rows: str) -> CheckpointError:

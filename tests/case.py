@@ -83,7 +83,7 @@ class Case:
         assert self.model is not None
         nodes = self.graph.placeholders()
         for cache in self.graph.caches:
-            window = self.model.config.layer_window(cache.layer)
+            window = self.model.config.layers[cache.layer].window
             slots = nodes[cache.input].meta["val"].shape[2]
             bounded = window is not None and local is not None
             assert cache.slots == (local if bounded else None), cache

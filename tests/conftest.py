@@ -30,9 +30,9 @@ from transom.graphs.trace import Task, trace
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
-from transom.zoo.presets import preset
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -15,8 +15,8 @@ from tests.conftest import Cli
 from transom.backends.artifact import read_manifest, write_manifest
 from transom.cli import main
 from transom.cli.options import console
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
-from transom.zoo.presets import preset
 
 
 @pytest.fixture(scope="module")

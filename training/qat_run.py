@@ -12,7 +12,7 @@ import torch
 
 from transom.errors import TrainingError
 from transom.formats.rounding import Grid, encode
-from transom.formats.schemes import TABLE, QuantSpec, Scheme
+from transom.formats.schemes import QuantSpec, Scheme, is_table
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
@@ -25,6 +25,7 @@ from transom.training.distill import Full, Head, Sampled, Targets, distillation_
 from transom.training.latent import dithered, into_cells
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages
+from transom.zoo.architectures import build_empty
 from transom.zoo.model import Model
 
 if TYPE_CHECKING:
@@ -56,28 +57,27 @@ class QatRun:
         fake = FakeQuantize(dataclasses.replace(scheme, table=None), "mse")
         self._graph, _ = Pipeline([fake]).run(traced)
         self.specs: dict[str, QuantSpec] = fake.specs
-        table = next(name for name in traced.weights if TABLE in name)
-        self._table = table
+        decoder = build_empty(model.config)
+        self._head, self._tables = decoder.head_weight, [name for name in traced.weights if is_table(name)]
         raw = {name: weight.read().float() for name, weight in traced.weights.items()}
-        frozen = {table: dequantized(table, traced.weights[table], scheme)}
+        frozen = {name: dequantized(name, traced.weights[name], scheme) for name in self._tables}
         self._teacher = {name: tensor.to(self.device) for name, tensor in raw.items()}
         self._teacher_stages = Stages(traced, device=self.device)
         self._student_stages = Stages(self._graph, device=self.device)
-        cap = model.config.logit_softcap
         narrow = getattr(torch, settings.head_dtype)
-        self._teacher_head = Head(table=self._teacher[table].to(narrow), softcap=cap)
-        student = {name: raw[name].clone() for name in raw if name != table}
+        self._teacher_head = Head(table=self._teacher[self._head].to(narrow), softcap=decoder.softcap)
+        student = {name: raw[name].clone() for name in raw if name not in frozen}
         # A saved state replaces the grids, so they need no calibration then.
         student |= self._grids(raw, on_progress, calibrated=settings.start == "gptq" and not begun)
         for name, spec in self.specs.items():
             if settings.start != "gptq":
                 student[name] = dithered(student[name], student[f"{name}.divisors"], spec, self._generator)
         self._student = {name: tensor.to(self.device) for name, tensor in (student | frozen).items()}
-        self._student_head = Head(table=self._student[table].to(narrow), softcap=cap)
+        self._student_head = Head(table=self._student[self._head].to(narrow), softcap=decoder.softcap)
         self._trained = {
             name: tensor.requires_grad_(True)
             for name, tensor in self._student.items()
-            if name != table and tensor.is_floating_point() and not name.endswith(".zero_points")
+            if name not in frozen and tensor.is_floating_point() and not name.endswith(".zero_points")
         }
         self._optimizer = torch.optim.Adam(
             [{"params": [tensor], "name": name} for name, tensor in self._trained.items()], betas=(0.9, 0.95), eps=1e-12
@@ -187,7 +187,7 @@ class QatRun:
         """The traced graph with the trained weights; those that were rounded carry their codes."""
         graph = self._traced.clone()
         for name, weight in graph.weights.items():
-            if name == self._table:
+            if name in self._tables:
                 continue
             tensor = self._student[name].detach().cpu()
             spec = self.specs.get(name)

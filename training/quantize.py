@@ -10,7 +10,7 @@ from typing import Literal
 from transom.backends.folder import new_folder
 from transom.compiler import trace_model
 from transom.errors import QuantizationError
-from transom.formats.schemes import TABLE, scheme
+from transom.formats.schemes import is_table, scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
@@ -93,7 +93,7 @@ def quantize_model(
         if sequences is not None:
             linears = {}
             for name, weight in graph.weights.items():
-                if TABLE not in name and (spec := scheme_spec(quant_scheme, name, weight)):
+                if not is_table(name) and (spec := scheme_spec(quant_scheme, name, weight)):
                     linears[name] = spec_of(name, weight, spec, as_shipped=quant_scheme.as_shipped)
             rounded, calibrated = calibrate(
                 graph, linears, sequences, on_progress=lambda done, total: on_progress("calibrate", done, total)

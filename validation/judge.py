@@ -67,20 +67,21 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
         tokens: Length of the longest prompt.
     """
     cache_bytes, failures = session.cache_bytes(), []
-    most = config.window + session.chunk - 1
-    local = [cache for cache in session.caches if config.layer_window(cache.layer) is not None]
-    for cache in local:
+    windows = [layer.window for layer in config.layers]
+    local = [(cache, window) for cache in session.caches if (window := windows[cache.layer]) is not None]
+    for cache, window in local:
+        most = window + session.chunk - 1
         if cache.window is None or cache.slots is None:
             failures.append(f"{cache.name}: layer {cache.layer} is local, but its cache grows with the context")
         elif cache.slots > most:
             failures.append(
-                f"{cache.name}: {cache.slots} slots, a window of {config.window} and chunks of {session.chunk} need "
+                f"{cache.name}: {cache.slots} slots, a window of {window} and chunks of {session.chunk} need "
                 f"{most} at most"
             )
-    expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache in local)
-    per_token = sum(_slot_bytes(cache) for cache in session.caches if config.layer_window(cache.layer) is None)
+    expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache, _ in local)
+    per_token = sum(_slot_bytes(cache) for cache in session.caches if windows[cache.layer] is None)
     # A session counts a cache without a window as global; that is a failure above.
-    if all(cache.window is not None for cache in local):
+    if all(cache.window is not None for cache, _ in local):
         if cache_bytes["local"] != expected:
             failures.append(
                 f"caches of local layers take {cache_bytes['local']:,} bytes after {tokens} tokens, the manifest's "
@@ -98,7 +99,7 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
         global_=cache_bytes["global"],
         local_manifest=expected,
         local_window=sum(layer.bytes for layer in bare if layer.kind == "local"),
-        unbounded=sum(_slot_bytes(cache) for cache in local) * session.context,
+        unbounded=sum(_slot_bytes(cache) for cache, _ in local) * session.context,
     ), failures
 
 

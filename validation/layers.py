@@ -12,6 +12,7 @@ from transom.passes.add_taps import AddTaps
 from transom.validation.bisection.recording import Call, steps
 from transom.validation.bisection.sites import LOGITS, op_of, site
 from transom.validation.candidates import REFERENCE, Candidate, OnProgress, Opener
+from transom.validation.lengths import SPAN
 from transom.validation.result import LayerResult
 
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -33,7 +34,7 @@ def compare_layers(
         One record a tap, in the order of execution.
     """
     settings, config = candidate.settings, opener.model.config
-    length = min(3 * config.window + 5, settings.context, len(text))
+    length = min(3 * (config.longest_window or SPAN) + 5, settings.context, len(text))
     starts = range(0, length, settings.chunk)
     calls = [Call(start=start, count=min(settings.chunk, length - start)) for start in starts]
     reference = dataclasses.replace(candidate, name=REFERENCE, target=REFERENCE, folder=None, exported=False)

@@ -11,6 +11,9 @@ from transom.errors import ContextLengthError
 NEW_TOKENS = 32
 """Tokens of the greedy continuation."""
 
+SPAN = 64
+"""Stands for the window of a model that has none, where lengths are chosen."""
+
 AROUND = 4
 """Tokens decoded one by one before a boundary, and again after it."""
 
@@ -40,18 +43,20 @@ class Schedule:
         return self.prompts[-1]
 
 
-def default_chunk(window: int, context: int) -> int:
+def default_chunk(window: int | None, context: int) -> int:
     """A chunk longer than the window, so that a single call crosses it."""
+    window = window or SPAN
     return min(window + window // 2, context)
 
 
-def default_context(window: int, most: int) -> int:
+def default_context(window: int | None, most: int) -> int:
     """A context that holds the longest prompt and its continuation, rounded up to a power of two."""
+    window = window or SPAN
     needed = 4 * window + 3 + NEW_TOKENS
     return min(most, 1 << (needed - 1).bit_length())
 
 
-def text_length(*, window: int, context: int, chunk: int) -> int:
+def text_length(*, window: int | None, context: int, chunk: int) -> int:
     """Tokens of text that a schedule reads: the longest prompt, or to where the largest ring has wrapped.
 
     Raises:
@@ -59,14 +64,15 @@ def text_length(*, window: int, context: int, chunk: int) -> int:
     """
     if context < 2:
         raise ContextLengthError(f"a context of {context} leaves nothing to compare: export with a larger --context")
+    window = window or SPAN
     return min(context, max(4 * window + 3, window + chunk - 1 + AROUND))
 
 
-def schedule(*, window: int, context: int, chunk: int, caches: Sequence[CacheRecord]) -> Schedule:
+def schedule(*, window: int | None, context: int, chunk: int, caches: Sequence[CacheRecord]) -> Schedule:
     """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
 
     Args:
-        window: Keys that a local layer sees.
+        window: Keys that a local layer sees; None where all layers are global.
         context: Most tokens that the target takes.
         chunk: Most new tokens in one call.
         caches: Its caches, whose rings wrap at their numbers of slots.
@@ -75,11 +81,13 @@ def schedule(*, window: int, context: int, chunk: int, caches: Sequence[CacheRec
         ContextLengthError: If the context is too short for any comparison.
     """
     most = text_length(window=window, context=context, chunk=chunk)
+    edge, window = window, window or SPAN
     wanted = (window - 1, window, window + 1, 2 * window, 3 * window + 5, 4 * window + 3)
     prompts = tuple(sorted({min(length, context) for length in wanted if length > 0}))
     rings = {cache.slots for cache in caches if cache.window is not None and cache.slots is not None}
     boundaries = {slots: f"the wrap of a ring of {slots:,} slots" for slots in rings}
-    boundaries[window] = f"the edge of the window of {window:,}"
+    if edge is not None:
+        boundaries[edge] = f"the edge of the window of {edge:,}"
     # A second turn of a ring is worth no text of its own.
     again = {2 * slots for slots in rings if 2 * slots + AROUND <= prompts[-1]}
     reached = {boundary for boundary in boundaries if boundary + AROUND <= most} | again

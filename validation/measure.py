@@ -57,7 +57,7 @@ def measure(
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
     session.refuses_nonfinite = False  # the verdict says from which position on logits are no numbers
     bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
-    plans = schedule(window=config.window, context=session.context, chunk=session.chunk, caches=session.caches)
+    plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, caches=session.caches)
     total, done = _positions(plans), 0
 
     def advance(count: int) -> None:
@@ -99,7 +99,7 @@ def measure(
         dtype=candidate.dtype,
         context=session.context,
         chunk=session.chunk,
-        window=config.window,
+        window=config.longest_window,
         slots=tuple(sorted({c.slots for c in session.caches if c.window is not None and c.slots is not None})),
         tolerance=bound,
         lengths=tuple(_result(run) for run in runs),
@@ -132,7 +132,7 @@ def not_measured(candidate: Candidate, config: DecoderConfig, error: Exception) 
         dtype=candidate.dtype,
         context=settings.context,
         chunk=settings.chunk,
-        window=config.window,
+        window=config.longest_window,
         slots=(),
         tolerance=tolerance(candidate.target, dtype=candidate.dtype, quant=settings.quant),
         lengths=(),

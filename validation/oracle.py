@@ -20,36 +20,22 @@ from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.share_embedding import ShareEmbedding
-from transom.zoo.gemma3 import Gemma3
+from transom.zoo.layers import Decoder
 from transom.zoo.model import Model
 
 
 class Reading:
     """What the oracle says of one text; logits on demand."""
 
-    def __init__(self, module: Gemma3, tokens: Sequence[int]) -> None:
-        hidden: list[torch.Tensor] = []
-
-        def keep(_: object, __: object, normed_BTD: torch.Tensor) -> torch.Tensor:
-            hidden.append(normed_BTD[0])
-            # One position is enough for the head: `logits` computes its rows later.
-            return normed_BTD[:, -1:]
-
-        hook = module.norm.register_forward_hook(keep)
-        try:
-            with torch.no_grad():
-                module(torch.tensor([list(tokens)]), torch.tensor(0), None)
-        finally:
-            hook.remove()
-        self._hidden_TD = hidden[0]
-        self._table_VD = module.embed_tokens.weight
-        self._cap = module.config.logit_softcap
+    def __init__(self, module: Decoder, tokens: Sequence[int]) -> None:
+        self._module = module
+        with torch.no_grad():
+            self._hidden_TD = module.hidden(torch.tensor([list(tokens)]), torch.tensor(0), None)[0][0]
 
     def logits(self, first: int, stop: int) -> torch.Tensor:
         """Logits float32 [stop - first, V] of some positions."""
         with torch.no_grad():
-            rows = torch.nn.functional.linear(self._hidden_TD[first:stop], self._table_VD)
-            return rows if self._cap is None else torch.tanh(rows / self._cap) * self._cap
+            return self._module.head(self._hidden_TD[first:stop])
 
 
 class Oracle:
@@ -78,7 +64,7 @@ class Oracle:
         return self._known[key]
 
 
-def round_weights(module: Gemma3, graph: Graph, quant: str) -> None:
+def round_weights(module: Decoder, graph: Graph, quant: str) -> None:
     """Give a module the numbers that the codes of a scheme mean, computed by the pass that makes the codes."""
     passes = Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))])
     graph, _ = passes.run(graph)

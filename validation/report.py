@@ -104,10 +104,11 @@ def _positions(validation: Validation) -> list[str]:
     longest = max((len(result.by_position) for result in results.values()), default=0)
     columns: dict[float, str] = {}
     for result in results.values():
-        for turn in range(1, longest // result.window + 1):
-            columns[float(turn * result.window)] = f"{turn}W" if turn > 1 else f"window {result.window}"
+        window = result.window or longest + 1
+        for turn in range(1, longest // window + 1):
+            columns[float(turn * window)] = f"{turn}W" if turn > 1 else f"window {window}"
         for slots in result.slots:
-            if slots < longest and slots % result.window:
+            if slots < longest and slots % window:
                 columns[float(slots)] = f"ring of {slots} wraps"
     chart = Chart(
         key="positions",
@@ -205,7 +206,10 @@ def _details(name: str, result: TargetResult) -> str:
         ("quantisation", escape(result.quant)),
         ("computes in", escape(result.dtype)),
         ("context", f"{result.context:,} tokens"),
-        ("new tokens in a call", f"at most {result.chunk:,}, with a window of {result.window:,}"),
+        (
+            "new tokens in a call",
+            f"at most {result.chunk:,}" + ("" if result.window is None else f", with a window of {result.window:,}"),
+        ),
         ("slots of local layers", ", ".join(map(str, result.slots)) or "they grow"),
         ("greedy continuation", f"{result.new_tokens} tokens, " + _divergence(result)),
     ]

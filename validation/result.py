@@ -87,7 +87,7 @@ class TargetResult:
         dtype: What it computes in.
         context: Longest sequence.
         chunk: Most new tokens in one call.
-        window: Keys that a local layer sees.
+        window: Keys that a local layer sees; None where all layers are global.
         slots: Slots of the local layers' rings.
         tolerance: What its differences may be.
         lengths: A record a run.
@@ -112,7 +112,7 @@ class TargetResult:
     dtype: str
     context: int
     chunk: int
-    window: int
+    window: int | None
     slots: tuple[int, ...]
     tolerance: Tolerance
     lengths: tuple[LengthResult, ...]

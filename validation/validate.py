@@ -121,7 +121,7 @@ def validate_sources(
         tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
         quantization_limit(candidate.settings.quant)
     longest = max(
-        text_length(window=config.window, context=part.settings.context, chunk=part.settings.chunk)
+        text_length(window=config.longest_window, context=part.settings.context, chunk=part.settings.chunk)
         for part in candidates
     )
     prompt = make_prompt(inputs.model, longest, None if text is None else Path(text), seed)
@@ -256,12 +256,12 @@ def _settings(
     chunk: int | None,
     threads: int | None,
 ) -> Settings:
-    context = default_context(config.window, config.context) if context is None else context
+    context = default_context(config.longest_window, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ContextLengthError(
             f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )
-    chunk = default_chunk(config.window, context) if chunk is None else min(chunk, context)
+    chunk = default_chunk(config.longest_window, context) if chunk is None else min(chunk, context)
     return Settings(quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
 
 

@@ -1,15 +1,7 @@
-"""Conversations as one string: by the template that a checkpoint brings, or else Gemma's turns.
+"""Conversations as one string, by the template that a checkpoint brings.
 
-    <start_of_turn>user
-    {system}
-
-    {first question}<end_of_turn>
-    <start_of_turn>model
-    {answer}<end_of_turn>
-    <start_of_turn>model
-
-Gemma has no system role: its text opens the first user turn. A checkpoint's own template is a Jinja program; it runs
-in Jinja's sandbox, with the names and filters that Hugging Face's libraries give it. Needs no torch.
+It is a Jinja program, which runs in Jinja's sandbox, with the names and filters that Hugging Face's libraries give it.
+Families whose checkpoints may lack one have a form of their own; see `Architecture.chat`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -121,31 +113,3 @@ def _raise(message: str) -> NoReturn:
 
 def _now(style: str) -> str:
     return datetime.datetime.now().strftime(style)
-
-
-def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """Write a conversation in the form that Gemma was tuned on, without the beginning-of-sequence token.
-
-    Args:
-        messages: User and assistant in turn, user first; a system message may come before them.
-        add_generation_prompt: Open the model's next turn at the end.
-
-    Raises:
-        TokenizerError: If a role is unknown or out of turn, or the conversation is empty.
-    """
-    turns = list(messages)
-    system = turns.pop(0)["content"].strip() + "\n\n" if turns and turns[0]["role"] == "system" else ""
-    if not turns:
-        raise TokenizerError("the conversation has no user message: add one")
-    parts = []
-    for index, turn in enumerate(turns):
-        role = {"user": "user", "assistant": "model", "model": "model"}.get(turn["role"])
-        expected = ("user", "model")[index % 2]
-        if role != expected:
-            wanted = "user" if expected == "user" else "assistant"
-            raise TokenizerError(
-                f"message {len(messages) - len(turns) + index + 1} has role {turn['role']!r}, expected {wanted!r}: "
-                "turns alternate user, assistant after an optional system message"
-            )
-        parts.append(f"<start_of_turn>{role}\n{system if index == 0 else ''}{turn['content'].strip()}<end_of_turn>\n")
-    return "".join(parts) + ("<start_of_turn>model\n" if add_generation_prompt else "")

@@ -1,10 +1,11 @@
-"""What a decoder is, as data: one frozen record for the model and one for each kind of layer."""
+"""What every decoder's configuration says, whatever its family; a family's own stands in its model's file."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from transom.errors import ConfigError
 from transom.zoo.config_keys import is_positive
@@ -26,44 +27,55 @@ LARGEST = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding of one kind of layer.
+class AttentionLayer:
+    """What one layer keeps of every position.
 
     Attributes:
-        theta: Base of the frequencies.
-        factor: Linear position scaling; frequencies are divided by it.
+        kv_heads: Heads of keys and values.
+        key_width: Width of a key.
+        value_width: Width of a value.
+        window: Keys that the layer sees, the newest included; None for all.
     """
 
-    theta: float
-    factor: float = 1.0
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int | None = None
+
+    @property
+    def kind(self) -> LayerKind:
+        """Local if it has a window."""
+        return "global" if self.window is None else "local"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A local:global text decoder.
+    """Sizes of a text decoder. Every family's configuration adds what is its own.
 
     Attributes:
         name: What to call it in manifests and tables.
-        architecture: Which model file builds it, a key of `transom.zoo.architectures.ARCHITECTURES`.
+        architecture: Which model file builds it, one of `transom.zoo.architectures.ARCHITECTURES`.
         vocab_size: Rows of the embedding.
         hidden_size: Model width.
         intermediate_size: Width of the MLP.
         num_heads: Query heads.
         num_kv_heads: Key/value heads; divides `num_heads`.
         head_dim: Width of one head.
-        layer_kinds: Kind of every layer, first to last.
-        window: Keys that a local layer sees, itself included.
-        rope_local: Rotary embedding of local layers.
-        rope_global: Rotary embedding of global layers.
-        attention_scale: Factor on the scores.
-        norm_eps: Epsilon of every RMSNorm.
+        norm_eps: Epsilon of every norm.
         context: Longest sequence the model was made for, in tokens.
-        logit_softcap: `cap * tanh(logits / cap)` on the final logits, or None.
 
     Raises:
         ConfigError: If a size is no whole number within bounds, a number is not positive and finite, or heads do not
             divide.
     """
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ("norm_eps",)
+    """Numbers, by their path of attributes, that must be positive and finite; None is passed over."""
+    SIZES: ClassVar[tuple[str, ...]] = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_layers",
+        "context",
+    )  # fmt: skip
+    """Sizes that lie within `LARGEST`."""
 
     name: str
     architecture: str
@@ -73,36 +85,21 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    layer_kinds: tuple[LayerKind, ...]
-    window: int
-    rope_local: Rope
-    rope_global: Rope
-    attention_scale: float
     norm_eps: float = 1e-6
     context: int
-    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes: dict[str, Any] = {
-            **{name: getattr(self, name) for name in LARGEST if name != "num_layers"},
-            "num_layers": len(self.layer_kinds),
-        }
-        for name, size in sizes.items():
+        for name in self.SIZES:
+            size: Any = getattr(self, name)
             if type(size) is not int or not 1 <= size <= LARGEST[name]:
                 raise ConfigError(
                     f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}"
                 )
-        numbers: dict[str, Any] = {
-            "rope_local.theta": self.rope_local.theta,
-            "rope_local.factor": self.rope_local.factor,
-            "rope_global.theta": self.rope_global.theta,
-            "rope_global.factor": self.rope_global.factor,
-            "attention_scale": self.attention_scale,
-            "norm_eps": self.norm_eps,
-            **({} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}),
-        }
-        for name, value in numbers.items():
-            if not is_positive(value):
+        for name in self.POSITIVE:
+            value: Any = self
+            for attribute in name.split("."):
+                value = getattr(value, attribute)
+            if value is not None and not is_positive(value):
                 raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")
@@ -115,13 +112,19 @@ class DecoderConfig:
             raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")
 
     @property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """What every layer keeps, first to last."""
+        raise NotImplementedError
+
+    @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return len(self.layer_kinds)
+        return len(self.layers)
 
-    def layer_window(self, index: int) -> int | None:
-        """Window of one layer in keys; None for a global layer."""
-        return self.window if self.layer_kinds[index] == "local" else None
+    @property
+    def longest_window(self) -> int | None:
+        """The longest window of the local layers; None if there are none."""
+        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
 
 
 def tile(pattern: str, num_layers: int) -> tuple[LayerKind, ...]:
@@ -130,13 +133,16 @@ def tile(pattern: str, num_layers: int) -> tuple[LayerKind, ...]:
     return tuple(kinds[pattern[index % len(pattern)]] for index in range(num_layers))
 
 
-def read_decoder(path: Path, *, name: str, **fields: Any) -> DecoderConfig:
+_Config = TypeVar("_Config", bound=DecoderConfig)
+
+
+def read_decoder(path: Path, kind: Callable[..., _Config], *, name: str, **fields: Any) -> _Config:
     """A configuration that was read from a file, which its errors name.
 
     Raises:
         ConfigError: As `DecoderConfig` does.
     """
     try:
-        return DecoderConfig(name=name, **fields)
+        return kind(name=name, **fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None

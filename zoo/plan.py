@@ -1,8 +1,8 @@
-"""What a model will need, from its configuration alone: parameters, weight bytes, cache bytes.
+"""What a model will need, from its empty module: parameters, weight bytes, cache bytes.
 
-The cache holds, for one sequence, `2 * kv heads * head_dim` numbers a layer and position: positions as far as the
-context in a global layer, as far as the window in a local one. That is the bare formula; the slots that a runtime
-really allocates stand in its artifact's manifest.
+The cache holds, for one sequence, a key and a value a kv head, layer and position: positions as far as the context in a
+global layer, as far as the window in a local one. That is the bare formula; the slots that a runtime really allocates
+stand in its artifact's manifest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any
 
 from transom.errors import ConfigError
-from transom.formats.schemes import QuantSpec, scheme
+from transom.formats.schemes import scheme
+from transom.zoo.architectures import build_empty
 from transom.zoo.config import LARGEST, DecoderConfig, LayerKind
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -94,12 +95,12 @@ def plan(
         )
     if cache_dtype not in CACHE_DTYPES:
         raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
-    slot_bytes = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_dtype] * batch
-    layers = []
-    for index, kind in enumerate(config.layer_kinds):
-        window = config.layer_window(index)
-        slots = context if window is None else min(context, window)
-        layers.append(LayerPlan(index=index, kind=kind, window=window, slots=slots, bytes=slots * slot_bytes))
+    layers, grown = [], 0
+    for index, layer in enumerate(config.layers):
+        slots = context if layer.window is None else min(context, layer.window)
+        slot = layer.kv_heads * (layer.key_width + layer.value_width) * CACHE_DTYPES[cache_dtype] * batch
+        layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=slots * slot))
+        grown += context * slot
     return Plan(
         model=config.name,
         parameters=parameters(config),
@@ -110,44 +111,26 @@ def plan(
         batch=batch,
         cache_dtype=cache_dtype,
         cache_bytes_bounded=sum(layer.bytes for layer in layers),
-        cache_bytes_global_only=config.num_layers * context * slot_bytes,
+        cache_bytes_global_only=grown,
         layers=tuple(layers),
     )
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Numbers in the text decoder, the tied embedding counted once."""
-    linears = sum(outputs * inputs for outputs, inputs in _linears(config).values())
-    return config.vocab_size * config.hidden_size + config.num_layers * linears + _norm_values(config)
-
-
-def _linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every projection of one layer, by name."""
-    D, F = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (q, D),
-        "self_attn.k_proj": (kv, D),
-        "self_attn.v_proj": (kv, D),
-        "self_attn.o_proj": (D, q),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-
-
-def _norm_values(config: DecoderConfig) -> int:
-    return config.num_layers * (4 * config.hidden_size + 2 * config.head_dim) + config.hidden_size
+    """Numbers in the text decoder, a tied embedding counted once."""
+    return sum(parameter.numel() for parameter in build_empty(config).parameters())
 
 
 def _weight_bytes(config: DecoderConfig, quant: str) -> int:
+    module = build_empty(config)
     if quant == "none":
-        return 2 * parameters(config)
-
-    def stored(spec: QuantSpec | None, outputs: int, inputs: int) -> int:
-        return 2 * outputs * inputs if spec is None else spec.bytes(outputs, inputs)
-
-    formats = scheme(quant)
-    linears = sum(stored(formats.of(name), *shape) for name, shape in _linears(config).items())
-    table = stored(formats.table, config.vocab_size, config.hidden_size)
-    return config.num_layers * linears + table + 4 * _norm_values(config)
+        return 2 * sum(parameter.numel() for parameter in module.parameters())
+    formats, total = scheme(quant), 0
+    for name, parameter in module.named_parameters():
+        spec = formats.of(name) if parameter.dim() == 2 else None
+        if spec is not None:
+            total += spec.bytes(*parameter.shape)
+        else:
+            # Vectors stay in float32, as norms are computed.
+            total += (2 if parameter.dim() == 2 else 4) * parameter.numel()
+    return total

@@ -17,7 +17,7 @@ import tokenizers
 
 from transom.errors import TokenizerError
 from transom.json_object import is_file
-from transom.zoo.chat import Message, compile_template, render, render_template
+from transom.zoo.chat import Message, compile_template, render_template
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
 from transom.zoo.checkpoints.sentencepiece import added_tokens, sentencepiece_tables
@@ -176,7 +176,7 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos and self.config.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation: by the checkpoint's own template, or by Gemma's turns if it has none.
+        """Token ids of a conversation: by the checkpoint's own template, or its family's if it has none.
 
         A template writes the beginning-of-sequence token itself, if there is to be one.
 
@@ -188,7 +188,7 @@ class Tokenizer:
             TokenizerError: If the template is not valid, or the conversation breaks its rules.
         """
         if self.config.template is None:
-            return self.encode(render(messages, add_generation_prompt))
+            raise TokenizerError("the model has no chat template: it was not tuned for conversations, so use run")
         text = render_template(self.config.template, self._special_tokens(), messages, add_generation_prompt)
         return self.encode(text, bos=False)
 

@@ -28,10 +28,10 @@ class LlamaCpp(Contender):
     """One context."""
 
     def prepare(self) -> None:
-        from transom.zoo.model import packaged_gguf
+        from transom.zoo.architectures import packaged
 
         self.folder.mkdir(parents=True)
-        (self.folder / "model.gguf").symlink_to(packaged_gguf())
+        (self.folder / "model.gguf").symlink_to(packaged("gemma3-270m"))
 
     def load(self) -> None:
         self._log: list[str] = []

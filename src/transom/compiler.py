@@ -27,7 +27,7 @@ from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
-from transom.zoo.architectures import ARCHITECTURES
+from transom.zoo.architectures import architecture
 from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -50,7 +50,7 @@ class Artifact:
 def trace_model(model: Model, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
     """Trace a model of the zoo; see `graphs.trace.trace`."""
     config = model.config
-    return trace(lambda: ARCHITECTURES[config.architecture](config), config, model.weights, task=task, dtype=dtype)
+    return trace(lambda: architecture(config.architecture).build(config), config, model.weights, task=task, dtype=dtype)
 
 
 def guards(

@@ -22,7 +22,7 @@ from tests.conformance.reference import TEXT
 from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session
 from transom.zoo import gemma3
-from transom.zoo.config import DecoderConfig
+from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.model import Model, load
 
 Visible = Callable[[torch.Tensor, torch.Tensor, int, int | None], torch.Tensor]
@@ -136,13 +136,13 @@ class EagerSession(Session):
         yield from zip(self.caches, self._tensors, strict=False)
 
 
-def _records(config: DecoderConfig, chunk: int) -> list[CacheRecord]:
+def _records(config: Gemma3Config, chunk: int) -> list[CacheRecord]:
     """Local layers have `window + chunk - 1` slots: the module writes before it attends."""
     return [
         CacheRecord(
             name=f"cache.{index}.{part}",
             layer=index,
-            window=(window := config.layer_window(index)),
+            window=(window := config.layers[index].window),
             slots=None if window is None else window + chunk - 1,
             heads=config.num_kv_heads,
             width=config.head_dim,
@@ -194,7 +194,7 @@ class EagerRuntime:
         self,
         name: str = "zoo, eager",
         *,
-        config: Callable[[DecoderConfig], DecoderConfig] = lambda config: config,
+        config: Callable[[Gemma3Config], Gemma3Config] = lambda config: config,
         visible: Visible = visible_with_images,
         cut: Cut = cut_between_images,
     ) -> None:

@@ -21,7 +21,7 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
-from transom.zoo.config import DecoderConfig
+from transom.zoo.gemma3 import Gemma3Config
 
 # Graphs of this case, LLG with a window of 13, are spoilt.
 CASE, LOCAL, GLOBAL, WINDOW = "odd_window", 1, 2, 13
@@ -179,7 +179,7 @@ class SpoiltStageRuntime(StageRuntime):
         return self._fault.plant(super().passes(chunk))
 
 
-ConfigFault = Callable[[DecoderConfig], DecoderConfig]
+ConfigFault = Callable[[Gemma3Config], Gemma3Config]
 
 
 def _of_layer(index: int) -> ConfigFault:
@@ -187,35 +187,35 @@ def _of_layer(index: int) -> ConfigFault:
     return lambda config: dataclasses.replace(config, layer_kinds=(config.layer_kinds[index],) * config.num_layers)
 
 
-def _period_of_two(config: DecoderConfig) -> DecoderConfig:
+def _period_of_two(config: Gemma3Config) -> Gemma3Config:
     """A pattern is guessed from the first global layer, and repeated."""
     period = config.layer_kinds[: config.layer_kinds.index("global") + 1]
     kinds = (period * config.num_layers)[: config.num_layers]
     return dataclasses.replace(config, layer_kinds=kinds)
 
 
-def _round_window(config: DecoderConfig) -> DecoderConfig:
+def _round_window(config: Gemma3Config) -> Gemma3Config:
     """The window is rounded up to a multiple of 8."""
     return dataclasses.replace(config, window=-(-config.window // 8) * 8)
 
 
-def _scale_of_width(config: DecoderConfig) -> DecoderConfig:
+def _scale_of_width(config: Gemma3Config) -> Gemma3Config:
     """The score's factor is taken from the width of a head."""
     return dataclasses.replace(config, attention_scale=config.head_dim**-0.5)
 
 
-def _no_rope_factor(config: DecoderConfig) -> DecoderConfig:
+def _no_rope_factor(config: Gemma3Config) -> Gemma3Config:
     """Position scaling is forgotten."""
     return dataclasses.replace(config, rope_global=dataclasses.replace(config.rope_global, factor=1.0))
 
 
-def _rope_factor_everywhere(config: DecoderConfig) -> DecoderConfig:
+def _rope_factor_everywhere(config: Gemma3Config) -> Gemma3Config:
     """Position scaling is applied to local layers too."""
     factor = config.rope_global.factor
     return dataclasses.replace(config, rope_local=dataclasses.replace(config.rope_local, factor=factor))
 
 
-def _no_softcap(config: DecoderConfig) -> DecoderConfig:
+def _no_softcap(config: Gemma3Config) -> Gemma3Config:
     """The bound on the logits is forgotten."""
     return dataclasses.replace(config, logit_softcap=None)
 

@@ -18,9 +18,9 @@ import transom
 from tests.conftest import Cli
 from tests.tolerances import FP32_LOGITS
 from tests.zoo.tiny_gguf import TINY, write_gguf
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import load
-from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -18,9 +18,9 @@ from transom.compiler import trace_model
 from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.pipelines import pipeline
+from transom.zoo.architectures import preset
 from transom.zoo.model import load
 from transom.zoo.plan import plan
-from transom.zoo.presets import preset
 
 jax = pytest.importorskip("jax")
 jax.config.update("jax_platforms", "cpu")

@@ -20,7 +20,7 @@ from transom.graphs.trace import trace
 from transom.graphs.weight import Weight
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.shared_caches import cache_readers
-from transom.zoo.gemma3 import LayerCache, visible_keys, write_cache
+from transom.zoo.layers import LayerCache, visible_keys, write_cache
 
 WINDOW, CHUNK, D, N, H, VOCABULARY = 8, 12, 32, 4, 8, 64
 

@@ -28,14 +28,13 @@ from transom.validation.tolerances import (
     tolerance,
 )
 from transom.zoo.architectures import build_empty
-from transom.zoo.config import DecoderConfig
-from transom.zoo.gemma3 import Gemma3
+from transom.zoo.gemma3 import Gemma3, Gemma3Config
 from transom.zoo.model import Model
 
 LENGTH = 4 * WINDOW
 
 
-def module_of(model: Model, config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Gemma3:
+def module_of(model: Model, config: Gemma3Config, dtype: torch.dtype = torch.float32) -> Gemma3:
     """The model's weights under another configuration or in another dtype."""
     module = build_empty(config)
     state = {name: weight.read().to(dtype) for name, weight in model.weights.items()}

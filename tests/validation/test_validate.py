@@ -34,9 +34,9 @@ from transom.validation import validate as validating
 from transom.validation.certificate import read_certificate
 from transom.validation.result import Validation
 from transom.validation.tolerances import BFLOAT16, FLOAT32
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model
-from transom.zoo.presets import preset
 
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 4 * WINDOW + 3]
 RING = WINDOW + 24 - 1

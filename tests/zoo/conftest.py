@@ -8,8 +8,8 @@ import pytest
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError
+from transom.zoo.architectures import packaged
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.model import packaged_gguf
 from transom.zoo.tokenizer import Tokenizer
 
 
@@ -17,7 +17,7 @@ from transom.zoo.tokenizer import Tokenizer
 def real_gguf() -> Path:
     """Gemma 3 270M, Q4_K_M."""
     try:
-        return packaged_gguf()
+        return packaged("gemma3-270m")
     except CheckpointError as error:
         pytest.skip(str(error))
 

@@ -7,9 +7,16 @@ import pytest
 import transformers
 
 from transom.errors import TokenizerError
-from transom.zoo.chat import Message, compile_template, render, render_template
+from transom.zoo.architectures import architecture
+from transom.zoo.chat import Message, compile_template, render_template
 from transom.zoo.tokenizer import Tokenizer
 from transom.zoo.tokenizer_config import TokenizerConfig
+
+
+def render(messages: list[Message], add_generation_prompt: bool = True) -> str:
+    template = architecture("gemma3").chat
+    assert template is not None
+    return render_template(template, {}, messages, add_generation_prompt)
 
 
 def turns(*pairs: tuple[str, str]) -> list[Message]:
@@ -89,7 +96,8 @@ def test_a_template_of_the_checkpoint_is_that_of_transformers(tmp_path: Path, te
 def test_gemmas_own_template_writes_gemmas_turns() -> None:
     backend = Tokenizer.of_bytes(512)._backend
     with_template = Tokenizer(backend, TokenizerConfig(template=GEMMA))
-    assert with_template.encode_chat(CONVERSATION) == Tokenizer(backend).encode_chat(CONVERSATION)
+    with_form = Tokenizer(backend, TokenizerConfig(template=architecture("gemma3").chat))
+    assert with_template.encode_chat(CONVERSATION) == with_form.encode_chat(CONVERSATION)
     with pytest.raises(TokenizerError, match=r"does not take this conversation \(roles must alternate"):
         with_template.encode_chat(turns(("assistant", "x")))
 

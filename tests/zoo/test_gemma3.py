@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from tests.tolerances import FP32_LOGITS, FP32_LOGITS_270M
-from transom.zoo.gemma3 import Gemma3, LayerCache, visible_keys
+from transom.zoo.gemma3 import Gemma3
+from transom.zoo.layers import LayerCache, visible_keys
 from transom.zoo.model import Model, load
 
 LENGTH = 60

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from transom.errors import ConfigError
-from transom.zoo.generation import GEMMA_SAMPLING, GENERATION, Generation, read_sampling
+from transom.zoo.generation import GENERATION, Generation, read_sampling
+
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+"""What stands for a family's own."""
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
@@ -17,13 +20,13 @@ def read(folder: Path, generation: Any = None, config: Any = None) -> Generation
     for name, data in ((GENERATION, generation), ("config.json", config)):
         if data is not None:
             (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
-    return Generation.from_folder(folder)
+    return Generation.from_folder(folder, SAMPLING)
 
 
 @pytest.mark.parametrize(
     ("generation", "sampling"),
     [
-        (None, GEMMA_SAMPLING),
+        (None, SAMPLING),
         ({}, {"do_sample": False}),
         ({"do_sample": False}, {"do_sample": False}),
         ({"do_sample": None, "temperature": 0.7}, {"do_sample": False}),
@@ -32,13 +35,13 @@ def read(folder: Path, generation: Any = None, config: Any = None) -> Generation
         ({"do_sample": True}, SAMPLED),
         ({"do_sample": True, "temperature": None, "top_k": None, "top_p": None, "min_p": None}, SAMPLED),
         ({"do_sample": True, "top_k": 0, "temperature": 0}, SAMPLED | {"top_k": 0, "temperature": 0}),
-        ({**GEMMA_SAMPLING, "min_p": 0.1}, {**GEMMA_SAMPLING, "min_p": 0.1}),
+        ({**SAMPLING, "min_p": 0.1}, {**SAMPLING, "min_p": 0.1}),
     ],
     ids=str,
 )
 def test_sampling_is_the_sources(tmp_path: Path, generation: Any, sampling: dict[str, Any]) -> None:
     assert read(tmp_path, generation).sampling == sampling
-    assert read_sampling(tmp_path) == sampling
+    assert read_sampling(tmp_path) == ({"do_sample": False} if generation is None else sampling)
     # What an artifact holds is read back as it was.
     (tmp_path / GENERATION).write_text(json.dumps(read(tmp_path).to_json(2)))
     assert read_sampling(tmp_path) == sampling
@@ -100,15 +103,15 @@ def test_settings_that_no_session_applies_are_listed(tmp_path: Path) -> None:
 
 def test_gguf_metadata(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    assert Generation.from_gguf(path, {}) == Generation()
+    assert Generation.from_gguf(path, {}, SAMPLING) == Generation(sampling=SAMPLING)
     ids = {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 106, "tokenizer.ggml.eom_token_id": 7}
-    assert Generation.from_gguf(path, ids).stop_ids == (1, 7, 106)
+    assert Generation.from_gguf(path, ids, SAMPLING).stop_ids == (1, 7, 106)
     sampling = {"general.sampling.temp": 0.5, "general.sampling.top_k": 3, "general.sampling.min_p": 0.25}
-    assert Generation.from_gguf(path, sampling).sampling == {
+    assert Generation.from_gguf(path, sampling, SAMPLING).sampling == {
         "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.95, "min_p": 0.25,
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"m\.gguf: tokenizer.ggml.eot_token_id is 'x'"):
-        Generation.from_gguf(path, {"tokenizer.ggml.eot_token_id": "x"})
-    assert Generation.from_gguf(path, {"tokenizer.ggml.suppress_tokens": [5]}).left_out == (
+        Generation.from_gguf(path, {"tokenizer.ggml.eot_token_id": "x"}, SAMPLING)
+    assert Generation.from_gguf(path, {"tokenizer.ggml.suppress_tokens": [5]}, SAMPLING).left_out == (
         "tokenizer.ggml.suppress_tokens is not applied",
     )

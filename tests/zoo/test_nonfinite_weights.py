@@ -17,12 +17,12 @@ from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, RangeError
 from transom.graphs.weight import Weight
 from transom.training.quantize import quantize_model
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
 from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
-from transom.zoo.presets import preset
 
 NAMES = ("layers.3.mlp.down_proj.weight", "layers.3.self_attn.q_norm.weight", "embed_tokens.weight")
 ROWS = (9, 10, 30)

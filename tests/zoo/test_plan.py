@@ -6,12 +6,11 @@ import math
 import pytest
 
 from transom.errors import TransomError
-from transom.zoo.architectures import tensor_shapes
+from transom.zoo.architectures import preset, presets, tensor_shapes
 from transom.zoo.plan import parameters, plan
-from transom.zoo.presets import PRESETS, preset
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets())
 def test_parameters_are_those_of_the_module(name: str) -> None:
     assert parameters(preset(name)) == sum(math.prod(shape) for shape in tensor_shapes(preset(name)).values())
 

@@ -260,7 +260,7 @@ def test_gguf_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Tokenizer.from_gguf(path)
 
 
-@pytest.mark.parametrize("module", ["transom.zoo.tokenizer", "transom.zoo.chat", "transom.zoo.plan"])
+@pytest.mark.parametrize("module", ["transom.zoo.tokenizer", "transom.zoo.chat"])
 def test_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

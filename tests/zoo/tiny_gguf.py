@@ -9,9 +9,11 @@ import gguf
 import numpy as np
 
 from transom.graphs.weight import Weight
-from transom.zoo.config import DecoderConfig, Rope, tile
+from transom.zoo.config import tile
+from transom.zoo.gemma3 import Gemma3Config
+from transom.zoo.rope import Rope
 
-TINY = DecoderConfig(
+TINY = Gemma3Config(
     name="tiny",
     architecture="gemma3",
     vocab_size=300,
@@ -44,7 +46,7 @@ def raw_k_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GG
 
 def write_gguf(
     path: Path,
-    config: DecoderConfig,
+    config: Gemma3Config,
     weights: Mapping[str, Weight],
     *,
     types: Mapping[str, str] | None = None,

@@ -29,7 +29,7 @@ def of_attention(evidence: Evidence) -> Iterator[Hypothesis]:
     """Windows, overwritten keys, scales."""
     config, layer, at = evidence.context.config, evidence.site.layer, evidence.positions
     assert layer is not None
-    window, scale = config.layer_window(layer), config.attention_scale
+    window, scale = config.layers[layer].window, config.attention_scale
     starts = torch.cat([torch.full((count,), start) for start, count in evidence.calls])
     lasts = torch.cat([torch.full((count,), start + count - 1) for start, count in evidence.calls])
     keys = _Keys(

@@ -13,7 +13,8 @@ from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import dequantized
 from transom.validation.tolerances import TAPS
-from transom.zoo.config import DecoderConfig, Rope
+from transom.zoo.gemma3 import Gemma3Config as DecoderConfig
+from transom.zoo.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

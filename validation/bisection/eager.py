@@ -13,8 +13,8 @@ from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session
 from transom.compiler import trace_model
 from transom.validation.oracle import round_weights
-from transom.zoo.gemma3 import rotate, rotation
 from transom.zoo.model import Model
+from transom.zoo.rope import rotate, rotation
 
 
 class EagerSession(Session):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from transom.validation.bisection.evidence import RIGHT, Evidence, Hypothesis
-from transom.zoo.config import Rope
+from transom.zoo.rope import Rope
 
 BASES = (1e4, 1e5, 5e5, 1e6)
 FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

@@ -1,9 +1,6 @@
 """GGUF, the file format of llama.cpp: configuration, tokenizer and (mostly quantised) weights in one file, or in a set.
 
-What the format leaves to convention, and where it differs from the released checkpoints:
-    - Norm weights are stored as 1 + w.
-    - The local layers' theta and the 27B's attention scale are not stored, the pattern of layers (LLLLLG) seldom.
-    - Rope scaling concerns global layers only.
+What the format leaves to convention, and where it differs from the released checkpoints, a model's file tells.
 """
 
 from __future__ import annotations
@@ -13,30 +10,16 @@ from pathlib import Path
 
 from transom.errors import CheckpointError
 from transom.wording import listed
-from transom.zoo.architectures import tensor_shapes
+from transom.zoo.architecture import GGUFFormat
+from transom.zoo.architectures import architecture, tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, header_of
-from transom.zoo.checkpoints.gguf_tensors import HEAD, account
+from transom.zoo.checkpoints.gguf_tensors import FREQUENCIES, HEAD, account
 from transom.zoo.checkpoints.gguf_weight import gguf_package, open_weight
+from transom.zoo.checkpoints.layout import TABLE
 from transom.zoo.config import DecoderConfig
 
-_TENSORS = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
-_LAYER_TENSORS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 _HASHED_WHOLE = 2**30
 """Models up to this many bytes are identified by all their bytes: about half a second at most."""
 
@@ -60,7 +43,8 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     header = header_of(source)
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
-    names = {name: _name_in_file(name) for name in shapes}
+    form = architecture(config.architecture).gguf
+    names = {name: _name_in_file(form, name) for name in shapes}
     if missing := [name for name in names.values() if name not in header.tensors]:
         raise CheckpointError(
             f"{header.path}: {len(missing)} of {len(shapes)} tensors are missing: {listed(missing)}: fetch it again"
@@ -69,13 +53,13 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     weights = {}
     for name, shape in shapes.items():
         weight = open_weight(gguf, names[name], header.tensors[names[name]], shape)
-        weights[name] = weight.map_rows(lambda rows: rows - 1) if len(shape) == 1 else weight
-    parts = account(gguf, header, set(names.values()), config)
+        change = form.rows(config, name)
+        weights[name] = weight if change is None else change(weight)
+    needed = {*names.values(), *([FREQUENCIES] if form.frequencies else [])}
+    parts = account(gguf, header, needed, config)
     copies = {}
-    if HEAD in header.tensors:
-        copies["embed_tokens.weight"] = (
-            open_weight(gguf, HEAD, header.tensors[HEAD], weights["embed_tokens.weight"].shape),
-        )
+    if HEAD in header.tensors and HEAD not in needed:
+        copies[TABLE] = (open_weight(gguf, HEAD, header.tensors[HEAD], weights[TABLE].shape),)
     return config, Checkpoint(weights=weights, copies=copies, left_out=(*parts, *lines))
 
 
@@ -93,8 +77,9 @@ def revision(source: Path | Header) -> str:
     return f"sha256:{digest.hexdigest()}" if whole else f"head-sha256:{digest.hexdigest()}:{header.size}"
 
 
-def _name_in_file(name: str) -> str:
-    if name in _TENSORS:
-        return _TENSORS[name]
-    _, index, rest = name.split(".", 2)
-    return f"blk.{index}.{_LAYER_TENSORS[rest.removesuffix('.weight')]}.weight"
+def _name_in_file(form: GGUFFormat, name: str) -> str:
+    module, _, last = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"{form.tensors[module]}.{last}"
+    _, index, rest = module.split(".", 2)
+    return f"blk.{index}.{form.tensors[rest]}.{last}"

@@ -96,6 +96,48 @@ class Metadata:
             raise self.refuse(key, f"expected a number that float32 holds, {least}: convert the model again")
         return number
 
+    def one_of(self, *names: str) -> float | None:
+        """A number that goes by several keys; None if none of them is there.
+
+        Raises:
+            ConfigError: If a value is no positive number, or two differ.
+        """
+        stated = {key: self.number(key) for key in names if key in self}
+        if len(set(stated.values())) > 1:
+            first, *_, last = stated
+            raise self.refuse(last, f"but {first} is {stated[first]}: they must agree, convert the model again")
+        return next(iter(stated.values()), None)
+
+    def agree(self, key: str, number: float) -> None:
+        """Raise `ConfigError` if a key says another number than the one that follows from others."""
+        if key in self and abs(self.number(key) - number) > 1e-6 * number:
+            raise self.refuse(key, f"but llama.cpp takes {number:.7g}: another one is not supported")
+
+    def rope_factor(self, lines: list[str]) -> float | None:
+        """By what positions are divided: `rope.scaling.factor`, or the old key `rope.scale_linear`; zero is none.
+
+        Args:
+            lines: Gets one if a factor stands there that nothing applies.
+
+        Returns:
+            None if no key says.
+
+        Raises:
+            ConfigError: If the keys contradict each other or ask for other scaling than linear.
+        """
+        kind = self.string("rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            raise self.refuse("rope.scaling.type", "only none and linear are known: choose another model")
+        names = [key for key in ("rope.scaling.factor", "rope.scale_linear") if key in self]
+        factors = {key: self.number(key, zero=True) or 1.0 for key in names}
+        if len(set(factors.values())) > 1:
+            raise self.refuse("rope.scale_linear", "but rope.scaling.factor differs: convert the model again")
+        factor = next(iter(factors.values()), None)
+        if kind == "none" and factor not in (None, 1):
+            lines.append(f"{self.prefix}{names[0]} is {factor}, but rope.scaling.type is none: nothing is scaled")
+            return 1.0
+        return factor
+
     def string(self, key: str, default: str) -> str:
         """A string.
 

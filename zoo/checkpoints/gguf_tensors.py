@@ -32,17 +32,18 @@ _PARTS = (
 )
 _ADAPTER = re.compile(r".+\.lora_[ab](\.weight)?")
 HEAD = "output.weight"
+FREQUENCIES = "rope_freqs.weight"
 _ONES = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight|.+\.(input_)?scale")
 _ZEROS = re.compile(r".+\.bias")
 
 
 def account(gguf: ModuleType, header: Header, needed: Collection[str], config: DecoderConfig) -> tuple[str, ...]:
-    """Judge every tensor that is not needed. A head is the caller's to judge: it must be a copy of the table.
+    """Judge every tensor that is not needed. A head is the caller's to judge, if it is not: it is a copy of the table.
 
     Args:
         gguf: The package.
         header: Of the model.
-        needed: Tensors of the decoder.
+        needed: Tensors of the decoder, and those that its configuration was read from.
         config: Of the decoder, out of the header's metadata.
 
     Returns:
@@ -51,7 +52,7 @@ def account(gguf: ModuleType, header: Header, needed: Collection[str], config: D
     Raises:
         CheckpointError: If a tensor belongs to the decoder and would change its numbers, or has no known use.
     """
-    num_layers, blocks = config.num_layers, header.metadata[f"{config.architecture}.block_count"]
+    num_layers, blocks = config.num_layers, header.metadata[f"{header.metadata['general.architecture']}.block_count"]
     assert isinstance(blocks, int)
     others = [name for name in header.tensors if name not in needed and name != HEAD]
     parts: dict[str, list[str]] = {}

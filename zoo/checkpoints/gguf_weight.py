@@ -12,6 +12,7 @@ import torch
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
+from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_lattice import read_lattice
 from transom.zoo.checkpoints.gguf_part import TensorInfo
 from transom.zoo.checkpoints.gguf_types import QUANT_TYPES, readable_types, type_name
@@ -71,6 +72,17 @@ def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int,
         origin=origin,
         lattice=read_lattice(kind, read_bytes),
     )
+
+
+def read_vector(header: Header, name: str) -> torch.Tensor | None:
+    """A small tensor of a file, float32; None if the file has none of that name.
+
+    Raises:
+        CheckpointError: If it is damaged, or of a type that vectors do not have.
+    """
+    if (info := header.tensors.get(name)) is None:
+        return None
+    return open_weight(gguf_package(), name, info, (math.prod(info.shape),)).refuse_nonfinite().read()
 
 
 def _read_bytes(info: TensorInfo, row_values: int, start: int, stop: int) -> np.ndarray:

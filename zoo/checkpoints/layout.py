@@ -16,7 +16,8 @@ from transom.errors import CheckpointError
 from transom.wording import listed
 from transom.zoo.checkpoints.containers import MERGE
 
-TABLE = "embed_tokens.weight"
+TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""What modules call the table of tokens, and the head where it is a weight of its own."""
 
 # The text part's prefix: text-only checkpoints, the first multimodal ones, those since transformers 4.52, multimodal
 # ones saved without the head, a bare trunk.
@@ -76,6 +77,11 @@ class Layout:
         prefix = _prefix(folder, files, heads)
         sources = {name: files[prefix + name] for name in wanted if prefix + name in files}
         copies: dict[str, tuple[str, ...]] = {}
+        if HEAD in wanted and heads:
+            sources[HEAD] = files[heads.pop(0)]
+            if heads:
+                copies[HEAD] = tuple(files[head] for head in heads)
+                heads = []
         if TABLE not in sources and heads:
             sources[TABLE] = files[heads.pop(0)]
         if heads:
@@ -104,6 +110,11 @@ class Layout:
             redundant=redundant,
             parts={part: tuple(group) for part, group in parts.items()},
         )
+
+
+def in_file(name: str) -> str:
+    """What a text checkpoint calls a tensor of the module."""
+    return name if name == HEAD else _PREFIXES[0] + name
 
 
 def _without_wrappers(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from transom.graphs.weight import Weight
-from transom.zoo.architectures import tensor_shapes
+from transom.zoo.architectures import build_empty, tensor_shapes
+from transom.zoo.checkpoints.layout import HEAD, TABLE, in_file
 from transom.zoo.checkpoints.safetensors import INDEX, SINGLE
 from transom.zoo.checkpoints.safetensors_writer import write
 from transom.zoo.config import DecoderConfig
 from transom.zoo.huggingface import write_config
+from transom.zoo.layers import RMSNorm
 
 _BLOCK_VALUES = 1 << 16
 _METADATA = {"format": "pt"}
@@ -31,11 +33,16 @@ _METADATA = {"format": "pt"}
 def random_weights(config: DecoderConfig, seed: int) -> dict[str, Weight]:
     """Float32 weights drawn from normal distributions, the same on every machine.
 
-    Activations stay of order one: projections have a deviation of fan_in^-0.5, norms 0.1 around their neutral zero. The
-    embedding is small against what the layers add, or every token would predict itself; the last norm makes up for it,
-    so that logits deviate by about 2.5.
+    Activations stay of order one: projections have a deviation of fan_in^-0.5, norms 0.1 around what changes nothing.
+    The embedding is small against what the layers add, or every token would predict itself; the last norm makes up for
+    it, so that logits deviate by about 2.5.
     """
-    return {name: _weight(name, shape, seed) for name, shape in tensor_shapes(config).items()}
+    weights = {}
+    for path, module in build_empty(config).named_modules():
+        neutral = 1.0 - module.offset if isinstance(module, RMSNorm) else 0.0
+        for name, parameter in module.named_parameters(path, recurse=False):
+            weights[name] = _weight(name, tuple(parameter.shape), neutral, seed)
+    return {name: weights[name] for name in tensor_shapes(config)}
 
 
 def write_checkpoint(
@@ -60,7 +67,7 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
-    state = {f"model.{name}": weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
+    state = {in_file(name): weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
     shards: list[dict[str, Weight]] = [{}]
     for name, weight in state.items():
         filled = sum(other.bytes for other in shards[-1].values())
@@ -80,14 +87,13 @@ def write_checkpoint(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _weight(name: str, shape: tuple[int, ...], seed: int) -> Weight:
+def _weight(name: str, shape: tuple[int, ...], neutral: float, seed: int) -> Weight:
     width = shape[-1]
+    mean, deviation = neutral, 0.1
     if name == "norm.weight":
-        mean, deviation = 4.0, 0.1
-    elif len(shape) == 1:
-        mean, deviation = 0.0, 0.1
-    else:
-        mean, deviation = 0.0, (0.5 if name == "embed_tokens.weight" else 1.0) * width**-0.5
+        mean += 4.0
+    elif len(shape) > 1:
+        deviation = (0.5 if name in (TABLE, HEAD) else 1.0) * width**-0.5
     return Weight(
         shape=shape,
         dtype=torch.float32,

@@ -6,7 +6,8 @@ import torch
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
-from transom.zoo.config import DecoderConfig, Rope
+from transom.zoo.architectures import architecture
+from transom.zoo.config import DecoderConfig
 
 _BUFFER_ERROR = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """Largest relative difference of a buffer: powers in float32 err by some 2^-20; the others round by half of theirs."""
@@ -30,28 +31,18 @@ def check_redundant(name: str, weight: Weight, config: DecoderConfig) -> None:
             )
         return
     values = weight.read().double().flatten()
-    if name.endswith("embed_scale"):
-        expected = torch.tensor([config.hidden_size**0.5], dtype=torch.float64)
-    else:
-        expected = _frequencies(_rope(name, config), config.head_dim)
-    if values.shape != expected.shape or not torch.allclose(
-        values, expected, rtol=_BUFFER_ERROR[weight.dtype], atol=_SMALLEST_HALF if weight.dtype == torch.float16 else 0
+    expected = architecture(config.architecture).huggingface.buffer(config, name)
+    if (
+        expected is None
+        or values.shape != expected.shape
+        or not torch.allclose(
+            values,
+            expected,
+            rtol=_BUFFER_ERROR[weight.dtype],
+            atol=_SMALLEST_HALF if weight.dtype == torch.float16 else 0,
+        )
     ):
         raise CheckpointError(
             f"{weight.origin} is not what config.json says of it: the model was trained with other numbers, or "
             "config.json belongs to another one"
         )
-
-
-def _rope(name: str, config: DecoderConfig) -> Rope:
-    """The rotary embedding that a buffer's name is about."""
-    if name.startswith("layers."):
-        local = config.layer_kinds[int(name.split(".")[1])] == "local"
-    else:
-        local = "rotary_emb_local" in name or "sliding_attention" in name
-    return config.rope_local if local else config.rope_global
-
-
-def _frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return 1.0 / rope.theta**exponents / rope.factor

@@ -24,26 +24,26 @@ def list_models(json: Json = False) -> None:
     """List the models and targets that can be named."""
     from transom.formats.schemes import SCHEMES
     from transom.passes.targets import TARGETS
-    from transom.zoo.plan import plan as make_plan
-    from transom.zoo.presets import PRESETS
+    from transom.zoo.architectures import presets
+    from transom.zoo.plan import parameters
 
     rows = [
         {
             "name": config.name,
-            "parameters": make_plan(config, context=config.context).parameters,
+            "parameters": parameters(config),
             "layers": config.num_layers,
-            "global_layers": config.layer_kinds.count("global"),
-            "window": config.window,
+            "global_layers": sum(layer.window is None for layer in config.layers),
+            "window": config.longest_window,
             "context": config.context,
         }
-        for config in PRESETS.values()
+        for config in (preset.config for preset in presets().values())
     ]
     if json:
         print_json({"models": rows, "targets": {name: t.text for name, t in TARGETS.items()}, "schemes": list(SCHEMES)})
         return
     table = Table("model", "parameters", "layers", "global", "window", "context", title="Models")
     for row in rows:
-        table.add_row(str(row["name"]), *(f"{value:,}" for value in list(row.values())[1:]))
+        table.add_row(str(row["name"]), *("-" if value is None else f"{value:,}" for value in list(row.values())[1:]))
     console.print(table)
     targets = Table("target", "what it is", title="Targets")
     for name, target in TARGETS.items():

@@ -114,10 +114,11 @@ def _show(validation: Validation) -> None:
         table.add_row(*_row(name, result))
     console.print(table)
     for name, result in validation.targets.items():
+        window = "no window" if result.window is None else f"a window of {result.window:,}"
         lengths = ", ".join(f"{run.length:,}" for run in result.prefills)
         console.print(
-            f"[dim]{escape(name)}: {result.quant}, {result.dtype}, chunks of {result.chunk:,}, a window of "
-            f"{result.window:,}, prompts of {lengths or 'no length'}; {result.seconds:.1f} s[/dim]",
+            f"[dim]{escape(name)}: {result.quant}, {result.dtype}, chunks of {result.chunk:,}, "
+            f"{window}, prompts of {lengths or 'no length'}; {result.seconds:.1f} s[/dim]",
             highlight=False,
         )
         if result.note:

@@ -11,12 +11,13 @@ import torch
 
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, ConfigError
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.gguf import open_gguf, revision
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.config import Rope, tile
-from transom.zoo.presets import preset
+from transom.zoo.config import tile
+from transom.zoo.rope import Rope
 
 WEIGHTS = random_weights(TINY, 0)
 QUANTISED = {
@@ -135,7 +136,7 @@ def test_without_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({"architecture": "llama"}, ConfigError, "unknown architecture 'llama': known are gemma3"),
+        ({"architecture": "mamba"}, ConfigError, "unknown architecture 'mamba': known are gemma3, llama"),
         ({"metadata": {"block_count": None}}, ConfigError, "gemma3.block_count is None, expected a number"),
         ({"metadata": {"rope.scaling.type": "yarn"}}, ConfigError, "'yarn'"),
         ({"metadata": {"attention.value_length": 32}}, ConfigError, "keys and values differ"),

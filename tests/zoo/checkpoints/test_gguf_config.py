@@ -11,7 +11,8 @@ from transom.errors import ConfigError, TransomError
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import read_header
-from transom.zoo.config import DecoderConfig, Rope
+from transom.zoo.gemma3 import Gemma3Config
+from transom.zoo.rope import Rope
 
 BASE = 8**-0.5
 
@@ -29,7 +30,7 @@ def write(tmp_path: Path, values: dict[str, Value | None], file: File | None = N
     return path
 
 
-def config_of(path: Path) -> DecoderConfig:
+def config_of(path: Path) -> Gemma3Config:
     return open_gguf(path)[0]
 
 
@@ -43,7 +44,7 @@ def refusal(path: Path) -> str:
 
 def test_the_tiny_model(tmp_path: Path) -> None:
     config, checkpoint = open_gguf(changed(tmp_path))
-    assert config == DecoderConfig(
+    assert config == Gemma3Config(
         name="tiny", architecture="gemma3", vocab_size=ROWS, hidden_size=32, intermediate_size=32, num_heads=4,
         num_kv_heads=2, head_dim=8, layer_kinds=("local", "global"), window=8, rope_local=Rope(theta=1e4),
         rope_global=Rope(theta=1e6, factor=8.0), attention_scale=BASE, norm_eps=1e-6, context=64,

@@ -7,8 +7,8 @@ import pytest
 
 from tests.zoo.gguf_bytes import PIECES, Value, tiny
 from transom.errors import TokenizerError
+from transom.zoo.architectures import preset
 from transom.zoo.model import load
-from transom.zoo.presets import preset
 from transom.zoo.tokenizer import Tokenizer
 
 IDS = {piece: index for index, (piece, _, _) in enumerate(PIECES)}

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.presets import preset
 
 # Wide enough that one tensor spans several blocks of draws.
 CONFIG = dataclasses.replace(preset("gemma3-tiny"), vocab_size=3000)

@@ -1,0 +1,109 @@
+"""`Architecture`: all that the rest of the project reads of a family of models, one record per model file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom.zoo.config import DecoderConfig
+from transom.zoo.layers import Decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A configuration that goes by a name.
+
+    Attributes:
+        config: With that name.
+        hub: Where its weights are published, a hub id; None for a model that was never trained, whose weights are
+            always random.
+        packaged: Puts the weights of a package into a GGUF file and returns its path; None if no package holds them.
+    """
+
+    config: DecoderConfig
+    hub: str | None = None
+    packaged: Callable[[], Path] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuggingFaceFormat:
+    """What a family's `config.json` and tensors look like.
+
+    Attributes:
+        model_types: Values of `model_type` -> key of the object that describes the text decoder; None where the whole
+            config does.
+        classes: Values that `architectures` may list.
+        sizes: Keys of whole numbers -> class defaults.
+        supported: Keys with one value that the model file computes, first in the list -> all values that mean it.
+        not_applied: Keys that transformers stores and never applies.
+        not_applied_inside: The same, where the decoder is described by an inner object.
+        keys: Other keys that `read` reads.
+        ignored: Keys that bear on no number, beside those that every family has.
+        read: The inner object's keys and whether they stand inside -> fields of the configuration, less its name.
+        write: A configuration -> a `config.json` that `read` and transformers read alike.
+        buffer: A configuration and the name of a buffer that checkpoints may hold, in the module's terms -> what it
+            must hold, float64; None for a name that is none.
+    """
+
+    model_types: Mapping[str, str | None]
+    classes: tuple[str, ...]
+    sizes: Mapping[str, int]
+    supported: Mapping[str, tuple[Any, ...]]
+    not_applied: tuple[str, ...] = ()
+    not_applied_inside: tuple[str, ...] = ()
+    keys: frozenset[str]
+    ignored: frozenset[str] = frozenset()
+    read: Callable[[Any, bool], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    buffer: Callable[[Any, str], torch.Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFFormat:
+    """What a family's GGUF files look like.
+
+    Attributes:
+        name: `general.architecture`, which is also the prefix of its keys.
+        neutral: Keys of computations that the family does not have, beside those that no family has, and the values
+            that say so.
+        read: Sizes and keys -> fields of the configuration beside the sizes; see `gguf_config`.
+        tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second.
+        rows: A configuration and a name in the module -> what becomes of the stored rows; None if nothing.
+        frequencies: The file may hold `rope_freqs.weight`, which `read` understands.
+    """
+
+    name: str
+    neutral: Mapping[str, tuple[Any, ...]]
+    read: Callable[..., dict[str, Any]]
+    tensors: Mapping[str, str]
+    rows: Callable[[Any, str], Callable[[Any], Any] | None]
+    frequencies: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A family of models.
+
+    Attributes:
+        name: Of its file, and what configurations call it.
+        config: Class of its configurations.
+        build: A configuration -> the module.
+        huggingface: Its checkpoints' format.
+        gguf: Its GGUF files' format.
+        presets: Configurations that go by a name.
+        sampling: How text is sampled where the checkpoint does not say.
+        chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
+    """
+
+    name: str
+    config: type[DecoderConfig]
+    build: Callable[[Any], Decoder]
+    huggingface: HuggingFaceFormat
+    gguf: GGUFFormat
+    presets: tuple[Preset, ...]
+    sampling: Mapping[str, Any]
+    chat: str | None = None

@@ -1,0 +1,147 @@
+"""Pieces that model files share: norms, gated MLPs, and what a cache is.
+
+Axes:
+    B  batch            T  new tokens        S  cache slots      D  model width      F  MLP width
+    N  query heads      K  kv heads          H  head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [B, K, S, H]."""
+
+
+class Decoder(nn.Module):
+    """What every text decoder is to its callers: states, and logits of them.
+
+    Parameter names are those of released text checkpoints, less the leading `model.`.
+    """
+
+    head_weight = "embed_tokens.weight"
+    """Parameter that states are multiplied with; the table of tokens, where the two are tied."""
+
+    softcap: float | None = None
+    """`cap * tanh(logits / cap)` on the logits, or None."""
+
+    def hidden(
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """Run the new tokens as far as the last norm.
+
+        Args:
+            tokens_BT: int64 token ids.
+            start: int64 scalar, the position of the first new token.
+            caches: One pair a layer, or None to attend among the new tokens only (then `start` is 0).
+
+        Returns:
+            States [B, T, D], and the caches with the new tokens written into them.
+        """
+        raise NotImplementedError
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of states [..., D] that `hidden` returned."""
+        logits = nn.functional.linear(x, self.get_parameter(self.head_weight))
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def forward(
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """Run the new tokens: logits [B, T, V] and the caches; arguments as `hidden` takes them."""
+        x_BTD, written = self.hidden(tokens_BT, start, caches)
+        return self.head(x_BTD), written
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * (offset + weight)`, computed in float32.
+
+    Source: arXiv 1910.07467. Weights that are stored around zero have an offset of 1.
+    """
+
+    def __init__(self, width: int, eps: float, *, offset: float = 0.0) -> None:
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        scale = self.offset + self.weight.float() if self.offset else self.weight.float()
+        return (normed * scale).type_as(x)
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, without biases (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
+        super().__init__()
+        D, F = hidden_size, intermediate_size
+        self.activation = activation
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        out_BTD: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out_BTD
+
+
+def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    """Put position p into slot p % S."""
+    return cache_BKSH.index_copy(2, positions_T % cache_BKSH.shape[2], new_BKTH)
+
+
+def visible_keys(positions_T: torch.Tensor, slots: int, window: int | None) -> torch.Tensor:
+    """Which slots each new token may see, bool [T, S].
+
+    Slot j holds the latest position that was written to it, `last - (last - j) % S`; negative means empty.
+    """
+    last = positions_T[-1]
+    keys_S = last - (last - torch.arange(slots, device=positions_T.device)) % slots
+    distance_TS = positions_T[:, None] - keys_S
+    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
+    return seen_TS if window is None else seen_TS & (distance_TS < window)
+
+
+def attend(
+    q_BNTH: torch.Tensor,
+    k_BKTH: torch.Tensor,
+    v_BKTH: torch.Tensor,
+    cache: LayerCache | None,
+    positions_T: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, LayerCache]:
+    """Grouped-query attention: write the new keys and values, then softmax over the keys that each token sees.
+
+    Args:
+        q_BNTH: Queries; N is a multiple of K.
+        k_BKTH: New keys.
+        v_BKTH: New values.
+        cache: Earlier keys and values; None to attend among the new tokens only.
+        positions_T: Of the new tokens.
+        scale: Factor on the scores.
+        window: Keys that each token sees, itself included; None for all.
+
+    Returns:
+        The values' means [B, T, N * H], and the cache with the new tokens in it.
+    """
+    if cache is None:
+        k_BKSH, v_BKSH = k_BKTH, v_BKTH
+    else:
+        k_BKSH, v_BKSH = (write_cache(old, new, positions_T) for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True))
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSH = (x.repeat_interleave(groups, dim=1) for x in (k_BKSH, v_BKSH))
+    scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * scale
+    seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window)
+    weights_BNTS = scores_BNTS.float().masked_fill(~seen_TS, float("-inf")).softmax(-1).type_as(v_BNSH)
+    out_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
+    B, T, N, H = out_BTNH.shape
+    return out_BTNH.reshape(B, T, N * H), (k_BKSH, v_BKSH)

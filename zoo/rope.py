@@ -1,0 +1,70 @@
+"""Rotary position embeddings, by how their frequencies are scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding with linear scaling of positions (arXiv 2306.15595), or without scaling.
+
+    Attributes:
+        theta: Base of the frequencies.
+        factor: Frequencies are divided by it.
+    """
+
+    theta: float
+    factor: float = 1.0
+
+    def frequencies(
+        self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Radians that each pair turns by a position, [head_dim / 2]."""
+        exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
+        return 1.0 / (self.theta**exponents) / self.factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Rope(Rope):
+    """Llama 3.1's scaling: slow pairs are divided by `factor`, fast ones are left, those between are blended.
+
+    Source: the Llama 3.1 reference implementation, `apply_scaling`.
+
+    Attributes:
+        low_freq_factor: Pairs that turn fewer times than this within the original context are slow.
+        high_freq_factor: Pairs that turn more often than this within it are fast.
+        original_context: Tokens that the model was trained on before it was extended.
+    """
+
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def frequencies(
+        self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Radians that each pair turns by a position, [head_dim / 2]."""
+        exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
+        plain = 1.0 / (self.theta**exponents)
+        turns = self.original_context / (2 * math.pi / plain)
+        # 0 where a pair is slow, 1 where it is fast.
+        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blended = (1 - share) * plain / self.factor + share * plain
+        scaled = torch.where(turns < self.low_freq_factor, plain / self.factor, blended)
+        return torch.where(turns > self.high_freq_factor, plain, scaled)
+
+
+def rotation(positions_T: torch.Tensor, rope: Rope, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position's angles, float32 [T, head_dim / 2] each."""
+    angles = positions_T[:, None].float() * rope.frequencies(head_dim, device=positions_T.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + H/2]) of every head, computed in float32."""
+    low, high = x_BNTH.chunk(2, dim=-1)
+    return torch.cat((low * cos_TH - high * sin_TH, high * cos_TH + low * sin_TH), dim=-1).type_as(x_BNTH)
