@@ -40,8 +40,8 @@ def main() -> None:
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(PROMPT)
     console.print(
-        f"[bold]{MODEL}[/bold]: a prompt of {len(ids)} tokens, more than twice the window of {model.config.window}; "
-        "the reference is the plain PyTorch model in float32."
+        f"[bold]{MODEL}[/bold]: a prompt of {len(ids)} tokens, more than twice the window of "
+        f"{model.config.longest_window}; the reference is the plain PyTorch model in float32."
     )
     expected = reference_logits(model, ids)
     rows = [run(model, quant, ids, expected, options.out / f"{MODEL}-{quant}") for quant in SCHEMES]

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from tests.conformance.adapters import SessionAdapter, cut_between_images
 from tests.conformance.reference import TEXT
+from tests.gemma import gemma_config, gemma_module
 from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session
-from transom.zoo import gemma3
+from transom.zoo import gemma3, layers, rope
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.model import Model, load
 
@@ -78,12 +79,12 @@ class EagerSession(Session):
     """
 
     def __init__(self, model: Model, *, chunk: int, context: int, visible: Visible = visible_with_images) -> None:
-        config = model.config
+        config = gemma_config(model.config)
         super().__init__(chunk=chunk, context=context, vocab_size=config.vocab_size, caches=_records(config, chunk))
         self.blocks = torch.full((context,), TEXT)
         self._visible = visible
         self._tensors: list[torch.Tensor] = []
-        self._module = model.eager()
+        self._module = gemma_module(model.eager())
         for index, layer in enumerate(self._module.layers):
             for path in _OUTPUTS:
                 layer.get_submodule(path).register_forward_hook(self._keep_output(f"tap.layers.{index}.{path}"))
@@ -108,7 +109,7 @@ class EagerSession(Session):
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         self.tapped = {}
         ropes = (f"tap.layers.{i}.self_attn.{x}_rope" for i in range(len(self._module.layers)) for x in "qk")
-        rotate = gemma3.rotate
+        rotate = rope.rotate
 
         def rotate_and_keep(x_BNTH: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
             out_BNTH = rotate(x_BNTH, *cos_sin)
@@ -117,7 +118,7 @@ class EagerSession(Session):
 
         with (
             torch.no_grad(),
-            mock.patch.object(gemma3, "visible_keys", functools.partial(self._visible, self.blocks)),
+            mock.patch.object(layers, "visible_keys", functools.partial(self._visible, self.blocks)),
             mock.patch.object(gemma3, "rotate", rotate_and_keep),
         ):
             pairs = list(zip(self._tensors[::2], self._tensors[1::2], strict=True))
@@ -202,5 +203,5 @@ class EagerRuntime:
 
     def open(self, folder: Path, *, chunk: int, context: int) -> ImageAdapter:
         model = load(folder)
-        changed = dataclasses.replace(model, config=self._config(model.config))
+        changed = dataclasses.replace(model, config=self._config(gemma_config(model.config)))
         return ImageAdapter(EagerSession(changed, chunk=chunk, context=context, visible=self._visible), self._cut)

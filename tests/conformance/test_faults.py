@@ -21,6 +21,7 @@ from tests.conformance.faults import (
     SpoiltStageRuntime,
 )
 from tests.conformance.runner import Report, run_suite
+from tests.gemma import gemma_config
 from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
@@ -130,7 +131,8 @@ def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite
         for rule in ({}, {"visible": fault.visible})
     )
     (images,) = ([case.images for case in CASES if case.images],)
-    context = Context(config=model.config, weights=model.weights, tokens=inputs["tokens"].tolist(), blocks=images[0])
+    config = gemma_config(model.config)
+    context = Context(config=config, weights=model.weights, tokens=inputs["tokens"].tolist(), blocks=images[0])
     assert not compare(right, right, context).diverged
     verdict = compare(right, wrong, context)
     assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, "mask", "b"), verdict

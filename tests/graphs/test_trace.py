@@ -11,6 +11,7 @@ from torch import nn
 from tests.artifacts import CHUNK
 from tests.case import run_graph
 from tests.conftest import WINDOW
+from tests.gemma import gemma_config
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.errors import TraceError
@@ -28,7 +29,7 @@ def test_decode_graph_is_the_module(traced: Graph, tiny: Model, text: list[int])
     module, config = tiny.eager(), tiny.config
     shape = (2, config.num_kv_heads, 61, config.head_dim)
     noise = torch.Generator().manual_seed(0)
-    caches = [(torch.randn(shape, generator=noise), torch.randn(shape, generator=noise)) for _ in config.layer_kinds]
+    caches = [(torch.randn(shape, generator=noise), torch.randn(shape, generator=noise)) for _ in config.layers]
     tokens_BT, start = torch.tensor([text[:9], text[9:18]]), torch.tensor(47)
     wanted = torch.tensor([0, 8])
     logits, *written = run_graph(traced, tokens_BT, start, wanted, *(tensor for pair in caches for tensor in pair))
@@ -68,7 +69,7 @@ def test_weights_keep_the_checkpoints_names_and_stay_unread(tiny: Model) -> None
         name: Weight(shape=weight.shape, dtype=weight.dtype, read_rows=refuse, origin="nowhere")
         for name, weight in tiny.weights.items()
     }
-    graph = trace(lambda: Gemma3(tiny.config), tiny.config, blind, task="score")
+    graph = trace(lambda: Gemma3(gemma_config(tiny.config)), tiny.config, blind, task="score")
     assert set(graph.weights) == set(tiny.weights)
     assert all(type(tensor).__name__ == "FakeTensor" for tensor in graph.program.state_dict.values())
 
@@ -76,7 +77,7 @@ def test_weights_keep_the_checkpoints_names_and_stay_unread(tiny: Model) -> None
 def test_a_missing_weight_is_named(tiny: Model) -> None:
     weights = {name: weight for name, weight in tiny.weights.items() if name != "layers.2.mlp.up_proj.weight"}
     with pytest.raises(TraceError, match=r"layers\.2\.mlp\.up_proj\.weight"):
-        trace(lambda: Gemma3(tiny.config), tiny.config, weights, task="score")
+        trace(lambda: Gemma3(gemma_config(tiny.config)), tiny.config, weights, task="score")
 
 
 def test_a_module_that_cannot_be_exported_is_named(tiny: Model) -> None:

@@ -19,6 +19,7 @@ import transom
 from tests.artifacts import CHUNK, THREADS
 from tests.case import Case
 from tests.conftest import WINDOW
+from tests.gemma import gemma_config
 from tests.validation.faults import FAULTS, Spoil, argument
 from transom.backends.artifact import read_manifest
 from transom.backends.opening import open_session
@@ -59,7 +60,8 @@ def tapped(traced: Graph) -> Graph:
 @pytest.fixture(scope="module")
 def context(tiny: Model) -> Context:
     total = CALLS[-1].start + CALLS[-1].count
-    return Context(config=tiny.config, weights=tiny.weights, tokens=make_prompt(tiny, total, None).ids[:total])
+    config = gemma_config(tiny.config)
+    return Context(config=config, weights=tiny.weights, tokens=make_prompt(tiny, total, None).ids[:total])
 
 
 def run(graph: Graph, context: Context) -> Recording:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import WINDOW
+from tests.gemma import gemma_config
 from transom.backends.artifact import CacheRecord
 from transom.errors import ContextLengthError, QuantizationError, TargetError
 from transom.formats.schemes import SCHEMES
@@ -28,13 +29,14 @@ from transom.validation.tolerances import (
     tolerance,
 )
 from transom.zoo.architectures import build_empty
-from transom.zoo.gemma3 import Gemma3, Gemma3Config
+from transom.zoo.gemma3 import Gemma3Config
+from transom.zoo.layers import Decoder
 from transom.zoo.model import Model
 
 LENGTH = 4 * WINDOW
 
 
-def module_of(model: Model, config: Gemma3Config, dtype: torch.dtype = torch.float32) -> Gemma3:
+def module_of(model: Model, config: Gemma3Config, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model's weights under another configuration or in another dtype."""
     module = build_empty(config)
     state = {name: weight.read().to(dtype) for name, weight in model.weights.items()}
@@ -42,7 +44,7 @@ def module_of(model: Model, config: Gemma3Config, dtype: torch.dtype = torch.flo
     return module.eval().requires_grad_(False)
 
 
-def differences(model: Model, module: Gemma3, text: Sequence[int]) -> Differences:
+def differences(model: Model, module: Decoder, text: Sequence[int]) -> Differences:
     """A module against the oracle."""
     expected = Reading(model.eager(), text)
     found = Reading(module, text).logits(0, len(text)).float().numpy()
@@ -52,7 +54,7 @@ def differences(model: Model, module: Gemma3, text: Sequence[int]) -> Difference
 @pytest.mark.parametrize("bound", [FLOAT32, INT8, BFLOAT16], ids=["float32", "int8", "bfloat16"])
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
 def test_a_window_that_is_off_by_one_does_not_pass(tiny: Model, text: list[int], bound: Tolerance, window: int) -> None:
-    module = module_of(tiny, dataclasses.replace(tiny.config, window=window))
+    module = module_of(tiny, dataclasses.replace(gemma_config(tiny.config), window=window))
     found = differences(tiny, module, text[:LENGTH])
     first = min(window, WINDOW)
     assert found.relative[:first].max() < FLOAT32.relative
@@ -63,7 +65,7 @@ def test_a_window_that_is_off_by_one_does_not_pass(tiny: Model, text: list[int],
 
 
 def test_bfloat16_passes_as_bfloat16_and_not_as_float32(tiny: Model, text: list[int]) -> None:
-    found = differences(tiny, module_of(tiny, tiny.config, torch.bfloat16), text[:LENGTH])
+    found = differences(tiny, module_of(tiny, gemma_config(tiny.config), torch.bfloat16), text[:LENGTH])
     assert judge("prefill", found, BFLOAT16) == []
     assert judge("prefill", found, FLOAT32) != []
 

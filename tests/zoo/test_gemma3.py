@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tests.gemma import gemma_config, gemma_module
 from tests.tolerances import FP32_LOGITS, FP32_LOGITS_270M
 from transom.zoo.gemma3 import Gemma3
 from transom.zoo.layers import LayerCache, visible_keys
@@ -19,7 +20,7 @@ LENGTH = 60
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> Gemma3:
-    return load(tiny_folder).eager()
+    return gemma_module(load(tiny_folder).eager())
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_real_270m(real: Model) -> None:
     top = ours_BTV[0, -1].topk(3)
     assert top.indices.tolist() == [506, 496, 9079]
 
-    config = real.config
+    config = gemma_config(real.config)
     theirs = transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             vocab_size=config.vocab_size,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.gemma import gemma, gemma_config
 from transom.errors import ConfigError
-from transom.zoo.architectures import preset, presets
+from transom.zoo.architectures import presets
 from transom.zoo.config import tile
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.huggingface import left_out, read_config, write_config
@@ -61,7 +62,7 @@ NEW_1B = {key: value for key, value in OLD_1B.items() if not key.startswith(("ro
 
 def read(folder: Path, data: object) -> Gemma3Config:
     (folder / "config.json").write_text(json.dumps(data))
-    return read_config(folder)
+    return gemma_config(read_config(folder))
 
 
 def named(config: Gemma3Config, name: str) -> Gemma3Config:
@@ -72,14 +73,14 @@ def named(config: Gemma3Config, name: str) -> Gemma3Config:
     ("data", "name"), [(SPARSE_4B, "gemma3-4b"), (OLD_1B, "gemma3-1b"), (NEW_1B, "gemma3-1b")], ids=["4b", "old", "new"]
 )
 def test_published_forms(tmp_path: Path, data: dict[str, Any], name: str) -> None:
-    assert read(tmp_path, data) == named(preset(name), tmp_path.name)
+    assert read(tmp_path, data) == named(gemma(name), tmp_path.name)
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name.startswith("gemma3")])
 def test_what_we_write_both_read(tmp_path: Path, name: str) -> None:
-    config = preset(name)
+    config = gemma(name)
     write_config(config, tmp_path)
-    assert named(read_config(tmp_path), name) == config
+    assert named(gemma_config(read_config(tmp_path)), name) == config
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.architectures == ["Gemma3ForCausalLM"]
     ours_global = [kind == "global" for kind in config.layer_kinds]
@@ -92,7 +93,7 @@ def test_what_we_write_both_read(tmp_path: Path, name: str) -> None:
 def test_what_they_write_we_read(tmp_path: Path) -> None:
     config = transformers.Gemma3TextConfig(num_hidden_layers=7, sliding_window_pattern=3, final_logit_softcapping=30.0)
     config.save_pretrained(tmp_path)
-    ours = read_config(tmp_path)
+    ours = gemma_config(read_config(tmp_path))
     assert ours.layer_kinds == tile("LLG", 7)
     assert ours.logit_softcap == 30.0
     assert (ours.hidden_size, ours.window, ours.context) == (2304, 4096, 131_072)

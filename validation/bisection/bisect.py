@@ -18,6 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
@@ -238,7 +239,8 @@ def _plan(
     decode: int | None,
 ) -> _Plan:
     """Fit the calls into the smallest chunk and context of what is there already."""
-    window = model.config.window
+    config: Any = model.config
+    window = config.window
     wanted = min(2 * window, window + SURPLUS) + 5 if chunk is None else chunk
     chunk = min([wanted, model.config.context, *(each.chunk for each in bounded)])
     calls = plan_calls(window=window, chunk=chunk, length=length, decode=decode)
@@ -246,7 +248,7 @@ def _plan(
     if total > (room := min([model.config.context, *(each.context for each in bounded)])):
         raise ContextLengthError(f"{total} tokens do not fit into a context of {room}: give a shorter --length")
     tokens = make_prompt(model, total, None).ids[:total]
-    context = Context(config=model.config, weights=model.weights, tokens=tokens, quant=quant)
+    context = Context(config=config, weights=model.weights, tokens=tokens, quant=quant)
     return _Plan(model=model, chunk=chunk, calls=calls, context=context)
 
 

@@ -73,7 +73,7 @@ class EagerSession(Session):
 
     def _rotate(self, path: str, layer: int, x_BTNH: torch.Tensor) -> None:
         """The rotation is a function, so no hook sees it: it is called once more."""
-        config = self._config
+        config: Any = self._config
         rope = config.rope_local if config.layer_kinds[layer] == "local" else config.rope_global
         positions_T = self.position + torch.arange(x_BTNH.shape[1])
         self._keep(path, rotate(x_BTNH.transpose(1, 2), *rotation(positions_T, rope, config.head_dim)))

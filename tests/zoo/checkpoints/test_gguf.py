@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gemma import gemma_config
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, ConfigError
 from transom.zoo.architectures import preset
@@ -108,7 +109,7 @@ def test_27b_scales_by_width_per_head(tmp_path: Path) -> None:
 def test_a_stated_pattern_counts(tiny_gguf: Path, pattern: object) -> None:
     header = read_header(tiny_gguf)
     header.metadata["gemma3.attention.sliding_window_pattern"] = pattern
-    assert read_metadata(header)[0].layer_kinds == tile("LLG", 7)
+    assert gemma_config(read_metadata(header)[0]).layer_kinds == tile("LLG", 7)
 
 
 @pytest.mark.parametrize("pattern", [0, "LLG", [True, False]])

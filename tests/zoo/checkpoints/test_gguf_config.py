@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.gemma import gemma_config
 from tests.zoo.gguf_bytes import HIDDEN, ROWS, File, Value, tiny
 from transom.errors import ConfigError, TransomError
 from transom.zoo.checkpoints.gguf import open_gguf
@@ -31,7 +32,7 @@ def write(tmp_path: Path, values: dict[str, Value | None], file: File | None = N
 
 
 def config_of(path: Path) -> Gemma3Config:
-    return open_gguf(path)[0]
+    return gemma_config(open_gguf(path)[0])
 
 
 def refusal(path: Path) -> str:
@@ -81,7 +82,8 @@ def test_patterns_that_are_refused(tmp_path: Path, pattern: Value) -> None:
 
 @pytest.mark.parametrize("window", [None, ("u32", 0)])
 def test_without_a_window_every_layer_is_global(tmp_path: Path, window: Value | None) -> None:
-    config, checkpoint = open_gguf(changed(tmp_path, attention__sliding_window=window))
+    opened, checkpoint = open_gguf(changed(tmp_path, attention__sliding_window=window))
+    config = gemma_config(opened)
     assert config.layer_kinds == ("global", "global") and config.window == config.context
     assert any("sliding_window" in line and "every layer is global" in line for line in checkpoint.left_out)
 
@@ -151,7 +153,7 @@ def test_an_old_file_of_ollama_for_a_long_context(tmp_path: Path) -> None:
         rope__freq_base=None, mm__tokens_per_image=("u32", 256),
     )  # fmt: skip
     config, checkpoint = open_gguf(path)
-    assert config.rope_global == Rope(theta=1e6, factor=8.0)
+    assert gemma_config(config).rope_global == Rope(theta=1e6, factor=8.0)
     lines = "; ".join(checkpoint.left_out)
     assert "rope.scaling.factor is missing: 8" in lines and "rope.freq_base is missing: 1000000" in lines
     assert "gemma3.mm.tokens_per_image" in lines

@@ -9,16 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.gemma import gemma
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
-from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.checkpoints.safetensors import open_safetensors, revision
 from transom.zoo.huggingface import write_config
 from transom.zoo.model import load
 
-TINY = preset("gemma3-tiny")
+TINY = gemma("gemma3-tiny")
 
 
 @pytest.fixture(scope="module")
