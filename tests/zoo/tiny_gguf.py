@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 
 from transom.graphs.weight import Weight
-from transom.zoo.config import tile
+from transom.zoo.architectures import architecture as architecture_of
+from transom.zoo.config import DecoderConfig, tile
 from transom.zoo.gemma3 import Gemma3Config
-from transom.zoo.rope import Rope
+from transom.zoo.llama3 import Llama3Config
+from transom.zoo.rope import Llama3Rope, Rope
 
 TINY = Gemma3Config(
     name="tiny",
@@ -31,6 +35,25 @@ TINY = Gemma3Config(
 )
 
 
+STORABLE: dict[str, DecoderConfig] = {
+    "gemma3": TINY,
+    "llama3": Llama3Config(
+        name="tiny",
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        depth=2,
+        rope=Llama3Rope(theta=5e5, factor=8.0),
+        tied=False,
+        context=512,
+    ),
+}
+"""A configuration of every family that the format can hold: it leaves some numbers to convention."""
+
+
 def raw_k_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Random blocks of a K-quant, which the package cannot make: any bytes are valid but for the half-float scales."""
     rows, columns = shape
@@ -44,15 +67,66 @@ def raw_k_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GG
     return blocks.reshape(rows, -1)
 
 
+def _gemma3(config: Gemma3Config) -> dict[str, object]:
+    rope = config.rope_global
+    scaling = {} if rope.factor == 1 else {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    return {"attention.sliding_window": config.window, "rope.freq_base": rope.theta, **scaling}
+
+
+def _llama3(config: Llama3Config) -> dict[str, object]:
+    return {"rope.freq_base": config.rope.theta, "rope.dimension_count": config.head_dim}
+
+
+_OWN: dict[str, Callable[[Any], dict[str, object]]] = {"gemma3": _gemma3, "llama3": _llama3}
+"""Metadata of each family."""
+
+
+def _norms_shifted(config: DecoderConfig, name: str, values: np.ndarray) -> np.ndarray:
+    return values + (1 if name.endswith("norm.weight") else 0)
+
+
+def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.ndarray:
+    """As llama.cpp's converter permutes queries and keys: halves of a head become neighbours."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return values
+    rows, width = values.shape
+    return values.reshape(rows // config.head_dim, 2, config.head_dim // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+_STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
+    "gemma3": _norms_shifted,
+    "llama3": _heads_permuted,
+}
+"""What each family's tensors become in the file."""
+
+
+def _divisors(head_dim: int, rope: Llama3Rope) -> np.ndarray:
+    """By what frequencies are divided, one by one, as llama.cpp's converter stores it."""
+    divisors = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope.theta ** (index / head_dim)
+        slow, fast = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
+        if wavelength < fast:
+            divisors.append(1.0)
+        elif wavelength > slow:
+            divisors.append(rope.factor)
+        else:
+            smooth = (rope.original_context / wavelength - rope.low_freq_factor) / (
+                rope.high_freq_factor - rope.low_freq_factor
+            )
+            divisors.append(1 / ((1 - smooth) / rope.factor + smooth))
+    return np.array(divisors, np.float32)
+
+
 def write_gguf(
     path: Path,
-    config: Gemma3Config,
+    config: DecoderConfig,
     weights: Mapping[str, Weight],
     *,
     types: Mapping[str, str] | None = None,
     skip: tuple[str, ...] = (),
     metadata: Mapping[str, object] | None = None,
-    architecture: str = "gemma3",
+    architecture: str | None = None,
     general: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a model.
@@ -64,9 +138,10 @@ def write_gguf(
         types: Quantisation by the name's end, such as {"attn_q.weight": "Q4_0"}; else F32.
         skip: Tensors, by their names in the file, that are left out.
         metadata: Replaces metadata by key (without the architecture's prefix); None leaves it out.
-        architecture: What `general.architecture` says.
+        architecture: What `general.architecture` says; by default what llama.cpp calls the family.
         general: Metadata by their whole keys.
     """
+    architecture = architecture or architecture_of(config.architecture).gguf.name
     writer = gguf.GGUFWriter(path, architecture)
     values: dict[str, object] = {
         "context_length": config.context,
@@ -78,11 +153,8 @@ def write_gguf(
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "attention.sliding_window": config.window,
-        "rope.freq_base": config.rope_global.theta,
+        **_OWN[config.architecture](config),
     }
-    if config.rope_global.factor != 1:
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_global.factor}
     values |= metadata or {}
     for key, value in ({f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {})).items():
         match value:
@@ -93,20 +165,24 @@ def write_gguf(
             case int():
                 writer.add_uint32(key, value)
     add_byte_tokenizer(writer, config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_layers)
+    kinds = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "llama3": gguf.MODEL_ARCH.LLAMA}
+    names = gguf.get_tensor_name_map(kinds[config.architecture], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
-        in_file = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        whole = name if name.startswith("lm_head") else f"model.{name}"
+        in_file = names.get_name(whole, try_suffixes=(".weight",))
         if in_file in skip:
             continue
         kind = next((kind for end, kind in (types or {}).items() if in_file.endswith(end)), "F32")
-        values_of = weight.read().float().numpy() + (1 if name.endswith("norm.weight") else 0)
+        values_of = _STORED[config.architecture](config, name, weight.read().float().numpy())
         quant_type = gguf.GGMLQuantizationType[kind]
         if kind.endswith("_K"):
             data = raw_k_blocks(rng, values_of.shape, quant_type)
         else:
             data = gguf.quants.quantize(np.ascontiguousarray(values_of, np.float32), quant_type)
         writer.add_tensor(in_file, data, raw_dtype=quant_type)
+    if isinstance(config, Llama3Config) and isinstance(config.rope, Llama3Rope):
+        writer.add_tensor("rope_freqs.weight", _divisors(config.head_dim, config.rope))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
