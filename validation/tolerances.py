@@ -1,6 +1,6 @@
 """How far a target may be from the oracle, and why. The one place for such numbers outside the tests.
 
-Logits of different models differ in size (gemma3-tiny reaches 11, the 270M reaches 33), so differences are judged
+Logits of different models differ in size (the tiny model reaches 11, the 270M reaches 33), so differences are judged
 relative to the largest logit of their position.
 """
 
@@ -46,14 +46,14 @@ FLOAT32 = Tolerance(
     kl_max=1e-5,
     top1=0.95,
     tie=6e-5,
-    reason="the same float32 products summed in another order: a share of 1e-6 was measured on gemma3-tiny and 3e-6 on "
-    "the 270M over 18 layers. A window that is off by one moves every later position of gemma3-tiny by 0.13. The KL "
+    reason="the same float32 products summed in another order: a share of 1e-6 was measured on a tiny one and 3e-6 on "
+    "the 270M over 18 layers. A window that is off by one moves every later position of a tiny model by 0.13. The KL "
     "bounds are the rounding of a float32 softmax over 262,144 tokens. Two logits of a tie move by the tolerance at "
     "most, and ties are rare",
 )
 
 _ROUNDED = (
-    "Random logits are closer to each other than a trained model's, so gemma3-tiny sets the share of top-1; the factor "
+    "Random logits are closer to each other than a trained model's, so a tiny one sets the share of top-1; the factor "
     "that is left is for deeper models. Where another token is the likeliest, the oracle's own was ahead by a share of "
     "0.026 in bfloat16 with fp8 weights and 0.016 with int8 activations: 0.04 is a tie. A window that is off by one "
     "moves every later position by 0.13 or more"
@@ -67,7 +67,7 @@ BFLOAT16 = Tolerance(
     top1=0.85,
     tie=0.04,
     reason="bfloat16 keeps 8 bits of weights and activations: a share of 0.035, KL up to 0.002 and top-1 of 94% were "
-    "measured on gemma3-tiny. On the real 270M a position or two in two thousand are sensitive: where the median share "
+    "measured on a tiny one. On the real 270M a position or two in two thousand are sensitive: where the median share "
     "is 0.011, the largest was 0.10 on one runtime and 0.09, elsewhere, in plain PyTorch; KL stays below 0.01 there. "
     f"{_ROUNDED}",
 )
@@ -79,7 +79,7 @@ FLOAT8_ACTIVATIONS = Tolerance(
     top1=0.7,
     tie=0.12,
     reason="activations are rounded to 8-bit floats, four significant bits: a share of 0.16, mean KL of 0.024 and "
-    "top-1 of 83% were measured on gemma3-tiny, whose random logits are close to each other. Too wide to tell a window "
+    "top-1 of 83% were measured on a tiny one, whose random logits are close to each other. Too wide to tell a window "
     "that is off by one: validate the same weights without rounded activations (fp8) for that",
 )
 
@@ -90,7 +90,7 @@ FLOAT16 = Tolerance(
     top1=0.9,
     tie=0.01,
     reason="float16 keeps 11 bits of weights and activations, three more than bfloat16: a share of 0.004 was measured "
-    "on gemma3-tiny, also with a residual stream in float32 islands",
+    "on a tiny model, also with a residual stream in float32 islands",
 )
 
 INT8 = Tolerance(
@@ -100,7 +100,7 @@ INT8 = Tolerance(
     top1=0.85,
     tie=0.04,
     reason="activations are rounded to int8 in blocks of 32 or more: a share of 0.036, KL up to 0.005 and top-1 of 97% "
-    f"were measured on gemma3-tiny. {_ROUNDED}",
+    f"were measured on a tiny model. {_ROUNDED}",
 )
 
 
@@ -142,7 +142,7 @@ QUANTIZATION_LIMITS: dict[tuple[str, int | str], float] = {
 }
 """Most that mean KL(unquantised oracle || target) may be, in nats, by number and length of a block; `LONG_BLOCK`
 stands for all other lengths. The oracle of a quantised target has the target's own codes, so only this tells codes
-that are wrong. Measured on gemma3-tiny: 0.002 for int8 (0.0035 with int8 activations), 0.035 for fp8, 0.19 for int4,
+that are wrong. Measured on a tiny model: 0.002 for int8 (0.0035 with int8 activations), 0.035 for fp8, 0.19 for int4,
 0.38 for int4_table, 17 to 26 for codes that are all zero, 0.9 to 1.1 for scales of half the size at 4 bits; on the
 real 270M 1.1 for int4 by channel. The limits are 2.5 to 15 times what was measured: it is loose, for other random
 models."""
@@ -161,4 +161,4 @@ def quantization_limit(quant: str) -> float | None:
 
 TAPS = 1e-4
 """Largest difference of an intermediate value, as a share of the largest value of its position, between two ways to
-compute it in float32. Measured: 3e-6 on gemma3-tiny, 3e-5 on the 270M over 18 layers (309 taps, 1,559 positions)."""
+compute it in float32. Measured: 3e-6 on a tiny model, 3e-5 on the 270M over 18 layers (309 taps, 1,559 positions)."""

@@ -1,8 +1,8 @@
 """transom: local:global transformers, traced once, lowered to many runtimes, their numbers proved equal.
 
-    model = transom.load("gemma3-270m")
-    artifact = transom.compile(model, target="onnxruntime", quant="int8", out="gemma")
-    session = transom.open("gemma")
+    model = transom.load("PRESET, FOLDER OR FILE.gguf")
+    artifact = transom.compile(model, target="onnxruntime", quant="int8", out="artifact")
+    session = transom.open("artifact")
     print(session.tokenizer.decode(list(session.generate("The capital of France is"))))
 
 Importing this package imports no runtime and no torch; each function brings what it needs.
