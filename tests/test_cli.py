@@ -291,10 +291,10 @@ def test_checkpoint_faults(cli: Cli, tmp_path: Path) -> None:
 
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(
-        json.dumps({**config, "architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+        json.dumps({**config, "architectures": ["MambaForCausalLM"], "model_type": "mamba"})
     )
     code, _, err = cli("show", source)
-    assert (code, "lama" in err) == (2, True), err
+    assert (code, "mamba" in err) == (2, True), err
     assert not (tmp_path / "x").exists()
 
 
