@@ -17,6 +17,7 @@ from torch.export import ExportedProgram, export
 from transom.errors import TraceError
 from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.weight import read_all
 
 
 class _Plain(nn.Module):
@@ -27,11 +28,12 @@ class _Plain(nn.Module):
         self._graph = graph
         self._buffers_of: dict[str, str] = {}
         shared: dict[int, str] = {}
+        tensors = read_all(graph.weights)
         for placeholder, name in graph.weight_names().items():
             weight = graph.weights[name]
             if id(weight) not in shared:
                 shared[id(weight)] = name.replace(".", "_")
-                self.register_buffer(shared[id(weight)], weight.read())
+                self.register_buffer(shared[id(weight)], tensors[name])
             self._buffers_of[placeholder] = shared[id(weight)]
 
     def forward(self, *inputs: torch.Tensor) -> Any:

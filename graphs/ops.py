@@ -6,6 +6,7 @@ a window of 0 means that every earlier key is seen (a global layer).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -91,16 +92,24 @@ def _(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: 
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("transom::gated_gelu", mutates_args=())
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+"""Activations of gated MLPs, by name."""
+
+
+@torch.library.custom_op("transom::gated", mutates_args=())
 @_body
-def gated_gelu(packed: torch.Tensor) -> torch.Tensor:
-    """`gelu_tanh(gate) * up` of a packed projection [..., 2 F] whose first half is the gate."""
+def gated(packed: torch.Tensor, activation: str) -> torch.Tensor:
+    """`activation(gate) * up` of a packed projection [..., 2 F] whose first half is the gate; see `ACTIVATIONS`."""
     gate, up = packed.chunk(2, dim=-1)
-    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return ACTIVATIONS[activation](gate) * up
 
 
-@gated_gelu.register_fake
-def _(packed: torch.Tensor) -> torch.Tensor:
+@gated.register_fake
+def _(packed: torch.Tensor, activation: str) -> torch.Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
@@ -259,7 +268,7 @@ def _(x: torch.Tensor, scale: float, number: str) -> torch.Tensor:
 RMS_NORM = torch.ops.transom.rms_norm.default
 ADD_RMS_NORM = torch.ops.transom.add_rms_norm.default
 ROTARY = torch.ops.transom.rotary.default
-GATED_GELU = torch.ops.transom.gated_gelu.default
+GATED = torch.ops.transom.gated.default
 WRITE_CACHE = torch.ops.transom.write_cache.default
 ATTENTION = torch.ops.transom.attention.default
 CACHED_ATTENTION = torch.ops.transom.cached_attention.default

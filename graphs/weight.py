@@ -10,101 +10,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from transom.errors import CheckpointError, RangeError
 from transom.formats.finite import is_finite, nonfinite_rows
-from transom.formats.quantized import decode
-from transom.formats.schemes import Number
-
-Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+from transom.formats.quantized import pack
+from transom.formats.rounding import FLOAT8
+from transom.formats.schemes import BITS
+from transom.graphs.encoded import Codes, Encoded, nonfinite, reordered
 
 ROWS_BYTES = 64 * 2**20
 """Upper bound, in bytes, on one block that `Weight.blocks` yields (a single row may exceed it)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lattice:
-    """The codes behind a weight that was quantised before it reached us: `(code - zero_point) * scale`, exactly.
-
-    Attributes:
-        name: What the checkpoint calls the format, such as "Q5_0".
-        number: What a code is; see `formats.schemes.Number`.
-        bits: Bits that hold every code; an integer format may need fewer than its number has.
-        block: Columns that share one scale.
-        symmetric: Whether zero is the code in the middle, so that there are no zero points.
-        scale_dtype: What every scale can be rounded to without a change; "bfloat16" ones are positive too.
-        read_rows: `(start, stop) -> (codes [rows, K], scales float32 [rows, K / block], zero points)`. Symmetric
-            integers are int8, with zero as 0, others uint8, with zero points uint8 [rows, K / block]; else None.
-    """
-
-    name: str
-    number: Number
-    bits: int
-    block: int
-    symmetric: bool
-    read_rows: Callable[[int, int], Codes]
-    scale_dtype: str = "float32"
-
-    def with_block(self, block: int) -> Lattice:
-        """The same codes in smaller blocks, with every scale repeated; `block` divides this lattice's."""
-        if block == self.block:
-            return self
-        pieces = self.block // block
-
-        def read_rows(start: int, stop: int) -> Codes:
-            codes, scales, zeros = self.read_rows(start, stop)
-            again = None if zeros is None else zeros.repeat_interleave(pieces, 1)
-            return codes, scales.repeat_interleave(pieces, 1), again
-
-        return dataclasses.replace(self, block=block, read_rows=read_rows)
-
-    def reorder_rows(self, order: Sequence[int]) -> Lattice:
-        """The same codes with rows reordered; see `Weight.reorder_rows`."""
-
-        def read_rows(start: int, stop: int) -> Codes:
-            low, high, index = _reordered(order, start, stop)
-            codes, scales, zeros = self.read_rows(low, high)
-            return codes[index], scales[index], None if zeros is None else zeros[index]
-
-        return dataclasses.replace(self, read_rows=read_rows)
-
-    def decode(self, codes: Codes) -> torch.Tensor:
-        """What some rows of codes mean, float32 [rows, K]."""
-        integers, scales, zeros = codes
-        rows, blocks = scales.shape
-        integers_RGC = integers.view(rows, blocks, -1)
-        if integers.dtype == torch.int8:  # symmetric: zero is 0, not the middle code
-            return (integers_RGC.float() * scales[..., None]).view(rows, -1)
-        return decode(integers_RGC, scales, zeros, self.number).view(rows, -1)
-
-    def refuse_nonfinite(self, origin: str, rows: int) -> Lattice:
-        """The same codes; reading those that mean NaN or infinity raises `CheckpointError`.
-
-        Args:
-            origin: Where they come from.
-            rows: How many there are.
-        """
-
-        def read_rows(start: int, stop: int) -> Codes:
-            codes = self.read_rows(start, stop)
-            if not self._is_finite(codes):
-                step = max(1, ROWS_BYTES // max(1, 4 * codes[0].shape[1]))
-                blocks = (self.read_rows(low, min(low + step, rows)) for low in range(0, rows, step))
-                raise _nonfinite(f"{origin}, {self.name},", nonfinite_rows(map(self.decode, blocks)))
-            return codes
-
-        return dataclasses.replace(self, read_rows=read_rows)
-
-    def _is_finite(self, codes: Codes) -> bool:
-        integers, scales, _ = codes
-        if not (is_finite(scales) and is_finite(integers)):
-            return False
-        # No code means more than 448, nor is a difference of two bytes larger.
-        in_range = not scales.numel() or float(scales.abs().max()) < torch.finfo(torch.float32).max / 2**9
-        return in_range or is_finite(self.decode(codes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,18 +35,20 @@ class Weight:
         dtype: The dtype that reading yields.
         read_rows: `(start, stop) -> tensor [stop - start, *shape[1:]]` on the CPU. Never caches.
         origin: Where the numbers come from, for error messages and manifests.
-        lattice: The codes that the numbers were made from, if the checkpoint holds such codes.
-        parts: What it was stacked from, if it was; each may have a lattice of its own.
+        encoded: The codes that the numbers were made from, if the checkpoint holds such codes.
         exact: What it was before it was converted to another dtype, so that quantisation rounds only once.
+        part_of: The encoded matrix whose codes, scales or zero points it is, if it is one of those.
+        pick: `codes of some rows -> those rows of the part`; see `read_blocks`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read_rows: Callable[[int, int], torch.Tensor]
     origin: str
-    lattice: Lattice | None = None
-    parts: tuple[Weight, ...] = ()
+    encoded: Encoded | None = None
     exact: Weight | None = None
+    part_of: Encoded | None = None
+    pick: Callable[[Codes], torch.Tensor] | None = None
 
     @staticmethod
     def of(tensor: torch.Tensor, origin: str = "memory") -> Weight:
@@ -161,8 +82,41 @@ class Weight:
             dtype=first.dtype,
             read_rows=read_rows,
             origin=" + ".join(part.origin for part in parts),
-            parts=tuple(whole for part in parts for whole in part.parts or (part,)),
         )
+
+    @staticmethod
+    def parts_of(encoded: Encoded, origin: str) -> tuple[Weight, Weight, Weight | None]:
+        """Codes, scales and zero points of an encoded matrix, as `formats.quantized` lays them out; symmetric ones have
+        no zero points.
+        """
+        (rows, columns), number, bits = encoded.shape, encoded.number, BITS[encoded.number]
+        blocks, middle = columns // encoded.block, 2 ** (bits - 1)
+
+        def part(shape: tuple[int, ...], dtype: torch.dtype, pick: Callable[[Codes], torch.Tensor]) -> Weight:
+            return Weight(
+                shape=(rows, *shape),
+                dtype=dtype,
+                read_rows=lambda start, stop: pick(encoded.read_rows(start, stop)),
+                origin=origin,
+                part_of=encoded,
+                pick=pick,
+            )
+
+        def packed(parts: Codes) -> torch.Tensor:
+            codes = parts[0]
+            if codes.dtype == torch.int8:
+                codes = codes.view(torch.uint8) + middle
+            return pack(codes.view(len(codes), blocks, -1), number)
+
+        def packed_zeros(parts: Codes) -> torch.Tensor:
+            assert parts[2] is not None
+            return pack(parts[2], number)
+
+        code_dtype = FLOAT8 if number == "float8_e4m3fn" else torch.uint8
+        codes = part((blocks, encoded.block * bits // 8), code_dtype, packed)
+        scales = part((blocks,), torch.float32, lambda parts: parts[1])
+        zeros = None if encoded.symmetric else part((-(-blocks * bits // 8),), torch.uint8, packed_zeros)
+        return codes, scales, zeros
 
     @property
     def bytes(self) -> int:
@@ -197,11 +151,14 @@ class Weight:
             row_shape: Trailing shape of the result; by default unchanged.
             dtype: Dtype of the result; by default unchanged.
         """
+        pick = self.pick
         return Weight(
             shape=(*self.shape[:1], *(self.shape[1:] if row_shape is None else row_shape)),
             dtype=dtype or self.dtype,
             read_rows=lambda start, stop: function(self.read_rows(start, stop)),
             origin=self.origin,
+            part_of=self.part_of,
+            pick=None if pick is None else lambda codes: function(pick(codes)),
         )
 
     def reorder_rows(self, order: Sequence[int]) -> Weight:
@@ -212,10 +169,10 @@ class Weight:
         """
 
         def read_rows(start: int, stop: int) -> torch.Tensor:
-            low, high, index = _reordered(order, start, stop)
+            low, high, index = reordered(order, start, stop)
             return self.read_rows(low, high)[index]
 
-        return dataclasses.replace(self, read_rows=read_rows, lattice=self.lattice and self.lattice.reorder_rows(order))
+        return dataclasses.replace(self, read_rows=read_rows, encoded=self.encoded and self.encoded.reorder_rows(order))
 
     def refuse_nonfinite(self) -> Weight:
         """The same weight; reading rows, or codes, that are NaN or infinite raises `CheckpointError`.
@@ -226,11 +183,11 @@ class Weight:
         def read_rows(start: int, stop: int) -> torch.Tensor:
             rows = self.read_rows(start, stop)
             if not is_finite(rows):
-                raise _nonfinite(self.origin, nonfinite_rows(self.blocks()))
+                raise nonfinite(self.origin, nonfinite_rows(self.blocks()))
             return rows
 
-        lattice = self.lattice and self.lattice.refuse_nonfinite(self.origin, self.shape[0])
-        return dataclasses.replace(self, read_rows=read_rows, lattice=lattice)
+        encoded = self.encoded and self.encoded.refuse_nonfinite(self.origin)
+        return dataclasses.replace(self, read_rows=read_rows, encoded=encoded)
 
     def refuse_difference(self, copy: Weight) -> Weight:
         """The same weight; reading rows, or their codes, in which a copy of it differs raises `CheckpointError`.
@@ -252,28 +209,23 @@ class Weight:
                     )
             return rows
 
-        lattice = self.lattice
-        if lattice is not None:
-            read_codes = lattice.read_rows
+        encoded = self.encoded
+        if encoded is not None:
+            read_codes = encoded.read_rows
 
             def read_checked(start: int, stop: int) -> Codes:
                 read_rows(start, stop)
                 return read_codes(start, stop)
 
-            lattice = dataclasses.replace(lattice, read_rows=read_checked)
-        return dataclasses.replace(self, read_rows=read_rows, lattice=lattice)
+            encoded = dataclasses.replace(encoded, read_rows=read_checked)
+        return dataclasses.replace(self, read_rows=read_rows, encoded=encoded)
 
     def to(self, dtype: torch.dtype) -> Weight:
         """The same numbers in another dtype; reading one that the dtype cannot hold raises `RangeError`."""
         if dtype == self.dtype:
             return self
-        parts = tuple(part.to(dtype) for part in self.parts)
-        return dataclasses.replace(
-            self.map_rows(self._narrowed(dtype), dtype=dtype),
-            lattice=self.lattice,
-            parts=parts,
-            exact=self.exact or self,
-        )
+        narrow = self.map_rows(self._narrowed(dtype), dtype=dtype)
+        return dataclasses.replace(narrow, encoded=self.encoded, exact=self.exact or self)
 
     def _narrowed(self, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
         def convert(rows: torch.Tensor) -> torch.Tensor:
@@ -290,15 +242,39 @@ class Weight:
         return convert
 
 
-def _reordered(order: Sequence[int], start: int, stop: int) -> tuple[int, int, torch.Tensor]:
-    """Rows to read for the reordered rows [start, stop), and where each of these stands among them."""
-    group = len(order)
-    low, high = start // group * group, -(-stop // group) * group
-    rows = torch.arange(start, stop)
-    return low, high, rows // group * group + torch.tensor(order)[rows % group] - low
+Key = TypeVar("Key")
 
 
-def _nonfinite(origin: str, rows: str) -> CheckpointError:
-    return CheckpointError(
-        f"{origin} holds numbers that are not finite in {rows}: fetch the checkpoint again or mend it"
-    )
+def read_blocks(weights: Mapping[Key, Weight]) -> Iterator[tuple[Key, int, torch.Tensor]]:
+    """All rows of some weights, in blocks: which weight, the first row of the block, and the block.
+
+    Parts of one encoded matrix come from one pass over it, so that its rows are read and rounded once.
+    """
+    parts: dict[int, list[Key]] = {}
+    for key, weight in weights.items():
+        if weight.part_of is not None:
+            parts.setdefault(id(weight.part_of), []).append(key)
+    for key, weight in weights.items():
+        if weight.part_of is None:
+            start = 0
+            for block in weight.blocks():
+                yield key, start, block
+                start += len(block) if block.dim() else 1
+            continue
+        keys = parts.pop(id(weight.part_of), ())
+        for start, codes in weight.part_of.blocks() if keys else ():
+            for part in keys:
+                pick = weights[part].pick
+                assert pick is not None
+                yield part, start, pick(codes)
+
+
+def read_all(weights: Mapping[Key, Weight]) -> dict[Key, torch.Tensor]:
+    """Weights as whole tensors; see `read_blocks`."""
+    tensors = {
+        key: weight.read() if weight.part_of is None else torch.empty(weight.shape, dtype=weight.dtype)
+        for key, weight in weights.items()
+    }
+    for key, start, block in read_blocks({key: weights[key] for key in weights if weights[key].part_of is not None}):
+        tensors[key][start : start + len(block)] = block
+    return tensors

@@ -4,7 +4,7 @@ Precondition: `ShareEmbedding` has run, if it is in the list.
 Rewrite: every weight that a linear or an embedding reads, and the scheme covers, goes through
 `transom.fake_quantize`, once for all who read it. Scales (and zero points) become weights of the graph, NAME.divisors
 and NAME.zero_points, which can be trained.
-Skips: linears with a bias, as `ConvertQuantized` does.
+Skips: weights that the scheme leaves out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.conversion import spec_of
-from transom.passes.convert_quantized import is_quantizable, scheme_spec
+from transom.passes.convert_quantized import scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 
 
@@ -57,9 +57,6 @@ class FakeQuantize(Pass):
             if spec is None:
                 continue
             spec = spec_of(*named_weight, spec, as_shipped=self.scheme.as_shipped)
-            if not is_quantizable(node):
-                self.skipped.append(f"{named_weight[0]}: linears with a bias are not quantised")
-                continue
             if table not in rounded:
                 self.specs[named_weight[0]] = spec
                 grid = self._grid(graph, *named_weight, spec)

@@ -1,50 +1,48 @@
 """PackProjections: query, key and value projections of one input become one linear and a split.
 
-Precondition: `Canonicalize` has run, and `FuseGatedMLP` if it is in the list.
-Rewrite: two or more bias-free linears that read the same value, in the order in which they are traced.
-Skips: linears with a bias, and weights that are shared with another use (a tied head).
+Precondition: `Canonicalize` has run, and `ConvertQuantized` and `FuseGatedMLP` if they are in the list.
+Rewrite: two or more linears that read the same value, in the order in which they are traced; of quantised ones the
+codes are stacked.
+Skips: linears with a bias, unless they are quantised, as then it is added afterwards; matrices that are shared with
+another use (a tied head); codes that no format holds together, which are reported.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
+from transom.passes.linears import matrix_of, split, stack
 
 
 class PackProjections(Pass):
     """One linear for projections of the same input."""
 
-    after = (Canonicalize, FuseGatedMLP)
+    after = (Canonicalize, ConvertQuantized, FuseGatedMLP)
 
     def rewrite(self, graph: Graph) -> int:
         """Pack every group of projections."""
-        groups: dict[Node, list[Node]] = defaultdict(list)
-        for node in graph.calls(aten.linear.default):
-            if len(node.args) == 2 and graph.weight_of(node.args[1]) and len(node.args[1].users) == 1:
-                groups[node.args[0]].append(node)
-        packs = [group for group in groups.values() if len(group) > 1]
-        for group in packs:
-            _pack(graph, group)
-        return len(packs)
-
-
-def _pack(graph: Graph, group: list[Node]) -> None:
-    named_weights = [graph.weight_of(node.args[1]) for node in group]
-    names, weights = [item[0] for item in named_weights if item], [item[1] for item in named_weights if item]
-    name = names[0].replace("q_proj", "qkv_proj") if "q_proj" in names[0] else names[0] + ".packed"
-    packed = graph.add_weight(name, Weight.concat(weights))
-    first = group[0]
-    with graph.fx.inserting_before(first):
-        linear = graph.call(aten.linear.default, (first.args[0], packed), first)
-        split = graph.call(aten.split_with_sizes.default, (linear, [weight.shape[0] for weight in weights], -1), first)
-        pieces = [graph.call(operator.getitem, (split, index), old) for index, old in enumerate(group)]
-    for old, new in zip(group, pieces, strict=True):
-        old.replace_all_uses_with(new)
+        groups: dict[tuple[Node, object], list[Node]] = defaultdict(list)
+        for node in graph.calls(aten.linear.default, ops.LINEAR_QUANTIZED):
+            if matrix_of(graph, node) and len(node.args[1].users) == 1:
+                groups[node.args[0], node.target].append(node)
+        changes = 0
+        for group in groups.values():
+            names = [named[0] for node in group if (named := matrix_of(graph, node))]
+            if len(group) < 2:
+                continue
+            name = names[0].replace("q_proj", "qkv_proj") if "q_proj" in names[0] else f"{names[0]}.packed"
+            linear = stack(graph, group, name)
+            if linear is None:
+                self.skipped.append(f"{', '.join(names)}: no format holds the codes of all")
+                continue
+            split(graph, linear, group)
+            changes += 1
+        return changes

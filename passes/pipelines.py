@@ -29,12 +29,12 @@ def _onnxruntime(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseCacheWrites(),
         FuseNorms(),
         FuseRotary(),
-        FuseGatedMLP(),
-        PackProjections(),
         SelectLogits(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),
+        FuseGatedMLP(),
+        PackProjections(),
         FuseCachedAttention(),
         FuseAddNorms(),
     ]
@@ -48,12 +48,12 @@ def _onnx(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseCacheWrites(),
         FuseNorms(),
         FuseRotary(),
-        FuseGatedMLP(),
-        PackProjections(),
         SelectLogits(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),
+        FuseGatedMLP(),
+        PackProjections(),
     ]
 
 
@@ -82,14 +82,14 @@ def _tvm(chunk: int, scheme: Scheme) -> list[Pass]:
         FuseCacheWrites(),
         FuseNorms(),
         FuseRotary(),
-        FuseGatedMLP(),
-        PackProjections(),
         SelectLogits(),
         # Fused first: then a window of slots is enough for chunks of any length.
         FuseCachedAttention(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),
+        FuseGatedMLP(),
+        PackProjections(),
         FuseAddNorms(),
     ]
 

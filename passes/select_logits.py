@@ -16,7 +16,6 @@ from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 
 # Operations that treat every position by itself, with the arguments that carry positions.
@@ -27,16 +26,17 @@ _BY_POSITION: dict[Any, tuple[int, ...]] = {
     aten.div.Tensor: (0, 1),
     aten.tanh.default: (0,),
     aten.gelu.default: (0,),
+    aten.silu.default: (0,),
     aten.to.dtype: (0,),
     ops.RMS_NORM: (0,),
-    ops.GATED_GELU: (0,),
+    ops.GATED: (0,),
 }
 
 
 class SelectLogits(Pass):
     """Move the selection of positions towards the input."""
 
-    after = (Canonicalize, FuseNorms, FuseGatedMLP)
+    after = (Canonicalize, FuseNorms)
 
     def rewrite(self, graph: Graph) -> int:
         """Hoist the selection step by step; counts the operations that it passed."""
@@ -56,7 +56,7 @@ class SelectLogits(Pass):
                         chosen = _select(graph, operand, select.args[2])
                         args[position] = chosen
                         inner.append(chosen)
-                moved = graph.call(source.target, tuple(args), source)
+                moved = graph.call(source.target, tuple(args), source, source.kwargs)
             select.replace_all_uses_with(moved)
             graph.fx.erase_node(select)
             graph.fx.erase_node(source)
@@ -66,7 +66,7 @@ class SelectLogits(Pass):
 
 
 def _movable(source: Any, select: Node) -> bool:
-    if not is_call(source, *_BY_POSITION) or source.kwargs or source.meta["val"].dim() != 3:
+    if not is_call(source, *_BY_POSITION) or source.meta["val"].dim() != 3:
         return False
     # What broadcasts over positions must do so visibly: a matrix [T, D] could be either.
     operands = [source.args[position] for position in _BY_POSITION[source.target]]

@@ -19,6 +19,7 @@ from transom.compiler import trace_model
 from transom.graphs.check import check
 from transom.graphs.graph import Graph
 from transom.graphs.trace import Task
+from transom.graphs.weight import read_all
 from transom.passes.base import Pass, PassRecord, Pipeline
 from transom.zoo.model import Model
 
@@ -134,6 +135,7 @@ def export(module: torch.nn.Module, *inputs: Any, dynamic_shapes: Any = None) ->
 def run_graph(graph: Graph, *inputs: Any) -> list[torch.Tensor]:
     """Run a graph node by node on the tensors that a caller passes."""
     given, weights = iter(inputs), graph.weight_names()
-    values = [graph.weights[weights[n]].read() if n in weights else next(given) for n in graph.placeholders()]
+    tensors = read_all(graph.weights)
+    values = [tensors[weights[n]] if n in weights else next(given) for n in graph.placeholders()]
     with torch.no_grad():
         return list(torch.fx.Interpreter(graph.module).run(*values))

@@ -78,7 +78,7 @@ def calibrate(
 
 
 def _record(name: str, weight: Weight, spec: QuantSpec) -> Conversion:
-    source = weight.lattice.name if weight.lattice else ""
+    source = weight.encoded.name if weight.encoded else ""
     return Conversion(weight=name, number=spec.number, block=spec.group(weight.shape[1]), source=source, kept=False)
 
 

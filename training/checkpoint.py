@@ -12,13 +12,13 @@ import torch
 
 from transom.backends.folder import ARTIFACT, Kind
 from transom.errors import ArtifactError, CheckpointError
-from transom.formats.quantized import dequantize, pack
 from transom.formats.rounding import Rounded, split_groups
 from transom.formats.schemes import QuantSpec
+from transom.graphs.encoded import Codes, Encoded, codes_of
 from transom.graphs.graph import Graph
-from transom.graphs.weight import Codes, Lattice, Weight
+from transom.graphs.weight import Weight
 from transom.zoo.checkpoints import safetensors_writer
-from transom.zoo.checkpoints.lattice import LATTICE
+from transom.zoo.checkpoints.codes import CODES_FILE
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.checkpoints.safetensors import read_entries
 from transom.zoo.companions import COMPANIONS, write_companions
@@ -27,14 +27,16 @@ from transom.zoo.model import Model
 REPORT = "training.json"
 """How a checkpoint was trained."""
 
-_WRITTEN = frozenset({LATTICE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS})
+_WRITTEN = frozenset(
+    {CODES_FILE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS}
+)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
     """What `write_quantized` and a training run write; the artifacts of a run are folders in it."""
     try:
-        _, metadata = read_entries(folder / LATTICE)
+        _, metadata = read_entries(folder / CODES_FILE)
     except (OSError, CheckpointError):
         return None
     if not {"scheme", "specs"} <= metadata.keys():
@@ -48,7 +50,7 @@ def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
     return frozenset(names)
 
 
-CHECKPOINT = Kind(title=f"a checkpoint that transom wrote ({LATTICE})", files=_files_of_checkpoint)
+CHECKPOINT = Kind(title=f"a checkpoint that transom wrote ({CODES_FILE})", files=_files_of_checkpoint)
 
 
 def check_apart(out: Path, model: Model) -> None:
@@ -66,33 +68,23 @@ def with_codes(weight: Weight, spec: QuantSpec, rounded: Rounded) -> Weight:
         spec: Its spec.
         rounded: Codes of the spec's groups.
     """
-    columns = weight.shape[1]
-    rounded = split_groups(rounded, spec, columns)
-    packed, scales = pack(rounded.codes, spec.number), rounded.scales
-    zeros = None if rounded.zero_points is None else pack(rounded.zero_points, spec.number)
-    middle = 2 ** (spec.bits - 1)
+    codes, scales, zeros = codes_of(split_groups(rounded, spec, weight.shape[1]), spec)
 
     def read_codes(start: int, stop: int) -> Codes:
-        codes = rounded.codes[start:stop].flatten(1)
-        if spec.is_integer and spec.symmetric:
-            codes = (codes.to(torch.int16) - middle).to(torch.int8)
-        return codes, scales[start:stop], None if rounded.zero_points is None else rounded.zero_points[start:stop]
+        return codes[start:stop], scales[start:stop], None if zeros is None else zeros[start:stop]
+
+    return _decoded(weight, Encoded.of(spec, weight.shape, read_codes), carries=True)
+
+
+def _decoded(weight: Weight, encoded: Encoded, *, carries: bool) -> Weight:
+    """A weight with the numbers of codes; what it was before, in another dtype, is not what it is now."""
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
-        part = None if zeros is None else zeros[start:stop]
-        return dequantize(packed[start:stop], scales[start:stop], part, spec.number)
+        return encoded.decode(encoded.read_rows(start, stop))
 
-    lattice = Lattice(
-        name=spec.describe(),
-        number=spec.number,
-        bits=spec.bits,
-        block=spec.stored_block(columns),
-        symmetric=spec.symmetric,
-        scale_dtype=spec.scale_dtype,
-        read_rows=read_codes,
+    return dataclasses.replace(
+        weight, dtype=torch.float32, read_rows=read_rows, encoded=encoded if carries else None, exact=None
     )
-    # What it was before, exactly or in parts, is not what it is now.
-    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=lattice, exact=None, parts=())
 
 
 def write_quantized(
@@ -118,21 +110,14 @@ def write_quantized(
     parts = {f"{name}.{suffix}" for name in specs for suffix in suffixes}
     safetensors_writer.write(
         {name: weight for name, weight in graph.weights.items() if name in parts},
-        folder / LATTICE,
+        folder / CODES_FILE,
         metadata={"scheme": quant, "specs": json.dumps({name: spec.key for name, spec in specs.items()})},
         on_bytes=on_bytes,
     )
-    dequantized = {name: _dequantized(graph, name, model.weights[name], spec) for name, spec in specs.items()}
+    dequantized = {}
+    for name in specs:
+        encoded = graph.weights[f"{name}.codes"].part_of
+        assert encoded is not None, f"{name} was not encoded"
+        dequantized[name] = _decoded(model.weights[name], encoded, carries=False)
     write_checkpoint(folder, model.config, {**model.weights, **dequantized}, dtype=None)
     write_companions(model, folder)
-
-
-def _dequantized(graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> Weight:
-    codes, scales = graph.weights[f"{name}.codes"], graph.weights[f"{name}.scales"]
-    zeros = graph.weights.get(f"{name}.zero_points")
-
-    def read_rows(start: int, stop: int) -> torch.Tensor:
-        part = None if zeros is None else zeros.read_rows(start, stop)
-        return dequantize(codes.read_rows(start, stop), scales.read_rows(start, stop), part, spec.number)
-
-    return dataclasses.replace(weight, dtype=torch.float32, read_rows=read_rows, lattice=None, exact=None, parts=())

@@ -104,9 +104,8 @@ class QatRun:
             on_progress=lambda done, total: on_progress("calibrate", done, total),
         )
         for name, weight in rounded.items():
-            lattice = weight.lattice
-            assert lattice is not None
-            _, scales, zeros = lattice.read_rows(0, weight.shape[0])
+            assert weight.encoded is not None
+            _, scales, zeros = weight.encoded.read_rows(0, weight.shape[0])
             repeats = scales.shape[1] // parameters[f"{name}.divisors"].shape[1]
             parameters[f"{name}.divisors"] = scales[:, ::repeats].contiguous()
             if zeros is not None:

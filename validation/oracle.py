@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from transom.errors import InvariantError
-from transom.formats.quantized import dequantize
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
@@ -70,12 +69,10 @@ def round_weights(module: Decoder, graph: Graph, quant: str) -> None:
     graph, _ = passes.run(graph)
     rounded = {}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zero_points, number = node.args
-        if (named_codes := graph.weight_of(codes)) is None or (named_scales := graph.weight_of(scales)) is None:
+        named_codes = graph.weight_of(node.args[1])
+        if named_codes is None or named_codes[1].part_of is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
-        zeros = graph.weight_of(zero_points)
-        numbers = dequantize(named_codes[1].read(), named_scales[1].read(), zeros and zeros[1].read(), number)
-        rounded[named_codes[0].removesuffix(".codes")] = numbers
+        rounded[named_codes[0].removesuffix(".codes")] = named_codes[1].part_of.dequantized()
     # Assigned, not copied: a checkpoint's tensors may share memory with the module's.
     load_result = module.load_state_dict(rounded, assign=True, strict=False)
     if load_result.unexpected_keys:

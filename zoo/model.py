@@ -17,7 +17,7 @@ from transom.graphs.weight import Weight
 from transom.json_object import is_file
 from transom.wording import shortened
 from transom.zoo.architectures import architecture, build_empty, preset, presets
-from transom.zoo.checkpoints import gguf, lattice, safetensors
+from transom.zoo.checkpoints import codes, gguf, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
@@ -118,7 +118,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         )
     if isinstance(source, Path):
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
-        opened_weights, quant = lattice.attach(source, _checked(opened.weights))
+        opened_weights, quant = codes.attach(source, _checked(opened.weights))
         beside = (*left_out(source), *beside)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)

@@ -13,6 +13,7 @@ from transom.backends.artifact import CacheRecord, TapRecord
 from transom.backends.session import Float, Session, Tokenizer
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)
 from transom.graphs.graph import Graph
+from transom.graphs.weight import read_all
 
 
 def cache_records(graph: Graph) -> tuple[CacheRecord, ...]:
@@ -60,11 +61,9 @@ class ReferenceSession(Session):
             tokenizer=tokenizer,
         )
         self._interpreter = torch.fx.Interpreter(graph.module)
-        names, shared = graph.weight_names(), {}
-        for name, weight in graph.weights.items():
-            shared[name] = weight.read()
+        names, tensors = graph.weight_names(), read_all(graph.weights)
         self._inputs: list[torch.Tensor | None] = [
-            shared[names[placeholder]] if placeholder in names else None for placeholder in graph.placeholders()
+            tensors[names[placeholder]] if placeholder in names else None for placeholder in graph.placeholders()
         ]
         self._tensors: list[torch.Tensor] = []
         self._taps = [tap.name for tap in graph.taps]

@@ -1,4 +1,4 @@
-"""Quantised matrices in the layout of DequantizeLinear and MatMul, and plain ones in that of MatMul."""
+"""Quantised matrices in the layout of DequantizeLinear and MatMul."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from transom.errors import QuantizationError
 from transom.export.onnx.emitter import Emitter
-from transom.formats.quantized import block_of, pack, unpack
+from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
@@ -41,7 +41,7 @@ class Blocked:
         assert scales is not None
         names = [
             self._integers(self._codes, self.blocks * self.block),
-            self._emitter.initializer(f"{scales[0]}.transposed", transposed(self._convert_scales(scales[1]))),
+            self._emitter.initializer(f"{scales[0]}.transposed", self._convert_scales(scales[1]), transposed=True),
         ]
         if self._zero_points is not None:
             names.append(self._integers(self._zero_points, self.blocks))
@@ -59,28 +59,9 @@ class Blocked:
             # Subtracting the middle code, in two's complement.
             return codes - 2 ** (bits - 1) if signed else codes
 
-        plain = transposed(weight.map_rows(rows, row_shape=(columns,)))
-        if bits == 4:
-            if self.rows % 2:
-                raise QuantizationError(
-                    f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8"
-                )
-            plain = plain.map_rows(lambda part: pack(part & 15, number), row_shape=(self.rows // 2,))
+        if bits == 4 and self.rows % 2:
+            raise QuantizationError(f"{name}: an odd number of outputs does not pack into bytes of two codes: use int8")
         kinds = {(4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (8, True): TensorProto.INT8}
         kind = kinds.get((bits, signed), TensorProto.UINT8)
-        return self._emitter.initializer(f"{name}.transposed", plain, kind)
-
-
-def transposed(weight: Weight) -> Weight:
-    """A matrix [N, K] as [K, N], read in strips of columns so that no block is larger than the strip asked for."""
-    rows, columns = weight.shape
-
-    def read_rows(first: int, last: int) -> torch.Tensor:
-        strip = torch.empty(last - first, rows, dtype=weight.dtype)
-        position = 0
-        for block in weight.blocks():
-            strip[:, position : position + block.shape[0]] = block[:, first:last].T
-            position += block.shape[0]
-        return strip
-
-    return Weight(shape=(columns, rows), dtype=weight.dtype, read_rows=read_rows, origin=weight.origin)
+        plain = weight.map_rows(rows, row_shape=(columns,))
+        return self._emitter.initializer(f"{name}.transposed", plain, kind, transposed=True)

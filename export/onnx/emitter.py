@@ -21,10 +21,11 @@ from onnx import TensorProto, helper
 from transom.backends.artifact import MODEL_FILE
 from transom.errors import UnsupportedOpsError
 from transom.export.lowering import require_supported
+from transom.formats.quantized import pack
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
-from transom.graphs.weight import Weight
+from transom.graphs.weight import Weight, read_blocks
 
 ALIGNMENT = 4096
 """Offset of every tensor in the data file, in bytes: a page, so that a runtime can map it."""
@@ -71,8 +72,30 @@ class Dialect:
     widens: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a weight is to be written.
+
+    Attributes:
+        weight: What is written.
+        offset: In the data file; None if it stays in the model file.
+        transposed: Whether the matrix is written [K, N], with codes of 4 bits packed along N.
+        packs: Whether it is such a one.
+    """
+
+    weight: Weight
+    offset: int | None
+    transposed: bool
+    packs: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.weight.bytes // (2 if self.packs else 1)
+
+
 class Emitter:
-    """State of one export: the nodes so far, and the data file that weights stream into.
+    """State of one export: the nodes so far, and where weights will stand in the data file.
 
     Args:
         graph: What to lower.
@@ -94,7 +117,8 @@ class Emitter:
         self.graph, self.dialect, self._fixed = graph, dialect, fixed or {}
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
-        self._data, self._on_bytes = data, on_bytes
+        self._data, self._on_bytes, self._end = data, on_bytes, 0
+        self._places: dict[str, _Place] = {}
         self._names: dict[Node, Any] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -132,6 +156,7 @@ class Emitter:
             value, wide = self._result(self.value(node), node.meta["val"])
             self._rename(self.op("Identity", value) if wide is node.meta["val"] else value, tap.name)
             outputs.append(self._describe(tap.name, wide))
+        self._write_weights()
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self.dialect.opset)]
         opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]
@@ -146,7 +171,7 @@ class Emitter:
         return self.op("Cast", value, to=TensorProto.FLOAT), like.to(torch.float32)
 
     def value(self, node: Any) -> str:
-        """Name of a node's value; weights are written when they are first asked for."""
+        """Name of a node's value; weights get a place when they are first asked for."""
         if isinstance(node, (int, float)):
             raise TypeError(f"{node} is a number: use constant()")
         if node in self.flat and self._names.get(node) is None:
@@ -200,7 +225,7 @@ class Emitter:
             shared: Whether equal constants may be one.
         """
         tensor = torch.as_tensor(value).to(dtype)
-        raw = _bytes(tensor)
+        raw = bytes(_bytes(tensor))
 
         def make() -> str:
             name = f"constant_{len(self._initializers)}"
@@ -215,37 +240,64 @@ class Emitter:
         self._initializers[name] = helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
         return name
 
-    def initializer(self, name: str, weight: Weight, element_type: int | None = None) -> str:
-        """Write a weight and return its name.
+    def initializer(
+        self, name: str, weight: Weight, element_type: int | None = None, *, transposed: bool = False
+    ) -> str:
+        """Name of a weight, which is written when everything has been lowered.
 
         Args:
             name: Its name in the model.
-            weight: What to write. A 4-bit tensor is a `weight` of bytes whose last axis is half as long.
-            element_type: ONNX type, if it is not that of the weight's dtype.
+            weight: What to write.
+            element_type: ONNX type, if it is not that of the weight's dtype. Of a 4-bit one, `weight` holds bytes of
+                two codes; if it is transposed, a code a byte.
+            transposed: Whether to write a matrix [N, K] as [K, N].
         """
         if name in self._initializers:
             return name
         kind = element_type or ELEMENT_TYPES[weight.dtype]
-        shape = list(weight.shape)
-        if kind in (TensorProto.INT4, TensorProto.UINT4):
+        narrow, shape = kind in (TensorProto.INT4, TensorProto.UINT4), list(weight.shape)
+        if transposed:
+            shape.reverse()
+        elif narrow:
             shape[-1] *= 2
-        if weight.bytes <= INLINE_BYTES:
-            raw = _bytes(weight.read())
-            self._on_bytes(len(raw))
-            self._initializers[name] = helper.make_tensor(name, kind, shape, raw, raw=True)
-            return name
-        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
-        offset = self._data.tell()
-        for block in weight.blocks():
-            raw = _bytes(block)
-            self._data.write(raw)
-            self._on_bytes(len(raw))
-        proto = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-        entries = (("location", DATA_FILE), ("offset", offset), ("length", self._data.tell() - offset))
-        for key, entry in entries:
-            proto.external_data.add(key=key, value=str(entry))
-        self._initializers[name] = proto
+        proto = TensorProto(name=name, data_type=kind, dims=shape)
+        place = _Place(weight=weight, offset=None, transposed=transposed, packs=transposed and narrow)
+        if place.size > INLINE_BYTES:
+            offset = self._end + -self._end % ALIGNMENT
+            place, self._end = dataclasses.replace(place, offset=offset), offset + place.size
+            proto.data_location = TensorProto.EXTERNAL
+            for key, entry in (("location", DATA_FILE), ("offset", offset), ("length", place.size)):
+                proto.external_data.add(key=key, value=str(entry))
+        self._initializers[name], self._places[name] = proto, place
         return name
+
+    def _write_weights(self) -> None:
+        """Write every weight to its place. What is transposed is written in strips, so that it is read only once."""
+        inline = {name: bytearray(place.size) for name, place in self._places.items() if place.offset is None}
+        for name, start, block in read_blocks({name: place.weight for name, place in self._places.items()}):
+            place = self._places[name]
+            rows = place.weight.shape[0] if block.dim() else 1
+            lines, line, first = 1, place.size, place.size // max(1, rows) * start
+            if place.transposed:
+                block = block.T
+                block = pack(block & 15, "int4") if place.packs else block.contiguous()
+                lines = place.weight.shape[1]
+                line = place.size // lines
+                first = line * start // rows
+            raw = _bytes(block)
+            step = len(raw) // lines
+            if step == line:
+                lines, step = 1, len(raw)
+            for index in range(lines):
+                position, piece = index * line + first, raw[index * step : (index + 1) * step]
+                if place.offset is None:
+                    inline[name][position : position + len(piece)] = piece
+                else:
+                    self._data.seek(place.offset + position)
+                    self._data.write(piece)
+            self._on_bytes(len(raw))
+        for name, content in inline.items():
+            self._initializers[name].raw_data = bytes(content)
 
     def size(self, symbol: Any) -> str:
         """An int64 vector [1] with one size: a number, or a symbol that some input's shape holds."""
@@ -290,11 +342,8 @@ class Emitter:
             node.output[:] = [new if name == old else name for name in node.output]
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.contiguous()
-    if tensor.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
-        return tensor.numpy().tobytes()
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def write(

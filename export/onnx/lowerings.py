@@ -59,7 +59,12 @@ for _target, _kind in (
     (aten.div.Tensor, "Div"),
 ):
     SHARED.lowers(_target)(_binary(_kind))
-for _target, _kind in ((aten.cos.default, "Cos"), (aten.sin.default, "Sin"), (aten.tanh.default, "Tanh")):
+for _target, _kind in (
+    (aten.cos.default, "Cos"),
+    (aten.sin.default, "Sin"),
+    (aten.tanh.default, "Tanh"),
+    (aten.sigmoid.default, "Sigmoid"),
+):
     SHARED.lowers(_target)(_unary(_kind))
 
 
@@ -129,12 +134,30 @@ def _index_select(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Gather", emitter.value(source), emitter.value(index), axis=axis))
 
 
-@SHARED.lowers(ops.GATED_GELU)
-def _gated_gelu(emitter: Emitter, node: Node) -> str:
+def activate(emitter: Emitter, x: str, activation: str) -> str:
+    """An activation of `ops.ACTIVATIONS`."""
+    if activation == "silu":
+        return str(emitter.op("Mul", x, emitter.op("Sigmoid", x)))
+    return str(emitter.op("Gelu", x, approximate="tanh" if activation == "gelu_tanh" else "none"))
+
+
+@SHARED.lowers(aten.gelu.default)
+def _gelu(emitter: Emitter, node: Node) -> str:
+    approximate = node.kwargs.get("approximate", "none")
+    return activate(emitter, emitter.value(node.args[0]), "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+@SHARED.lowers(aten.silu.default)
+def _silu(emitter: Emitter, node: Node) -> str:
+    return activate(emitter, emitter.value(node.args[0]), "silu")
+
+
+@SHARED.lowers(ops.GATED)
+def _gated(emitter: Emitter, node: Node) -> str:
     width = int(node.meta["val"].shape[-1])
     packed, sizes = emitter.value(node.args[0]), emitter.constant(np.array([width, width]))
     gate, up = emitter.op("Split", packed, sizes, outputs=2, axis=-1)
-    return str(emitter.op("Mul", emitter.op("Gelu", gate, approximate="tanh"), up))
+    return str(emitter.op("Mul", activate(emitter, gate, node.args[1]), up))
 
 
 @SHARED.lowers(ops.ROTARY)

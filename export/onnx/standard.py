@@ -13,7 +13,7 @@ import numpy as np
 
 from transom.errors import QuantizationError
 from transom.export.lowering import Table
-from transom.export.onnx.blocked import Blocked, transposed
+from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
@@ -47,7 +47,7 @@ def _linear(emitter: Emitter, node: Node) -> str:
         product = emitter.op("Reshape", product, shape, allowzero=1)
     else:
         name, weight = named_weight
-        table_name = emitter.initializer(f"{name}.transposed", transposed(weight))
+        table_name = emitter.initializer(f"{name}.transposed", weight, transposed=True)
         product = emitter.op("MatMul", emitter.value(x), table_name)
     return add_bias(emitter, node, product)
 

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from transom.errors import QuantizationError
 from transom.export.lowering import Table
-from transom.export.onnx.blocked import Blocked, transposed
+from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.lowerings import SHARED, add_bias, cast, new_positions, start
 from transom.formats.quantized import block_of
@@ -46,7 +46,7 @@ def _linear(emitter: Emitter, node: Node) -> str:
         matrix = emitter.op("Transpose", emitter.value(table), perm=[1, 0])
     else:
         name, weight = named_weight
-        matrix = emitter.initializer(f"{name}.transposed", transposed(weight))
+        matrix = emitter.initializer(f"{name}.transposed", weight, transposed=True)
     return add_bias(emitter, node, emitter.op("MatMul", emitter.value(x), matrix))
 
 
@@ -60,7 +60,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
     if number == "float8_e4m3fn":
         name, weight = _named_weight(emitter, codes)
         parts = [
-            emitter.initializer(f"{name}.transposed", transposed(_bytes(weight)), TensorProto.FLOAT8E4M3FN),
+            emitter.initializer(f"{name}.transposed", _bytes(weight), TensorProto.FLOAT8E4M3FN, transposed=True),
             _row_scales(emitter, scales, dtype),
         ]
         matrix = emitter.op("DequantizeLinear", *parts, axis=1)

@@ -63,8 +63,20 @@ def _unary(operation: Any) -> Any:
     return lower
 
 
-for _target, _operation in ((aten.cos.default, relax.op.cos), (aten.sin.default, relax.op.sin)):
+for _target, _operation in (
+    (aten.cos.default, relax.op.cos),
+    (aten.sin.default, relax.op.sin),
+    (aten.tanh.default, relax.op.tanh),
+    (aten.sigmoid.default, relax.op.sigmoid),
+    (aten.silu.default, relax.op.nn.silu),
+):
     TABLE.lowers(_target)(_unary(_operation))
+
+
+@TABLE.lowers(aten.gelu.default)
+def _gelu(emitter: Emitter, node: Node) -> Any:
+    tanh = node.kwargs.get("approximate") == "tanh"
+    return _unary(relax.op.nn.gelu_tanh if tanh else relax.op.nn.gelu)(emitter, node)
 
 
 @TABLE.lowers(aten.to.dtype, aten._to_copy.default)
@@ -217,13 +229,14 @@ def _rotary(emitter: Emitter, node: Node) -> Any:
     return result
 
 
-@TABLE.lowers(ops.GATED_GELU)
-def _gated_gelu(emitter: Emitter, node: Node) -> Any:
+@TABLE.lowers(ops.GATED)
+def _gated(emitter: Emitter, node: Node) -> Any:
+    packed, activation = node.args
     k, single = emitter.width(node), emitter.is_single(node)
     (result,) = emitter.call(
-        ("gated_gelu", k, single),
-        lambda: rows.gated_gelu(k, emitter.tile, single=single),
-        (emitter.value(node.args[0]),),
+        ("gated", k, activation, single),
+        lambda: rows.gated(k, activation, emitter.tile, single=single),
+        (emitter.value(packed),),
         emitter.shape(node),
     )
     return result

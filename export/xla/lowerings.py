@@ -69,6 +69,8 @@ for _target, _function in (
     (aten.cos.default, jnp.cos),
     (aten.sin.default, jnp.sin),
     (aten.tanh.default, jnp.tanh),
+    (aten.sigmoid.default, jax.nn.sigmoid),
+    (aten.silu.default, jax.nn.silu),
 ):
     TABLE.lowers(_target)(_rounded_once(_function))
 for _target, _plain in (

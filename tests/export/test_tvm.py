@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import struct
 import sys
@@ -213,9 +214,9 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
     close(found, ops.rotary(x[None], cos, sin, False).view(m, -1))
     packed = torch.randn(m, 2 * h) * 8
     packed[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -1e-30])
-    for single in {False, m == 1}:
-        found, _ = run(rows.gated_gelu(h, tile, single=single), packed, out=(m, h))
-        close(found, ops.gated_gelu(packed))
+    for single, activation in itertools.product({False, m == 1}, ops.ACTIVATIONS):
+        found, _ = run(rows.gated(h, activation, tile, single=single), packed, out=(m, h))
+        close(found, ops.gated(packed, activation))
     index = torch.tensor([m - 1, 0])
     found, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
     assert torch.equal(found, wide[index])

@@ -68,7 +68,7 @@ def test_fake_shapes_are_real_shapes() -> None:
         (transom.add_rms_norm, (x, x, weight, 1e-6)),
         (transom.rotary, (x, table_TH, table_TH, False)),
         (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True)),
-        (transom.gated_gelu, (x,)),
+        *((transom.gated, (x, activation)) for activation in ops.ACTIVATIONS),
         (transom.write_cache, (cache, new.transpose(1, 2), start)),
         (transom.attention, (x.transpose(1, 2), cache, cache, start, 0.5, 4)),
         (transom.cached_attention, (x, new, new, cache, cache, start, 0.5, 4)),

@@ -235,7 +235,7 @@ def test_the_score_graph_is_tapped_too(scored: Graph) -> None:
     case = Case(graph=scored).run(AddTaps(), *pipeline("onnx", chunk=1, scheme=scheme("none")).passes)
     assert [(tap.name, tap.layer, tap.op) for tap in case.graph.taps] == SITES
     assert idle_taps(case.graph) == []
-    case.expect({ops.ATTENTION: 6, ops.RMS_NORM: 37, ops.ROTARY: 12, ops.GATED_GELU: 6})
+    case.expect({ops.ATTENTION: 6, ops.RMS_NORM: 37, ops.ROTARY: 12, ops.GATED: 6})
 
 
 def test_taps_are_plain_data(tapped: Graph) -> None:

@@ -25,10 +25,11 @@ from transom.formats.quantized import dequantize, pack, unpack
 from transom.formats.rounding import round_rows
 from transom.formats.schemes import BITS, SCHEMES, SPECS, Number, QuantSpec, Scheme, scheme
 from transom.graphs import ops
+from transom.graphs.encoded import Encoded
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.graphs.weight import Lattice, Weight
+from transom.graphs.weight import Weight
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import can_hold
@@ -107,12 +108,11 @@ def linears(**sizes: int) -> tuple[Graph, torch.Tensor]:
 def test_linears_become_codes(name: str) -> None:
     graph, x = linears()
     case = Case(graph=graph).run(Canonicalize(), ConvertQuantized(scheme(name)))
-    case.expect({ops.LINEAR_QUANTIZED: 1, aten.linear.default: 1}).expect_skipped("linears with a bias")
-    case.settled()
+    case.expect({ops.LINEAR_QUANTIZED: 2, aten.linear.default: 0}).settled()
     weight = graph.weights["first.weight"].read()
     fmt = scheme(name).of("first.weight")
     assert fmt is not None
-    expected = x @ rounded(weight, fmt).T[:, :8] + x @ graph.weights["second.weight"].read().T
+    expected = x @ rounded(weight, fmt).T[:, :8] + x @ rounded(graph.weights["second.weight"].read(), fmt).T
     expected += graph.weights["second.bias"].read()
     torch.testing.assert_close(run_graph(case.graph, x)[0], expected, atol=FP32_ATTENTION, rtol=0)
     held = {key: value for key, value in case.graph.weights.items() if key.startswith("first")}
@@ -162,7 +162,7 @@ def test_columns_that_blocks_do_not_divide_are_refused() -> None:
         Pipeline([ConvertQuantized(INT8)]).run(graph)
 
 
-def lattice_weight(rows: int, columns: int, bad: float | None = None) -> tuple[Weight, torch.Tensor, torch.Tensor]:
+def encoded_weight(rows: int, columns: int, bad: float | None = None) -> tuple[Weight, torch.Tensor, torch.Tensor]:
     codes = torch.randint(-128, 128, (rows, columns), generator=torch.Generator().manual_seed(3), dtype=torch.int8)
     scales = normal(4, rows, columns // 32).abs() / 100
     if bad is not None:
@@ -173,8 +173,9 @@ def lattice_weight(rows: int, columns: int, bad: float | None = None) -> tuple[W
         dtype=torch.float32,
         read_rows=lambda start, stop: numbers[start:stop],
         origin="codes",
-        lattice=Lattice(
+        encoded=Encoded(
             name="codes",
+            shape=(rows, columns),
             number="int8",
             bits=8,
             block=32,
@@ -186,10 +187,10 @@ def lattice_weight(rows: int, columns: int, bad: float | None = None) -> tuple[W
 
 
 def test_codes_of_the_checkpoint_are_kept() -> None:
-    """Also through packing, and although rounding again would choose other scales."""
+    """Although rounding again would choose other scales."""
     graph, _ = linears()
-    weight, codes, scales = lattice_weight(5000, 64)
-    graph.weights["first.weight"] = Weight.concat([weight]).to(torch.float32)
+    weight, codes, scales = encoded_weight(5000, 64)
+    graph.weights["first.weight"] = weight.to(torch.float16).to(torch.float32)
     quantized, _ = Pipeline([ConvertQuantized(INT8)]).run(graph)
     found = quantized.weights["first.weight.codes"].read()
     assert torch.equal(found.view(5000, 64).to(torch.int16) - 128, codes.to(torch.int16))
@@ -199,7 +200,7 @@ def test_codes_of_the_checkpoint_are_kept() -> None:
 
 def test_codes_on_another_grid_are_rounded() -> None:
     graph, _ = linears()
-    weight, _, _ = lattice_weight(5000, 64)
+    weight, _, _ = encoded_weight(5000, 64)
     graph.weights["first.weight"] = weight
     quantized, _ = Pipeline([ConvertQuantized(scheme("int4"))]).run(graph)
     codes, scales, zeros = (
@@ -211,7 +212,7 @@ def test_codes_on_another_grid_are_rounded() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scales_of_the_checkpoint_must_be_numbers(bad: float) -> None:
     graph, _ = linears()
-    graph.weights["first.weight"], _, _ = lattice_weight(5000, 64, bad)
+    graph.weights["first.weight"], _, _ = encoded_weight(5000, 64, bad)
     quantized, _ = Pipeline([ConvertQuantized(INT8)]).run(graph)
     with pytest.raises(QuantizationError, match=r"first\.weight"):
         quantized.weights["first.weight.codes"].read()
@@ -220,7 +221,7 @@ def test_scales_of_the_checkpoint_must_be_numbers(bad: float) -> None:
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_embedding_and_head_read_one_set_of_codes(name: str, scored: Graph, tiny: Model, text: list[int]) -> None:
     case = Case(graph=scored, model=tiny).run(
-        Canonicalize(), FuseGatedMLP(), PackProjections(), ConvertQuantized(scheme(name))
+        Canonicalize(), ConvertQuantized(scheme(name)), FuseGatedMLP(), PackProjections()
     )
     case.expect({ops.LINEAR_QUANTIZED: 25, ops.EMBEDDING_QUANTIZED: 1, aten.linear.default: 0}).settled()
     (embedding,) = case.graph.calls(ops.EMBEDDING_QUANTIZED)
@@ -295,7 +296,8 @@ def held_as(
         codes = codes.to(torch.uint8)
         plain = codes.float() - zeros.float().repeat_interleave(block, 1)
     numbers = plain * scales.repeat_interleave(block, 1)
-    lattice = Lattice(
+    encoded = Encoded(
+        shape=(rows, COLUMNS),
         name=f"{number}, {bits} bits in {block}{'' if symmetric else ' with zeros'}",
         number=number,
         bits=bits,
@@ -308,8 +310,8 @@ def held_as(
             None if zeros is None else zeros[start:stop],
         ),
     )
-    plain_weight = Weight.of(numbers, origin=lattice.name)
-    return dataclasses.replace(plain_weight, lattice=lattice)
+    plain_weight = Weight.of(numbers, origin=encoded.name)
+    return dataclasses.replace(plain_weight, encoded=encoded)
 
 
 KINDS = {
@@ -359,7 +361,9 @@ def as_scheme(spec: QuantSpec) -> Scheme:
 def only(weights: Mapping[str, Weight]) -> Graph:
     """A graph with one linear, whose weight is given."""
     ((name, weight),) = weights.items()
-    graph, _ = linears(columns=COLUMNS, rows=weight.shape[0])
+    module = nn.ModuleDict({"first": nn.Linear(COLUMNS, weight.shape[0], bias=False)})
+    module.forward = lambda x: module["first"](x)
+    graph = export(module, normal(1, 2, COLUMNS))
     graph.weights[name] = weight
     return graph
 
@@ -383,8 +387,8 @@ def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> No
     found, numbers = numbers_of(graph, node), weight.read()
     (record,) = convert.conversions
     assert (record.weight, record.number, record.block) == ("first.weight", spec.number, spec.group(COLUMNS))
-    assert record.source == weight.lattice.name  # type: ignore[union-attr]
-    assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.lattice, COLUMNS)  # type: ignore[arg-type]
+    assert record.source == weight.encoded.name  # type: ignore[union-attr]
+    assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.encoded)  # type: ignore[arg-type]
     error = (found - numbers).double()
     if record.kept:
         assert torch.equal(found, numbers) and record.error == record.max_abs == 0
@@ -406,14 +410,14 @@ def test_as_shipped_every_format_is_kept(kind: str) -> None:
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
     assert torch.equal(numbers_of(graph, node), weight.read())
     (record,) = convert.conversions
-    assert record.kept and record.number == weight.lattice.number  # type: ignore[union-attr]
+    assert record.kept and record.number == weight.encoded.number  # type: ignore[union-attr]
 
 
 def test_errors_are_counted_once_however_often_codes_are_read() -> None:
     convert = ConvertQuantized(scheme("int4_block128"))
     graph, _ = Pipeline([convert]).run(linears()[0])
     codes, weight = graph.weights["first.weight.codes"], linears()[0].weights["first.weight"].read()
-    (record,) = convert.conversions
+    record, _ = convert.conversions
     assert (record.source, record.kept, record.error) == ("", False, 0)
     for block in codes.blocks(limit=10_000):
         assert len(block)
@@ -425,11 +429,33 @@ def test_errors_are_counted_once_however_often_codes_are_read() -> None:
     assert record.error == pytest.approx(float(error.norm() / weight.double().norm()))
 
 
-# Stacked weights.
+# Packed projections: stacked codes.
 
 
-def stacked(*weights: Weight) -> Weight:
-    return Weight.concat(weights)
+class Projections(nn.Module):
+    """Projections of one input, of which the second has a bias."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(COLUMNS, 40, bias=index == 1) for index in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+def projections(*weights: Weight) -> Graph:
+    """Canonical, with these weights."""
+    torch.manual_seed(0)
+    graph, _ = Pipeline([Canonicalize()]).run(export(Projections(len(weights)), normal(1, 2, COLUMNS)))
+    graph.weights |= {f"parts.{index}.weight": weight for index, weight in enumerate(weights)}
+    return graph
+
+
+def packed(graph: Graph, name: str) -> tuple[Graph, ConvertQuantized, Case]:
+    """The graph quantised, and then packed."""
+    convert = ConvertQuantized(scheme(name))
+    quantized, _ = Pipeline([convert]).run(graph)
+    return quantized, convert, Case(graph=quantized).run(PackProjections())
 
 
 @pytest.mark.parametrize("name", ["as_shipped", "int8", "int4", "int4_block32", "int8_channel", "fp8_e4m3", "sfp8"])
@@ -448,53 +474,68 @@ def test_packing_changes_no_number(name: str, kinds: tuple[str | None, ...]) -> 
     # The parts are of very different sizes, and only the last does not fit SFP8 without a scale.
     plain = [Weight.of(normal(index, 40, COLUMNS) * 30**index / 100, "float") for index in range(3)]
     parts = [plain[index] if kind is None else KINDS[kind] for index, kind in enumerate(kinds)]
-    convert, alone = ConvertQuantized(scheme(name)), []
-    graph, _ = Pipeline([convert]).run(only({"first.weight": stacked(*parts)}))
-    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
-    found = numbers_of(graph, node)
-    for part in parts:
-        alone.append(ConvertQuantized(scheme(name)))
-        single, _ = Pipeline([alone[-1]]).run(only({"first.weight": part}))
-        (own,) = single.calls(ops.LINEAR_QUANTIZED)
-        expected, found = numbers_of(single, own), torch.cat((found[40:], found[:40]))
-        assert torch.equal(found[-40:], expected)
-    assert [record.weight for record in convert.conversions] == [
-        f"first.weight[{low}:{low + 40}]" for low in (0, 40, 80)
-    ]
-    for record, single_pass in zip(convert.conversions, alone, strict=True):
-        (expected_record,) = single_pass.conversions
-        assert dataclasses.replace(record, weight="first.weight") == expected_record
+    graph, convert, case = packed(projections(*parts), name)
+    apart = [numbers_of(graph, node) for node in graph.calls(ops.LINEAR_QUANTIZED)]
+    assert len(apart) == 3
+    for index, (part, numbers) in enumerate(zip(parts, apart, strict=True)):
+        key = f"parts.{index}.weight"
+        assert torch.equal(numbers, dequantized(key, part, scheme(name)))
+        assert convert.conversions[index].weight == key
+    case.expect({ops.LINEAR_QUANTIZED: 1, aten.split_with_sizes.default: 1, aten.add.Tensor: 1}).settled()
+    (node,) = case.graph.calls(ops.LINEAR_QUANTIZED)
+    assert torch.equal(numbers_of(case.graph, node), torch.cat(apart))
+    x = normal(2, 2, COLUMNS)
+    torch.testing.assert_close(run_graph(case.graph, x), run_graph(graph, x), atol=FP32_ATTENTION, rtol=1e-6)
 
 
-def test_rows_of_stacked_weights_can_be_asked_for_in_any_way() -> None:
-    weight = stacked(KINDS["Q4_0"], KINDS["Q6_K"], Weight.of(normal(0, 40, COLUMNS), "float"))
-    graph, _ = Pipeline([ConvertQuantized(scheme("as_shipped"))]).run(only({"first.weight": weight}))
+def test_rows_of_stacked_codes_can_be_asked_for_in_any_way() -> None:
+    weights = (KINDS["Q4_0"], KINDS["Q6_K"], Weight.of(normal(0, 40, COLUMNS), "float"))
+    _, _, case = packed(projections(*weights), "as_shipped")
     for part in ("codes", "scales"):
-        held = graph.weights[f"first.weight.{part}"]
+        held = case.graph.weights[f"parts.0.weight.packed.{part}"]
         whole = held.read()
         assert whole.shape == held.shape
         for start, stop in ((0, 1), (39, 41), (40, 80), (10, 120), (79, 81), (119, 120)):
             assert torch.equal(held.read_rows(start, stop), whole[start:stop])
 
 
-def test_kinds_that_share_no_grid_are_rounded_to_the_schemes() -> None:
-    weight, convert = stacked(KINDS["Q8_0"], KINDS["fp8"], KINDS["uint4"]), ConvertQuantized(scheme("as_shipped"))
-    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
-    (node,) = graph.calls(ops.LINEAR_QUANTIZED)
-    found = numbers_of(graph, node)
-    assert [record.kept for record in convert.conversions] == [True, False, False]
-    assert torch.equal(found[:40], KINDS["Q8_0"].read())
-    assert torch.equal(found[40:], rounded(weight.read()[40:], INT8_BLOCK32))
+def test_kinds_that_share_no_grid_are_kept_apart() -> None:
+    kinds = ("Q8_0", "fp8", "uint4")
+    graph, convert, case = packed(projections(*(KINDS[kind] for kind in kinds)), "as_shipped")
+    case.expect_skipped("no format holds the codes of all").expect_changes(0)
+    assert all(record.kept for record in convert.conversions)
+    for node, kind in zip(graph.calls(ops.LINEAR_QUANTIZED), kinds, strict=True):
+        assert torch.equal(numbers_of(graph, node), KINDS[kind].read())
 
 
 @pytest.mark.parametrize("name", ["sfp8", "int8", "int4_block32"])
-def test_bad_rows_of_a_stacked_weight_are_named(name: str) -> None:
+def test_bad_rows_of_a_packed_weight_are_named(name: str) -> None:
     bad = normal(0, 40, COLUMNS)
     bad[7, 7] = float("nan")
-    graph = only({"first.weight": stacked(KINDS["Q4_0"], Weight.of(bad))})
-    quantized, _ = Pipeline([ConvertQuantized(scheme(name))]).run(graph)
-    with pytest.raises(QuantizationError, match=r"first\.weight holds NaN or infinity in rows 40 to 80"):
-        quantized.weights["first.weight.codes"].read()
+    _, _, case = packed(projections(KINDS["Q4_0"], Weight.of(bad)), name)
+    with pytest.raises(QuantizationError, match=r"parts\.1\.weight holds NaN or infinity in rows 0 to 40"):
+        case.graph.weights["parts.0.weight.packed.codes"].read()
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(COLUMNS, 40, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up_proj(x) * nn.functional.silu(self.gate_proj(x))
+
+
+@pytest.mark.parametrize(("gate", "up", "fused"), [("Q4_0", "Q8_0", 1), ("Q8_0", "fp8", 0)])
+def test_gate_and_up_become_one_where_a_format_holds_both(gate: str, up: str, fused: int) -> None:
+    x = normal(1, 2, COLUMNS)
+    graph = export(Gated(), x)
+    graph.weights |= {"gate_proj.weight": KINDS[gate], "up_proj.weight": KINDS[up]}
+    converted = Case(graph=graph).run(Canonicalize(), ConvertQuantized(scheme("as_shipped")))
+    case = converted.run(FuseGatedMLP()).expect({ops.GATED: fused, ops.LINEAR_QUANTIZED: 2 - fused})
+    case.expect_skipped(*([] if fused else ["no format holds the codes of both"])).settled()
+    expected = run_graph(converted.graph, x)
+    torch.testing.assert_close(run_graph(case.graph, x), expected, atol=FP32_ATTENTION, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -19,7 +19,7 @@ from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import dequantized
 from transom.training.quantize import PtqMethod, quantize_model
-from transom.zoo.checkpoints.lattice import LATTICE
+from transom.zoo.checkpoints.codes import CODES_FILE
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.generation import Generation
 from transom.zoo.model import Model, load
@@ -72,7 +72,7 @@ def test_a_checkpoint_means_what_its_codes_mean(quant: str, tiny: Model, tmp_pat
     for name, weight in again.weights.items():
         held = weight.read()
         if name in expected and scheme(quant).of(name):
-            assert weight.lattice is not None and held.dtype == torch.float32
+            assert weight.encoded is not None and held.dtype == torch.float32
             assert torch.equal(held, expected[name]), name
             # Converting again changes nothing: the codes are kept.
             assert torch.equal(dequantized(name, weight, scheme(quant)), held)
@@ -157,7 +157,7 @@ def spoil(path: Path, change: Any) -> None:
 def test_damaged_codes_are_refused(case: str, tiny: Model, tmp_path: Path) -> None:
     folder = tmp_path / "q"
     quantize_model(tiny, quant="int8_block32:none", out=folder)
-    path, words = folder / LATTICE, "quantise it again"
+    path, words = folder / CODES_FILE, "quantise it again"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -224,7 +224,7 @@ def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: 
     """As checkpoints trained for 4 bits are released: bfloat16, and nothing beside it."""
     quantize_model(tiny, quant=quant, out=tmp_path / "codes")
     coded = load(tmp_path / "codes")
-    bare = {name: dataclasses.replace(weight, lattice=None) for name, weight in coded.weights.items()}
+    bare = {name: dataclasses.replace(weight, encoded=None) for name, weight in coded.weights.items()}
     write_checkpoint(tmp_path / "bare", tiny.config, bare, dtype=torch.bfloat16)
     again = load(tmp_path / "bare")
     assert again.quant == "none"
@@ -244,11 +244,11 @@ def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: 
 def test_a_folder_with_codes_of_others_is_not_replaced(cli: Cli, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({"codes": torch.zeros(1)}, tmp_path / LATTICE)
+    save_file({"codes": torch.zeros(1)}, tmp_path / CODES_FILE)
     (tmp_path / "thesis.txt").write_text("mine")
     code, _, err = cli("quantize", "gemma3-tiny", "--scheme", "int8", "-o", tmp_path, "--overwrite")
     assert code == 2 and "is not a checkpoint that transom wrote" in err
-    assert {path.name for path in tmp_path.iterdir()} == {LATTICE, "thesis.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {CODES_FILE, "thesis.txt"}
 
 
 def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_command_line(cli: Cli, calibration: Path, tmp_path: Path) -> None:
     assert report["method"] == "gptq" and report["scheme"] == "int4_block32"
     assert all(0.01 < entry["error"] < 0.3 for entry in report["conversions"] if "layers" in entry["weight"])
     assert {entry["weight"] for entry in report["conversions"]} == {
-        name for name, weight in load(out).weights.items() if weight.lattice is not None
+        name for name, weight in load(out).weights.items() if weight.encoded is not None
     }
     code, text, err = cli("export", out, "-o", tmp_path / "a")
     assert code == 0 and "kept to the bit" in text, err

@@ -18,9 +18,9 @@ from transom.errors import CheckpointError, RangeError
 from transom.graphs.weight import Weight
 from transom.training.quantize import quantize_model
 from transom.zoo.architectures import preset
+from transom.zoo.checkpoints.codes import CODES_FILE
 from transom.zoo.checkpoints.gguf_header import read_header
 from transom.zoo.checkpoints.gguf_types import QUANT_TYPES
-from transom.zoo.checkpoints.lattice import LATTICE
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
 
@@ -79,11 +79,11 @@ def test_gguf(tmp_path: Path, kind: str, value: float) -> None:
     assert weight.read_rows(11, 30).isfinite().all()
     with pytest.raises(CheckpointError, match=r"blk\.3\.ffn_down\.weight holds .* not finite in rows 9, 10, 30"):
         weight.read()
-    assert (weight.lattice is not None) == (kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K"))
-    if weight.lattice is not None:
-        assert weight.lattice.read_rows(11, 30)[1].isfinite().all()
+    assert (weight.encoded is not None) == (kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K"))
+    if weight.encoded is not None:
+        assert weight.encoded.read_rows(11, 30)[1].isfinite().all()
         with pytest.raises(CheckpointError, match=rf"{kind}, holds numbers that are not finite in rows 9, 10, 30"):
-            weight.lattice.with_block(16).read_rows(0, 20)
+            weight.encoded.with_block(16).read_rows(0, 20)
 
 
 def write_into(path: Path, tensor: str, index: int, number: bytes) -> None:
@@ -97,9 +97,9 @@ def write_into(path: Path, tensor: str, index: int, number: bytes) -> None:
 
 def row_numbers(folder: Path, part: str) -> int:
     """Codes of 8 bits, or scales, in a row of the weight that is spoilt."""
-    lattice = load(folder).weights[NAMES[0]].lattice
-    assert lattice is not None
-    codes, scales, _ = lattice.read_rows(0, 1)
+    encoded = load(folder).weights[NAMES[0]].encoded
+    assert encoded is not None
+    codes, scales, _ = encoded.read_rows(0, 1)
     return (codes if part == "codes" else scales).shape[1]
 
 
@@ -134,14 +134,14 @@ def test_codes_beside_a_checkpoint(
 ) -> None:
     """One that means no number, in the first rows, which are looked at when it is opened, and in a later one."""
     shutil.copytree(quantised(quant), tmp_path / "model")
-    name, path = "layers.3.mlp.down_proj.weight", tmp_path / "model" / LATTICE
+    name, path = "layers.3.mlp.down_proj.weight", tmp_path / "model" / CODES_FILE
     columns = row_numbers(tmp_path / "model", part)
     write_into(path, f"{name}.{part}", 20 * columns + 1 % columns, number)
     weight = load(tmp_path / "model").weights[name]
-    assert weight.lattice is not None and weight.read().isfinite().all()
-    assert weight.lattice.read_rows(0, 20)[1].isfinite().all()
-    with pytest.raises(CheckpointError, match=rf"{LATTICE}: {name}, .*, holds .* not finite in row 20: fetch"):
-        weight.lattice.read_rows(0, weight.shape[0])
+    assert weight.encoded is not None and weight.read().isfinite().all()
+    assert weight.encoded.read_rows(0, 20)[1].isfinite().all()
+    with pytest.raises(CheckpointError, match=rf"{CODES_FILE}: {name}, .*, holds .* not finite in row 20: fetch"):
+        weight.encoded.read_rows(0, weight.shape[0])
     write_into(path, f"{name}.{part}", 2 * columns, number)
     with pytest.raises(CheckpointError, match=r"not finite in rows 2, 20"):
         load(tmp_path / "model")
@@ -172,9 +172,13 @@ def test_every_target_refuses_such_codes(
 ) -> None:
     """The numbers beside them are finite: targets write codes and scales as they are, and never read those."""
     shutil.copytree(quantised(quant), tmp_path / "model")
-    write_into(tmp_path / "model" / LATTICE, f"{NAMES[0]}.{part}", 20 * row_numbers(tmp_path / "model", part), number)
+    write_into(
+        tmp_path / "model" / CODES_FILE, f"{NAMES[0]}.{part}", 20 * row_numbers(tmp_path / "model", part), number
+    )
     code, out, err = cli("export", tmp_path / "model", "--target", target, "--context", 64, "--out", tmp_path / "a")
-    assert code == 2 and f"{LATTICE}: {NAMES[0]}, " in err and " holds numbers that are not finite in row 20: " in err
+    assert (
+        code == 2 and f"{CODES_FILE}: {NAMES[0]}, " in err and " holds numbers that are not finite in row 20: " in err
+    )
     assert "Traceback" not in out + err and not (tmp_path / "a").exists()
 
 

@@ -32,7 +32,7 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
 
     Returns:
         The configuration, named after the file, and float32 weights. Those that the file holds as integers times a
-        scale (Q4_0, Q5_0, Q8_0, Q6_K) carry that lattice.
+        scale (Q4_0, Q5_0, Q8_0, Q6_K) carry their codes.
 
     Raises:
         CheckpointError: If a file is damaged or missing, a tensor is missing, has the wrong shape or a type that we do

@@ -12,8 +12,8 @@ import torch
 
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
+from transom.zoo.checkpoints.gguf_codes import read_codes
 from transom.zoo.checkpoints.gguf_header import Header
-from transom.zoo.checkpoints.gguf_lattice import read_lattice
 from transom.zoo.checkpoints.gguf_part import TensorInfo
 from transom.zoo.checkpoints.gguf_types import QUANT_TYPES, readable_types, type_name
 
@@ -31,7 +31,7 @@ def gguf_package() -> ModuleType:
 
 
 def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int, ...]) -> Weight:
-    """The tensor in float32, as it stands in the file; a symmetric integer type carries its lattice.
+    """The tensor in float32, as it stands in the file; a symmetric integer type carries its codes.
 
     Args:
         gguf: The package.
@@ -70,7 +70,7 @@ def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int,
         dtype=torch.float32,
         read_rows=read_rows,
         origin=origin,
-        lattice=read_lattice(kind, read_bytes),
+        encoded=read_codes(kind, shape, read_bytes),
     )
 
 

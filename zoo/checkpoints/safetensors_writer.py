@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from transom.graphs.weight import Weight
+from transom.graphs.weight import Weight, read_blocks
 
 ALIGNMENT = 64
 """Offset of tensors in the file, in bytes, so that a runtime can use a mapped file as it stands."""
@@ -53,24 +54,26 @@ def write(
     stored = {name: weights[name] for name in dict.fromkeys(stored_names(weights).values())}
     stored = dict(sorted(stored.items(), key=lambda item: item[1].bytes % ALIGNMENT != 0))
     with open(path, "wb") as file:
-        file.write(_header(stored, metadata))
-        for weight in stored.values():
-            for block in weight.blocks():
-                raw = block.contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(raw.data)
-                on_bytes(raw.nbytes)
+        offsets = list(itertools.accumulate((weight.bytes for weight in stored.values()), initial=0))[:-1]
+        header = _header(stored, offsets, metadata)
+        file.write(header)
+        places = {name: len(header) + offset for name, offset in zip(stored, offsets, strict=True)}
+        for name, _, block in read_blocks(stored):
+            raw = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.seek(places[name])
+            file.write(raw.data)
+            places[name] += raw.nbytes
+            on_bytes(raw.nbytes)
 
 
-def _header(stored: Mapping[str, Weight], metadata: Mapping[str, str] | None) -> bytes:
+def _header(stored: Mapping[str, Weight], offsets: Sequence[int], metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, weight in stored.items():
+    for (name, weight), offset in zip(stored.items(), offsets, strict=True):
         entries[name] = {
             "dtype": NAMES[weight.dtype],
             "shape": list(weight.shape),
             "data_offsets": [offset, offset + weight.bytes],
         }
-        offset += weight.bytes
     text = json.dumps(entries).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -108,20 +108,33 @@ def rotary(heads: int, h: int, tile: Tile) -> Any:
     return rotary_rows
 
 
-def gelu(x: Any) -> Any:
+def gelu_tanh(x: Any) -> Any:
     """`gelu_tanh(x)`: as `(1 + tanh(u)) / 2` is `1 / (1 + exp(-2 u))`, one exponential does."""
     inner = (x + T.float32(GELU_CUBE) * x * x * x) * T.float32(-2 * GELU_FACTOR)
     return x / (T.float32(1) + exponential(inner))
 
 
-def gated_gelu(k: int, tile: Tile, *, single: bool = False) -> Any:
-    """Gates and values side by side [M, 2 K] -> gelu_tanh(gate) * value [M, K]; `single` if M is 1."""
+def gelu(x: Any) -> Any:
+    """`gelu(x)`, exact."""
+    return x * T.float32(0.5) * (T.float32(1) + T.erf(x * T.float32(0.5**0.5)))
+
+
+def silu(x: Any) -> Any:
+    """`silu(x)`."""
+    return x / (T.float32(1) + exponential(-x))
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+
+
+def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:
+    """Gates and values side by side [M, 2 K] -> activation(gate) * value [M, K]; `single` if M is 1."""
     # Waking threads takes longer than one row.
     loop = T.serial if single else T.parallel
-    lanes = divisor(k, tile.lanes)
+    lanes, function = divisor(k, tile.lanes), ACTIVATIONS[activation]
 
     @T.prim_func(private=True, s_tir=True)
-    def gated_gelu_rows(x: T.handle, y: T.handle) -> None:
+    def gated_rows(x: T.handle, y: T.handle) -> None:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         m = T.int64()
         X = T.match_buffer(x, (m, 2 * k), "float32")
@@ -129,9 +142,11 @@ def gated_gelu(k: int, tile: Tile, *, single: bool = False) -> Any:
         for row in loop(m):
             for step in T.serial(k // lanes):
                 for lane in T.vectorized(lanes):
-                    Y[row, step * lanes + lane] = gelu(X[row, step * lanes + lane]) * X[row, k + step * lanes + lane]
+                    Y[row, step * lanes + lane] = (
+                        function(X[row, step * lanes + lane]) * X[row, k + step * lanes + lane]
+                    )
 
-    return gated_gelu_rows
+    return gated_rows
 
 
 def table_rows(k: int, tile: Tile) -> Any:

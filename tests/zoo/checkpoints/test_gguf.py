@@ -76,13 +76,13 @@ def test_lattices_are_exact(quantised_gguf: Path) -> None:
     seen = set()
     for name, weight in weights.items():
         kind = theirs[weight.origin.split(": ")[1]]
-        assert (weight.lattice is not None) == (kind in LATTICES), name
-        if weight.lattice is None:
+        assert (weight.encoded is not None) == (kind in LATTICES), name
+        if weight.encoded is None:
             continue
         seen.add(kind)
         block, lowest, highest = LATTICES[kind]
-        codes, scales, _ = weight.lattice.read_rows(2, 31)
-        assert weight.lattice.block == block
+        codes, scales, _ = weight.encoded.read_rows(2, 31)
+        assert weight.encoded.block == block
         assert codes.dtype == torch.int8 and scales.dtype == torch.float32
         assert codes.shape == (29, weight.shape[1]) and scales.shape == (29, weight.shape[1] // block)
         assert codes.min() >= lowest and codes.max() <= highest
@@ -212,12 +212,12 @@ def test_real_270m(real_gguf: Path) -> None:
     config, opened = open_gguf(real_gguf)
     weights = opened.weights
     assert dataclasses.replace(config, name="gemma3-270m") == preset("gemma3-270m")
-    assert sum(weight.lattice is not None for weight in weights.values()) == 81 + 10 + 9
+    assert sum(weight.encoded is not None for weight in weights.values()) == 81 + 10 + 9
     assert revision(real_gguf) == "sha256:a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
     assert weights["norm.weight"].read().max().item() == pytest.approx(300, abs=1)
     for name in ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"):
-        lattice = weights[name].lattice
-        assert lattice is not None
-        codes, scales, _ = lattice.read_rows(0, 64)
-        values = codes.view(64, -1, lattice.block).float() * scales[..., None]
+        encoded = weights[name].encoded
+        assert encoded is not None
+        codes, scales, _ = encoded.read_rows(0, 64)
+        values = codes.view(64, -1, encoded.block).float() * scales[..., None]
         assert torch.equal(values.view(64, -1), weights[name].read_rows(0, 64))

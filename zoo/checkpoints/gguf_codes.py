@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from transom.formats.schemes import Number
-from transom.graphs.weight import Codes, Lattice
+from transom.graphs.encoded import Codes, Encoded
 
 
-def read_lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -> Lattice | None:
+def read_codes(type_name: str, shape: tuple[int, ...], read_bytes: Callable[[int, int], np.ndarray]) -> Encoded | None:
     """Codes and scales of a symmetric type; Q4_K and the `_1` types add a minimum, so they have none."""
     if type_name not in _UNPACK:
         return None
@@ -24,7 +24,9 @@ def read_lattice(type_name: str, read_bytes: Callable[[int, int], np.ndarray]) -
         return torch.from_numpy(codes.reshape(rows, -1)), torch.from_numpy(scales.reshape(rows, -1)), None
 
     number: Number = "int4" if bits == 4 else "int8"
-    return Lattice(name=type_name, number=number, bits=bits, block=block, symmetric=True, read_rows=read_rows)
+    return Encoded(
+        name=type_name, shape=shape, number=number, bits=bits, block=block, symmetric=True, read_rows=read_rows
+    )
 
 
 _Unpack = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -20,10 +20,11 @@ import torch
 from transom.errors import CheckpointError, QuantizationError
 from transom.formats.quantized import unpack
 from transom.formats.schemes import QuantSpec, scheme
-from transom.graphs.weight import Codes, Lattice, Weight
+from transom.graphs.encoded import Codes, Encoded
+from transom.graphs.weight import Weight
 from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
 
-LATTICE = "lattice.safetensors"
+CODES_FILE = "lattice.safetensors"
 
 _ROWS_CHECKED = 8
 
@@ -41,7 +42,7 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
     Raises:
         CheckpointError: If the codes are damaged, or are not those of the weights, or the first rows are not finite.
     """
-    path, coded = folder / LATTICE, dict(weights)
+    path, coded = folder / CODES_FILE, dict(weights)
     if not path.is_file():
         return coded, "none"
     entries, metadata = read_entries(path)
@@ -50,16 +51,15 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
         scheme(quant)
         for name, key in specs.items():
             shape = coded[name].shape
-            lattice = _lattice(name, entries, QuantSpec.of_key(key), shape)
-            lattice = lattice.refuse_nonfinite(f"{path}: {name}", shape[0])
-            _check(path, name, lattice, coded[name])
-            coded[name] = dataclasses.replace(coded[name], lattice=lattice)
+            encoded = _encoded(name, entries, QuantSpec.of_key(key), shape).refuse_nonfinite(f"{path}: {name}")
+            _check(path, name, encoded, coded[name])
+            coded[name] = dataclasses.replace(coded[name], encoded=encoded)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, QuantizationError) as error:
         raise CheckpointError(f"{path}: not the codes of this checkpoint ({error}): quantise it again") from error
     return coded, quant
 
 
-def _lattice(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tuple[int, ...]) -> Lattice:
+def _encoded(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tuple[int, ...]) -> Encoded:
     rows, columns = shape
     block = spec.stored_block(columns)
     blocks = columns // block
@@ -73,15 +73,7 @@ def _lattice(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tu
         entry = entries[f"{name}.{part}"]
         if entry.shape != wanted or entry.dtype != dtype:
             raise ValueError(f"{name}.{part} is {entry.dtype} {list(entry.shape)}, expected {dtype} {list(wanted)}")
-    return Lattice(
-        name=spec.describe(),
-        number=spec.number,
-        bits=spec.bits,
-        block=block,
-        symmetric=spec.symmetric,
-        scale_dtype=spec.scale_dtype,
-        read_rows=functools.partial(_read_codes, name, entries, spec, blocks),
-    )
+    return Encoded.of(spec, shape, functools.partial(_read_codes, name, entries, spec, blocks))
 
 
 def _read_codes(name: str, entries: Mapping[str, Entry], spec: QuantSpec, blocks: int, start: int, stop: int) -> Codes:
@@ -98,16 +90,16 @@ def _read_codes(name: str, entries: Mapping[str, Entry], spec: QuantSpec, blocks
     if not spec.is_integer:
         return codes, scales, None
     if spec.symmetric:
-        return (codes.to(torch.int16) - 2 ** (spec.bits - 1)).to(torch.int8), scales, None
+        return (codes - 2 ** (spec.bits - 1)).view(torch.int8), scales, None
     return codes, scales, unpack(part("zero_points", torch.uint8), spec.number, blocks)
 
 
-def _check(path: Path, name: str, lattice: Lattice, weight: Weight) -> None:
+def _check(path: Path, name: str, encoded: Encoded, weight: Weight) -> None:
     """Weights that were trained on after they were quantised would be lost without a word."""
     rows = min(_ROWS_CHECKED, weight.shape[0])
     wanted = weight.read_rows(0, rows)
-    if not torch.equal(lattice.decode(lattice.read_rows(0, rows)).to(wanted.dtype), wanted):
+    if not torch.equal(encoded.decode(encoded.read_rows(0, rows)).to(wanted.dtype), wanted):
         raise CheckpointError(
             f"{path}: {name} is not what its codes mean: the checkpoint was changed after it was quantised; remove "
-            f"{LATTICE} or quantise it again"
+            f"{CODES_FILE} or quantise it again"
         )
