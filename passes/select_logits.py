@@ -27,6 +27,7 @@ _BY_POSITION: dict[Any, tuple[int, ...]] = {
     aten.tanh.default: (0,),
     aten.gelu.default: (0,),
     aten.silu.default: (0,),
+    aten.sigmoid.default: (0,),
     aten.to.dtype: (0,),
     ops.RMS_NORM: (0,),
     ops.GATED: (0,),

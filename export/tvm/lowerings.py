@@ -66,7 +66,6 @@ def _unary(operation: Any) -> Any:
 for _target, _operation in (
     (aten.cos.default, relax.op.cos),
     (aten.sin.default, relax.op.sin),
-    (aten.tanh.default, relax.op.tanh),
     (aten.sigmoid.default, relax.op.sigmoid),
     (aten.silu.default, relax.op.nn.silu),
 ):
