@@ -85,42 +85,18 @@ def can_hold(spec: QuantSpec, encoded: Encoded) -> bool:
     return encoded.bits <= spec.bits and (encoded.symmetric or (not spec.symmetric and encoded.bits == spec.bits))
 
 
-def spec_of(name: str, weight: Weight, spec: QuantSpec, *, as_shipped: bool) -> QuantSpec:
-    """The spec, or as shipped that of the codes which the weight was made from.
-
-    Raises:
-        QuantizationError: If it cannot hold so many columns.
-    """
-    columns, encoded = weight.shape[1], weight.encoded
-    try:
-        if as_shipped and encoded is not None:
-            block: Any = "row" if encoded.block == columns else encoded.block
-            spec = QuantSpec(number=encoded.number, block=block, symmetric=encoded.symmetric)
-        spec.stored_block(columns), spec.group(columns)
-    except QuantizationError as error:
-        raise QuantizationError(f"{name}: {error}") from None
-    return spec
-
-
-def encode(
-    name: str, weight: Weight, spec: QuantSpec, method: Method = "nearest", *, as_shipped: bool = False
-) -> tuple[Encoded, Conversion]:
+def encode(name: str, weight: Weight, spec: QuantSpec, method: Method = "nearest") -> tuple[Encoded, Conversion]:
     """A weight as codes.
 
     Args:
         name: Of the weight.
         weight: The weight, [R, K].
-        spec: What the scheme makes of it.
+        spec: How; see `passes.convert_quantized.scheme_spec`.
         method: How scales are found.
-        as_shipped: Whether codes that it was made from have their own spec.
 
     Returns:
         The codes, computed as they are read, and the record, which reading them completes.
-
-    Raises:
-        QuantizationError: If the spec cannot hold so many columns.
     """
-    spec = spec_of(name, weight, spec, as_shipped=as_shipped)
     encoder = _Encoder(name, weight, spec, method)
     return Encoded.of(spec, weight.shape, encoder.read_rows), encoder.record
 

@@ -9,8 +9,11 @@ Skips: weights that the scheme leaves out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from transom.errors import QuantizationError
 from transom.formats.rounding import Method
 from transom.formats.schemes import QuantSpec, Scheme
 from transom.graphs import ops
@@ -19,7 +22,7 @@ from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
-from transom.passes.conversion import Conversion, encode, spec_of
+from transom.passes.conversion import Conversion, encode
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.linears import CodeNodes, add_codes
 from transom.passes.share_embedding import ShareEmbedding
@@ -76,18 +79,30 @@ class ConvertQuantized(Pass):
         return changes
 
     def _codes(self, graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> CodeNodes:
-        as_shipped = self.scheme.as_shipped
-        encoded, record = encode(name, weight, spec, self.method, as_shipped=as_shipped)
+        encoded, record = encode(name, weight, spec, self.method)
         self.conversions.append(record)
-        self.specs[name] = spec_of(name, weight, spec, as_shipped=as_shipped)
+        self.specs[name] = spec
         return add_codes(graph, name, encoded, weight.origin)
 
 
 def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = False) -> QuantSpec | None:
-    """What a scheme makes of a weight; None leaves it as it is."""
-    if len(weight.shape) != 2:
+    """What a scheme makes of a weight, as shipped what its codes are; None leaves it as it is.
+
+    Raises:
+        QuantizationError: If the spec cannot hold so many columns.
+    """
+    spec = scheme.table if is_table else scheme.of(name)
+    if spec is None or len(weight.shape) != 2:
         return None
-    return scheme.table if is_table else scheme.of(name)
+    columns, encoded = weight.shape[1], weight.encoded
+    try:
+        if scheme.as_shipped and encoded is not None:
+            block: Any = "row" if encoded.block == columns else encoded.block
+            spec = QuantSpec(number=encoded.number, block=block, symmetric=encoded.symmetric)
+        spec.stored_block(columns), spec.group(columns)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from None
+    return spec
 
 
 def dequantized(name: str, weight: Weight, scheme: Scheme) -> torch.Tensor:
@@ -99,4 +114,4 @@ def dequantized(name: str, weight: Weight, scheme: Scheme) -> torch.Tensor:
     spec = scheme_spec(scheme, name, weight)
     if spec is None:
         return weight.read().float()
-    return encode(name, weight, spec, as_shipped=scheme.as_shipped)[0].dequantized()
+    return encode(name, weight, spec)[0].dequantized()

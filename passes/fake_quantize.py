@@ -19,7 +19,6 @@ from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
-from transom.passes.conversion import spec_of
 from transom.passes.convert_quantized import scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 
@@ -56,7 +55,6 @@ class FakeQuantize(Pass):
             spec = scheme_spec(self.scheme, *named_weight, is_table=table in tables)
             if spec is None:
                 continue
-            spec = spec_of(*named_weight, spec, as_shipped=self.scheme.as_shipped)
             if table not in rounded:
                 self.specs[named_weight[0]] = spec
                 grid = self._grid(graph, *named_weight, spec)

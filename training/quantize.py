@@ -14,7 +14,7 @@ from transom.formats.schemes import is_table, scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.conversion import Conversion, spec_of
+from transom.passes.conversion import Conversion
 from transom.passes.convert_quantized import ConvertQuantized, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
@@ -94,7 +94,7 @@ def quantize_model(
             linears = {}
             for name, weight in graph.weights.items():
                 if not is_table(name) and (spec := scheme_spec(quant_scheme, name, weight)):
-                    linears[name] = spec_of(name, weight, spec, as_shipped=quant_scheme.as_shipped)
+                    linears[name] = spec
             rounded, calibrated = calibrate(
                 graph, linears, sequences, on_progress=lambda done, total: on_progress("calibrate", done, total)
             )

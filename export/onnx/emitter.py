@@ -79,8 +79,8 @@ class _Place:
     Attributes:
         weight: What is written.
         offset: In the data file; None if it stays in the model file.
-        transposed: Whether the matrix is written [K, N], with codes of 4 bits packed along N.
-        packs: Whether it is such a one.
+        transposed: Whether a matrix [N, K] is written as [K, N].
+        packs: Whether it is codes of 4 bits, one a byte, which are written two a byte.
     """
 
     weight: Weight
@@ -276,18 +276,13 @@ class Emitter:
         inline = {name: bytearray(place.size) for name, place in self._places.items() if place.offset is None}
         for name, start, block in read_blocks({name: place.weight for name, place in self._places.items()}):
             place = self._places[name]
-            rows = place.weight.shape[0] if block.dim() else 1
-            lines, line, first = 1, place.size, place.size // max(1, rows) * start
             if place.transposed:
-                block = block.T
-                block = pack(block & 15, "int4") if place.packs else block.contiguous()
-                lines = place.weight.shape[1]
-                line = place.size // lines
-                first = line * start // rows
+                block = pack(block.T & 15, "int4") if place.packs else block.T
             raw = _bytes(block)
-            step = len(raw) // lines
-            if step == line:
-                lines, step = 1, len(raw)
+            # Rows of what is written, their bytes, and how many of those this block has.
+            lines = place.weight.shape[1] if place.transposed and len(raw) < place.size else 1
+            line, step = place.size // lines, len(raw) // lines
+            first = line * start // place.weight.shape[0] if start else 0
             for index in range(lines):
                 position, piece = index * line + first, raw[index * step : (index + 1) * step]
                 if place.offset is None:

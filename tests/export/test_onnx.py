@@ -27,8 +27,13 @@ from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE
+from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.graphs.weight import Weight
+from transom.passes.base import Pipeline
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized, dequantized
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.model import Model, load
 
@@ -239,3 +244,39 @@ def test_an_operation_is_lowered_once() -> None:
 
     with pytest.raises(ValueError, match=r"aten\.erf\.default is lowered by first already"):
         table.lowers(aten.erf.default)(first)
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(256, 70_000, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("quant", ["none", "int4_block32", "int8"])
+def test_a_transposed_matrix_of_several_blocks(quant: str, tmp_path: Path) -> None:
+    """Blocks of rows become strips of columns, each read once."""
+    graph, name = export(Wide(), torch.zeros(1, 256)), "proj.weight"
+    rows, columns = graph.weights[name].shape
+    numbers = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    reads: list[tuple[int, int]] = []
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        reads.append((start, stop))
+        return numbers[start:stop]
+
+    graph.weights[name] = Weight(shape=(rows, columns), dtype=torch.float32, read_rows=read, origin="noise")
+    graph, _ = Pipeline([Canonicalize(), ConvertQuantized(scheme(quant))]).run(graph)
+    emitter.write(graph, standard.DIALECT, tmp_path)
+    starts, stops = zip(*reads, strict=True)
+    assert len(reads) > 1 and (0, *stops) == (*starts, rows), "every row is read once, in order"
+    initializers = onnx.load(tmp_path / MODEL_FILE).graph.initializer
+    held = {entry.name: onnx.numpy_helper.to_array(entry) for entry in initializers}
+    if quant == "none":
+        np.testing.assert_array_equal(held[f"{name}.transposed"], numbers.numpy().T)
+        return
+    codes = held[f"{name}.codes.transposed"].astype(np.float32).T.reshape(rows, -1, 32)
+    decoded = (codes * held[f"{name}.scales.transposed"].T[..., None]).reshape(rows, columns)
+    np.testing.assert_array_equal(decoded, dequantized(name, Weight.of(numbers), scheme(quant)).numpy())

@@ -112,7 +112,7 @@ def test_a_gguf_file_comes_back(model: Model, tmp_path: Path, kind: str) -> None
     again = load(write_gguf(tmp_path / "again.gguf", config, weights, types=types))
     assert again.config == config
     for name, weight in weights.items():
-        codes = again.weights[name].lattice
+        codes = again.weights[name].encoded
         coded = name.endswith(("q_proj.weight", "k_proj.weight", "up_proj.weight")) and types != {}
         assert (codes is not None) == coded
         rows = again.weights[name].read()
