@@ -33,7 +33,7 @@ QUANTISED = {
     "1.ffn_down.weight": "F16",
     "2.ffn_down.weight": "BF16",
 }
-LATTICES = {"Q4_0": (32, -8, 7), "Q5_0": (32, -16, 15), "Q8_0": (32, -127, 127), "Q6_K": (16, -32, 31)}
+CODED = {"Q4_0": (32, -8, 7), "Q5_0": (32, -16, 15), "Q8_0": (32, -127, 127), "Q6_K": (16, -32, 31)}
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,17 @@ def test_every_type_is_what_the_package_says(quantised_gguf: Path) -> None:
     assert seen == {"F32", "F16", "BF16", *(kind for kind in QUANTISED.values() if kind.startswith("Q"))}
 
 
-def test_lattices_are_exact(quantised_gguf: Path) -> None:
+def test_codes_are_exact(quantised_gguf: Path) -> None:
     weights = open_gguf(quantised_gguf)[1].weights
     theirs = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(quantised_gguf).tensors}
     seen = set()
     for name, weight in weights.items():
         kind = theirs[weight.origin.split(": ")[1]]
-        assert (weight.encoded is not None) == (kind in LATTICES), name
+        assert (weight.encoded is not None) == (kind in CODED), name
         if weight.encoded is None:
             continue
         seen.add(kind)
-        block, lowest, highest = LATTICES[kind]
+        block, lowest, highest = CODED[kind]
         codes, scales, _ = weight.encoded.read_rows(2, 31)
         assert weight.encoded.block == block
         assert codes.dtype == torch.int8 and scales.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_lattices_are_exact(quantised_gguf: Path) -> None:
         assert codes.min() >= lowest and codes.max() <= highest
         values = codes.view(29, -1, block).float() * scales[..., None]
         assert torch.equal(values.view(29, -1), weight.read_rows(2, 31)), name
-    assert seen == set(LATTICES)
+    assert seen == set(CODED)
 
 
 def test_27b_scales_by_width_per_head(tmp_path: Path) -> None:
