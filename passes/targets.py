@@ -49,7 +49,7 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8),
     "xla": Target(
-        text="StableHLO for TPUs and XLA on CPUs; compiled ahead of time for a TPU with --topology",
+        text="StableHLO for XLA on CPUs, GPUs and TPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
         dtypes=("float32", "bfloat16", "float16"),
         activations=_FLOAT8,

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from transom.backends.artifact import CacheRecord, Manifest
 from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
-from transom.backends.xla.runtime import CACHES, load_jax
+from transom.backends.xla.runtime import CACHES, load_jax, require_platform
 from transom.errors import ArtifactError
 
 
 class XlaSession(Session):
-    """An `xla` artifact, on jax's first device: a CPU, unless JAX_PLATFORMS says otherwise.
+    """An `xla` artifact, on jax's first device: a GPU if jax has one, else a CPU, unless JAX_PLATFORMS says otherwise.
 
     Args:
         folder: The artifact.
@@ -30,7 +30,7 @@ class XlaSession(Session):
         threads: Threads of XLA on a CPU; see `runtime.load_jax`.
 
     Raises:
-        TargetError: If jax is not installed.
+        TargetError: If jax is not installed, or runs on a platform that the programs are not for.
         ArtifactError: If jax cannot read the programs, or the weights are damaged.
     """
 
@@ -47,6 +47,7 @@ class XlaSession(Session):
         )
         self._jax = load_jax(threads)
         details = manifest.details
+        require_platform(self._jax, details["platforms"])
         self._exporter = f"jax {details['jax']} on {details['date']}"
         self._programs = {
             entry["tokens"]: self._program(folder / Path(entry["file"]).name) for entry in details["programs"].values()

@@ -26,7 +26,8 @@ from transom.export.xla.lowerings import TABLE
 from transom.export.xla.topology import Program, compile_programs
 from transom.graphs.graph import Graph
 
-PLATFORMS = ("cpu", "tpu")
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+"""What every program is lowered for; they share one text, as no operation has a custom call."""
 
 SMALLEST_PREFILL = 8
 """Shorter prompts are padded to at least this, in place of having programs of their own."""

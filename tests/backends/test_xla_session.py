@@ -212,6 +212,17 @@ def test_a_platform_without_a_device(artifact: Exported) -> None:
     assert done.stderr.splitlines()[-1].endswith("set JAX_PLATFORMS=cpu")
 
 
+def test_programs_for_other_platforms(artifact: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(artifact.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["details"]["platforms"] = ["tpu", "cuda"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TargetError, match=r"are for tpu, cuda, and jax runs on cpu: .*JAX_PLATFORMS=tpu") as caught:
+        transom.open(folder)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["decode.jaxexport", WEIGHTS_FILE])
 def test_a_damaged_file_is_noticed(name: str, copy: Path) -> None:
     data = bytearray((copy / name).read_bytes())
