@@ -165,9 +165,14 @@ def _read(text: Keys, inside: bool) -> dict[str, Any]:
     tied = text.values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         text.refuse("tie_word_embeddings", "expected true or false")
+    depth = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"])
+    if "layer_types" in text.values and text.values["layer_types"] not in (None, ["full_attention"] * depth):
+        text.refuse(
+            "layer_types", f"expected full_attention for each of {depth} layers, as other kinds are not supported"
+        )
     return {
         **sizes,
-        "depth": text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"]),
+        "depth": depth,
         "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "", kinds=("default", "linear", "llama3"))[""],
         "norm_eps": text.number("rms_norm_eps", _EPS),
         "tied": tied,
@@ -206,13 +211,14 @@ _HUGGINGFACE = HuggingFaceFormat(
         "mlp_bias": (False,),
         "pretraining_tp": (1, None),
         "rope_interleaved": (False, None),
+        "text_config": (None,),
         # transformers 5 takes it for that of rope_parameters.
         "original_max_position_embeddings": (None,),
     },
     keys=frozenset(
         {
             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
-            "tie_word_embeddings",
+            "layer_types", "tie_word_embeddings",
         }
     ),
     read=_read,
