@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
-from transom.validation.charts import Chart, Series, draw, thinned
+from transom.validation.charts import STYLE, Series, embed, line_plot, thinned
 from transom.validation.result import TargetResult, Validation
-
-STYLE, CHART_STYLE = (Path(__file__).parent / name for name in ("report.css", "chart.css"))
 
 
 def render(validation: Validation) -> str:
@@ -39,7 +36,7 @@ def render(validation: Validation) -> str:
 
 def page(title: str, body: Iterable[str]) -> str:
     """A whole page that loads nothing; the body is HTML already."""
-    style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, CHART_STYLE))
+    style = STYLE.read_text(encoding="utf-8")
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -110,9 +107,7 @@ def _positions(validation: Validation) -> list[str]:
         for slots in result.slots:
             if slots < longest and slots % window:
                 columns[float(slots)] = f"ring of {slots} wraps"
-    chart = Chart(
-        key="positions",
-        title=f"Difference by position, {', '.join(results)}",
+    plot = line_plot(
         x_label="position in the longest prompt",
         y_label="difference / largest logit",
         series=[
@@ -122,11 +117,12 @@ def _positions(validation: Validation) -> list[str]:
         columns=sorted((x, label) for x, label in columns.items() if x < longest),
         limits=sorted({(result.tolerance.relative, "allowed") for result in results.values()}),
     )
+    title = f"Difference by position, {', '.join(results)}"
     return [
         "<section><h2>Difference by position</h2>",
         "<p>The largest difference of any logit, as a share of the largest logit of its position. What rounding makes "
         "is level; a wrong window or a wrong slot makes a step at a marked position.</p>",
-        f"<figure>{draw(chart)}</figure></section>",
+        f"<figure>{embed(title, plot)}</figure></section>",
     ]
 
 
@@ -145,19 +141,18 @@ def _layers(validation: Validation) -> list[str]:
             points[x] = _largest((points.get(x, 0.0), tap.max_rel))
             ticks[x] = str(tap.layer) if tap.layer is not None else ("end" if seen else "in")
         series.append(Series(name=name, points=sorted(points.items()), style=list(validation.targets).index(name)))
-    chart = Chart(
-        key="layers",
-        title=f"Difference by layer, {', '.join(measured)}",
+    plot = line_plot(
         x_label="layer",
         y_label="difference / largest value",
         series=series,
         ticks=sorted(ticks.items()),
     )
+    title = f"Difference by layer, {', '.join(measured)}"
     return [
         "<section><h2>Difference by layer</h2>",
         "<p>Intermediate values of a prompt of three windows, against the reference's, each as a share of the largest "
         "value there; the worst step of each layer.</p>",
-        f"<figure>{draw(chart)}</figure>",
+        f"<figure>{embed(title, plot)}</figure>",
         *(_steps(name, result) for name, result in measured.items()),
         "</section>",
     ]
