@@ -27,9 +27,9 @@ from transom.validation.certificate import check_writable, write_certificate
 from transom.validation.inputs import Inputs, read_inputs
 from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
-from transom.validation.measure import in_a_line, measure, not_measured
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import TargetResult, Validation
+from transom.validation.target import failed_target, in_a_line, validate_target
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
@@ -203,7 +203,7 @@ def _validate_one(
     name, config = candidate.name, opener.model.config
     try:
         with opener.open(candidate, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
-            return measure(
+            return validate_target(
                 session,
                 candidate,
                 config,
@@ -214,7 +214,7 @@ def _validate_one(
             )
     except Exception as error:
         # Runtimes raise what they like, and what the other targets give must not be lost.
-        return not_measured(candidate, config, error)
+        return failed_target(candidate, config, error)
 
 
 def _with_layers(
