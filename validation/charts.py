@@ -283,27 +283,21 @@ def _scale(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
     """Write every name beside its point, at the first place where no other text and no point stands."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     marks = [axes.transData.transform((point.x, point.y)) for point in points]
     taken = [text.get_window_extent() for text in axes.texts]
     places = [(side, down) for down in (9, -9, 20, -20, 32, -32, 44, -44) for side in ("left", "right")]
     for point in points:
-        text = None
         for side, down in places:
-            trial = axes.annotate(
+            text = axes.annotate(
                 point.name, (point.x, point.y), (6 if side == "left" else -6, down), textcoords="offset points",
                 ha=side, va="center", color=COLOURS["text"],
             )  # fmt: skip
-            box = trial.get_window_extent()
+            box = text.get_window_extent()
             free = not any(box.overlaps(other) for other in taken) and not any(box.contains(x, y) for x, y in marks)
-            if free and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
-                text = trial
+            if (free and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)) or (side, down) == places[-1]:
+                taken.append(box)
                 break
-            trial.remove()
-        if text is None:
-            text = axes.annotate(point.name, (point.x, point.y), (6, 9), textcoords="offset points", va="center")
-        taken.append(text.get_window_extent())
+            text.remove()
 
 
 def _colour(style: int) -> str:

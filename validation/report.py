@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from transom.validation.charts import STYLE, Series, embed, line_plot, thinned
 from transom.validation.result import TargetResult, Validation
+
+if TYPE_CHECKING:
+    from transom.validation.evaluation.result import Evaluation
 
 
 def render(validation: Validation) -> str:
     """A whole page."""
     verdict, mark = ("passed", "✓") if validation.passed else ("failed", "✗")
+    prompt = validation.prompt
     ran, wrong = len(validation.targets), sum(not result.passed for result in validation.targets.values())
     count = f"{ran} target{'s' if ran != 1 else ''} ran, " + (f"{wrong} failed" if wrong else "none failed")
     body = [
@@ -23,12 +28,14 @@ def render(validation: Validation) -> str:
         *_failures(validation),
         "<section><h2>Targets</h2>",
         _summary(validation),
-        *_not_run(validation),
+        not_run(validation.not_run),
         "</section>",
         *_positions(validation),
         *_layers(validation),
         *(_details(name, result) for name, result in validation.targets.items()),
-        _provenance(validation),
+        provenance(
+            validation, {"prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}"}
+        ),
         "</main>",
     ]
     return page(f"{validation.model}: validation {verdict}", body)
@@ -56,6 +63,24 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
         f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def not_run(reasons: Mapping[str, str]) -> str:
+    """What was left out, and why."""
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in reasons.items()]
+    return f"<h3>Not run</h3><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def provenance(result: Validation | Evaluation, facts: Mapping[str, str], *, weights: str = "") -> str:
+    """The last section: weights, the facts given, date and versions."""
+    facts = {
+        "weights": f"{result.source['name']}, revision {result.source['revision']}{weights}",
+        **facts,
+        "date": result.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
+    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
 
 
 def _failures(validation: Validation) -> list[str]:
@@ -89,11 +114,6 @@ def _summary(validation: Validation) -> str:
     ]
     return table("Largest values over all lengths. KL is in nats, the relative difference of the largest logit of its "
                  "position.", header, rows)  # fmt: skip
-
-
-def _not_run(validation: Validation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in validation.not_run.items()]
-    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
 
 
 def _positions(validation: Validation) -> list[str]:
@@ -244,18 +264,6 @@ def _divergence(result: TargetResult) -> str:
         return first
     also = "" if result.first_divergence is None else f"; number {result.first_divergence} is none"
     return f"{first}, which is a tie{also}"
-
-
-def _provenance(validation: Validation) -> str:
-    prompt = validation.prompt
-    facts = {
-        "weights": f"{validation.source['name']}, revision {validation.source['revision']}",
-        "prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}",
-        "date": validation.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in validation.versions.items()),
-    }
-    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
 
 
 def share(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from transom.validation.charts import Draw, Point, embed, scatter_plot, write
 from transom.validation.evaluation.result import Axis, Evaluation, Row
-from transom.validation.report import number, page, share, table
+from transom.validation.report import not_run, number, page, provenance, share, table
 
 HEADER = (
     "scheme", "MB", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
@@ -17,6 +17,13 @@ HEADER = (
 
 def render(evaluation: Evaluation) -> str:
     """A whole page."""
+    text, speed = evaluation.text, evaluation.speed
+    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
+    facts = {
+        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
+        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
+        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
+    }
     best = ", ".join(escape(row.name) for row in evaluation.front("bytes"))
     body = [
         f"<header><h1>{escape(evaluation.model)}</h1>",
@@ -29,14 +36,14 @@ def render(evaluation: Evaluation) -> str:
         "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
         "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
         table("Schemes", HEADER, [[escape(cell) for cell in cells(evaluation, row)] for row in evaluation.rows]),
-        *_not_run(evaluation),
+        not_run(evaluation.not_run),
         "</section>",
         "<section><h2>Fronts</h2>",
         "<p>Filled points are on the front: no other scheme is better in both. Bars are the standard error of the "
         "difference from the unquantised model.</p>",
         *(f"<figure>{embed(title, draw)}</figure>" for title, draw in plots(evaluation).items()),
         "</section>",
-        _provenance(evaluation),
+        provenance(evaluation, facts, weights=f"; {evaluation.parameters:,} numbers"),
         "</main>",
     ]
     return page(f"{evaluation.model}: schemes", body)
@@ -112,24 +119,3 @@ def _plot(evaluation: Evaluation, title: str, axis: Axis, x_label: str, better: 
 
 def _targets(evaluation: Evaluation) -> list[str]:
     return list(dict.fromkeys(row.target for row in evaluation.measured))
-
-
-def _not_run(evaluation: Evaluation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in evaluation.not_run.items()]
-    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
-
-
-def _provenance(evaluation: Evaluation) -> str:
-    text, speed = evaluation.text, evaluation.speed
-    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
-    facts = {
-        "weights": f"{evaluation.source['name']}, revision {evaluation.source['revision']}; "
-        f"{evaluation.parameters:,} numbers",
-        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
-        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
-        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
-        "date": evaluation.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in evaluation.versions.items()),
-    }
-    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
