@@ -207,7 +207,7 @@ def _remove(folder: Path, known: Collection[str]) -> bool:
     return not folder.exists()
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file; a reader sees the old one or the new one, never a part.
 
     Raises:
@@ -216,7 +216,7 @@ def replace_file(path: Path, text: str) -> None:
     # A link stays a link; what is no file, such as a terminal, has no draft. Names of files may hold what is no UTF-8.
     path = Path(os.path.realpath(path))
     draft = _beside(path, "partial")
-    data = text.encode("utf-8", "backslashreplace")
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(data)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/report.css", "transom/validation/chart.css")
-"""What the wheel holds beside modules: the text that validation reads, and the styles of its report."""
+DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/report.css")
+"""What the wheel holds beside modules: the text that validation reads, and the style of its report."""
 
 
 def folder_of(package: str) -> Path:

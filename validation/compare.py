@@ -1,4 +1,7 @@
-"""Differences between two models' logits, position by position."""
+"""One pass over logits: how far they are from the oracle's, and how likely they make the text, position by position.
+
+Logits of 262,144 tokens are never kept: a target's stand in memory for one call, the oracle's for a few positions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Array = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Differences:
-    """One number a position, [T] each; NaN where logits are not finite.
+    """One number a position, [T] each but for the last two; NaN where logits are not finite.
 
     Attributes:
         first: The first position.
@@ -28,6 +31,9 @@ class Differences:
         magnitude: Largest logit of the oracle, by absolute value.
         kl: KL(oracle || target), in nats.
         gap: How much likelier, in logits of the oracle, its best token is than the target's; 0 where they agree.
+        log_likelihood: Log probability that the target gives the token that follows in the text, in nats, [T], or
+            [T - 1] where the last position is the text's last.
+        kl_unquantized: KL(unquantised oracle || target), in nats, [T], or [0] if that was left out.
     """
 
     first: int
@@ -35,62 +41,78 @@ class Differences:
     magnitude: Array
     kl: Array
     gap: Array
+    log_likelihood: Array
+    kl_unquantized: Array
 
     @property
     def relative(self) -> Array:
         """`max_abs` as a share of `magnitude`."""
         return np.asarray(self.max_abs / np.maximum(self.magnitude, np.finfo(np.float32).tiny))
 
+    @property
+    def top1_agreement(self) -> float:
+        """Share of positions with the same likeliest token."""
+        return float((self.gap == 0).mean())
+
     @staticmethod
     def join(parts: Sequence[Differences]) -> Differences:
         """Parts of one run, in order."""
-        arrays = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("max_abs", "magnitude", "kl", "gap")
-        }
+        names = [field.name for field in dataclasses.fields(Differences) if field.name != "first"]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return Differences(first=parts[0].first, **arrays)
 
 
-def compare(logits: NDArray[np.float32], expected: Logits, first: int) -> Differences:
+def compare(
+    logits: NDArray[np.float32],
+    expected: Logits,
+    first: int,
+    *,
+    following: Sequence[int] = (),
+    unquantized: Logits | None = None,
+) -> Differences:
     """Compare a target's logits with the oracle's, a few positions at a time.
 
     Args:
         logits: Logits [T, V] of a target.
         expected: The oracle.
         first: Position of the first row.
+        following: The token after each position, [T], or [T - 1] at the end of a text.
+        unquantized: The unquantised oracle, to be compared with as well.
     """
     parts = []
     for low in range(0, len(logits), ROWS):
         rows = torch.from_numpy(np.ascontiguousarray(logits[low : low + ROWS]))
-        parts.append(_compare_rows(rows, expected(first + low, first + low + len(rows)), first + low))
+        span = first + low, first + low + len(rows)
+        after = following[low : low + ROWS]
+        parts.append(compare_rows(rows, expected(*span), span[0], after, unquantized and unquantized(*span)))
     return Differences.join(parts)
 
 
-def divergence(logits: NDArray[np.float32], expected: Logits, first: int) -> Array:
-    """KL(expected || logits) of every position alone, [T]."""
-    parts = []
-    for low in range(0, len(logits), ROWS):
-        rows = torch.from_numpy(np.ascontiguousarray(logits[low : low + ROWS]))
-        beside = expected(first + low, first + low + len(rows))
-        parts.append(kl(beside.log_softmax(-1), rows.log_softmax(-1)))
-    return np.concatenate(parts)
-
-
-def _compare_rows(rows: torch.Tensor, expected: torch.Tensor, first: int) -> Differences:
+def compare_rows(
+    rows: torch.Tensor,
+    expected: torch.Tensor,
+    first: int,
+    following: Sequence[int] = (),
+    unquantized: torch.Tensor | None = None,
+) -> Differences:
+    """Like `compare`, of logits [R, V] that stand in memory together."""
     best, chosen = expected.argmax(-1, keepdim=True), rows.argmax(-1, keepdim=True)
     gap = (expected.gather(1, best) - expected.gather(1, chosen))[:, 0]
     # Also of a NaN, which torch calls the largest of all, the gap must not be a number.
     gap = torch.where(rows.gather(1, chosen)[:, 0].isnan(), torch.nan, gap)
+    log_q = rows.log_softmax(-1)
     return Differences(
         first=first,
         max_abs=_array((rows - expected).abs().amax(-1)),
         magnitude=_array(expected.abs().amax(-1)),
-        kl=kl(expected.log_softmax(-1), rows.log_softmax(-1)),
+        kl=_kl(expected.log_softmax(-1), log_q),
         gap=_array(gap),
+        log_likelihood=_array(log_q[range(len(following)), list(following)]),
+        kl_unquantized=np.empty(0) if unquantized is None else _kl(unquantized.log_softmax(-1), log_q),
     )
 
 
-def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> Array:
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> Array:
     """KL(p || q) in nats of log probabilities [R, V], row by row."""
     terms = log_p.exp() * (log_p - log_q)
     # Rounding can leave a sum of almost nothing below zero.

@@ -42,6 +42,11 @@ class Schedule:
         """Length of the longest prompt."""
         return self.prompts[-1]
 
+    @property
+    def positions(self) -> int:
+        """Tokens to run in all."""
+        return sum(self.prompts) + sum(stop for _, stop in self.decodes) + self.continued + self.new_tokens
+
 
 def default_chunk(window: int | None, context: int) -> int:
     """A chunk longer than the window, so that a single call crosses it."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transom.validation.charts import Chart, Series, draw, thinned
+from transom.validation.charts import STYLE, Series, embed, line_plot, thinned
 from transom.validation.result import TargetResult, Validation
 
-STYLE, CHART_STYLE = (Path(__file__).parent / name for name in ("report.css", "chart.css"))
+if TYPE_CHECKING:
+    from transom.validation.evaluation.result import Evaluation
 
 
 def render(validation: Validation) -> str:
     """A whole page."""
     verdict, mark = ("passed", "✓") if validation.passed else ("failed", "✗")
+    prompt = validation.prompt
     ran, wrong = len(validation.targets), sum(not result.passed for result in validation.targets.values())
     count = f"{ran} target{'s' if ran != 1 else ''} ran, " + (f"{wrong} failed" if wrong else "none failed")
     body = [
@@ -26,12 +28,14 @@ def render(validation: Validation) -> str:
         *_failures(validation),
         "<section><h2>Targets</h2>",
         _summary(validation),
-        *_not_run(validation),
+        not_run(validation.not_run),
         "</section>",
         *_positions(validation),
         *_layers(validation),
         *(_details(name, result) for name, result in validation.targets.items()),
-        _provenance(validation),
+        provenance(
+            validation, {"prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}"}
+        ),
         "</main>",
     ]
     return page(f"{validation.model}: validation {verdict}", body)
@@ -39,7 +43,7 @@ def render(validation: Validation) -> str:
 
 def page(title: str, body: Iterable[str]) -> str:
     """A whole page that loads nothing; the body is HTML already."""
-    style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, CHART_STYLE))
+    style = STYLE.read_text(encoding="utf-8")
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -59,6 +63,24 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
         f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def not_run(reasons: Mapping[str, str]) -> str:
+    """What was left out, and why."""
+    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in reasons.items()]
+    return f"<h3>Not run</h3><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def provenance(result: Validation | Evaluation, facts: Mapping[str, str], *, weights: str = "") -> str:
+    """The last section: weights, the facts given, date and versions."""
+    facts = {
+        "weights": f"{result.source['name']}, revision {result.source['revision']}{weights}",
+        **facts,
+        "date": result.date,
+        "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
+    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
 
 
 def _failures(validation: Validation) -> list[str]:
@@ -94,11 +116,6 @@ def _summary(validation: Validation) -> str:
                  "position.", header, rows)  # fmt: skip
 
 
-def _not_run(validation: Validation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in validation.not_run.items()]
-    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
-
-
 def _positions(validation: Validation) -> list[str]:
     results = validation.targets
     longest = max((len(result.by_position) for result in results.values()), default=0)
@@ -110,9 +127,7 @@ def _positions(validation: Validation) -> list[str]:
         for slots in result.slots:
             if slots < longest and slots % window:
                 columns[float(slots)] = f"ring of {slots} wraps"
-    chart = Chart(
-        key="positions",
-        title=f"Difference by position, {', '.join(results)}",
+    plot = line_plot(
         x_label="position in the longest prompt",
         y_label="difference / largest logit",
         series=[
@@ -122,11 +137,12 @@ def _positions(validation: Validation) -> list[str]:
         columns=sorted((x, label) for x, label in columns.items() if x < longest),
         limits=sorted({(result.tolerance.relative, "allowed") for result in results.values()}),
     )
+    title = f"Difference by position, {', '.join(results)}"
     return [
         "<section><h2>Difference by position</h2>",
         "<p>The largest difference of any logit, as a share of the largest logit of its position. What rounding makes "
         "is level; a wrong window or a wrong slot makes a step at a marked position.</p>",
-        f"<figure>{draw(chart)}</figure></section>",
+        f"<figure>{embed(title, plot)}</figure></section>",
     ]
 
 
@@ -145,19 +161,18 @@ def _layers(validation: Validation) -> list[str]:
             points[x] = _largest((points.get(x, 0.0), tap.max_rel))
             ticks[x] = str(tap.layer) if tap.layer is not None else ("end" if seen else "in")
         series.append(Series(name=name, points=sorted(points.items()), style=list(validation.targets).index(name)))
-    chart = Chart(
-        key="layers",
-        title=f"Difference by layer, {', '.join(measured)}",
+    plot = line_plot(
         x_label="layer",
         y_label="difference / largest value",
         series=series,
         ticks=sorted(ticks.items()),
     )
+    title = f"Difference by layer, {', '.join(measured)}"
     return [
         "<section><h2>Difference by layer</h2>",
         "<p>Intermediate values of a prompt of three windows, against the reference's, each as a share of the largest "
         "value there; the worst step of each layer.</p>",
-        f"<figure>{draw(chart)}</figure>",
+        f"<figure>{embed(title, plot)}</figure>",
         *(_steps(name, result) for name, result in measured.items()),
         "</section>",
     ]
@@ -249,18 +264,6 @@ def _divergence(result: TargetResult) -> str:
         return first
     also = "" if result.first_divergence is None else f"; number {result.first_divergence} is none"
     return f"{first}, which is a tie{also}"
-
-
-def _provenance(validation: Validation) -> str:
-    prompt = validation.prompt
-    facts = {
-        "weights": f"{validation.source['name']}, revision {validation.source['revision']}",
-        "prompt": f"{prompt['tokens']:,} tokens of {prompt['source']}, sha256 {prompt['sha256']}",
-        "date": validation.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in validation.versions.items()),
-    }
-    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
 
 
 def share(value: float) -> str:

@@ -113,21 +113,21 @@ class TargetResult:
     context: int
     chunk: int
     window: int | None
-    slots: tuple[int, ...]
+    slots: tuple[int, ...] = ()
     tolerance: Tolerance
-    lengths: tuple[LengthResult, ...]
-    new_tokens: int
-    first_different: int | None
-    first_divergence: int | None
-    kl_unquantized: float | None
+    lengths: tuple[LengthResult, ...] = ()
+    new_tokens: int = 0
+    first_different: int | None = None
+    first_divergence: int | None = None
+    kl_unquantized: float | None = None
     kl_unquantized_limit: float | None
-    caches: CacheResult | None
+    caches: CacheResult | None = None
     not_reached: tuple[str, ...]
     failures: tuple[str, ...]
-    by_position: tuple[float, ...]
+    by_position: tuple[float, ...] = ()
     layers: tuple[LayerResult, ...] = ()
     note: str = ""
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transom.backends.folder import MANIFEST, check_absent
 from transom.compiler import versions
-from transom.errors import ConfigError, ContextLengthError, TransomError
+from transom.errors import ConfigError, TransomError
 from transom.formats.schemes import scheme
 from transom.validation.candidates import (
     REFERENCE,
@@ -24,12 +24,12 @@ from transom.validation.candidates import (
     installed_targets,
 )
 from transom.validation.certificate import check_writable, write_certificate
-from transom.validation.inputs import Inputs, read_inputs
+from transom.validation.inputs import Inputs, check_context, read_inputs
 from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
-from transom.validation.measure import in_a_line, measure, not_measured
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import TargetResult, Validation
+from transom.validation.target import failed_target, in_a_line, validate_target
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
@@ -203,7 +203,7 @@ def _validate_one(
     name, config = candidate.name, opener.model.config
     try:
         with opener.open(candidate, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
-            return measure(
+            return validate_target(
                 session,
                 candidate,
                 config,
@@ -214,7 +214,7 @@ def _validate_one(
             )
     except Exception as error:
         # Runtimes raise what they like, and what the other targets give must not be lost.
-        return not_measured(candidate, config, error)
+        return failed_target(candidate, config, error)
 
 
 def _with_layers(
@@ -256,11 +256,8 @@ def _settings(
     chunk: int | None,
     threads: int | None,
 ) -> Settings:
+    check_context(config, context)
     context = default_context(config.longest_window, config.context) if context is None else context
-    if not 1 <= context <= config.context:
-        raise ContextLengthError(
-            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
-        )
     chunk = default_chunk(config.longest_window, context) if chunk is None else min(chunk, context)
     return Settings(quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
 

@@ -94,5 +94,9 @@ class SamplingError(TransomError):
     """A sampling setting is out of range, or logits are no numbers to choose by."""
 
 
+class PlotError(TransomError):
+    """What draws plots is not installed."""
+
+
 class TrainingError(TransomError):
     """A training run cannot begin, go on or end: a missing device, a state of another run, a loss that is no number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.validation.evaluation.score import score
+from transom.validation.compare import Differences
 from transom.validation.evaluation.text import read_sequences
+from transom.validation.measure import measure
 from transom.validation.oracle import Reading
 from transom.zoo.model import Model
 
@@ -45,16 +47,20 @@ class WholeWrites(ReferenceSession):
 @pytest.mark.parametrize(("chunk", "length"), [(24, 200), (37, 83), (WINDOW, 3 * WINDOW), (1, 2 * WINDOW + 1)])
 def test_a_ring_that_ends_within_a_call_changes_no_score(tiny: Model, words: Path, chunk: int, length: int) -> None:
     bounded = Case.of(tiny).run(Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(chunk)).graph
-    text = read_sequences(tiny, words, length=length, windows=2, most=256)
-    module = tiny.eager()
-    readings = [Reading(module, tokens) for tokens in text.sequences]
+    (tokens,) = read_sequences(tiny, words, length=length, windows=1, most=256).sequences
+    reading = Reading(tiny.eager(), tokens)
     counts: list[int] = []
-    cut = score(WholeWrites(bounded, context=256, chunk=chunk), text, readings, counts.append)
-    assert sum(counts) == 2 * length and max(counts) <= chunk
-    assert len(counts) > 2 * -(-length // chunk) or chunk == 1, "no ring ended within a call"
-    whole = score(ReferenceSession(bounded, context=256, chunk=chunk), text, readings, lambda count: None)
-    assert cut.agrees.all() and cut.kl.max() < FP32_LOGITS
+
+    def run(kind: type[ReferenceSession], on_tokens: Callable[[int], None]) -> Differences:
+        session = kind(bounded, context=256, chunk=chunk)
+        return measure(session, tokens, reading.logits, step=chunk, on_tokens=on_tokens).differences
+
+    cut, whole = run(WholeWrites, counts.append), run(ReferenceSession, lambda count: None)
+    assert sum(counts) == length and max(counts) <= chunk
+    assert len(counts) > -(-length // chunk) or chunk == 1, "no ring ended within a call"
+    assert (cut.gap == 0).all() and cut.kl.max() < FP32_LOGITS and len(cut.kl) == length
     assert np.abs(cut.log_likelihood - whole.log_likelihood).max() < FP32_LOGITS
+    assert len(cut.log_likelihood) == length - 1
 
 
 @pytest.mark.usefixtures("traced_once")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,11 +13,19 @@ import pytest
 
 from tests.conftest import Cli
 from tests.validation.conftest import TARGETS
-from transom.validation.charts import Chart, Series, draw, thinned
+from transom.validation.charts import Series, embed, line_plot, thinned
 from transom.validation.report import render
 from transom.validation.result import Validation
 
 VOID = {"meta", "line", "polyline", "br"}
+
+
+LOADS = re.compile(r"https?:|//[a-z]|url\((?!#)|@import|\bsrc=|\bhref=(?!\"#)|<script|<link|<iframe")
+"""What would load something; a reference within the page starts with #."""
+
+
+NO_NUMBER = re.compile(r'"[^"]*\b(nan|inf)\b[^"]*"')
+"""A coordinate that is none."""
 
 
 class Page(HTMLParser):
@@ -50,7 +60,7 @@ def html(good: tuple[Validation, Path]) -> str:
 
 
 def test_it_loads_nothing(html: str) -> None:
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|\bsrc=|\bhref=|<script|<link|<iframe", html)
+    assert not LOADS.search(html)
     page = Page(html)
     assert page.open == []
     assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed"} == set()
@@ -71,18 +81,20 @@ def test_it_holds_every_target_and_length(html: str, good: tuple[Validation, Pat
 
 def test_the_plots(html: str) -> None:
     page = Page(html)
-    lines = [attrs for tag, attrs in page.tags if tag == "polyline"]
-    # Three targets by position; two by layer, for the reference is what they are held against.
-    assert [len((line["points"] or "").split()) for line in lines] == [67, 67, 67, 8, 8]
-    assert len({line["class"] for line in lines[:3]}) == 3
-    assert [line["class"] for line in lines[3:]] == [line["class"] for line in lines[1:3]]
-    assert len({line.get("stroke-dasharray") for line in lines[:3]}) == 3, "colour is not the only difference"
-    for words in ("window 16", "2W", "ring of 39 wraps", "allowed"):
+    lines = [attrs["style"] or "" for tag, attrs in page.tags if tag == "path" and "var(--series-" in str(attrs)]
+    colours = [re.findall(r"--series-\d", style) for style in lines]
+    # Three targets by position; two by layer, for the reference is what they are held against. Each is in its legend.
+    assert [len({*map(tuple, part)}) for part in (colours[:6], colours[6:])] == [3, 2]
+    assert {*map(tuple, colours[6:])} < {*map(tuple, colours[:6])}
+    dashes = {re.sub(r".*(dasharray: [^;]*).*|.*", r"\1", style) for style in lines[:3]}
+    assert len(dashes) == 3, "colour is not the only difference"
+    for words in ("window 16", "2W", "ring of 39 wraps", "allowed", *TARGETS):
         assert words in page.text
-    pictures = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(pictures) == 2
-    assert all(f'id="{picture["aria-labelledby"]}"' in html for picture in pictures)
+    pictures = re.findall(r'<svg viewBox="[^"]*" role="img">\s*<title>([^<]+)', html)
+    assert [title.split(",")[0] for title in pictures] == ["Difference by position", "Difference by layer"]
     assert "prefers-color-scheme: dark" in html and "@media print" in html
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert ids and len(set(ids)) == len(ids)
 
 
 def test_a_failure_comes_first(good: tuple[Validation, Path]) -> None:
@@ -99,7 +111,7 @@ def test_a_failure_comes_first(good: tuple[Validation, Path]) -> None:
     assert "Validation failed" in page.text and "1 failed" in page.text
     assert page.text.index("a prompt of 17: <b>&") < page.text.index("Difference by position")
     assert "not a number" in page.text and "token 3" in page.text and "pip install <it>" in page.text
-    assert not re.search(r'points="[^"]*(nan|inf)', html)
+    assert not NO_NUMBER.search(html)
 
 
 def test_thinning_keeps_peaks() -> None:
@@ -112,13 +124,20 @@ def test_thinning_keeps_peaks() -> None:
     assert thinned([1.0, 2.0]) == [(0.0, 1.0), (1.0, 2.0)]
 
 
-def test_a_chart_of_zeros_and_of_one_point() -> None:
-    for points in ([(0.0, 0.0), (1.0, 0.0)], [(3.0, 1e-5)], []):
-        svg = draw(
-            Chart(key="k", title="a <b>", x_label="x", y_label="y", series=[Series(name="s & t", points=points)])
-        )
-        assert Page(svg).open == [] and "a &lt;b&gt;" in svg and "s &amp; t" in svg
-        assert "nan" not in svg and "inf" not in svg
+def test_a_plot_of_zeros_and_of_one_point() -> None:
+    for points in ([(0.0, 0.0), (1.0, 0.0)], [(3.0, 1e-5)], [(0.0, math.nan), (1.0, math.inf)], []):
+        svg = embed("a <b>", line_plot(x_label="x", y_label="y", series=[Series(name="s & t$", points=points)]))
+        assert Page(svg).open == [] and "a &lt;b&gt;" in svg and "s &amp; t$" in svg
+        assert not NO_NUMBER.search(svg)
+
+
+def test_without_matplotlib_a_page_says_how_to_get_the_plots(
+    good: tuple[Validation, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = Page(render(good[0]))
+    assert page.open == [] and "Validation passed" in page.text
+    assert page.text.count("pip install 'transom[plots]'") == 2 and "svg" not in {tag for tag, _ in page.tags}
 
 
 def test_the_command_writes_it(cli: Cli, tmp_path: Path) -> None:

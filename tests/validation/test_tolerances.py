@@ -92,7 +92,7 @@ def made(**arrays: Sequence[float]) -> Differences:
     full = {name: np.full(40, value) for name, value in held.items()}
     for name, values in arrays.items():
         full[name][: len(values)] = values
-    return Differences(first=100, **full)
+    return Differences(first=100, log_likelihood=np.zeros(40), kl_unquantized=np.empty(0), **full)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,23 @@ def test_ties_are_no_disagreement() -> None:
 def test_compare_by_hand() -> None:
     expected = torch.tensor([[0.0, 1.0, -4.0], [2.0, 1.0, 0.0]])
     found = np.array([[0.0, 1.5, -4.0], [1.0, 2.0, 0.0]], np.float32)
-    differences = compare(found, lambda first, stop: expected[first - 5 : stop - 5], 5)
+    differences = compare(
+        found,
+        lambda first, stop: expected[first - 5 : stop - 5],
+        5,
+        following=[2],
+        unquantized=lambda first, stop: torch.zeros(stop - first, 3),
+    )
     assert differences.first == 5
     assert differences.max_abs.tolist() == [0.5, 1.0]
     assert differences.relative.tolist() == [0.125, 0.5]
     assert differences.gap.tolist() == [0.0, 1.0]
     p, q = expected[1].softmax(-1), torch.from_numpy(found[1]).softmax(-1)
     assert differences.kl[1] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert differences.kl_unquantized[1] == pytest.approx(float((1 / 3 / q).log().mean()), rel=1e-5)
+    # The second token is the text's last: nothing follows it.
+    log_q = torch.from_numpy(found[0]).log_softmax(-1)
+    assert differences.log_likelihood.tolist() == [pytest.approx(float(log_q[2]), rel=1e-6)]
 
 
 def cache(slots: int | None) -> CacheRecord:

@@ -249,8 +249,8 @@ def test_the_certificate(good: Good, tmp_path: Path) -> None:
     found, out = good
     for name in ("onnxruntime", "onnx"):
         assert sorted(path.name for path in (out / name).iterdir()) == [
-            "generation_config.json", "manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json",
-            "tokenizer_config.json", CERTIFICATE,
+            "chat_template.jinja", "generation_config.json", "manifest.json", "model.onnx", "model.onnx.data",
+            "tokenizer.json", "tokenizer_config.json", CERTIFICATE,
         ]  # fmt: skip
         transom.open(out / name)
         data = json.loads((out / name / CERTIFICATE).read_text())

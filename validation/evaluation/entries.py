@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transom.backends.folder import check_absent
-from transom.errors import ConfigError, ContextLengthError, TargetError
+from transom.errors import ConfigError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.targets import TARGETS
 from transom.validation.candidates import Candidate, Settings, check_targets
 from transom.validation.certificate import check_writable
-from transom.zoo.config import DecoderConfig
 
 
 def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) -> None:
@@ -34,14 +33,6 @@ def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) ->
             raise ConfigError(f"no {kind} is named: name one, or leave the option out")
         if twice := next((name for name in names or () if list(names or ()).count(name) > 1), None):
             raise ConfigError(f"the {kind} {twice!r} is given twice: name it once")
-
-
-def check_context(config: DecoderConfig, context: int | None) -> None:
-    """Raise `ContextLengthError` for a context that the model does not have."""
-    if context is not None and not 1 <= context <= config.context:
-        raise ContextLengthError(
-            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
-        )
 
 
 def to_compile(

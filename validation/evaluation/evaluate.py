@@ -11,12 +11,12 @@ from typing import Literal
 from transom.compiler import CHUNK, versions
 from transom.errors import ConfigError, TargetError, TransomError
 from transom.validation.candidates import OnProgress, Opener, Settings, disambiguate
-from transom.validation.evaluation.entries import check_context, check_names, named, refused, to_compile
-from transom.validation.evaluation.measure import measure_all, reason
+from transom.validation.evaluation.entries import check_names, named, refused, to_compile
 from transom.validation.evaluation.result import Evaluation
+from transom.validation.evaluation.rows import evaluate_all, reason
 from transom.validation.evaluation.speed import REPEATS, processor, split
 from transom.validation.evaluation.text import read_sequences
-from transom.validation.inputs import read_inputs
+from transom.validation.inputs import check_context, read_inputs
 from transom.validation.validate import LIBRARIES
 from transom.zoo.model import Model
 
@@ -119,7 +119,7 @@ def evaluate_sources(
         raise _nothing(not_run)
     opener = Opener(inputs.model)
     rows = [
-        *measure_all(opener, [e for e in entries if e.name not in not_run], read, decode_tokens, not_run, on_progress)
+        *evaluate_all(opener, [e for e in entries if e.name not in not_run], read, decode_tokens, not_run, on_progress)
     ]
     if len(rows) == 1:
         raise _nothing(not_run)

@@ -1,13 +1,14 @@
-"""The report of an evaluation: a table and two plots, in one HTML file that loads nothing, or the plots as SVG."""
+"""The report of an evaluation: a table and two plots, in one HTML file that loads nothing, or the plots alone."""
 
 from __future__ import annotations
 
 import math
 from html import escape
+from typing import Literal
 
+from transom.validation.charts import Draw, Point, embed, scatter_plot, write
 from transom.validation.evaluation.result import Axis, Evaluation, Row
-from transom.validation.evaluation.scatter import Point, Scatter, document, draw
-from transom.validation.report import number, page, share, table
+from transom.validation.report import not_run, number, page, provenance, share, table
 
 HEADER = (
     "scheme", "MB", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
@@ -16,6 +17,13 @@ HEADER = (
 
 def render(evaluation: Evaluation) -> str:
     """A whole page."""
+    text, speed = evaluation.text, evaluation.speed
+    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
+    facts = {
+        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
+        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
+        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
+    }
     best = ", ".join(escape(row.name) for row in evaluation.front("bytes"))
     body = [
         f"<header><h1>{escape(evaluation.model)}</h1>",
@@ -28,22 +36,26 @@ def render(evaluation: Evaluation) -> str:
         "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
         "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
         table("Schemes", HEADER, [[escape(cell) for cell in cells(evaluation, row)] for row in evaluation.rows]),
-        *_not_run(evaluation),
+        not_run(evaluation.not_run),
         "</section>",
         "<section><h2>Fronts</h2>",
         "<p>Filled points are on the front: no other scheme is better in both. Bars are the standard error of the "
         "difference from the unquantised model.</p>",
-        *(f"<figure>{draw(scatter)}</figure>" for scatter in scatters(evaluation)),
+        *(f"<figure>{embed(title, draw)}</figure>" for title, draw in plots(evaluation).items()),
         "</section>",
-        _provenance(evaluation),
+        provenance(evaluation, facts, weights=f"; {evaluation.parameters:,} numbers"),
         "</main>",
     ]
     return page(f"{evaluation.model}: schemes", body)
 
 
-def render_plot(evaluation: Evaluation) -> str:
-    """Both plots as one SVG file."""
-    return document(f"{evaluation.model}: schemes", scatters(evaluation))
+def render_plot(evaluation: Evaluation, kind: Literal["svg", "png"]) -> bytes:
+    """Both plots as one file.
+
+    Raises:
+        PlotError: If matplotlib is not installed.
+    """
+    return write(list(plots(evaluation).values()), kind, f"{evaluation.model}: schemes")
 
 
 def cells(evaluation: Evaluation, row: Row) -> tuple[str, ...]:
@@ -67,18 +79,19 @@ def figures(value: float) -> str:
     return f"{value:,.{3 if value < 100 else 0}f}"
 
 
-def scatters(evaluation: Evaluation) -> tuple[Scatter, Scatter]:
-    """Bytes and speed against perplexity."""
-    return (
-        _scatter(evaluation, "bytes", f"{evaluation.model}: perplexity by size", "MB on disk", "less"),
-        _scatter(evaluation, "decode", f"{evaluation.model}: perplexity by speed", "tokens decoded a second", "more"),
-    )
+def plots(evaluation: Evaluation) -> dict[str, Draw]:
+    """Bytes and speed against perplexity, by title."""
+    size, speed = f"{evaluation.model}: perplexity by size", f"{evaluation.model}: perplexity by speed"
+    return {
+        size: _plot(evaluation, size, "bytes", "MB on disk", "less"),
+        speed: _plot(evaluation, speed, "decode", "tokens decoded a second", "more"),
+    }
 
 
-def _scatter(evaluation: Evaluation, axis: Axis, title: str, x_label: str, better: str) -> Scatter:
-    targets = list(dict.fromkeys(row.target for row in evaluation.measured))
-    on_front = evaluation.front(axis)
-    points = [
+def points(evaluation: Evaluation, axis: Axis) -> list[Point]:
+    """What stands in a plot."""
+    targets, on_front = _targets(evaluation), evaluation.front(axis)
+    return [
         Point(
             # The legend tells the target; what is left tells artifacts of one scheme apart.
             name=row.name.removeprefix(f"{row.target} "),
@@ -90,34 +103,19 @@ def _scatter(evaluation: Evaluation, axis: Axis, title: str, x_label: str, bette
         )
         for row in evaluation.measured
     ]
-    return Scatter(
-        key=axis,
+
+
+def _plot(evaluation: Evaluation, title: str, axis: Axis, x_label: str, better: Literal["less", "more"]) -> Draw:
+    targets, plain = _targets(evaluation), evaluation.plain.perplexity
+    return scatter_plot(
         title=title,
         x_label=x_label,
-        y_label="perplexity",
-        better="less" if better == "less" else "more",
-        points=points,
-        level=(evaluation.plain.perplexity, f"unquantised, plain module: {figures(evaluation.plain.perplexity)}"),
+        better=better,
+        points=points(evaluation, axis),
+        level=(plain, f"unquantised, plain module: {figures(plain)}"),
         legend=[(name, style) for style, name in enumerate(targets)] if len(targets) > 1 else (),
     )
 
 
-def _not_run(evaluation: Evaluation) -> list[str]:
-    lines = [f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in evaluation.not_run.items()]
-    return [f"<h3>Not run</h3><ul>{''.join(lines)}</ul>"] if lines else []
-
-
-def _provenance(evaluation: Evaluation) -> str:
-    text, speed = evaluation.text, evaluation.speed
-    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
-    facts = {
-        "weights": f"{evaluation.source['name']}, revision {evaluation.source['revision']}; "
-        f"{evaluation.parameters:,} numbers",
-        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
-        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
-        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
-        "date": evaluation.date,
-        "versions": ", ".join(f"{name} {version}" for name, version in evaluation.versions.items()),
-    }
-    lines = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<section><h2>Where this comes from</h2><dl>{lines}</dl></section>"
+def _targets(evaluation: Evaluation) -> list[str]:
+    return list(dict.fromkeys(row.target for row in evaluation.measured))

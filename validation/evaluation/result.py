@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from transom.validation.compare import Array
-from transom.validation.evaluation.pareto import front
-from transom.validation.evaluation.score import Scores
+from transom.validation.compare import Array, Differences
 from transom.validation.evaluation.speed import Speed
 from transom.validation.result import finite
 
@@ -85,6 +83,31 @@ class Row(Facts):
     prefill: float | None
     decode: float | None
     seconds: float
+
+    @staticmethod
+    def of(
+        facts: Facts, scores: Sequence[Differences], oracle: Sequence[Differences], speed: Speed | None, seconds: float
+    ) -> Row:
+        """What a target's logits come to.
+
+        Args:
+            facts: What it is.
+            scores: Its differences, a sequence each. The last position of one predicts nothing that is known.
+            oracle: Those of the oracle from itself.
+            speed: Its own; None of the oracle.
+            seconds: Wall time.
+        """
+        losses, plain = (-np.concatenate([part.log_likelihood for part in parts]) for parts in (scores, oracle))
+        return Row(
+            **vars(facts),
+            loss=Estimate.of(losses),
+            loss_difference=Estimate.of(losses - plain),
+            kl=Estimate.of(np.concatenate([part.kl[:-1] for part in scores])),
+            top1_agreement=float((np.concatenate([part.gap[:-1] for part in scores]) == 0).mean()),
+            prefill=None if speed is None else speed.prefill,
+            decode=None if speed is None else speed.decode,
+            seconds=seconds,
+        )
 
     @property
     def perplexity(self) -> float:
@@ -189,38 +212,18 @@ class Evaluation:
         return data
 
 
-def target_row(facts: Facts, scores: Scores, oracle: Array, speed: Speed, seconds: float) -> Row:
-    """The row of a target.
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one dominates, by rising first number.
+
+    A point dominates another if it is as low in both numbers and lower in one; so of equal points all stay.
 
     Args:
-        facts: What it is.
-        scores: Its own.
-        oracle: Log probability of every scored token by the oracle, [N].
-        speed: Its own.
-        seconds: Wall time.
+        points: Two costs each, the lower the better; a point with a number that is not finite is on no front.
     """
-    return Row(
-        **vars(facts),
-        loss=Estimate.of(-scores.log_likelihood),
-        loss_difference=Estimate.of(oracle - scores.log_likelihood),
-        kl=Estimate.of(scores.kl),
-        top1_agreement=float(scores.agrees.mean()),
-        prefill=speed.prefill,
-        decode=speed.decode,
-        seconds=seconds,
-    )
+    finite = [index for index, point in enumerate(points) if all(map(math.isfinite, point))]
+    kept = [index for index in finite if not any(_dominates(points[other], points[index]) for other in finite)]
+    return sorted(kept, key=lambda index: points[index])
 
 
-def oracle_row(facts: Facts, log_likelihood: Array, seconds: float) -> Row:
-    """The row of the oracle, which agrees with itself."""
-    nothing = Estimate(mean=0.0, error=0.0)
-    return Row(
-        **vars(facts),
-        loss=Estimate.of(-log_likelihood),
-        loss_difference=nothing,
-        kl=nothing,
-        top1_agreement=1.0,
-        prefill=None,
-        decode=None,
-        seconds=seconds,
-    )
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]

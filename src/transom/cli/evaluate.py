@@ -67,15 +67,20 @@ def evaluate(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE; - prints them.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plots in one SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plots in one file: .png, else SVG.")
+    ] = None,
 ) -> None:
     """Weigh schemes on a text: perplexity, KL and top-1 against bytes and tokens a second, with the Pareto fronts."""
     from transom.backends.folder import replace_file
+    from transom.validation.charts import check_installed
     from transom.validation.evaluation.evaluate import evaluate_sources
     from transom.validation.evaluation.report import render, render_plot
 
     check_weights(weights)
     check_outputs(json_file, html, plot, inputs=[text, *map(Path, model_or_dirs), *([Path(model)] if model else [])])
+    if plot is not None:
+        check_installed()
     with stage_bars() as on_progress:
         evaluation = evaluate_sources(
             model_or_dirs,
@@ -99,7 +104,7 @@ def evaluate(
     if html is not None:
         replace_file(html, render(evaluation))
     if plot is not None:
-        replace_file(plot, render_plot(evaluation))
+        replace_file(plot, render_plot(evaluation, "png" if plot.suffix.lower() == ".png" else "svg"))
     if str(json_file) == "-":
         print_json(evaluation.to_json())
         return

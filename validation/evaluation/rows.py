@@ -11,18 +11,21 @@ from pathlib import Path
 from transom.backends.artifact import Manifest, read_manifest
 from transom.errors import TransomError
 from transom.validation.candidates import Candidate, OnProgress, Opener
-from transom.validation.compare import Array
-from transom.validation.evaluation.result import PLAIN, Facts, Row, oracle_row, target_row
-from transom.validation.evaluation.score import score, score_oracle
+from transom.validation.compare import ROWS, Differences, compare_rows
+from transom.validation.evaluation.result import PLAIN, Facts, Row
 from transom.validation.evaluation.speed import measure_speed
 from transom.validation.evaluation.text import Text
-from transom.validation.measure import in_a_line
+from transom.validation.measure import measure
 from transom.validation.oracle import Reading
+from transom.validation.target import in_a_line
 from transom.zoo.companions import COMPANIONS
 from transom.zoo.model import Model
 
+CALL = 256
+"""Most positions whose logits are computed at once: 256 MiB of Gemma's vocabulary."""
 
-def measure_all(
+
+def evaluate_all(
     opener: Opener,
     candidates: Sequence[Candidate],
     text: Text,
@@ -41,9 +44,9 @@ def measure_all(
         on_progress: Called with (step, done, total).
     """
     model = opener.model
-    began, advance = time.perf_counter(), _counter("oracle", 2 * text.scored, on_progress)
+    began, advance = time.perf_counter(), _counter("oracle", 2 * len(text.sequences) * text.length, on_progress)
     readings = _read(model, text, advance)
-    log_likelihood = score_oracle(text, readings, advance)
+    oracle = [_score(tokens, reading, advance) for tokens, reading in zip(text.sequences, readings, strict=True)]
     size = sum(weight.bytes for weight in model.weights.values())
     facts = Facts(
         name=PLAIN,
@@ -55,10 +58,10 @@ def measure_all(
         bytes=size,
         bytes_per_weight=size / model.parameters,
     )
-    yield oracle_row(facts, log_likelihood, time.perf_counter() - began)
+    yield Row.of(facts, oracle, oracle, None, time.perf_counter() - began)
     for candidate in candidates:
         try:
-            row = _measure_one(opener, candidate, text, readings, log_likelihood, decode_tokens, on_progress)
+            row = _measure_one(opener, candidate, text, readings, oracle, decode_tokens, on_progress)
         except Exception as error:
             # Runtimes raise what they like, and what the other schemes give must not be lost.
             # Without its frames, which would keep the session in memory.
@@ -82,8 +85,18 @@ def _read(model: Model, text: Text, advance: Callable[[int], None]) -> list[Read
     module, readings = model.eager(), []
     for tokens in text.sequences:
         readings.append(Reading(module, tokens))
-        advance(len(tokens) - 1)
+        advance(len(tokens))
     return readings
+
+
+def _score(tokens: Sequence[int], reading: Reading, advance: Callable[[int], None]) -> Differences:
+    """The oracle beside itself."""
+    parts = []
+    for low in range(0, len(tokens), ROWS):
+        rows = reading.logits(low, min(low + ROWS, len(tokens)))
+        parts.append(compare_rows(rows, rows, low, tokens[low + 1 : low + 1 + ROWS]))
+        advance(len(rows))
+    return Differences.join(parts)
 
 
 def _measure_one(
@@ -91,7 +104,7 @@ def _measure_one(
     candidate: Candidate,
     text: Text,
     readings: Sequence[Reading],
-    oracle: Array,
+    oracle: Sequence[Differences],
     decode_tokens: int,
     on_progress: OnProgress,
 ) -> Row:
@@ -101,7 +114,11 @@ def _measure_one(
         placed = dataclasses.replace(candidate, folder=folder)
         with opener.open(placed, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
             manifest = read_manifest(folder, verify=False)
-            scores = score(session, text, readings, _counter(name, len(text.sequences) * text.length, on_progress))
+            advance, step = _counter(name, len(text.sequences) * text.length, on_progress), min(session.chunk, CALL)
+            scores = [
+                measure(session, tokens, reading.logits, step=step, on_tokens=advance).differences
+                for tokens, reading in zip(text.sequences, readings, strict=True)
+            ]
             speed = measure_speed(session, text.sequences[0], decode_tokens)
     size = payload_bytes(manifest)
     facts = Facts(
@@ -114,7 +131,7 @@ def _measure_one(
         bytes=size,
         bytes_per_weight=size / opener.model.parameters,
     )
-    return target_row(facts, scores, oracle, speed, time.perf_counter() - began)
+    return Row.of(facts, scores, oracle, speed, time.perf_counter() - began)
 
 
 def _counter(stage: str, total: int, on_progress: OnProgress) -> Callable[[int], None]:

@@ -1,0 +1,175 @@
+"""One target through its schedule, and its verdict."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from transom.backends.session import Session
+from transom.errors import ArtifactError, SamplingError
+from transom.validation.candidates import Candidate
+from transom.validation.judge import judge, weigh
+from transom.validation.lengths import schedule
+from transom.validation.measure import Measurement, measure
+from transom.validation.oracle import Oracle, Reading
+from transom.validation.result import LengthResult, TargetResult
+from transom.validation.tolerances import quantization_limit, tolerance
+from transom.zoo.config import DecoderConfig
+
+MESSAGE_LIMIT = 400
+"""Most characters of a runtime's own message in a failure: some write pages."""
+
+
+def validate_target(
+    session: Session,
+    candidate: Candidate,
+    config: DecoderConfig,
+    oracle: Oracle,
+    text: Sequence[int],
+    *,
+    unquantized: Reading | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TargetResult:
+    """Run all lengths, the continuation, and weigh the caches.
+
+    Args:
+        session: The target, opened.
+        candidate: What it is.
+        config: The model's configuration.
+        oracle: Of the same quantisation; it has read `text`.
+        text: Token ids, as many as the longest prompt takes.
+        unquantized: The unquantised oracle's reading of the text.
+        on_progress: Called with (positions done, positions to do).
+    """
+    if session.vocab_size != config.vocab_size:
+        raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
+    bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
+    plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, caches=session.caches)
+    total, done, expected = plans.positions, 0, oracle.text.logits
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    run = functools.partial(measure, session, expected=expected, on_tokens=advance)
+    runs: list[tuple[str, Measurement]] = []
+    # The earlier calls of a shorter prompt are the very calls of the longest one: comparing them again tells nothing.
+    last_calls = [(length - 1) // session.chunk * session.chunk for length in plans.prompts[:-1]]
+    for first, stop in zip([*last_calls, 0], plans.prompts, strict=True):
+        beside = unquantized.logits if unquantized is not None and stop == plans.longest else None
+        runs.append(("prefill", run(text[:stop], first=first, step=session.chunk, unquantized=beside)))
+    runs += [("decode", run(text[:stop], first=first, step=1)) for first, stop in plans.decodes]
+    began = time.perf_counter()
+    continued = list(text[: plans.continued])
+    new, unchosen = _continuation(session, continued, plans.new_tokens)
+    seconds = time.perf_counter() - began
+    advance(plans.continued + plans.new_tokens)
+    different, diverged = (_first_divergence(oracle, continued, new, tie) for tie in (0.0, bound.tie))
+    longest = runs[len(plans.prompts) - 1][1].differences
+    kl_unquantized = None if unquantized is None else float(longest.kl_unquantized.mean())
+    lengths = tuple(_result(kind, run) for kind, run in runs)
+    caches, failures = weigh(session, config, plans.longest)
+    failures = [*(line for kind, run in runs for line in judge(kind, run.differences, bound)), *failures]
+    if unchosen is not None:
+        failures.append(f"the greedy continuation of a prompt of {plans.continued} ends at {len(new)}: {unchosen}")
+    if diverged is not None:
+        failures.append(
+            f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
+        )
+    limit = quantization_limit(candidate.settings.quant)
+    if kl_unquantized is not None and limit is not None and not kl_unquantized <= limit:
+        failures.append(
+            f"the quantised weights are far from the model's: mean KL from the unquantised model is "
+            f"{kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.settings.quant}"
+        )
+    return TargetResult(
+        target=candidate.target,
+        folder=str(candidate.folder) if candidate.folder else None,
+        quant=candidate.settings.quant,
+        dtype=candidate.dtype,
+        context=session.context,
+        chunk=session.chunk,
+        window=config.longest_window,
+        slots=tuple(sorted({c.slots for c in session.caches if c.window is not None and c.slots is not None})),
+        tolerance=bound,
+        lengths=lengths,
+        new_tokens=plans.new_tokens,
+        first_different=different,
+        first_divergence=diverged,
+        kl_unquantized=kl_unquantized,
+        kl_unquantized_limit=limit,
+        caches=caches,
+        not_reached=plans.not_reached,
+        failures=tuple(failures),
+        by_position=tuple(float(value) for value in longest.relative),
+        note=session.note,
+        seconds=sum(run.seconds for run in lengths) + seconds,
+    )
+
+
+def in_a_line(error: Exception) -> str:
+    """A runtime's own words, shortened."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_LIMIT]}"
+
+
+def failed_target(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
+    """The result of a target that could not be run."""
+    settings = candidate.settings
+    return TargetResult(
+        target=candidate.target,
+        folder=str(candidate.folder) if candidate.folder else None,
+        quant=settings.quant,
+        dtype=candidate.dtype,
+        context=settings.context,
+        chunk=settings.chunk,
+        window=config.longest_window,
+        tolerance=tolerance(candidate.target, dtype=candidate.dtype, quant=settings.quant),
+        kl_unquantized_limit=quantization_limit(settings.quant),
+        not_reached=("everything: it could not be run",),
+        failures=(f"could not run: {in_a_line(error)}",),
+    )
+
+
+def _continuation(session: Session, prompt: list[int], count: int) -> tuple[list[int], str | None]:
+    """New tokens, and why there are fewer than wanted if logits are no numbers."""
+    new: list[int] = []
+    try:
+        for token in session.generate(prompt, max_new_tokens=count, stop_ids=()):
+            new.append(token)
+    except SamplingError as error:
+        return new, str(error)
+    return new, None
+
+
+def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: float) -> int | None:
+    """Where the oracle would have gone another way.
+
+    The oracle reads the target's own continuation: up to the first token that differs, that is its own as well.
+    """
+    reading = oracle.read([*prompt, *new])
+    for index, token in enumerate(new):
+        row = reading.logits(len(prompt) - 1 + index, len(prompt) + index)[0]
+        if row.max() - row[token] > tie * row.abs().max():
+            return index
+    return None
+
+
+def _result(kind: str, run: Measurement) -> LengthResult:
+    differences = run.differences
+    return LengthResult(
+        kind=kind,
+        first=differences.first,
+        length=differences.first + len(differences.kl),
+        max_abs=float(differences.max_abs.max()),
+        max_rel=float(differences.relative.max()),
+        worst=differences.first + int(np.argmax(differences.relative)),
+        kl_mean=float(differences.kl.mean()),
+        kl_max=float(differences.kl.max()),
+        top1_agreement=differences.top1_agreement,
+        # What is decoded is timed alone: its prompt is no part of it.
+        seconds=run.seconds + (run.seconds_before if kind == "prefill" else 0.0),
+    )
