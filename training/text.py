@@ -30,7 +30,7 @@ def read_sequences(model: Model, path: Path, length: int) -> torch.Tensor:
     if not 2 <= length <= model.config.context:
         raise TokenizerError(f"sequences of {length} tokens: choose a length from 2 to {model.config.context}")
     ids = model.tokenizer.encode(read_words(path), bos=False)
-    first = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
+    first = [] if model.tokenizer.first_id is None else [model.tokenizer.first_id]
     step = length - len(first)
     count = len(ids) // step
     if count == 0:

@@ -1,13 +1,15 @@
 """Text to token ids and back. Needs no torch: artifacts are run with this file.
 
-Gemma's tokenizer is byte-pair encoding over characters, in which a space is written U+2581, and a character without a
-piece becomes its UTF-8 bytes. Encoding is the `tokenizers` library's; decoding is ours, byte by byte, so that a text
-that is streamed and a text that is decoded at once cannot differ.
+Two kinds are known. SentencePiece's is byte-pair encoding over characters, in which a space is written U+2581, and a
+character without a piece becomes its UTF-8 bytes; of this kind only Gemma's is. The other is byte-level; see
+`byte_level`. Encoding is the `tokenizers` library's; decoding is ours, byte by byte, so that a text that is streamed
+and a text that is decoded at once cannot differ.
 """
 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import re
 import struct
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ import tokenizers
 
 from transom.errors import TokenizerError
 from transom.json_object import is_file
+from transom.zoo import byte_level
+from transom.zoo.byte_level import BYTES
 from transom.zoo.chat import Message, compile_template, render_template
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
@@ -40,10 +44,10 @@ _ALWAYS_CONTROL = {"<pad>", _EOS, _BOS, _UNK, "<start_of_turn>", _END_OF_TURN}
 
 
 class Tokenizer:
-    """A Gemma tokenizer.
+    """A tokenizer of either kind.
 
     Attributes:
-        bos_id: Goes in front of every text.
+        bos_id: Goes in front of every text, unless the config says that none does; None if there is none.
         stop_ids: Any of them ends a generated text: end of sequence, by Gemma's name and by the config's, and, where
             there is one, end of turn.
         config: What stands beside the vocabulary, such as the chat template.
@@ -54,24 +58,36 @@ class Tokenizer:
         """Wrap a tokenizer of the `tokenizers` library.
 
         Raises:
-            TokenizerError: If it lacks <eos>, or the token that begins a text.
+            TokenizerError: If it lacks the token that begins a text, or is of SentencePiece's kind and lacks <eos>.
         """
         # What a library saved for its own batches would cut or fill up every prompt.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.config = config or TokenizerConfig()
-        bos_name, eos_name = self.config.tokens.get("bos_token", _BOS), self.config.tokens.get("eos_token", _EOS)
-        bos, eos = backend.token_to_id(bos_name), backend.token_to_id(_EOS)
-        if bos is None or eos is None:
-            raise TokenizerError(f"the tokenizer has no {bos_name if bos is None else _EOS}: it is not Gemma's")
-        self.bos_id: int = bos
-        ends = (backend.token_to_id(name) for name in (eos_name, _END_OF_TURN))
-        self.stop_ids: tuple[int, ...] = tuple(sorted({eos, *(token for token in ends if token is not None)}))
+        self._byte_level = "ByteLevel" in str(backend.decoder)
+        bos_name = self.config.tokens.get("bos_token", None if self._byte_level else _BOS)
+        eos_name = self.config.tokens.get("eos_token", _EOS)
+        self.bos_id: int | None = None if bos_name is None else backend.token_to_id(bos_name)
+        ends = {token for name in (eos_name, _EOS, _END_OF_TURN) if (token := backend.token_to_id(name)) is not None}
+        if bos_name is not None and self.bos_id is None:
+            raise TokenizerError(f"the tokenizer has no {bos_name}, which begins a text")
+        if not self._byte_level and backend.token_to_id(_EOS) is None:
+            raise TokenizerError(f"the tokenizer has no {_EOS}: it is not Gemma's")
+        self.stop_ids: tuple[int, ...] = tuple(sorted(ends))
         self.left_out = self.config.left_out
-        if backend.token_to_id(eos_name) is None:
+        if "eos_token" in self.config.tokens and backend.token_to_id(eos_name) is None:
             self.left_out += (f"the tokenizer has no {eos_name}, which its config calls the end of a text",)
-        self._silent = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        if self.config.adds_bos is None:
+            self.config = dataclasses.replace(self.config, adds_bos=self._adds_bos())
+        self._added = backend.get_added_tokens_decoder()
+        self._silent = {id for id, token in self._added.items() if token.special}
+
+    def _adds_bos(self) -> bool:
+        """Whether texts begin with `bos_id`, by what the library would do itself."""
+        if self.bos_id is None or self._backend.post_processor is None:
+            return self.bos_id is not None and not self._byte_level
+        return self._backend.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     @staticmethod
     def from_folder(folder: Path) -> Tokenizer:
@@ -90,8 +106,8 @@ class Tokenizer:
             tokenizer = _in_folder(backend, folder)
             if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
                 raise TokenizerError(
-                    f"{path}: a text does not come back from its ids as Gemma's do: only byte-pair encoding with "
-                    "SentencePiece's spaces and bytes is supported, so choose another model"
+                    f"{path}: a text does not come back from its ids: only byte-pair encoding with SentencePiece's "
+                    "spaces and bytes, or over bytes as GPT-2's, is supported, so choose another model"
                 )
             return tokenizer
         path = folder / "tokenizer.model"
@@ -114,13 +130,24 @@ class Tokenizer:
 
         Raises:
             CheckpointError: If the file is damaged.
-            TokenizerError: If it holds no tokenizer of Gemma's kind.
+            TokenizerError: If it holds no tokenizer of a kind that we know.
         """
         header = header_of(source)
         tables = read_tables(header)
-        config = TokenizerConfig.from_gguf(header.path, header.metadata, tables[0])
+        config = TokenizerConfig.from_gguf(header.path, header.metadata, tables.pieces)
         try:
-            return Tokenizer(_build(*tables), config)
+            if tables.words is None:
+                return Tokenizer(_build(tables.pieces, tables.scores, tables.kinds), config)
+            by_kind = {
+                kind: [piece for piece, other in zip(tables.pieces, tables.kinds, strict=True) if other == kind]
+                for kind in (_CONTROL, _USER_DEFINED)
+            }
+            backend = byte_level.build(
+                tables.pieces, tables.merges, tables.words, special=by_kind[_CONTROL], own=by_kind[_USER_DEFINED]
+            )
+            # llama.cpp's own default for this way to cut.
+            adds = config.adds_bos if config.adds_bos is not None else tables.words == "llama-bpe"
+            return Tokenizer(backend, dataclasses.replace(config, adds_bos=adds and "bos_token" in config.tokens))
         except TokenizerError as error:
             raise TokenizerError(f"{header.path}: {error}") from error
 
@@ -158,6 +185,11 @@ class Tokenizer:
         self._backend.save(str(folder / TOKENIZER), pretty=False)
         self.config.save(folder)
 
+    @property
+    def first_id(self) -> int | None:
+        """What every text begins with; None if nothing."""
+        return self.bos_id if self.config.adds_bos else None
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised.
 
@@ -173,7 +205,8 @@ class Tokenizer:
         except TypeError:
             check_text(text, "the text")
             raise
-        return [self.bos_id, *ids] if bos and self.config.adds_bos and ids[:1] != [self.bos_id] else ids
+        first = self.first_id if bos else None
+        return ids if first is None or ids[:1] == [first] else [first, *ids]
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation: by the checkpoint's own template, or its family's if it has none.
@@ -199,7 +232,8 @@ class Tokenizer:
 
     def _special_tokens(self) -> dict[str, str]:
         """Tokens by role, for templates."""
-        return {"bos_token": _BOS, "eos_token": _EOS, **self.config.tokens}
+        known = {"bos_token": "", "eos_token": ""} if self._byte_level else {"bos_token": _BOS, "eos_token": _EOS}
+        return {**known, **self.config.tokens}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
@@ -215,6 +249,13 @@ class Tokenizer:
         # A model has more rows than its tokenizer has pieces; such an id says nothing.
         if piece is None or token in self._silent:
             return b""
+        if self._byte_level:
+            if token in self._added:
+                return str(piece).encode()
+            # A character that stands for no byte is itself, as in the library.
+            return b"".join(
+                bytes([BYTES[character]]) if character in BYTES else character.encode() for character in piece
+            )
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return str(piece).replace(_SPACE, " ").encode()

@@ -34,13 +34,13 @@ class TokenizerConfig:
 
     Attributes:
         tokens: Role, such as "bos_token", -> the token's text.
-        adds_bos: Whether every text begins with the beginning-of-sequence token.
+        adds_bos: Whether every text begins with the beginning-of-sequence token; None if the source does not say.
         template: Jinja source of the chat template; None if the source has none.
         left_out: In plain words, what is not applied.
     """
 
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    adds_bos: bool = True
+    adds_bos: bool | None = None
     template: str | None = None
     left_out: tuple[str, ...] = ()
 
@@ -71,7 +71,7 @@ class TokenizerConfig:
             left_out.append(f"{CONFIG}: of the chat templates, {', '.join(others)} are not kept, only the default")
         return TokenizerConfig(
             tokens=tokens,
-            adds_bos=_flag(f"{folder / CONFIG}: add_bos_token", config.get("add_bos_token"), default=True),
+            adds_bos=_flag(f"{folder / CONFIG}: add_bos_token", config.get("add_bos_token"), default=None),
             template=template,
             left_out=tuple(left_out),
         )
@@ -101,14 +101,16 @@ class TokenizerConfig:
         eos = _flag(f"{path}: {_GGUF}add_eos_token", metadata.get(_GGUF + "add_eos_token"), default=False)
         return TokenizerConfig(
             tokens=tokens,
-            adds_bos=_flag(f"{path}: {_GGUF}add_bos_token", metadata.get(_GGUF + "add_bos_token"), default=True),
+            adds_bos=_flag(f"{path}: {_GGUF}add_bos_token", metadata.get(_GGUF + "add_bos_token"), default=None),
             template=template,
             left_out=(f"{_GGUF}add_eos_token is not applied: a prompt is there to be continued",) if eos else (),
         )
 
     def save(self, folder: Path) -> None:
         """Write the files that `from_folder` and Hugging Face's libraries read."""
-        config = {**self.tokens, "add_bos_token": self.adds_bos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, Any] = {**self.tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if self.adds_bos is not None:
+            config["add_bos_token"] = self.adds_bos
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if self.template is not None:
             (folder / TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
@@ -145,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read_object(path, TokenizerError) or {}
 
 
-def _flag(what: str, value: object, *, default: bool) -> bool:
+def _flag(what: str, value: object, *, default: bool | None) -> bool | None:
     if value is None:
         return default
     if not isinstance(value, bool):

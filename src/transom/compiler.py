@@ -182,7 +182,7 @@ def compile_model(
                 details=lowered.details,
                 tpu=lowered.tpu,
                 stop_ids=model.generation.stop_ids,
-                bos_id=model.tokenizer.bos_id if model.tokenizer else None,
+                bos_id=model.tokenizer.first_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
                 conversions=[
                     conversion.to_json()

@@ -5,14 +5,33 @@ llama.cpp takes a score of 0 and the type "normal" where a table is missing, and
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from transom.errors import TokenizerError
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import shown
 
-Tables = tuple[list[str], list[float], list[int]]
-"""Pieces, scores and kinds, by id."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tables:
+    """A tokenizer as a file holds it.
+
+    Attributes:
+        pieces: By id.
+        scores: By id.
+        kinds: By id, as SentencePiece numbers them.
+        words: How a byte-level one cuts texts; None for SentencePiece's.
+        merges: Of a byte-level one, with a space between two pieces.
+    """
+
+    pieces: list[str]
+    scores: list[float]
+    kinds: list[int]
+    words: str | None = None
+    merges: list[str] = dataclasses.field(default_factory=list)
+
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
@@ -30,18 +49,18 @@ _IDS = {"bos_token_id": "<bos>", "unknown_token_id": "<unk>", "eos_token_id": No
 
 
 def read_tables(header: Header) -> Tables:
-    """Pieces, scores and kinds of a tokenizer of Gemma's kind.
+    """The tables of a tokenizer.
 
     Raises:
-        TokenizerError: If there is none, it is of another kind, or its tables contradict each other.
+        TokenizerError: If there is none, it is of a kind that we do not know, or its tables contradict each other.
     """
     path, metadata = header.path, header.metadata
     model = metadata.get(f"{_PREFIX}model")
     # An array is compared by element, so that the value must be a string first.
-    if not isinstance(model, str) or model != "llama":
+    if not isinstance(model, str) or model not in ("llama", "gpt2"):
         raise TokenizerError(
-            f"{path}: its tokenizer is {shown(model)}, expected 'llama', that is SentencePiece's "
-            f"({_PREFIX}model): convert the model again with tokenizer.model beside it"
+            f"{path}: its tokenizer is {shown(model)}, expected 'llama' (SentencePiece's) or 'gpt2' (byte-level) as "
+            f"{_PREFIX}model: convert the model again"
         )
     pieces = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(pieces, list) or not pieces:
@@ -65,10 +84,19 @@ def read_tables(header: Header) -> Tables:
             f"{path}: {_PREFIX}token_type of {index} is {kinds[index]}, known are 1 to 6: convert the model again"
         )
     _check_flags(header)
-    _check_ids(header, pieces)
+    _check_ids(header, pieces, named=model == "llama")
+    if model == "gpt2":
+        merges, words = (metadata.get(f"{_PREFIX}{name}") for name in ("merges", "pre"))
+        if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+            raise TokenizerError(f"{path}: {_PREFIX}merges is no list of strings: convert the model again")
+        if not isinstance(words, str):
+            raise TokenizerError(
+                f"{path}: {_PREFIX}pre is {shown(words)}, so how texts are cut is unknown: convert the model again"
+            )
+        return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist(), words=words, merges=merges)
     _check_order(header, pieces, scores, kinds)
     _check_unused(header, pieces, kinds)
-    return pieces, scores.tolist(), kinds.tolist()
+    return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist())
 
 
 def _table(header: Header, name: str, count: int, default: float, kinds: str) -> np.ndarray:
@@ -99,7 +127,7 @@ def _check_flags(header: Header) -> None:
         )
 
 
-def _check_ids(header: Header, pieces: list[str]) -> None:
+def _check_ids(header: Header, pieces: list[str], *, named: bool) -> None:
     for name, piece in _IDS.items():
         if (value := header.metadata.get(f"{_PREFIX}{name}")) is None:
             continue
@@ -108,7 +136,7 @@ def _check_ids(header: Header, pieces: list[str]) -> None:
                 f"{header.path}: {_PREFIX}{name} is {shown(value)}, expected one of {len(pieces)} ids: "
                 "convert the model again"
             )
-        if piece is not None and piece in pieces and pieces[value] != piece:
+        if named and piece is not None and piece in pieces and pieces[value] != piece:
             raise TokenizerError(
                 f"{header.path}: {_PREFIX}{name} is {value}, that is {pieces[value][:60]!r}, but {piece} is "
                 f"{pieces.index(piece)}: convert the model again"

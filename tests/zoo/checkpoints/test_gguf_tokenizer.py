@@ -49,8 +49,8 @@ def test_an_empty_piece_is_named_after_its_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model": ("string", "gpt2")}, "'gpt2', expected 'llama'"),
-        ({"model": ("string", "none")}, "convert the model again with tokenizer.model beside it"),
+        ({"model": ("string", "bert")}, "'bert', expected 'llama' (SentencePiece's) or 'gpt2'"),
+        ({"model": ("string", "none")}, "as tokenizer.ggml.model: convert the model again"),
         ({"model": None}, "None, expected 'llama'"),
         ({"tokens": None}, "tokenizer.ggml.tokens is no list"),
         ({"tokens": ("array of u32", [1, 2])}, "tokenizer.ggml.tokens is no list"),
