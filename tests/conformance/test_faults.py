@@ -111,9 +111,7 @@ def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path]) -> N
     assert loud(report, "image_blocks"), str(report)
 
 
-def images_recorded(
-    suite: dict[str, Path], session: EagerSession, sizes: Sequence[int], context: Context
-) -> Recording:
+def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequence[int], context: Context) -> Recording:
     """Taps of the case with images, cut as given."""
     inputs = np.load(suite["image_blocks"] / "inputs.npz")
     session.blocks = torch.from_numpy(inputs["blocks"])

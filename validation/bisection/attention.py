@@ -49,11 +49,13 @@ def seen_keys(replay: Replay, place: Masking) -> torch.Tensor:
 
 
 def windows(context: Context, total: int) -> dict[int | None, int | None]:
-    """Window of every layer that attends, None where it sees every earlier key: what the last of `total` tokens sees."""
+    """Window of every layer that attends: what the last of `total` tokens sees; None if that is every earlier key."""
     layers = {}
     for site in context.sites("attention"):
         if (place := masking(site)) is not None:
-            last = Replay(site=site, context=context, inputs={}, output=torch.empty(1), calls=((total - 1, 1),), slots=total)
+            last = Replay(
+                site=site, context=context, inputs={}, output=torch.empty(1), calls=((total - 1, 1),), slots=total
+            )
             masked = last.value(place.masked, {place.scores: lambda _: torch.zeros(1, 1, 1, total)})
             count = int((masked.flatten(0, -3)[0] > MASKED).sum())
             layers[site.layer] = None if count >= total else count

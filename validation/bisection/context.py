@@ -71,7 +71,9 @@ class Site:
         return [
             node
             for node in self.nodes
-            if node.op == "call_function" and node not in self.moving and any(user in self.moving for user in node.users)
+            if node.op == "call_function"
+            and node not in self.moving
+            and any(user in self.moving for user in node.users)
         ]
 
 
@@ -121,7 +123,9 @@ class Context:
                         stack.append(used)
         nodes = [each for each in self.graph.fx.nodes if each in upstream]
         # The ids are the input of what comes before the first tap.
-        tokens = {each for each in self.graph.user_inputs() if each.name != self.graph.start and each.meta["val"].dim() == 2}
+        tokens = {
+            each for each in self.graph.user_inputs() if each.name != self.graph.start and each.meta["val"].dim() == 2
+        }
         moving: set[Node] = set()
         for each in nodes:
             if each in others or each in tokens or any(used in moving for used in each.all_input_nodes):

@@ -78,11 +78,12 @@ class EagerSession(Session):
 
     def _complete(self, ids: torch.Tensor, start: torch.Tensor) -> None:
         """Compute the taps that no hook saw."""
-        known: dict[Node, Any] = {
-            self._taps[name]: torch.from_numpy(value) for name, value in self.tapped.items()
+        known: dict[Node, Any] = {self._taps[name]: torch.from_numpy(value) for name, value in self.tapped.items()}
+        placeholders = self._graph.placeholders()
+        known |= {self._graph.user_inputs()[0]: ids, placeholders[str(self._graph.start)]: start}
+        known |= {
+            placeholders[cache.input]: tensor for cache, tensor in zip(self._graph.caches, self._tensors, strict=True)
         }
-        inputs = self._graph.user_inputs()
-        known |= {inputs[0]: ids, self._graph.placeholders()[str(self._graph.start)]: start}
         missing = [name for name in self._taps if name not in self.tapped]
         values = run_nodes([self._taps[name] for name in missing], known)
         self.tapped |= {name: values[self._taps[name]].numpy() for name in missing}

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn.functional import gelu, silu
 
-from transom.graphs.match import CASTS, aten, is_call, skip_casts
+from transom.graphs.match import aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
 from transom.validation.bisection.attention import of_attention
 from transom.validation.bisection.context import Rows, Site
@@ -111,7 +110,9 @@ def _scalars_elsewhere(replay: Replay) -> list[list[float]]:
     site = replay.site
     name = _in_layer(site)
     others = [other for other in replay.context.sites(site.op) if other.tap != site.tap and _in_layer(other) == name]
-    return [list(numbers) for numbers in {tuple(number for _, _, number in _scalars_of(other)): None for other in others}]
+    return [
+        list(numbers) for numbers in {tuple(number for _, _, number in _scalars_of(other)): None for other in others}
+    ]
 
 
 def _in_layer(site: Site) -> str:
@@ -138,7 +139,11 @@ def _role(replay: Replay, node: Node, number: float) -> tuple[str, list[float], 
     if site.op == "attention":
         likely = [1.0, number * number, *sorted(size**-0.5 for size in widths if size > 1)]
         missing = f"the softmax scale is 1 in place of {number:.6g}: the scores are not scaled"
-        return "the softmax scale", likely, {1.0: missing, number * number: f"the softmax scale {number:.6g} is applied twice"}
+        return (
+            "the softmax scale",
+            likely,
+            {1.0: missing, number * number: f"the softmax scale {number:.6g} is applied twice"},
+        )
     likely = [1.0, number * number, float(torch.tensor(number, dtype=torch.bfloat16))]
     what = "the embedding" if site.op == "embedding" else "the value"
     words = {
@@ -151,7 +156,11 @@ def _role(replay: Replay, node: Node, number: float) -> tuple[str, list[float], 
 
 def _widths(node: Node) -> set[int]:
     value = node.meta.get("val")
-    return {value.shape[-1]} if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int) else set()
+    return (
+        {value.shape[-1]}
+        if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int)
+        else set()
+    )
 
 
 def _fit(replay: Replay, node: Node, index: int, number: float) -> float | None:
@@ -259,7 +268,9 @@ def _of_fitted_weights(replay: Replay) -> Iterator[Hypothesis]:
     x = x.flatten(1)
     if x.shape[0] >= 1.2 * x.shape[1]:
         change = torch.linalg.lstsq(x.double(), error.double()).solution.float()
-        cause = f"the weights are not the checkpoint's: {words}, the largest change of a weight is {change.abs().max():.3g}"
+        cause = (
+            f"the weights are not the checkpoint's: {words}, the largest change of a weight is {change.abs().max():.3g}"
+        )
         yield Hypothesis(op="projection", cause=cause, predict=lambda: right + (x @ change).view_as(right))
     elif 0 < len(rows) < count:
         mended = right.flatten(1).clone()

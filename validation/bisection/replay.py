@@ -159,4 +159,3 @@ def with_argument(node: Node, index: int, number: float) -> Change:
         return node.target(*args[:index], number, *args[index + 1 :], **kwargs)
 
     return change
-
