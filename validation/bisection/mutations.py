@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, silu
 
 from transom.graphs.match import aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
-from transom.validation.bisection.attention import of_attention
+from transom.validation.bisection.attention import masking, of_attention, windows
 from transom.validation.bisection.context import Rows, Site
 from transom.validation.bisection.hypothesis import RIGHT, Hypothesis, best_factor
 from transom.validation.bisection.replay import Change, Changes, Replay, scalars, with_argument
@@ -67,6 +67,10 @@ def _guess(replay: Replay, op: str, cause: str, changes: Changes) -> Hypothesis:
 def _instead(node: Node) -> Change:
     """Another node's value."""
     return lambda value_of: value_of(node)
+
+
+def _constant(value: torch.Tensor) -> Change:
+    return lambda _: value
 
 
 # Numbers
@@ -201,7 +205,8 @@ def _of_caps(replay: Replay, op: str) -> Iterator[Hypothesis]:
     if words is None:
         return
     # Attention bounds its scores before they are masked, the head its logits.
-    bounded = node if op == "logits" else _scores(replay.site)
+    place = masking(replay.site)
+    bounded = node if op == "logits" else place and place.scores
     tanh = next((each for each in replay.site.nodes if is_call(each, aten.tanh.default)), None)
     if tanh is not None and is_call(tanh.args[0], *_PRODUCTS):
         x, bounded = tanh.args[0].args[0], next(iter(tanh.users))
@@ -213,14 +218,6 @@ def _of_caps(replay: Replay, op: str) -> Iterator[Hypothesis]:
     for cap in CAPS:
         capped: Change = lambda value_of, cap=cap, x=x: torch.tanh(value_of(x) / cap) * cap  # type: ignore[misc]  # noqa: E731
         yield _guess(replay, op, f"the {words} are capped at {cap:g}", {bounded: capped})
-
-
-def _scores(site: Site) -> Node | None:
-    """What attention masks."""
-    from transom.validation.bisection.attention import masking
-
-    found = masking(site)
-    return None if found is None else found.scores
 
 
 # Weights
@@ -291,10 +288,10 @@ def _of_norm(replay: Replay) -> Iterator[Hypothesis]:
         if is_call(node, aten.rsqrt.default) and node in site.moving:
             ones: Change = lambda value_of, node=node: torch.ones_like(value_of(node))  # type: ignore[misc]  # noqa: E731
             yield guess("there is no norm: its input is only multiplied by the weight", {node: ones})
-    ((source, x),) = replay.inputs.items()
-    x = x.reshape(replay.output.shape)
-    yield Hypothesis(op="norm", cause="there is no norm: its input comes out", predict=lambda: x)
-    centred = {source: x - x.mean(-1, keepdim=True)}
+    ((source, value),) = replay.inputs.items()
+    value = value.reshape(replay.output.shape)
+    yield Hypothesis(op="norm", cause="there is no norm: its input comes out", predict=lambda: value)
+    centred = {source: value - value.mean(-1, keepdim=True)}
     cause = "the norm subtracts the mean, as LayerNorm does"
     yield Hypothesis(op="norm", cause=cause, predict=lambda: replay.run(inputs=centred))
 
@@ -312,7 +309,7 @@ def _of_activation(replay: Replay) -> Iterator[Hypothesis]:
     if len(weights) == 2 and weights[0].meta["val"].shape == weights[1].meta["val"].shape:
         swapped = [replay.context.rows(replay.weights()[node]) for node in reversed(weights)]
         yield guess("gate and up are swapped", dict(zip(weights, swapped, strict=True)))
-    product = site.node
+    product: Node = site.node
     if is_call(product, aten.mul.Tensor):
         left, right = product.args[:2]
         added: Change = lambda value_of: value_of(left) + value_of(right)  # noqa: E731
@@ -347,7 +344,6 @@ def _of_residual(replay: Replay) -> Iterator[Hypothesis]:
 
 def _of_rope(replay: Replay) -> Iterator[Hypothesis]:
     """The angles of another layer, other positions, other pairs."""
-    yield from _of_angles(replay)
     at, guess, context = replay.positions, partial(_guess, replay, "rope"), replay.context
     restarted = torch.cat([torch.arange(count) for _, count in replay.calls])
     moved = [
@@ -356,8 +352,10 @@ def _of_rope(replay: Replay) -> Iterator[Hypothesis]:
         ("RoPE's positions start again at 0 in every call", restarted),
         ("RoPE rotates the other way", -at),
     ]
-    windows = sorted({window for window in context_windows(replay).values() if window is not None})
-    moved += [(f"RoPE's positions wrap at the window of {window}", at % window) for window in windows]
+    layers = windows(context, len(at))
+    yield from _of_angles(replay, layers)
+    for window in sorted({window for window in layers.values() if window is not None}):
+        moved.append((f"RoPE's positions wrap at the window of {window}", at % window))
     counted = next((node for node in replay.site.nodes if _counts_positions(context.graph.start, node)), None)
     for cause, positions in moved if counted is not None else ():
         change: Change = lambda value_of, to=positions: to.view_as(value_of(counted))  # type: ignore[misc]  # noqa: E731
@@ -378,17 +376,17 @@ def _of_rope(replay: Replay) -> Iterator[Hypothesis]:
         )
 
 
-def _of_angles(replay: Replay) -> Iterator[Hypothesis]:
+def _of_angles(replay: Replay, layers: dict[int | None, int | None]) -> Iterator[Hypothesis]:
     """Whatever other layers make of positions takes the place of what this one does."""
-    site, windows = replay.site, context_windows(replay)
-    own, own_kind = site.constants(), _kind(windows, site)
+    site = replay.site
+    own, own_kind = site.constants(), _kind(layers, site)
     tried = [own]
     for other in replay.context.sites("rope"):
         angles = other.constants()
         if angles in tried or len(angles) != len(own):
             continue
         tried.append(angles)
-        kind = _kind(windows, other)
+        kind = _kind(layers, other)
         whose = f"{kind} layers" if kind != own_kind else f"layer {other.layer}"
         cause = (
             f"the {own_kind} layer is rotated with the RoPE base of {whose}: {_words(other)} in place of {_words(site)}"
@@ -396,19 +394,12 @@ def _of_angles(replay: Replay) -> Iterator[Hypothesis]:
         # The other layer's part of the graph makes its angles, of this one's positions.
         elsewhere = Replay(site=other, context=replay.context, inputs={}, output=replay.output, calls=replay.calls)
         values = {mine: elsewhere.value(theirs) for mine, theirs in zip(own, angles, strict=True)}
-        changes: Changes = {mine: (lambda _, value=value: value) for mine, value in values.items()}
+        changes = {mine: _constant(value) for mine, value in values.items()}
         yield _guess(replay, "rope", cause, changes)
 
 
-def context_windows(replay: Replay) -> dict[int | None, int | None]:
-    """Window of every layer that attends."""
-    from transom.validation.bisection.attention import windows
-
-    return windows(replay.context, len(replay.positions))
-
-
-def _kind(windows: dict[int | None, int | None], site: Site) -> str:
-    return "global" if windows.get(site.layer) is None else "local"
+def _kind(layers: dict[int | None, int | None], site: Site) -> str:
+    return "global" if layers.get(site.layer) is None else "local"
 
 
 def _counts_positions(start: str | None, node: Node) -> bool:
