@@ -9,8 +9,9 @@ from contextlib import ExitStack
 import numpy as np
 
 from transom.passes.add_taps import AddTaps
+from transom.validation.bisection.context import LOGITS, Context
 from transom.validation.bisection.recording import Call, steps
-from transom.validation.bisection.sites import LOGITS, op_of, site
+from transom.validation.bisection.sources import tapped
 from transom.validation.candidates import REFERENCE, Candidate, OnProgress, Opener
 from transom.validation.lengths import SPAN
 from transom.validation.result import LayerResult
@@ -38,6 +39,7 @@ def compare_layers(
     starts = range(0, length, settings.chunk)
     calls = [Call(start=start, count=min(settings.chunk, length - start)) for start in starts]
     reference = dataclasses.replace(candidate, name=REFERENCE, target=REFERENCE, folder=None, exported=False)
+    graph = Context(graph=tapped(opener.traced()), tokens=text)
     worst: dict[str, tuple[float, float]] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -45,7 +47,7 @@ def compare_layers(
 
     with ExitStack() as stack:
         pair = [stack.enter_context(opener.open(part, progress, [AddTaps()])) for part in (reference, candidate)]
-        runs = [steps(session, calls, text) for session in pair]
+        runs = [steps(session, calls, text, graph.axes()) for session in pair]
         for call, expected, actual in zip(calls, *runs, strict=True):
             for name, value in expected.items():
                 before, largest = worst.get(name, (0.0, SMALLEST))
@@ -56,8 +58,8 @@ def compare_layers(
     return tuple(
         LayerResult(
             name=name.removeprefix("tap."),
-            layer=site(name, config.num_layers).layer,
-            op=op_of(name),
+            layer=graph.taps[name][0].layer,
+            op=graph.taps[name][0].op,
             max_abs=difference,
             max_rel=difference / magnitude,
         )

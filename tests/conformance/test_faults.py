@@ -21,7 +21,6 @@ from tests.conformance.faults import (
     SpoiltStageRuntime,
 )
 from tests.conformance.runner import Report, run_suite
-from tests.gemma import gemma_config
 from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
@@ -112,13 +111,13 @@ def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path]) -> N
     assert loud(report, "image_blocks"), str(report)
 
 
-def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequence[int]) -> Recording:
+def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequence[int], context: Context) -> Recording:
     """Taps of the case with images, cut as given."""
     inputs = np.load(suite["image_blocks"] / "inputs.npz")
     session.blocks = torch.from_numpy(inputs["blocks"])
     starts = np.cumsum([0, *sizes[:-1]])
     calls = [Call(start=int(start), count=size) for start, size in zip(starts, sizes, strict=True)]
-    return record(session, calls, inputs["tokens"].tolist())
+    return record(session, calls, context)
 
 
 @pytest.mark.parametrize("name", [name for name, fault in IMAGE_FAULTS.items() if fault.layer is not None])
@@ -126,13 +125,13 @@ def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite
     fault = IMAGE_FAULTS[name]
     inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), load(suite["image_blocks"])
     sizes = [15, 12, 2, *[1] * 30]
+    (images,) = ([case.images for case in CASES if case.images],)
+    graph, _ = Pipeline([AddTaps()]).run(traced(suite["image_blocks"])[1])
+    context = Context(graph=graph, tokens=inputs["tokens"].tolist(), blocks=images[0])
     right, wrong = (
-        images_recorded(suite, EagerSession(model, chunk=21, context=inputs["tokens"].size, **rule), sizes)
+        images_recorded(suite, EagerSession(model, chunk=21, context=inputs["tokens"].size, **rule), sizes, context)
         for rule in ({}, {"visible": fault.visible})
     )
-    (images,) = ([case.images for case in CASES if case.images],)
-    config = gemma_config(model.config)
-    context = Context(config=config, weights=model.weights, tokens=inputs["tokens"].tolist(), blocks=images[0])
     assert not compare(right, right, context).diverged
     verdict = compare(right, wrong, context)
     assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, "mask", "b"), verdict

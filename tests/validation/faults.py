@@ -272,7 +272,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "unscaled embedding": Fault(
         plant=_spoil(aten.mul.Tensor, argument(1, 1.0), ""),
-        behind=FuseAttention, layer=None, op="embedding", cause="is not multiplied by sqrt(hidden_size)",
+        behind=FuseAttention, layer=None, op="embedding", cause="the embedding is not multiplied by 8",
     ),
     "capped logits": Fault(
         plant=_spoil(aten.index_select.default, lambda g, n: _cap(g, n), ""),

@@ -19,7 +19,6 @@ import transom
 from tests.artifacts import CHUNK, THREADS
 from tests.case import Case
 from tests.conftest import WINDOW
-from tests.gemma import gemma_config
 from tests.validation.faults import FAULTS, Spoil, argument
 from transom.backends.artifact import read_manifest
 from transom.backends.opening import open_session
@@ -58,14 +57,13 @@ def tapped(traced: Graph) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def context(tiny: Model) -> Context:
+def context(tiny: Model, tapped: Graph) -> Context:
     total = CALLS[-1].start + CALLS[-1].count
-    config = gemma_config(tiny.config)
-    return Context(config=config, weights=tiny.weights, tokens=make_prompt(tiny, total, None).ids[:total])
+    return Context(graph=tapped, tokens=make_prompt(tiny, total, None).ids[:total])
 
 
 def run(graph: Graph, context: Context) -> Recording:
-    return record(ReferenceSession(graph, context=512, chunk=CHUNK), CALLS, context.tokens)
+    return record(ReferenceSession(graph, context=512, chunk=CHUNK), CALLS, context)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,7 @@ def test_all_passes_of_a_target_agree_with_the_traced_graph(target: str, find: F
 
 
 def test_the_module_agrees_with_the_graph_as_traced(tiny: Model, context: Context, right: Recording) -> None:
-    eager = record(EagerSession(tiny, "none", context=512, chunk=CHUNK), CALLS, context.tokens)
+    eager = record(EagerSession(tiny, context.graph, "none", context=512, chunk=CHUNK), CALLS, context)
     assert list(eager.values) == list(right.values)
     assert not compare(eager, right, context).diverged
 
@@ -140,13 +138,13 @@ def test_the_run_at_fault_is_the_one_that_is_blamed(tapped: Graph, context: Cont
     assert verdict.position == WINDOW, "the first token that sees a key too many"
 
 
-def test_a_fault_while_decoding_only_is_told_as_such(context: Context, right: Recording) -> None:
+def test_a_fault_while_decoding_only_is_told_as_such(tiny: Model, context: Context, right: Recording) -> None:
     """Numbers that are right in a prompt and wrong in single steps: the cause holds there alone."""
     tap = "tap.layers.2.pre_feedforward_layernorm"
     single = [call.start for call in CALLS if call.count == 1]
     first = single[0]
     value = right.values[tap].copy()
-    plain = context.weight("layers.2.pre_feedforward_layernorm.weight").numpy()
+    plain = tiny.weights["layers.2.pre_feedforward_layernorm.weight"].read().numpy()
     value[single] *= plain / (1 + plain)
     wrong = dataclasses.replace(right, values={**right.values, tap: value})
     verdict = compare(right, wrong, context)

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
@@ -34,8 +33,8 @@ from transom.passes.targets import TARGETS
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import agreement, compare, differences, explain, first_divergent
 from transom.validation.bisection.recording import Call, plan_calls, record, steps
-from transom.validation.bisection.sites import site
 from transom.validation.bisection.sources import (
+    EAGER,
     Source,
     is_quantized,
     manifest_of,
@@ -47,6 +46,7 @@ from transom.validation.bisection.sources import (
 )
 from transom.validation.bisection.verdict import Verdict
 from transom.validation.inputs import check_same, model_of
+from transom.validation.lengths import SPAN
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
 from transom.zoo.prompt import make_prompt
@@ -112,6 +112,10 @@ def bisect(
         if not verdict.diverged or verdict.side is None:
             return verdict
         blamed, other = (a, second) if verdict.side == "a" else (b, first)
+        if blamed == EAGER:
+            # Causes are tested on the graph as traced, but it is the module that says what the model is.
+            cause = f"the graph as traced is not what the module computes; if it were right, {verdict.cause}"
+            return dataclasses.replace(verdict, side="b" if verdict.side == "a" else "a", cause=cause)
         # What is interpreted in float32 agrees as closely as taps do, however far a runtime may be off.
         within = TAPS if share is None else share
         return dataclasses.replace(verdict, stage=_stage(blamed, other, plan, context, within))
@@ -148,7 +152,7 @@ def bisect_stages(
     plan = _plan(loaded, quant, [], length, chunk, decode)
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(quant)).passes if isinstance(target, str) else target
     context = dataclasses.replace(plan.context, tolerance=TAPS if share is None else share)
-    traced, verdict = tapped(plan.traced), None
+    traced, verdict = context.graph, None
     stages: list[tuple[str, Graph]] = []
 
     def on_pass(ran: Pass, graph: Graph) -> None:
@@ -175,19 +179,16 @@ class _Plan:
     model: Model
     chunk: int
     calls: tuple[Call, ...]
+    traced: Graph
     context: Context
 
     @property
     def total(self) -> int:
         return self.calls[-1].start + self.calls[-1].count
 
-    @functools.cached_property
-    def traced(self) -> Graph:
-        return trace_model(self.model)
-
     def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
         quant = self.context.quant
-        return open_source(source, self.model, lambda: self.traced, quant=quant, context=self.total, chunk=self.chunk)
+        return open_source(source, self.model, self.traced, quant=quant, context=self.total, chunk=self.chunk)
 
     def interpret(self, graph: Graph) -> Session:
         return ReferenceSession(graph, context=self.total, chunk=self.chunk)
@@ -239,8 +240,7 @@ def _plan(
     decode: int | None,
 ) -> _Plan:
     """Fit the calls into the smallest chunk and context of what is there already."""
-    config: Any = model.config
-    window = config.window
+    window = model.config.longest_window or SPAN
     wanted = min(2 * window, window + SURPLUS) + 5 if chunk is None else chunk
     chunk = min([wanted, model.config.context, *(each.chunk for each in bounded)])
     calls = plan_calls(window=window, chunk=chunk, length=length, decode=decode)
@@ -248,8 +248,9 @@ def _plan(
     if total > (room := min([model.config.context, *(each.context for each in bounded)])):
         raise ContextLengthError(f"{total} tokens do not fit into a context of {room}: give a shorter --length")
     tokens = make_prompt(model, total, None).ids[:total]
-    context = Context(config=config, weights=model.weights, tokens=tokens, quant=quant)
-    return _Plan(model=model, chunk=chunk, calls=calls, context=context)
+    traced = trace_model(model)
+    context = Context(graph=tapped(traced), tokens=tokens, quant=quant)
+    return _Plan(model=model, chunk=chunk, calls=calls, traced=traced, context=context)
 
 
 def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
@@ -264,14 +265,14 @@ def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
 
 
 def _bisect(a: Session, b: Session, calls: Sequence[Call], context: Context) -> Verdict:
-    runs = zip(steps(a, calls, context.tokens), steps(b, calls, context.tokens), strict=True)
+    runs = zip(*(steps(session, calls, context.tokens, context.axes()) for session in (a, b)), strict=True)
     tap_differences = differences(runs)
     first = first_divergent(tap_differences, context.tolerance)
     if first is None:
         return agreement(tap_differences, context.tolerance)
-    where = site(first.tap, context.config.num_layers)
+    where = context.site(first.tap)
     names = {where.tap, *where.inputs}
-    again_a, again_b = (record(session, calls, context.tokens, names) for session in (a, b))
+    again_a, again_b = (record(session, calls, context, names) for session in (a, b))
     return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(tap_differences))
 
 
@@ -308,10 +309,10 @@ def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share:
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
     names = [current.name for current in passes]
     names = names[: names.index(last) + 1] if last else names
-    traced = tapped(plan.traced)
+    traced = context.graph
 
     def agree(a: Session, b: Session, within: float) -> bool:
-        runs = zip(*(steps(session, plan.calls, context.tokens) for session in (a, b)), strict=True)
+        runs = zip(*(steps(session, plan.calls, context.tokens, context.axes()) for session in (a, b)), strict=True)
         return first_divergent(differences(runs), within) is None
 
     @functools.cache

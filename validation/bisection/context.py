@@ -1,20 +1,80 @@
-"""What a bisection knows of the model that ran."""
+"""What a bisection knows of the model that ran: its graph as traced, cut at the taps."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from transom.formats.quantized import decode
 from transom.formats.rounding import round_rows
-from transom.formats.schemes import QuantSpec, scheme
+from transom.formats.schemes import QuantSpec, is_table, scheme
+from transom.graphs.graph import Graph, Tap
+from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.convert_quantized import dequantized
 from transom.validation.tolerances import TAPS
-from transom.zoo.gemma3 import Gemma3Config as DecoderConfig
-from transom.zoo.rope import Rope
+
+LOGITS = "logits"
+"""Stands among the taps for what a session returns."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A weight, and what becomes of its rows float32; those of a large vocabulary are never in memory at once."""
+
+    weight: Weight
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
+
+    def read(self) -> torch.Tensor:
+        """All rows."""
+        return self.change(self.weight.read().float())
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of some ids, [*ids.shape, K]."""
+        unique, index = torch.unique(ids, return_inverse=True)
+        rows = torch.cat([self.weight.read_rows(int(row), int(row) + 1) for row in unique])
+        return self.change(rows.float())[index]
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ rows.T`."""
+        blocks = [torch.nn.functional.linear(x, self.change(block.float())) for block in self.weight.blocks()]
+        return torch.cat(blocks, -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """A tap, and the part of the graph between it and its nearest tapped ancestors.
+
+    Attributes:
+        tap: Its name.
+        layer: Index of the layer; None before the first and after the last.
+        op: What computes the value.
+        node: The node that is tapped; None for a tap that the graph does not have.
+        inputs: Tapped ancestors by the taps' names.
+        nodes: All nodes from the inputs on, in order of execution; weights and other placeholders among them.
+        moving: Those whose numbers depend on an input, or on the tokens.
+    """
+
+    tap: str
+    layer: int | None = None
+    op: str = "unknown"
+    node: Node | None = None
+    inputs: Mapping[str, Node] = dataclasses.field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+    moving: frozenset[Node] = frozenset()
+
+    def constants(self) -> list[Node]:
+        """Values that depend on positions and weights alone, where they meet those that depend on the inputs."""
+        return [
+            node
+            for node in self.nodes
+            if node.op == "call_function"
+            and node not in self.moving
+            and any(user in self.moving for user in node.users)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,34 +82,90 @@ class Context:
     """The model, and what it was run on.
 
     Attributes:
-        config: Its configuration.
-        weights: Its weights by name, read only when a site differs.
+        graph: Its decode graph as traced in float32, with taps. Weights are read only when a site differs.
         tokens: The ids that ran, from position 0 on.
         quant: Quantisation scheme of the runs.
         tolerance: Share of the largest value of a position up to which values agree.
         blocks: Spans (first, last + 1) of positions that see each other, such as an image's.
     """
 
-    config: DecoderConfig
-    weights: Mapping[str, Weight]
+    graph: Graph
     tokens: Sequence[int]
     quant: str = "none"
     tolerance: float = TAPS
     blocks: tuple[tuple[int, int], ...] = ()
 
-    def weight(self, name: str) -> torch.Tensor:
-        """A weight as the scheme means it, float32."""
-        weight = self.weights[name]
-        return weight.read().float() if len(weight.shape) < 2 else dequantized(name, weight, scheme(self.quant))
+    @functools.cached_property
+    def taps(self) -> dict[str, tuple[Tap, Node]]:
+        """Every tap and its node; the logits last."""
+        returned = self.graph.output.args[0]
+        taps = zip(self.graph.taps, returned[len(returned) - len(self.graph.taps) :], strict=True)
+        logits = Tap(name=LOGITS, layer=None, op=LOGITS), returned[0]
+        return {tap.name: (tap, node) for tap, node in (*taps, logits)}
+
+    @functools.cached_property
+    def weight_names(self) -> dict[str, str]:
+        """Weight name by the placeholder that holds it."""
+        return self.graph.weight_names()
+
+    def site(self, tap: str) -> Site:
+        """Cut the graph at a tap and at those before it."""
+        if tap not in self.taps:
+            return Site(tap=tap)
+        record, node = self.taps[tap]
+        others = {other: name for name, (_, other) in self.taps.items() if other is not node}
+        upstream, stack = {node}, [node]
+        while stack:
+            for used in stack.pop().all_input_nodes:
+                if used not in upstream:
+                    upstream.add(used)
+                    if used not in others:
+                        stack.append(used)
+        nodes = [each for each in self.graph.fx.nodes if each in upstream]
+        # The ids are the input of what comes before the first tap.
+        tokens = {
+            each for each in self.graph.user_inputs() if each.name != self.graph.start and each.meta["val"].dim() == 2
+        }
+        moving: set[Node] = set()
+        for each in nodes:
+            if each in others or each in tokens or any(used in moving for used in each.all_input_nodes):
+                if "sym_size" not in str(each.target):
+                    moving.add(each)
+        return Site(
+            tap=tap,
+            layer=record.layer,
+            op=record.op,
+            node=node,
+            inputs={others[each]: each for each in nodes if each in others},
+            nodes=tuple(nodes),
+            moving=frozenset(moving),
+        )
+
+    def sites(self, op: str) -> list[Site]:
+        """Every site of one operation."""
+        return [self.site(name) for name, (tap, _) in self.taps.items() if tap.op == op]
+
+    def axis(self, tap: str) -> int:
+        """Axis of the positions of a tap's value, without the batch."""
+        shape = self.taps[tap][1].meta["val"].shape[1:]
+        return next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
+
+    def axes(self) -> dict[str, int]:
+        """The axis of positions of every tap that does not have it first."""
+        return {name: axis for name in self.taps if (axis := self.axis(name))}
 
     def spec(self, name: str) -> QuantSpec | None:
         """How the scheme of the runs holds a matrix; None as it is."""
-        return scheme(self.quant).of(name)
+        return scheme(self.quant).of(name) if len(self.graph.weights[name].shape) == 2 else None
 
-    def rope(self, layer: int, *, other: bool = False) -> Rope:
-        """Rotary embedding of a layer, or that of the other kind of layer."""
-        is_local = (self.config.layer_kinds[layer] == "local") is not other
-        return self.config.rope_local if is_local else self.config.rope_global
+    def rows(self, name: str) -> Rows:
+        """A weight as the scheme means it."""
+        weight, spec = self.graph.weights[name], self.spec(name)
+        if spec is None:
+            return Rows(weight=weight)
+        if is_table(name):
+            return Rows(weight=weight, change=lambda rows: rounded(rows, spec))
+        return Rows(weight=Weight.of(dequantized(name, weight, scheme(self.quant))))
 
 
 def rounded(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from transom.errors import ArtifactError
-from transom.validation.bisection.context import Context
-from transom.validation.bisection.evidence import Evidence, Hypothesis
-from transom.validation.bisection.hypotheses import hypotheses
+from transom.validation.bisection.attention import windows
+from transom.validation.bisection.context import LOGITS, Context, Site
+from transom.validation.bisection.hypothesis import Hypothesis
+from transom.validation.bisection.mutations import hypotheses
 from transom.validation.bisection.recording import Call, Float, Recording, positions_of
-from transom.validation.bisection.sites import LOGITS, Site, site
+from transom.validation.bisection.replay import Replay
 from transom.validation.bisection.verdict import Verdict
 
 UNEXPLAINED = 0.1
@@ -112,7 +113,7 @@ def compare(a: Recording, b: Recording, context: Context) -> Verdict:
     Args:
         a: One run, such as the reference.
         b: Another run of the same calls and tokens.
-        context: The model; causes are tested against its configuration and weights.
+        context: The model; causes are tested on its graph and weights.
 
     Raises:
         ArtifactError: If the runs are not of the same calls, or have no tap in common.
@@ -123,7 +124,7 @@ def compare(a: Recording, b: Recording, context: Context) -> Verdict:
     first = first_divergent(tap_differences, context.tolerance)
     if first is None:
         return agreement(tap_differences, context.tolerance)
-    verdict = explain(site(first.tap, context.config.num_layers), first, a, b, context)
+    verdict = explain(context.site(first.tap), first, a, b, context)
     return dataclasses.replace(verdict, compared=len(tap_differences))
 
 
@@ -142,7 +143,9 @@ def explain(where: Site, difference: Difference, a: Recording, b: Recording, con
     differs = difference.relative > context.tolerance
     side, tried = _test(where, {"a": a, "b": b}, differs, context)
     positions = positions_of(where.tap, a.calls)[differs]
-    pattern = describe_positions(positions, positions_of(where.tap, a.calls), a.calls, context.config.window)
+    every = positions_of(where.tap, a.calls)
+    longest = max((window for window in windows(context, len(context.tokens)).values() if window), default=None)
+    pattern = describe_positions(positions, every, a.calls, longest)
     accepted = [trial for trial in tried if trial.error < UNEXPLAINED * share]
     if accepted:
         best = min(accepted, key=lambda trial: (not trial.everywhere, max(trial.error, EXACT)))
@@ -189,25 +192,25 @@ def _test(
     where: Site, runs: Mapping[Side, Recording], differs: NDArray[np.bool_], context: Context
 ) -> tuple[Side | None, list[_Trial]]:
     """Which run is at fault, and how well every hypothesis predicts its numbers."""
-    evidence = {side: _evidence(where, run, context) for side, run in runs.items()}
-    known = {side: side_evidence for side, side_evidence in evidence.items() if side_evidence is not None}
+    replays = {side: _replay(where, run, context) for side, run in runs.items()}
+    known = {side: replay for side, replay in replays.items() if replay is not None}
     if not known:
         return None, []
-    candidates = {side: list(hypotheses(side_evidence)) for side, side_evidence in known.items()}
-    errors = {side: _errors(candidates[side][0], known[side], differs)[0] for side in known}
+    candidates = {side: hypotheses(replay) for side, replay in known.items()}
+    errors = {side: _errors(next(candidates[side]), known[side], differs)[0] for side in known}
     side = max(known, key=lambda name: (errors[name], name))
     blamed = side if len(known) > 1 and errors[side] > 5 * min(errors.values()) else None
     trials = []
-    for hypothesis in candidates[side][1:]:
+    for hypothesis in candidates[side]:
         error, elsewhere = _errors(hypothesis, known[side], differs)
         trials.append(_Trial(hypothesis=hypothesis, error=error, everywhere=elsewhere <= 2 * context.tolerance))
     return blamed, trials
 
 
-def _errors(hypothesis: Hypothesis, evidence: Evidence, differs: NDArray[np.bool_]) -> tuple[float, float]:
+def _errors(hypothesis: Hypothesis, replay: Replay, differs: NDArray[np.bool_]) -> tuple[float, float]:
     """Largest error of a prediction where the runs differ, and elsewhere."""
-    output, predicted = evidence.output.numpy(), hypothesis.predict().numpy()
-    relative = Difference.between(evidence.site.tap, output, predicted).relative
+    output, predicted = replay.output.numpy(), hypothesis.predict().numpy()
+    relative = Difference.between(replay.site.tap, output, predicted).relative
     # A token that sees no key at all may give anything.
     defined = np.isfinite(predicted).reshape(len(predicted), -1).all(1)
     if not (differs & defined).any():
@@ -215,22 +218,23 @@ def _errors(hypothesis: Hypothesis, evidence: Evidence, differs: NDArray[np.bool
     return float(relative[differs & defined].max()), float(relative[~differs & defined].max(initial=0.0))
 
 
-def _evidence(where: Site, run: Recording, context: Context) -> Evidence | None:
-    """What a hypothesis may use; None if a value that the site is computed from was not recorded."""
-    if (not where.inputs and where.op != "embedding") or any(name not in run.values for name in where.inputs):
+def _replay(where: Site, run: Recording, context: Context) -> Replay | None:
+    """The site on a run's numbers; None if a value that it is computed from was not recorded."""
+    if where.node is None or any(name not in run.values for name in where.inputs):
         return None
-    rows = [run.positions(LOGITS) if where.op == "logits" else slice(None) for _ in where.inputs]
-    return Evidence(
+    # Logits are computed of the last token of every call.
+    rows = run.positions(LOGITS) if where.tap == LOGITS else slice(None)
+    return Replay(
         site=where,
-        inputs=tuple(torch.from_numpy(run.values[name][row]) for name, row in zip(where.inputs, rows, strict=True)),
+        context=context,
+        inputs={node: torch.from_numpy(run.values[name][rows]) for name, node in where.inputs.items()},
         output=torch.from_numpy(run.values[where.tap]),
         calls=tuple((call.start, call.count) for call in run.calls),
-        context=context,
     )
 
 
 def describe_positions(
-    differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[Call], window: int
+    differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[Call], window: int | None
 ) -> str:
     """In words, where two runs differ.
 
@@ -238,7 +242,7 @@ def describe_positions(
         differing: Positions that differ.
         every: Positions that were compared.
         calls: The calls of the runs.
-        window: Keys that a local layer sees.
+        window: Keys that a local layer sees; None if there are none.
     """
     first = int(differing.min())
     if len(differing) > 0.9 * len(every):
@@ -249,8 +253,8 @@ def describe_positions(
     if all(call.count == 1 for call in holding):
         return f"only where tokens are decoded one by one, from position {first} on"
     offsets = [int(position) - call.start for position, call in zip(differing, holding, strict=True)]
-    if all(call.start for call in holding) and max(offsets) < window:
+    if all(call.start for call in holding) and window is not None and max(offsets) < window:
         return f"only at the first tokens of a later call, from position {first} on"
-    if first >= window - 1:
+    if window is not None and first >= window - 1:
         return f"only past the window of {window} keys, from position {first} on"
     return f"at {len(differing)} of {len(every)} positions, from {first} on"

@@ -1,4 +1,8 @@
-"""The plain module as a session, its intermediate values taken by hooks: nothing is traced, nothing rewritten."""
+"""The plain module as a session, its intermediate values taken by hooks: nothing is rewritten.
+
+The graph says where each tap stands in the module: it is what some submodule returns, or what one is given. A value
+that passes no submodule's border, such as a rotation's, is computed once more from those before it, by the graph.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
+from transom.backends.reference.session import cache_records
 from transom.backends.session import Float, Session
-from transom.compiler import trace_model
+from transom.graphs.graph import Graph, run_nodes
+from transom.graphs.match import aten, is_call, layer_path
+from transom.graphs.node import Node
+from transom.validation.bisection.context import LOGITS, Context
 from transom.validation.oracle import round_weights
 from transom.zoo.model import Model
-from transom.zoo.rope import rotate, rotation
 
 
 class EagerSession(Session):
@@ -22,70 +29,65 @@ class EagerSession(Session):
 
     Args:
         model: The model; its weights are read into memory here.
+        graph: Its decode graph as traced, with taps.
         quant: Scheme whose numbers the weights are rounded to.
         context: Longest sequence, in tokens.
         chunk: Most new tokens in one call.
     """
 
-    def __init__(self, model: Model, quant: str, *, context: int, chunk: int) -> None:
-        config = model.config
-        records = [
-            CacheRecord(
-                name=f"cache.{layer}.{kind}",
-                layer=layer,
-                window=None,
-                slots=None,
-                heads=config.num_kv_heads,
-                width=config.head_dim,
-                dtype="float32",
-            )
-            for layer in range(config.num_layers)
-            for kind in ("key", "value")
-        ]
-        super().__init__(context=context, chunk=chunk, vocab_size=config.vocab_size, caches=records)
-        self._config, self._module = config, model.eager()
+    def __init__(self, model: Model, graph: Graph, quant: str, *, context: int, chunk: int) -> None:
+        vocab_size = int(graph.output.args[0][0].meta["val"].shape[-1])
+        super().__init__(context=context, chunk=chunk, vocab_size=vocab_size, caches=cache_records(graph))
+        self._module, self._graph = model.eager(), graph
         if quant != "none":
-            round_weights(self._module, trace_model(model), quant)
+            round_weights(self._module, graph, quant)
         self._tensors: list[torch.Tensor] = []
-        for path, module in self._module.named_modules():
-            self._watch(path, module)
+        self._taps = {name: node for name, (_, node) in Context(graph=graph, tokens=()).taps.items() if name != LOGITS}
+        for name, node in self._taps.items():
+            self._watch(name, node)
 
-    def _watch(self, path: str, module: torch.nn.Module) -> None:
-        """Keep what goes into a module, or comes out of it, under the name of its tap."""
-        parent, _, last = path.rpartition(".")
-        layer = int(path.split(".")[1]) if path.startswith("layers.") else self._config.num_layers
-        before = {
-            "input_layernorm": f"layers.{layer - 1}.residual.2" if layer else "embed_tokens",
-            "pre_feedforward_layernorm": f"{parent}.residual.1",
-            "o_proj": f"{parent}.attention",
-            "down_proj": f"{parent}.activation",
-            "norm": f"layers.{layer - 1}.residual.2",
-        }.get(last)
-        if before is not None:
-            module.register_forward_pre_hook(lambda _, args: self._keep(before, args[0]))
-        if last.endswith("norm") or (last.endswith("_proj") and last not in ("gate_proj", "up_proj")):
-            module.register_forward_hook(lambda _, __, value: self._keep(path, value))
-        if last in ("q_norm", "k_norm"):
-            module.register_forward_hook(lambda _, __, value: self._rotate(path.replace("norm", "rope"), layer, value))
+    def _watch(self, name: str, node: Node) -> None:
+        """Keep what a submodule returns, or is given, under the name of its tap."""
+        path = layer_path(node)
+        readers = [layer_path(user) for user in _readers(node)]
+        if path and not any(_is_inside(reader, path) for reader in readers):
+            self._module.get_submodule(path).register_forward_hook(lambda _, __, value: self._keep(name, value))
+            return
+        given = [reader for reader in readers if reader != path and _is_inside(reader, path)]
+        if given:
+            # The outermost of the submodules that the reader stands in and the value does not.
+            inner = min(given, key=len).removeprefix(path).lstrip(".").split(".")
+            step = 2 if len(inner) > 1 and inner[1].isdigit() else 1
+            reader = ".".join([*([path] if path else []), *inner[:step]])
+            self._module.get_submodule(reader).register_forward_pre_hook(lambda _, args: self._keep(name, args[0]))
 
-    def _keep(self, path: str, value: torch.Tensor) -> None:
-        self.tapped[f"tap.{path}"] = value.numpy()
-
-    def _rotate(self, path: str, layer: int, x_BTNH: torch.Tensor) -> None:
-        """The rotation is a function, so no hook sees it: it is called once more."""
-        config: Any = self._config
-        rope = config.rope_local if config.layer_kinds[layer] == "local" else config.rope_global
-        positions_T = self.position + torch.arange(x_BTNH.shape[1])
-        self._keep(path, rotate(x_BTNH.transpose(1, 2), *rotation(positions_T, rope, config.head_dim)))
+    def _keep(self, name: str, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        self.tapped[name] = tensor.numpy()
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         self.tapped = {}
         pairs = list(zip(self._tensors[0::2], self._tensors[1::2], strict=True))
+        ids, start = torch.from_numpy(tokens)[None], torch.tensor(self.position)
         with torch.no_grad():
-            logits_BTV, written = self._module(torch.from_numpy(tokens)[None], torch.tensor(self.position), pairs)
+            logits_BTV, written = self._module(ids, start, pairs)
         self._tensors = [tensor for pair in written for tensor in pair]
+        self._complete(ids, start)
         logits: Float = logits_BTV[0, torch.from_numpy(logit_positions)].numpy()
         return logits
+
+    def _complete(self, ids: torch.Tensor, start: torch.Tensor) -> None:
+        """Compute the taps that no hook saw."""
+        known: dict[Node, Any] = {self._taps[name]: torch.from_numpy(value) for name, value in self.tapped.items()}
+        placeholders = self._graph.placeholders()
+        known |= {self._graph.user_inputs()[0]: ids, placeholders[str(self._graph.start)]: start}
+        known |= {
+            placeholders[cache.input]: tensor for cache, tensor in zip(self._graph.caches, self._tensors, strict=True)
+        }
+        missing = [name for name in self._taps if name not in self.tapped]
+        values = run_nodes([self._taps[name] for name in missing], known)
+        self.tapped |= {name: values[self._taps[name]].numpy() for name in missing}
+        self.tapped = {name: self.tapped[name] for name in self._taps}
 
     def _allocate(self, slots: int) -> None:
         grown = [torch.zeros(1, cache.heads, slots, cache.width) for cache in self.caches]
@@ -95,3 +97,16 @@ class EagerSession(Session):
 
     def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
         yield from zip(self.caches, self._tensors, strict=False)
+
+
+def _readers(node: Node) -> list[Node]:
+    """What computes with a node; neither the graph's output nor an assertion does."""
+    return [
+        user
+        for user in node.users
+        if user.op == "call_function" and not is_call(user, aten._assert_tensor_metadata.default)
+    ]
+
+
+def _is_inside(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(f"{module}.")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from transom.backends.session import Session
 from transom.errors import ArtifactError
-from transom.validation.bisection.sites import LOGITS, op_of
+from transom.validation.bisection.context import LOGITS, Context
 
 Float = NDArray[np.float32]
 
@@ -90,8 +90,16 @@ def _chunks(start: int, stop: int, chunk: int) -> Iterator[Call]:
         yield Call(start=low, count=min(chunk, stop - low))
 
 
-def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Iterator[dict[str, Float]]:
+def steps(
+    session: Session, calls: Sequence[Call], tokens: Sequence[int], axes: Mapping[str, int]
+) -> Iterator[dict[str, Float]]:
     """Run the calls from empty caches; yields each one's taps, positions first, and its last logits [1, V].
+
+    Args:
+        session: What runs them.
+        calls: The calls.
+        tokens: Ids, from position 0 on.
+        axes: Axis of positions, counted without the batch, of taps that do not have it first: see `Context.axes`.
 
     Raises:
         ArtifactError: If the taps do not show every token of a call.
@@ -104,7 +112,7 @@ def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Ite
 
         def keep(count: int, parts: dict[str, list[Float]] = parts) -> None:
             for name, value in session.tapped.items():
-                parts.setdefault(name, []).append(_positions_first(name, value))
+                parts.setdefault(name, []).append(_positions_first(value, axes.get(name, 0)))
 
         logits = session.prefill(list(tokens[call.start : call.start + call.count]), on_chunk=keep)
         taps = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
@@ -113,18 +121,16 @@ def steps(session: Session, calls: Sequence[Call], tokens: Sequence[int]) -> Ite
         yield {**taps, LOGITS: np.asarray(logits, np.float32)[None]}
 
 
-def _positions_first(name: str, value: NDArray[Any]) -> Float:
-    row = np.asarray(value[0], np.float32)
-    # Rotations stand heads first in a traced graph.
-    return np.ascontiguousarray(row.transpose(1, 0, 2)) if op_of(name) == "rope" else row
+def _positions_first(value: NDArray[Any], axis: int) -> Float:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(value[0], np.float32), axis, 0))
 
 
 def record(
-    session: Session, calls: Sequence[Call], tokens: Sequence[int], names: Collection[str] | None = None
+    session: Session, calls: Sequence[Call], context: Context, names: Collection[str] | None = None
 ) -> Recording:
     """Run the calls and keep some taps, or all of them; all of a large model's would take gigabytes."""
     parts: dict[str, list[Float]] = {}
-    for taps in steps(session, calls, tokens):
+    for taps in steps(session, calls, context.tokens, context.axes()):
         for name, value in taps.items():
             if names is None or name in names:
                 parts.setdefault(name, []).append(value.copy())

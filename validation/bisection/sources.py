@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,14 @@ def manifest_of(source: Source) -> Manifest | None:
 
 @contextlib.contextmanager
 def open_source(
-    source: Source, model: Model, traced: Callable[[], Graph], *, quant: str, context: int, chunk: int
+    source: Source, model: Model, traced: Graph, *, quant: str, context: int, chunk: int
 ) -> Iterator[Session]:
     """A session with taps; what had to be exported for it is removed at the end.
 
     Args:
         source: What to open.
         model: The model.
-        traced: Returns its decode graph as traced, without taps; called only if that graph is needed.
+        traced: Its decode graph as traced, without taps.
         quant: Quantisation scheme, unless the source is a folder, a graph or a session.
         context: Longest sequence.
         chunk: Most new tokens in a call.
@@ -79,19 +79,19 @@ def open_source(
             raise InvariantError("a graph without taps cannot be compared: run AddTaps on it before all other passes")
         yield ReferenceSession(source, context=context, chunk=chunk)
     elif source == EAGER:
-        yield EagerSession(model, quant, context=context, chunk=chunk)
+        yield EagerSession(model, tapped(traced), quant, context=context, chunk=chunk)
     elif source == REFERENCE:
-        yield ReferenceSession(reference_graph(tapped(traced()), quant), context=context, chunk=chunk)
+        yield ReferenceSession(reference_graph(tapped(traced), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
         options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
         dtype = TARGETS[source].dtypes[0]
-        graph = traced() if dtype == "float32" else trace_model(model, dtype=getattr(torch, dtype))
+        graph = traced if dtype == "float32" else trace_model(model, dtype=getattr(torch, dtype))
         with _compiled(model, graph, options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
         passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph = stage_graph(tapped(traced()), passes, stage, target)
+        graph = stage_graph(tapped(traced), passes, stage, target)
         yield ReferenceSession(graph, context=context, chunk=chunk)
     else:
         yield open_session(Path(source), verify=False)
