@@ -24,7 +24,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call
 from transom.graphs.node import Node
 from transom.passes.add_taps import FUSED
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.insert_observers import narrow_values
 
 MARGIN = 1.0
@@ -46,7 +46,6 @@ class GuardRanges(Pass):
     def __init__(
         self, largest: Mapping[str, float], *, dtype: torch.dtype = torch.float16, margin: float = MARGIN
     ) -> None:
-        super().__init__()
         self.largest, self.dtype, self.margin = largest, dtype, margin
 
     @property
@@ -66,7 +65,7 @@ class GuardRanges(Pass):
             if self.largest.get(name, 0.0) > torch.finfo(self.dtype).max:
                 raise self._refusal(f"the weight {name}", self.largest[name], 0.0)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Put every operation that makes or reads a value out of range into float32; counts them."""
         nodes = narrow_values(graph, self.dtype)
         sizes = {node: (name, self.largest[name]) for name, node in nodes.items() if self.largest[name] > self.limit}
@@ -76,10 +75,8 @@ class GuardRanges(Pass):
         changes = sum(islands.widen(node) for node in graph.calls_all())
         if changes:
             islands.return_taps()
-        self.notes = [
-            f"{name} reaches {largest:.4g}, so it is float32" for name, largest in dict.fromkeys(sizes.values())
-        ]
-        return changes
+        notes = (f"{name} reaches {largest:.4g}, so it is float32" for name, largest in dict.fromkeys(sizes.values()))
+        return Rewrite(changes=changes, notes=tuple(notes))
 
     def ensures(self, graph: Graph) -> None:
         """No value out of range is left in the narrow dtype."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.insert_observers import input_name
 
@@ -30,14 +30,13 @@ class QuantizeActivations(Pass):
     after = (ConvertQuantized,)
 
     def __init__(self, scales: Mapping[str, float], number: str = "float8_e4m3fn") -> None:
-        super().__init__()
         self.scales, self.number = scales, number
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Round the input of every linear that has a scale."""
         tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
         rounded: dict[tuple[Node, float], Node] = {}
-        changes = 0
+        changes, skipped = 0, list[str]()
         for node in graph.calls(ops.LINEAR_QUANTIZED):
             x, codes = node.args[:2]
             named_codes = graph.weight_of(codes)
@@ -45,7 +44,7 @@ class QuantizeActivations(Pass):
                 continue
             name = input_name(named_codes[0])
             if not self.scales.get(name):
-                self.skipped.append(f"{name}: no numbers of it were observed")
+                skipped.append(f"{name}: no numbers of it were observed")
                 continue
             key = (x, self.scales[name])
             if key not in rounded:
@@ -53,4 +52,4 @@ class QuantizeActivations(Pass):
                     rounded[key] = graph.call(ops.ROUND_ACTIVATIONS, (x, self.scales[name], self.number), node)
             node.update_arg(0, rounded[key])
             changes += 1
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))

@@ -12,10 +12,10 @@ from transom.compiler import trace_model
 from transom.errors import QuantizationError
 from transom.formats.schemes import is_table, scheme
 from transom.graphs.graph import Graph
-from transom.passes.base import Pipeline
+from transom.passes.base import Pipeline, rewrites
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import Conversion
-from transom.passes.convert_quantized import ConvertQuantized, scheme_spec
+from transom.passes.convert_quantized import Converted, ConvertQuantized, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import CHECKPOINT, check_apart, write_quantized
@@ -125,7 +125,8 @@ def write_converted(
         What became of every weight.
     """
     convert = ConvertQuantized(scheme(quant), "mse" if method == "mse" else "nearest")
-    converted, _ = Pipeline([convert]).run(graph)
+    converted, records = Pipeline([convert]).run(graph)
+    (result,) = rewrites(records, Converted)
     total, written = sum(weight.bytes for name, weight in converted.weights.items() if name.endswith("codes")), 0
 
     def on_bytes(count: int) -> None:
@@ -138,8 +139,8 @@ def write_converted(
         folder,
         dataclasses.replace(model, weights=others),
         converted,
-        convert.specs,
+        result.specs,
         quant=quant,
         on_bytes=on_bytes,
     )
-    return tuple(convert.conversions)
+    return result.conversions

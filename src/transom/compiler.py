@@ -21,8 +21,8 @@ from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs.graph import Graph
 from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
-from transom.passes.base import Pass, Pipeline
-from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.base import Pass, Pipeline, rewrites
+from transom.passes.convert_quantized import Converted
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
@@ -186,9 +186,8 @@ def compile_model(
                 passes=[record.to_json() for record in records],
                 conversions=[
                     conversion.to_json()
-                    for ran in done
-                    if isinstance(ran, ConvertQuantized)
-                    for conversion in ran.conversions
+                    for converted in rewrites(records, Converted)
+                    for conversion in converted.conversions
                 ],
                 not_done=[
                     *model.left_out,

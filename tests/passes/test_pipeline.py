@@ -11,7 +11,7 @@ from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
-from transom.passes.base import Pass, Pipeline
+from transom.passes.base import Pass, Pipeline, Rewrite
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
@@ -24,8 +24,8 @@ class Idle(Pass):
 
     claimed: ClassVar[int] = 0
 
-    def rewrite(self, graph: Graph) -> int:
-        return self.claimed
+    def rewrite(self, graph: Graph) -> Rewrite:
+        return Rewrite(changes=self.claimed)
 
 
 class Boasts(Idle):
@@ -37,22 +37,22 @@ class Boasts(Idle):
 class Hides(Pass):
     """Changes something, and says it did not."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         node = graph.calls(aten.linear.default)[0]
         node.replace_all_uses_with(node.args[0])
-        return 0
+        return Rewrite(changes=0)
 
 
 class Breaks(Pass):
     """Hides a weight."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         node = graph.calls(aten.mul.Tensor)[0]
         with graph.fx.inserting_before(node):
             graph.call(aten.neg.default, (node.args[0],), node)
         graph.weights.pop("norm.weight")
         node.replace_all_uses_with(node.args[0])
-        return 1
+        return Rewrite(changes=1)
 
 
 class BreaksItsPromise(Idle):
