@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from transom.backends.folder import new_folder
-from transom.compiler import trace_model
 from transom.errors import QuantizationError
 from transom.formats.schemes import is_table, scheme
 from transom.graphs.graph import Graph
@@ -106,7 +105,7 @@ def quantize_model(
 
 def score_graph(model: Model) -> Graph:
     """A model's `score` graph before any fusion, its table shared by embedding and head."""
-    graph, _ = Pipeline([Canonicalize(), ShareEmbedding()]).run(trace_model(model, task="score"))
+    graph, _ = Pipeline([Canonicalize(), ShareEmbedding()]).run(model.trace(task="score"))
     return graph
 
 

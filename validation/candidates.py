@@ -14,11 +14,10 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import check_options, compile_model, guards, trace_model
+from transom.compiler import check_options, compile_model, guards
 from transom.errors import TargetError
 from transom.export.exporter import exporter
 from transom.formats.schemes import scheme
-from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES
 from transom.passes.targets import TARGETS
@@ -102,18 +101,11 @@ def installed_targets(*, quant: str, dtype: str | None) -> tuple[list[str], dict
 
 
 class Opener:
-    """Opens candidates of one model, which is traced once for all of them."""
+    """Opens candidates of one model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._traced: dict[str, Graph] = {}
         self._guards: tuple[Pass, ...] | None = None
-
-    def traced(self, dtype: str = "float32") -> Graph:
-        """The model's `decode` graph; passes leave it as it is."""
-        if dtype not in self._traced:
-            self._traced[dtype] = trace_model(self.model, dtype=getattr(torch, dtype))
-        return self._traced[dtype]
 
     @contextmanager
     def open(
@@ -145,7 +137,6 @@ class Opener:
                 context=settings.context,
                 chunk=settings.chunk,
                 before=before or (),
-                traced=self.traced(candidate.dtype),
                 out=folder,
                 overwrite=candidate.overwrite,
                 on_progress=on_progress,
@@ -154,7 +145,7 @@ class Opener:
             yield open_session(folder, threads=settings.threads, verify=False)
 
     def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
-        settings, traced = candidate.settings, self.traced(candidate.dtype)
+        settings, traced = candidate.settings, self.model.trace(dtype=getattr(torch, candidate.dtype))
         if candidate.dtype == "float16" and self._guards is None:
             self._guards = guards(self.model, traced, on_progress=on_progress)
         guarded = self._guards or () if candidate.dtype == "float16" else ()

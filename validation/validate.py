@@ -175,9 +175,9 @@ def _run(
     by_quant = sorted(candidates, key=lambda candidate: candidate.settings.quant != "none")
     for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.settings.quant):
         if quant != "none" and unquantized is None:
-            unquantized = Oracle(model, "none", prompt.ids, opener.traced()).text
+            unquantized = Oracle(model, "none", prompt.ids).text
         on_progress("oracle", 0, 1)
-        oracle = Oracle(model, quant, prompt.ids, opener.traced())
+        oracle = Oracle(model, quant, prompt.ids)
         on_progress("oracle", 1, 1)
         if quant == "none":
             unquantized = oracle.text

@@ -38,10 +38,8 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
-    """Trace a model to a graph; see `transom.graphs.trace.trace`."""
-    from transom.compiler import trace_model
-
-    return trace_model(model, task=task)
+    """A model's graph, which it remembers: clone it before editing it; see `transom.graphs.trace.trace`."""
+    return model.trace(task=task)
 
 
 def compile(

@@ -20,14 +20,12 @@ from transom.formats.number_format import float_format
 from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs.graph import Graph
 from transom.graphs.threads import one_thread
-from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline, rewrites
 from transom.passes.convert_quantized import Converted
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.pipelines import pipeline
 from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
-from transom.zoo.architectures import architecture
 from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -47,12 +45,6 @@ class Artifact:
     manifest: Manifest
 
 
-def trace_model(model: Model, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
-    """Trace a model of the zoo; see `graphs.trace.trace`."""
-    config = model.config
-    return trace(lambda: architecture(config.architecture).build(config), config, model.weights, task=task, dtype=dtype)
-
-
 def guards(
     model: Model, traced: Graph, *, on_progress: OnProgress = lambda stage, done, total: None
 ) -> tuple[GuardRanges, ...]:
@@ -63,9 +55,7 @@ def guards(
     if traced.output.args[0][0].meta["val"].dtype != torch.float16:
         return ()
     prompt = make_prompt(model, min(TOKENS, model.config.context), None)
-    ranges = trace_ranges(
-        model, prompt.ids, full=trace_model(model, dtype=torch.float32), half=traced, on_progress=on_progress
-    )
+    ranges = trace_ranges(model, prompt.ids, half=traced, on_progress=on_progress)
     return (GuardRanges(ranges.largest()),)
 
 
@@ -98,7 +88,7 @@ def compile_model(
         topology: For "xla": TPU topology to compile for ahead of time, such as "v5e:2x2".
         cpu: For "tvm": processor to make machine code for, such as "aarch64"; by default this machine's.
         before: Passes to run before the target's own, such as `AddTaps`.
-        traced: The graph of `trace_model` for this model in this dtype, to save tracing again; it stays unchanged.
+        traced: A decode graph in this dtype to lower in place of the model's own; it stays unchanged.
         out: Folder to write; it appears only when it is whole.
         overwrite: Whether to replace a folder of that name.
         on_progress: Told of every step.
@@ -125,7 +115,7 @@ def compile_model(
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
         if traced is None:
-            traced = trace_model(model, dtype=getattr(torch, dtype))
+            traced = model.trace(dtype=getattr(torch, dtype))
         on_progress("trace", 1, 1)
         guarded = guards(model, traced, on_progress=on_progress)
         passes = Pipeline([*before, *guarded, *passes.passes[len(before) :]])

@@ -24,7 +24,6 @@ from tests.tolerances import BFLOAT16_LOGITS_XLA, FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
-from transom.compiler import trace_model
 from transom.errors import TargetError, UnsupportedOpsError
 from transom.export.exporter import Request
 from transom.formats import sfp8
@@ -125,7 +124,7 @@ def test_codes_mean_exactly_the_references_numbers(quant: str, exported: Export)
 
 @pytest.fixture(scope="module")
 def traced_bfloat16(tiny: Model) -> Graph:
-    return trace_model(tiny, dtype=torch.bfloat16)
+    return tiny.trace(dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("quant", ["none", "int4"])

@@ -12,7 +12,7 @@ import torch
 from tests.artifacts import CHUNK
 from tests.case import Case
 from tests.conftest import WINDOW
-from tests.planted import of_model, plant
+from tests.planted import plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.errors import InvariantError, NonFiniteError, RangeError
@@ -40,20 +40,20 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(tiny: Model, traced: Graph, traced_float16: Graph, text: list[int]) -> Planted:
+def planted(tiny: Model, text: list[int]) -> Planted:
     model = plant(tiny)
-    full, half = of_model(traced, model, torch.float32), of_model(traced_float16, model, torch.float16)
+    half = model.trace(dtype=torch.float16)
     return Planted(
-        ranges=trace_ranges(model, text[:LENGTH], full=full, half=half),
+        ranges=trace_ranges(model, text[:LENGTH], half=half),
         half=half,
-        logits=ReferenceSession(full, context=128, chunk=CHUNK).logits(text[:LENGTH]),
+        logits=ReferenceSession(model.trace(), context=128, chunk=CHUNK).logits(text[:LENGTH]),
     )
 
 
 @pytest.fixture(scope="module")
-def calm(tiny: Model, traced: Graph, traced_float16: Graph, text: list[int]) -> Mapping[str, float]:
+def calm(tiny: Model, traced_float16: Graph, text: list[int]) -> Mapping[str, float]:
     """Ranges of the model as it is: far from any edge."""
-    return trace_ranges(tiny, text[:20], full=traced, half=traced_float16).largest()
+    return trace_ranges(tiny, text[:20], half=traced_float16).largest()
 
 
 def logits(graph: Graph, text: list[int], length: int = LENGTH) -> np.ndarray:

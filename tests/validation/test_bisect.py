@@ -255,7 +255,7 @@ def test_no_pass_is_blamed_for_a_fault_of_the_trace(
     tiny: Model, traced: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt = Case(graph=traced).run(Spoil(aten.mul.Tensor, argument(1, 1.0), "")).graph
-    monkeypatch.setattr(bisection, "trace_model", lambda model: spoilt)
+    monkeypatch.setattr(Model, "trace", lambda model: spoilt)
     verdict = bisect("eager", "onnx@FuseAttention", model=tiny, chunk=CHUNK, **SHORT)
     assert (verdict.diverged, verdict.op, verdict.side, verdict.stage) == (True, "embedding", "b", None)
 
@@ -292,7 +292,7 @@ def test_an_artifact_is_made_again_for_its_own_processor(
     asked: list[str | None] = []
 
     @contextlib.contextmanager
-    def compiled(model: Model, traced: Graph, options: Mapping[str, Any]) -> Iterator[None]:
+    def compiled(model: Model, options: Mapping[str, Any]) -> Iterator[None]:
         asked.append(options["cpu"])
         yield
 

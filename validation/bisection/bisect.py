@@ -23,7 +23,6 @@ from typing import Any
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import trace_model
 from transom.errors import ArtifactError, ContextLengthError, TargetError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
@@ -148,7 +147,7 @@ def bisect_stages(
     plan = _plan(loaded, quant, [], length, chunk, decode)
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(quant)).passes if isinstance(target, str) else target
     context = dataclasses.replace(plan.context, tolerance=TAPS if share is None else share)
-    traced, verdict = tapped(plan.traced), None
+    traced, verdict = tapped(plan.model.trace()), None
     stages: list[tuple[str, Graph]] = []
 
     def on_pass(ran: Pass, graph: Graph) -> None:
@@ -181,13 +180,9 @@ class _Plan:
     def total(self) -> int:
         return self.calls[-1].start + self.calls[-1].count
 
-    @functools.cached_property
-    def traced(self) -> Graph:
-        return trace_model(self.model)
-
     def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
         quant = self.context.quant
-        return open_source(source, self.model, lambda: self.traced, quant=quant, context=self.total, chunk=self.chunk)
+        return open_source(source, self.model, quant=quant, context=self.total, chunk=self.chunk)
 
     def interpret(self, graph: Graph) -> Session:
         return ReferenceSession(graph, context=self.total, chunk=self.chunk)
@@ -308,7 +303,7 @@ def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share:
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
     names = [current.name for current in passes]
     names = names[: names.index(last) + 1] if last else names
-    traced = tapped(plan.traced)
+    traced = tapped(plan.model.trace())
 
     def agree(a: Session, b: Session, within: float) -> bool:
         runs = zip(*(steps(session, plan.calls, context.tokens) for session in (a, b)), strict=True)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from transom.backends.artifact import CacheRecord
 from transom.backends.session import Float, Session
-from transom.compiler import trace_model
 from transom.validation.oracle import round_weights
 from transom.zoo.model import Model
 from transom.zoo.rope import rotate, rotation
@@ -45,7 +44,7 @@ class EagerSession(Session):
         super().__init__(context=context, chunk=chunk, vocab_size=config.vocab_size, caches=records)
         self._config, self._module = config, model.eager()
         if quant != "none":
-            round_weights(self._module, trace_model(model), quant)
+            round_weights(self._module, model.trace(), quant)
         self._tensors: list[torch.Tensor] = []
         for path, module in self._module.named_modules():
             self._watch(path, module)

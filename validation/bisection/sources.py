@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import compile_model, trace_model
+from transom.compiler import compile_model
 from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
 from transom.graphs import ops
@@ -54,15 +52,12 @@ def manifest_of(source: Source) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def open_source(
-    source: Source, model: Model, traced: Callable[[], Graph], *, quant: str, context: int, chunk: int
-) -> Iterator[Session]:
+def open_source(source: Source, model: Model, *, quant: str, context: int, chunk: int) -> Iterator[Session]:
     """A session with taps; what had to be exported for it is removed at the end.
 
     Args:
         source: What to open.
         model: The model.
-        traced: Returns its decode graph as traced, without taps; called only if that graph is needed.
         quant: Quantisation scheme, unless the source is a folder, a graph or a session.
         context: Longest sequence.
         chunk: Most new tokens in a call.
@@ -81,17 +76,15 @@ def open_source(
     elif source == EAGER:
         yield EagerSession(model, quant, context=context, chunk=chunk)
     elif source == REFERENCE:
-        yield ReferenceSession(reference_graph(tapped(traced()), quant), context=context, chunk=chunk)
+        yield ReferenceSession(reference_graph(tapped(model.trace()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
         options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
-        dtype = TARGETS[source].dtypes[0]
-        graph = traced() if dtype == "float32" else trace_model(model, dtype=getattr(torch, dtype))
-        with _compiled(model, graph, options) as session:
+        with _compiled(model, options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
         passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph = stage_graph(tapped(traced()), passes, stage, target)
+        graph = stage_graph(tapped(model.trace()), passes, stage, target)
         yield ReferenceSession(graph, context=context, chunk=chunk)
     else:
         yield open_session(Path(source), verify=False)
@@ -100,7 +93,6 @@ def open_source(
 @contextlib.contextmanager
 def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
     """Export an artifact again with taps, for one that was exported without."""
-    traced = trace_model(model, dtype=getattr(torch, manifest.dtype))
     options = {
         "target": manifest.target,
         "quant": manifest.quantization,
@@ -109,7 +101,7 @@ def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
         "chunk": manifest.chunk,
         "cpu": _processor(manifest),
     }
-    with _compiled(model, traced, options) as session:
+    with _compiled(model, options) as session:
         yield session
 
 
@@ -124,10 +116,10 @@ def _processor(manifest: Manifest) -> str | None:
 
 
 @contextlib.contextmanager
-def _compiled(model: Model, traced: Graph, options: Mapping[str, Any]) -> Iterator[Session]:
+def _compiled(model: Model, options: Mapping[str, Any]) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="transom-bisect-") as folder:
         out = Path(folder) / "artifact"
-        compile_model(model, **options, before=[AddTaps()], traced=traced, out=out)
+        compile_model(model, **options, before=[AddTaps()], out=out)
         yield open_session(out, verify=False)
 
 
