@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from transom.errors import InvariantError
@@ -14,6 +14,9 @@ from transom.graphs.graph import Graph, refresh
 
 Digest = tuple[str, ...]
 """What `Graph.digest` returns."""
+
+Measurement = Callable[[Graph], Mapping[str, float]]
+"""Takes the graph that a pass is about to rewrite, and returns one number by name; see the passes that ask for one."""
 
 R = TypeVar("R", bound="Rewrite")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import check_options, compile_model, guards
+from transom.compiler import check_options, compile_model, measure_on_text
 from transom.errors import TargetError
 from transom.export.exporter import exporter
 from transom.formats.schemes import scheme
+from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import Measure, pipeline
 from transom.passes.targets import TARGETS
 from transom.zoo.model import Model
 
@@ -105,7 +106,7 @@ class Opener:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._guards: tuple[Pass, ...] | None = None
+        self._ranges: Mapping[str, float] | None = None
 
     @contextmanager
     def open(
@@ -146,11 +147,27 @@ class Opener:
 
     def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
         settings, traced = candidate.settings, self.model.trace(dtype=getattr(torch, candidate.dtype))
-        if candidate.dtype == "float16" and self._guards is None:
-            self._guards = guards(self.model, traced, on_progress=on_progress)
-        guarded = self._guards or () if candidate.dtype == "float16" else ()
-        passes = PIPELINES[REFERENCE_PIPELINE](settings.chunk, scheme(settings.quant))
-        graph, _ = Pipeline([*before, *guarded, *passes]).run(traced)
+        measured = measure_on_text(
+            self.model,
+            quant=settings.quant,
+            dtype=candidate.dtype,
+            context=settings.context,
+            chunk=settings.chunk,
+            on_progress=on_progress,
+        ).ranges
+
+        def ranges(graph: Graph) -> Mapping[str, float]:
+            if self._ranges is None:
+                assert measured is not None
+                self._ranges = measured(graph)
+            return self._ranges
+
+        # Activations stay as they are: what rounding them costs is for the comparison to tell.
+        measure = Measure(ranges=ranges if measured else None)
+        passes = pipeline(
+            REFERENCE_PIPELINE, chunk=settings.chunk, scheme=scheme(settings.quant), measure=measure
+        ).passes
+        graph, _ = Pipeline([*before, *passes]).run(traced)
         return ReferenceSession(graph, context=settings.context, chunk=settings.chunk)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.threads import one_thread
 from transom.passes.base import Pass, Pipeline, rewrites
 from transom.passes.convert_quantized import Converted
-from transom.passes.guard_ranges import GuardRanges
-from transom.passes.pipelines import pipeline
-from transom.passes.quantize_activations import QuantizeActivations
+from transom.passes.pipelines import Measure, pipeline
 from transom.passes.targets import TARGETS, Target
 from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
@@ -45,18 +43,33 @@ class Artifact:
     manifest: Manifest
 
 
-def guards(
-    model: Model, traced: Graph, *, on_progress: OnProgress = lambda stage, done, total: None
-) -> tuple[GuardRanges, ...]:
-    """The passes that keep a model in range of the dtype that it was traced in; none unless that is float16.
+def measure_on_text(
+    model: Model,
+    *,
+    quant: str,
+    dtype: str,
+    context: int,
+    chunk: int,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Measure:
+    """How a target's passes measure a model: on the shipped text, with all weights in memory.
 
-    Ranges are traced in float32 on the shipped text, so all weights are read into memory.
+    Only float16 has a range that values leave, and only some schemes round activations: all else needs no measuring.
     """
-    if traced.output.args[0][0].meta["val"].dtype != torch.float16:
-        return ()
-    prompt = make_prompt(model, min(TOKENS, model.config.context), None)
-    ranges = trace_ranges(model, prompt.ids, half=traced, on_progress=on_progress)
-    return (GuardRanges(ranges.largest()),)
+    activations = scheme(quant).activations
+
+    def ranges(graph: Graph) -> Mapping[str, float]:
+        prompt = make_prompt(model, min(TOKENS, model.config.context), None)
+        return trace_ranges(model, prompt.ids, half=graph, on_progress=on_progress).largest()
+
+    def scales(graph: Graph) -> Mapping[str, float]:
+        prompt = make_prompt(model, min(TOKENS, context), None)
+        number_format = float_format(str(activations))
+        return activation_scales(
+            graph, prompt.ids, number_format, context=context, chunk=chunk, on_progress=on_progress
+        )
+
+    return Measure(ranges=ranges if dtype == "float16" else None, scales=scales if activations else None)
 
 
 def compile_model(
@@ -109,30 +122,25 @@ def compile_model(
             f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )
     chunk = min(chunk, context)
-    passes = pipeline(target, chunk=chunk, scheme=scheme(quant))
-    passes, write = Pipeline([*before, *passes.passes]), exporter(target)
+    if target not in TARGETS:
+        raise TargetError(f"no target named {target!r}: choose one of {', '.join(TARGETS)}")
     dtype = check_options(target, quant, dtype, topology=topology, cpu=cpu)
+    measure = measure_on_text(model, quant=quant, dtype=dtype, context=context, chunk=chunk, on_progress=on_progress)
+    listed = pipeline(target, chunk=chunk, scheme=scheme(quant), measure=measure).passes
+    passes, write = Pipeline([*before, *listed]), exporter(target)
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
         if traced is None:
             traced = model.trace(dtype=getattr(torch, dtype))
         on_progress("trace", 1, 1)
-        guarded = guards(model, traced, on_progress=on_progress)
-        passes = Pipeline([*before, *guarded, *passes.passes[len(before) :]])
-        done: list[Pass] = []
+        done = 0
 
         def on_pass(current: Pass, graph: Graph) -> None:
-            done.append(current)
-            on_progress("passes", len(done), len(passes.passes))
+            nonlocal done
+            done += 1
+            on_progress("passes", done, len(passes.passes))
 
         graph, records = passes.run(traced, on_pass=on_pass)
-        if (number := scheme(quant).activations) is not None:
-            prompt = make_prompt(model, min(TOKENS, context), None)
-            scales = activation_scales(
-                graph, prompt.ids, float_format(number), context=context, chunk=chunk, on_progress=on_progress
-            )
-            graph, last = Pipeline([QuantizeActivations(scales, number)]).run(graph)
-            records = [*records, *last]
         total, written = graph.weight_bytes(), 0
 
         def on_bytes(count: int) -> None:

@@ -17,7 +17,7 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session as TransomSession
 from transom.formats.schemes import scheme
 from transom.passes.base import Pass, Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
 
@@ -73,7 +73,7 @@ class StageRuntime:
 
     def passes(self, chunk: int) -> list[Pass]:
         """The passes to run."""
-        return PIPELINES[self.target](chunk, scheme("none"))
+        return pipeline(self.target, chunk=chunk, scheme=scheme("none")).passes
 
     def open(self, folder: Path, *, chunk: int, context: int) -> SessionAdapter:
         graph, _ = Pipeline(self.passes(chunk)).run(model_of(folder).trace())

@@ -29,8 +29,7 @@ from transom.backends.tensorrt.sidecar import SIDECAR, read_sidecar
 from transom.errors import ArtifactError, QuantizationError, TargetError
 from transom.export.tensorrt.verify.verify import verify
 from transom.formats.schemes import scheme
-from transom.passes.base import Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
 CONTEXT = 512
@@ -69,7 +68,7 @@ def long_text() -> list[int]:
 def reference(tiny: Model, quant: str, dtype: str) -> ReferenceSession:
     """The same graph, interpreted."""
     graph = tiny.trace(dtype=getattr(torch, dtype))
-    graph, _ = Pipeline(PIPELINES["tensorrt"](CHUNK, scheme(quant))).run(graph)
+    graph, _ = pipeline("tensorrt", chunk=CHUNK, scheme=scheme(quant)).run(graph)
     return ReferenceSession(graph, context=CONTEXT, chunk=CHUNK)
 
 

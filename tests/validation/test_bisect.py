@@ -34,7 +34,7 @@ from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
-from transom.passes.pipelines import PIPELINES, pipeline
+from transom.passes.pipelines import PIPELINES, Measure, pipeline
 from transom.validation.bisection import bisect as bisection
 from transom.validation.bisection import sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
@@ -241,12 +241,12 @@ def test_a_quantised_target_is_traced_to_its_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[Pass] = []
-    for current in PIPELINES["xla"](CHUNK, scheme("int8")):
+    for current in pipeline("xla", chunk=CHUNK, scheme=scheme("int8")).passes:
         if not (stage == "ConvertQuantized" and isinstance(current, ConvertQuantized)):
             passes.append(current)
         if isinstance(current, behind):
             passes += fault()
-    monkeypatch.setitem(pipelines.PIPELINES, "xla", lambda chunk, quant: passes)
+    monkeypatch.setitem(pipelines.PIPELINES, "xla", lambda chunk, quant, measure: passes)
     verdict = bisect("reference", f"xla@{passes[-1].name}", model=tiny, quant="int8", chunk=CHUNK, **SHORT)
     assert (verdict.stage, verdict.op, verdict.side) == (stage, op, "b"), verdict
 
@@ -337,7 +337,7 @@ def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root, made = tmp_path_factory.mktemp("bisect"), {}
     passes = FAULTS["a window in a late layer only"].passes()
 
-    def spoilt(chunk: int, quant: Scheme) -> list[Pass]:
+    def spoilt(chunk: int, quant: Scheme, measure: Measure) -> list[Pass]:
         return passes
 
     for name, list_of, taps in (
@@ -456,7 +456,7 @@ def test_bad_input_on_the_command_line(cli: Cli, args: list[str], words: str) ->
 
 def test_a_target_at_fault_is_traced_to_its_pass(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = FAULTS["another epsilon"].passes()
-    monkeypatch.setitem(pipelines.PIPELINES, "onnx", lambda chunk, quant: passes)
+    monkeypatch.setitem(pipelines.PIPELINES, "onnx", lambda chunk, quant, measure: passes)
     code, out, _ = cli("reference", "onnx", "--model", "gemma3-tiny", "--decode", 2)
     assert code == 1
     for words in ("diverged at layer 3, norm", "epsilon is 0.01", "stage: Spoil", "at fault: onnx"):
