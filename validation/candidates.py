@@ -14,9 +14,10 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import check_options, compile_model, measure_on_text
+from transom.compiler import compile_model, measure_on_text
 from transom.errors import TargetError
 from transom.export.exporter import exporter
+from transom.export.options import Options, check_options
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
@@ -32,48 +33,29 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How targets are compiled.
-
-    Attributes:
-        quant: Name of a scheme.
-        dtype: What to compute in; by default each target's first.
-        context: Longest sequence.
-        chunk: Most new tokens in one call.
-        threads: Of the runtimes; by default their own choice.
-    """
-
-    quant: str
-    dtype: str | None
-    context: int
-    chunk: int
-    threads: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """Something to validate.
 
     Attributes:
         name: What to call it in the results.
-        target: "reference" or a key of `passes.targets.TARGETS`.
-        settings: What it is, or will be, compiled with.
+        options: What it is, or will be, compiled with; their target may be "reference" too.
         folder: The artifact, if it exists or will be kept.
         exported: Whether the artifact exists already.
         overwrite: Whether what is compiled may replace an artifact of that name.
+        threads: Of the runtime; by default its own choice.
     """
 
     name: str
-    target: str
-    settings: Settings
+    options: Options
     folder: Path | None = None
     exported: bool = False
     overwrite: bool = False
+    threads: int | None = None
 
     @property
-    def dtype(self) -> str:
-        """What it computes in."""
-        return self.settings.dtype or (TARGETS[self.target].dtypes[0] if self.target in TARGETS else "float32")
+    def target(self) -> str:
+        """What it runs on: "reference" or a key of `passes.targets.TARGETS`."""
+        return self.options.target
 
 
 def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
@@ -119,42 +101,30 @@ class Opener:
             on_progress: Told of the steps of compiling.
             before: Passes to run before the target's own; an artifact that exists is left aside for a new one.
         """
-        settings = candidate.settings
         if candidate.target == REFERENCE:
             yield self._reference(candidate, before or (), on_progress)
             return
         if candidate.exported and candidate.folder is not None and before is None:
             # Its hashes were checked when it was named.
-            yield open_session(candidate.folder, threads=settings.threads, verify=False)
+            yield open_session(candidate.folder, threads=candidate.threads, verify=False)
             return
         with tempfile.TemporaryDirectory(prefix="transom-validate-", ignore_cleanup_errors=True) as scratch:
             kept = candidate.folder if before is None else None
             folder = Path(scratch) / candidate.target if kept is None else kept
             compile_model(
                 self.model,
-                target=candidate.target,
-                quant=settings.quant,
-                dtype=settings.dtype,
-                context=settings.context,
-                chunk=settings.chunk,
+                candidate.options,
                 before=before or (),
                 out=folder,
                 overwrite=candidate.overwrite,
                 on_progress=on_progress,
             )
             # What was written a moment ago need not be hashed again.
-            yield open_session(folder, threads=settings.threads, verify=False)
+            yield open_session(folder, threads=candidate.threads, verify=False)
 
     def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
-        settings, traced = candidate.settings, self.model.trace(dtype=getattr(torch, candidate.dtype))
-        measured = measure_on_text(
-            self.model,
-            quant=settings.quant,
-            dtype=candidate.dtype,
-            context=settings.context,
-            chunk=settings.chunk,
-            on_progress=on_progress,
-        ).ranges
+        options = candidate.options
+        measured = measure_on_text(self.model, options, on_progress=on_progress).ranges
 
         def ranges(graph: Graph) -> Mapping[str, float]:
             if self._ranges is None:
@@ -164,11 +134,10 @@ class Opener:
 
         # Activations stay as they are: what rounding them costs is for the comparison to tell.
         measure = Measure(ranges=ranges if measured else None)
-        passes = pipeline(
-            REFERENCE_PIPELINE, chunk=settings.chunk, scheme=scheme(settings.quant), measure=measure
-        ).passes
-        graph, _ = Pipeline([*before, *passes]).run(traced)
-        return ReferenceSession(graph, context=settings.context, chunk=settings.chunk)
+        listed = pipeline(REFERENCE_PIPELINE, chunk=options.chunk, scheme=scheme(options.quant), measure=measure)
+        traced = self.model.trace(dtype=getattr(torch, options.dtype))
+        graph, _ = Pipeline([*before, *listed.passes]).run(traced)
+        return ReferenceSession(graph, context=options.context, chunk=options.chunk)
 
 
 def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Manifest]:
@@ -178,14 +147,8 @@ def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Ma
         ArtifactError: If the folder is no artifact, or is damaged.
     """
     manifest = read_manifest(folder)
-    settings = Settings(
-        quant=manifest.quantization,
-        dtype=manifest.dtype,
-        context=manifest.context,
-        chunk=manifest.chunk,
-        threads=threads,
-    )
-    candidate = Candidate(name=manifest.target, target=manifest.target, settings=settings, folder=folder, exported=True)
+    options = Options.of_artifact(manifest)
+    candidate = Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
     return candidate, manifest
 
 

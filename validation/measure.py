@@ -56,7 +56,7 @@ def measure(
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
     session.refuses_nonfinite = False  # the verdict says from which position on logits are no numbers
-    bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
+    bound = tolerance(candidate.target, dtype=candidate.options.dtype, quant=candidate.options.quant)
     plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, caches=session.caches)
     total, done = _positions(plans), 0
 
@@ -86,17 +86,17 @@ def measure(
         failures.append(
             f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
         )
-    limit = quantization_limit(candidate.settings.quant)
+    limit = quantization_limit(candidate.options.quant)
     if longest.kl_unquantized is not None and limit is not None and not longest.kl_unquantized <= limit:
         failures.append(
             f"the quantised weights are far from the model's: mean KL from the unquantised model is "
-            f"{longest.kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.settings.quant}"
+            f"{longest.kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.options.quant}"
         )
     return TargetResult(
         target=candidate.target,
         folder=str(candidate.folder) if candidate.folder else None,
-        quant=candidate.settings.quant,
-        dtype=candidate.dtype,
+        quant=candidate.options.quant,
+        dtype=candidate.options.dtype,
         context=session.context,
         chunk=session.chunk,
         window=config.longest_window,
@@ -124,23 +124,23 @@ def in_a_line(error: Exception) -> str:
 
 def not_measured(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
     """The result of a target that could not be run."""
-    settings = candidate.settings
+    options = candidate.options
     return TargetResult(
         target=candidate.target,
         folder=str(candidate.folder) if candidate.folder else None,
-        quant=settings.quant,
-        dtype=candidate.dtype,
-        context=settings.context,
-        chunk=settings.chunk,
+        quant=options.quant,
+        dtype=candidate.options.dtype,
+        context=options.context,
+        chunk=options.chunk,
         window=config.longest_window,
         slots=(),
-        tolerance=tolerance(candidate.target, dtype=candidate.dtype, quant=settings.quant),
+        tolerance=tolerance(candidate.target, dtype=candidate.options.dtype, quant=options.quant),
         lengths=(),
         new_tokens=0,
         first_different=None,
         first_divergence=None,
         kl_unquantized=None,
-        kl_unquantized_limit=quantization_limit(settings.quant),
+        kl_unquantized_limit=quantization_limit(options.quant),
         caches=None,
         not_reached=("everything: it could not be run",),
         failures=(f"could not run: {in_a_line(error)}",),

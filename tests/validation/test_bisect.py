@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.cli import main
 from transom.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
+from transom.export.options import Options
 from transom.formats.schemes import Scheme, scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -292,8 +293,8 @@ def test_an_artifact_is_made_again_for_its_own_processor(
     asked: list[str | None] = []
 
     @contextlib.contextmanager
-    def compiled(model: Model, options: Mapping[str, Any]) -> Iterator[None]:
-        asked.append(options["cpu"])
+    def compiled(model: Model, options: Options) -> Iterator[None]:
+        asked.append(options.cpu)
         yield
 
     monkeypatch.setattr(sources, "_compiled", compiled)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
@@ -14,6 +14,7 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.compiler import compile_model
 from transom.errors import InvariantError, TargetError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
@@ -78,7 +79,7 @@ def open_source(source: Source, model: Model, *, quant: str, context: int, chunk
     elif source == REFERENCE:
         yield ReferenceSession(reference_graph(tapped(model.trace()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
-        options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
+        options = Options.of(model, target=source, quant=quant, context=context, chunk=chunk)
         with _compiled(model, options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
@@ -93,14 +94,7 @@ def open_source(source: Source, model: Model, *, quant: str, context: int, chunk
 @contextlib.contextmanager
 def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
     """Export an artifact again with taps, for one that was exported without."""
-    options = {
-        "target": manifest.target,
-        "quant": manifest.quantization,
-        "dtype": manifest.dtype,
-        "context": manifest.context,
-        "chunk": manifest.chunk,
-        "cpu": _processor(manifest),
-    }
+    options = dataclasses.replace(Options.of_artifact(manifest), cpu=_processor(manifest))
     with _compiled(model, options) as session:
         yield session
 
@@ -116,10 +110,10 @@ def _processor(manifest: Manifest) -> str | None:
 
 
 @contextlib.contextmanager
-def _compiled(model: Model, options: Mapping[str, Any]) -> Iterator[Session]:
+def _compiled(model: Model, options: Options) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="transom-bisect-") as folder:
         out = Path(folder) / "artifact"
-        compile_model(model, **options, before=[AddTaps()], out=out)
+        compile_model(model, options, before=[AddTaps()], out=out)
         yield open_session(out, verify=False)
 
 
