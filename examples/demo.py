@@ -18,7 +18,6 @@ import transom
 from transom.backends.session import Session
 from transom.cli.export import stage_bars
 from transom.cli.options import size
-from transom.compiler import compile_model
 from transom.zoo.model import Model
 from transom.zoo.plan import plan
 
@@ -59,7 +58,7 @@ def run(model: Model, quant: str, ids: list[int], expected: NDArray[np.float32],
     """Compile with one scheme, generate, and compare with the reference."""
     console.rule(f"onnxruntime, {quant}")
     with stage_bars() as on_progress:
-        compile_model(model, quant=quant, context=CONTEXT, out=folder, overwrite=True, on_progress=on_progress)
+        transom.compile(model, quant=quant, context=CONTEXT, out=folder, overwrite=True, on_progress=on_progress)
     session = transom.open(folder)
     session.reserve(CONTEXT)
     prefill, decode = generate(session, ids)

@@ -10,33 +10,20 @@ from typing import Any
 
 from transom.backends.artifact import CacheRecord
 from transom.errors import TargetError
+from transom.export.options import Options
 from transom.graphs.graph import Graph
 from transom.passes.targets import TARGETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of an export, beside the graph.
+class Progress:
+    """Whom an export tells how far it is.
 
     Attributes:
-        target: A key of `EXPORTERS`.
-        context: Longest sequence, in tokens.
-        chunk: Largest number of new tokens in one call.
-        quant: Scheme of the weights.
-        dtype: What is computed in.
-        topology: TPU topology to compile for ahead of time, such as "v5e:2x2".
-        cpu: Processor to make machine code for, such as "aarch64"; by default this machine's.
         on_bytes: Called with the number of weight bytes written each time.
         on_program: Called with (done, total) as programs are compiled.
     """
 
-    target: str
-    context: int
-    chunk: int
-    quant: str = "none"
-    dtype: str = "float32"
-    topology: str | None = None
-    cpu: str | None = None
     on_bytes: Callable[[int], None] = lambda count: None
     on_program: Callable[[int, int], None] = lambda done, total: None
 
@@ -63,7 +50,7 @@ class Lowered:
     not_done: tuple[str, ...] = ()
 
 
-Exporter = Callable[[Graph, Path, Request], Lowered]
+Exporter = Callable[[Graph, Path, Options, Progress], Lowered]
 """Writes a graph that the target's passes have rewritten into a folder that exists."""
 
 EXPORTERS: dict[str, str] = {

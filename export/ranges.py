@@ -112,7 +112,6 @@ def trace_ranges(
     model: Model,
     tokens: Sequence[int],
     *,
-    full: Graph,
     half: Graph,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Ranges:
@@ -121,8 +120,7 @@ def trace_ranges(
     Args:
         model: Its weights are read into memory.
         tokens: Ids of the text, at least one.
-        full: The model's `decode` graph as traced in float32.
-        half: The same in float16 or bfloat16: tells which values follow the graph's dtype.
+        half: Its `decode` graph as traced in float16 or bfloat16: tells which values follow the graph's dtype.
         on_progress: Called with (stage, done, total): "ranges" by tokens, "weights" one by one.
 
     Raises:
@@ -131,7 +129,7 @@ def trace_ranges(
         CheckpointError: If a weight is not finite, naming it and its rows.
     """
     names = list(narrow_values(half, half.output.args[0][0].meta["val"].dtype))
-    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(full)
+    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(model.trace())
     session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
     session.refuses_nonfinite = False  # where they come from is what ranges tell
     observations = {name: Observation.none() for name in names}

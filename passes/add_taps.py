@@ -22,7 +22,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph, Tap
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 
 FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED, ops.CACHED_ATTENTION)
 """Operations that only a fusion makes."""
@@ -42,14 +42,14 @@ class AddTaps(Pass):
         if not graph.taps and (fused := graph.calls(*FUSED)):
             raise InvariantError(f"AddTaps must run first, but the graph holds {fused[0].target} already")
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Tap every site that is found; none if the graph has taps.
 
         Raises:
             InvariantError: If a site has no module path to be named after, or two sites have one name.
         """
         if graph.taps:
-            return 0
+            return Rewrite(changes=0)
         sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph)]
         sites += [*_attentions(graph, {node for node, _, _ in sites}), *_residuals(graph, sites)]
         order = {node: index for index, node in enumerate(graph.fx.nodes)}
@@ -61,7 +61,7 @@ class AddTaps(Pass):
             names[name] = node
             layer = re.search(r"layers\.(\d+)", name)
             graph.add_tap(Tap(name=f"tap.{name}", layer=int(layer[1]) if layer else None, op=op), node)
-        return len(names)
+        return Rewrite(changes=len(names))
 
 
 def _path(node: Node, path: str = "") -> str:

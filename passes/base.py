@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from transom.errors import InvariantError
 from transom.graphs.check import check
@@ -15,21 +15,35 @@ from transom.graphs.graph import Graph, refresh
 Digest = tuple[str, ...]
 """What `Graph.digest` returns."""
 
+Measurement = Callable[[Graph], Mapping[str, float]]
+"""Takes the graph that a pass is about to rewrite, and returns one number by name; see the passes that ask for one."""
+
+R = TypeVar("R", bound="Rewrite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """What one run of a pass did to a graph; a pass that has more to tell returns a subclass.
+
+    Attributes:
+        changes: Sites changed.
+        skipped: Sites that looked like a match and were left alone, each with the reason.
+        notes: What else a reader of the artifact should know.
+    """
+
+    changes: int
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
 
 class Pass(abc.ABC):
-    """One rewrite. A pass edits the graph in place and tells how many sites it changed.
+    """One rewrite. A pass edits a graph in place and returns what it did; it remembers nothing of its runs.
 
     Attributes:
         after: Passes that must run earlier in any list that holds them too.
-        skipped: Sites that looked like a match and were left alone in the last run, each with the reason.
-        notes: What a reader of the artifact should know of the last run.
     """
 
     after: ClassVar[tuple[type[Pass], ...]] = ()
-
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
@@ -40,8 +54,8 @@ class Pass(abc.ABC):
         """Raise `InvariantError` if the graph cannot be rewritten."""
 
     @abc.abstractmethod
-    def rewrite(self, graph: Graph) -> int:
-        """Edit `graph` and return the number of sites changed. Sites left alone go to `self.skipped`, with why."""
+    def rewrite(self, graph: Graph) -> Rewrite:
+        """Edit `graph`."""
 
     def ensures(self, graph: Graph) -> None:  # noqa: B027 (most passes have nothing more to promise)
         """Raise `InvariantError` if the result is not what the pass promises."""
@@ -49,38 +63,59 @@ class Pass(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassRecord:
-    """What one pass did.
+    """What one pass did, and what it cost.
 
     Attributes:
         name: The pass.
-        changes: Sites changed.
+        rewrite: What it returned.
         seconds: Time taken, checks included.
         nodes_before: Calls in the graph before.
         nodes_after: Calls in the graph after.
         weight_bytes_before: Bytes of all weights before.
         weight_bytes_after: Bytes of all weights after.
-        skipped: Sites that looked like a match and were left alone, each with the reason.
-        notes: What else a reader of the artifact should know.
     """
 
     name: str
-    changes: int
+    rewrite: Rewrite
     seconds: float
     nodes_before: int
     nodes_after: int
     weight_bytes_before: int
     weight_bytes_after: int
-    skipped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> int:
+        """Sites changed."""
+        return self.rewrite.changes
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Sites left alone; see `Rewrite`."""
+        return self.rewrite.skipped
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `Rewrite`."""
+        return self.rewrite.notes
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return {
-            **dataclasses.asdict(self),
+            "name": self.name,
+            "changes": self.changes,
             "seconds": round(self.seconds, 3),
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "weight_bytes_before": self.weight_bytes_before,
+            "weight_bytes_after": self.weight_bytes_after,
             "skipped": list(self.skipped),
             "notes": list(self.notes),
         }
+
+
+def rewrites(records: Iterable[PassRecord], kind: type[R]) -> list[R]:
+    """What passes returned, of those that returned this kind."""
+    return [record.rewrite for record in records if isinstance(record.rewrite, kind)]
 
 
 class Pipeline:
@@ -124,28 +159,25 @@ class Pipeline:
 def _apply(current: Pass, graph: Graph, before: Digest) -> tuple[PassRecord, Digest]:
     began = time.perf_counter()
     nodes, size = len(graph.calls_all()), graph.weight_bytes()
-    current.skipped, current.notes = [], []
     current.requires(graph)
-    changes = current.rewrite(graph)
-    if changes:
+    rewrite = current.rewrite(graph)
+    if rewrite.changes:
         graph.drop_dead_code()
         graph.settle_outputs()
         refresh(graph)
     after = graph.digest()
-    if bool(changes) != (after != before):
-        state = "changed" if not changes else "is as it was"
-        raise InvariantError(f"{current.name} reported {changes} changes, but the graph {state}")
+    if bool(rewrite.changes) != (after != before):
+        state = "changed" if not rewrite.changes else "is as it was"
+        raise InvariantError(f"{current.name} reported {rewrite.changes} changes, but the graph {state}")
     check(graph)
     current.ensures(graph)
     record = PassRecord(
         name=current.name,
-        changes=changes,
+        rewrite=rewrite,
         seconds=time.perf_counter() - began,
         nodes_before=nodes,
         nodes_after=len(graph.calls_all()),
         weight_bytes_before=size,
         weight_bytes_after=graph.weight_bytes(),
-        skipped=tuple(current.skipped),
-        notes=tuple(current.notes),
     )
     return record, after

@@ -19,7 +19,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 
@@ -34,26 +34,24 @@ class BoundLocalCaches(Pass):
     after = (FuseAttention, FuseCacheWrites)
 
     def __init__(self, chunk: int) -> None:
-        super().__init__()
         self.chunk = chunk
-        self._grows: set[str] = set()
 
     def requires(self, graph: Graph) -> None:
         """The chunk is positive."""
         if self.chunk < 1:
             raise InvariantError(f"a chunk holds at least one token, got {self.chunk}")
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Resize the caches of local layers and note every cache's window."""
-        nodes, changes, caches = graph.placeholders(), 0, []
-        windows = {cache.name: self._window(nodes[cache.input]) for cache in graph.caches}
-        # Keys and values of a layer go together, so that slots mean the same in both.
-        unknown = {cache.layer for cache in graph.caches if windows[cache.name] is None}
+        nodes, caches = graph.placeholders(), []
+        changes, skipped = 0, list[str]()
+        unknown = self._unknown_layers(graph)
         for cache in graph.caches:
-            node, window = nodes[cache.input], windows[cache.name]
+            node = nodes[cache.input]
+            window = self._window(node)
             if cache.layer in unknown:
                 reader = "" if window is None else " of the cache beside it"
-                self.skipped.append(
+                skipped.append(
                     f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
                 )
                 window = None
@@ -68,8 +66,7 @@ class BoundLocalCaches(Pass):
                 cache = dataclasses.replace(cache, window=window or None, slots=slots)
             caches.append(cache)
         graph.caches = tuple(caches)
-        self._grows = {cache.input for cache in caches if cache.layer in unknown}
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))
 
     def _slack(self, cache: Node) -> int:
         """Slots beside the window: those that a chunk overwrites before its first token has attended."""
@@ -77,19 +74,26 @@ class BoundLocalCaches(Pass):
 
     def ensures(self, graph: Graph) -> None:
         """No local attention reads a cache that grows unreported, or one too small for its window and chunk."""
+        unknown = self._unknown_layers(graph)
+        grow = {cache.input for cache in graph.caches if cache.layer in unknown}
         for node in graph.calls(ops.ATTENTION, ops.CACHED_ATTENTION):
             fused = node.target is ops.CACHED_ATTENTION
             window = node.args[7 if fused else 5]
             cache = node.args[3] if fused else node.args[1]
             if not fused and is_call(cache, ops.WRITE_CACHE):
                 cache = cache.args[0]
-            if not window or cache.op != "placeholder" or cache.name in self._grows:
+            if not window or cache.op != "placeholder" or cache.name in grow:
                 continue
             slots = cache.meta["val"].shape[2]
             if not isinstance(slots, int) or slots < window + self._slack(cache):
                 raise InvariantError(
                     f"{layer_path(node)}: {slots} slots for a window of {window} and chunks of {self.chunk}"
                 )
+
+    def _unknown_layers(self, graph: Graph) -> set[int]:
+        """Layers with a cache of unknown window: keys and values go together, so that slots mean the same in both."""
+        nodes = graph.placeholders()
+        return {cache.layer for cache in graph.caches if self._window(nodes[cache.input]) is None}
 
     @staticmethod
     def _window(cache: Node) -> int | None:

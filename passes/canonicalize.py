@@ -13,7 +13,7 @@ from typing import Any
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout, aten.to.device)
 _COPIES = (
@@ -29,9 +29,9 @@ _COPIES = (
 class Canonicalize(Pass):
     """One spelling for each idea."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Simplify every call that has a simpler spelling."""
-        return sum(_simplify(graph, node) for node in graph.calls_all())
+        return Rewrite(changes=sum(_simplify(graph, node) for node in graph.calls_all()))
 
 
 def _simplify(graph: Graph, node: Node) -> bool:

@@ -9,6 +9,8 @@ Skips: weights that the scheme leaves out.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +23,24 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.conversion import Conversion, encode
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.linears import CodeNodes, add_codes
 from transom.passes.share_embedding import ShareEmbedding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Converted(Rewrite):
+    """What `ConvertQuantized` did.
+
+    Attributes:
+        conversions: A record a weight.
+        specs: How the codes of every weight are held, by name.
+    """
+
+    conversions: tuple[Conversion, ...]
+    specs: Mapping[str, QuantSpec]
 
 
 class ConvertQuantized(Pass):
@@ -34,26 +49,20 @@ class ConvertQuantized(Pass):
     Args:
         scheme: The scheme.
         method: How scales are found of weights that are rounded.
-
-    Attributes:
-        conversions: A record a weight.
-        specs: How the codes of every weight are held, by name.
     """
 
     after = (FoldConstants, ShareEmbedding)
 
     def __init__(self, scheme: Scheme, method: Method = "nearest") -> None:
-        super().__init__()
         self.scheme, self.method = scheme, method
-        self.conversions: list[Conversion] = []
-        self.specs: dict[str, QuantSpec] = {}
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Converted:
         """Quantise every linear and embedding that the scheme covers."""
-        self.conversions, self.specs = [], {}
         embeddings = graph.calls(aten.embedding.default)
         tables = {node.args[0] for node in embeddings}
         codes: dict[Node, CodeNodes] = {}
+        conversions: list[Conversion] = []
+        specs: dict[str, QuantSpec] = {}
         changes = 0
         for node in [*embeddings, *graph.calls(aten.linear.default)]:
             is_embedding = node.target is aten.embedding.default
@@ -65,7 +74,11 @@ class ConvertQuantized(Pass):
             if spec is None:
                 continue
             if table not in codes:
-                codes[table] = self._codes(graph, *named_weight, spec)
+                name, weight = named_weight
+                encoded, record = encode(name, weight, spec, self.method)
+                codes[table] = add_codes(graph, name, encoded, weight.origin)
+                conversions.append(record)
+                specs[name] = spec
             operation = ops.EMBEDDING_QUANTIZED if is_embedding else ops.LINEAR_QUANTIZED
             source = node.args[1] if is_embedding else node.args[0]
             with graph.fx.inserting_before(node):
@@ -76,13 +89,7 @@ class ConvertQuantized(Pass):
                     new = graph.call(aten.add.Tensor, (new, node.args[2]), node)
             node.replace_all_uses_with(new)
             changes += 1
-        return changes
-
-    def _codes(self, graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> CodeNodes:
-        encoded, record = encode(name, weight, spec, self.method)
-        self.conversions.append(record)
-        self.specs[name] = spec
-        return add_codes(graph, name, encoded, weight.origin)
+        return Converted(changes=changes, conversions=tuple(conversions), specs=specs)
 
 
 def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = False) -> QuantSpec | None:

@@ -9,6 +9,9 @@ Skips: weights that the scheme leaves out.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 
 from transom.formats.rounding import Grid, Method, find_grid
@@ -18,9 +21,20 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.convert_quantized import scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeQuantized(Rewrite):
+    """What `FakeQuantize` did.
+
+    Attributes:
+        specs: Spec by name of the weight.
+    """
+
+    specs: Mapping[str, QuantSpec]
 
 
 class FakeQuantize(Pass):
@@ -29,21 +43,16 @@ class FakeQuantize(Pass):
     Args:
         scheme: The scheme.
         method: How scales are found at first.
-
-    Attributes:
-        specs: Spec by name of the weight.
     """
 
     after = (ShareEmbedding,)
 
     def __init__(self, scheme: Scheme, method: Method = "nearest") -> None:
-        super().__init__()
         self.scheme, self.method = scheme, method
-        self.specs: dict[str, QuantSpec] = {}
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> FakeQuantized:
         """Round every weight that the scheme covers."""
-        self.specs = {}
+        specs: dict[str, QuantSpec] = {}
         tables = {node.args[0] for node in graph.calls(aten.embedding.default)}
         rounded: dict[Node, Node] = {}
         for node in graph.calls(aten.embedding.default, aten.linear.default):
@@ -56,12 +65,12 @@ class FakeQuantize(Pass):
             if spec is None:
                 continue
             if table not in rounded:
-                self.specs[named_weight[0]] = spec
+                specs[named_weight[0]] = spec
                 grid = self._grid(graph, *named_weight, spec)
                 with graph.fx.inserting_before(node):
                     rounded[table] = graph.call(FAKE_QUANTIZE, (table, *grid, spec.key), node)
             node.update_arg(index, rounded[table])
-        return len(rounded)
+        return FakeQuantized(changes=len(rounded), specs=specs)
 
     def _grid(self, graph: Graph, name: str, weight: Weight, spec: QuantSpec) -> tuple[Node, Node | None]:
         groups = weight.shape[1] // spec.group(weight.shape[1])

@@ -13,7 +13,7 @@ import torch
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 
 LIMIT_BYTES = 2**20
 
@@ -21,7 +21,7 @@ LIMIT_BYTES = 2**20
 class FoldConstants(Pass):
     """Compute what no input changes."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Replace every constant that something else depends on."""
         # In the order of the graph, so that every run names and writes weights in one order.
         constant: dict[Node, None] = {}
@@ -34,7 +34,7 @@ class FoldConstants(Pass):
         for node in roots:
             name = f"constant.{node.name}"
             node.replace_all_uses_with(graph.add_weight(name, Weight.of(values[node].contiguous(), "folded constant")))
-        return len(roots)
+        return Rewrite(changes=len(roots))
 
 
 def _is_static(node: Node, value: object) -> bool:

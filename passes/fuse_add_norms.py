@@ -13,7 +13,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import is_node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.select_logits import SelectLogits
 
@@ -23,7 +23,7 @@ class FuseAddNorms(Pass):
 
     after = (FuseNorms, SelectLogits)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Fuse every norm of a residual sum."""
         changes = 0
         for node in graph.calls(ops.RMS_NORM):
@@ -39,4 +39,4 @@ class FuseAddNorms(Pass):
             node.replace_all_uses_with(normed)
             total.replace_all_uses_with(summed)
             changes += 1
-        return changes
+        return Rewrite(changes=changes)

@@ -19,7 +19,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.masks import MASKED, MaskReading, read_mask
 from transom.graphs.match import CASTS, aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.left_softmaxes import left_softmaxes
 
@@ -43,15 +43,15 @@ class FuseAttention(Pass):
 
     after = (Canonicalize,)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Fuse every site whose mask could be read."""
         readings: dict[tuple[Any, ...], MaskReading] = {}
         reported: set[Node] = set()
-        changes = 0
+        changes, skipped = 0, list[str]()
         for node in graph.calls_all():
             site = _match(node)
             if isinstance(site, str):
-                self.skipped.append(_where(node, site))
+                skipped.append(_where(node, site))
                 reported.add(node)
             if not isinstance(site, _Site):
                 continue
@@ -62,13 +62,13 @@ class FuseAttention(Pass):
                 readings[key] = _read(graph, site, tokens, slots, cached)
             reading = readings[key]
             if reading.window is None:
-                self.skipped.append(_where(node, reading.reason))
+                skipped.append(_where(node, reading.reason))
                 reported.add(node)
                 continue
             _fuse(graph, site, reading.window, cached)
             changes += 1
-        self.skipped += [_where(node, reason) for node, reason in left_softmaxes(graph, reported)]
-        return changes
+        skipped += [_where(node, reason) for node, reason in left_softmaxes(graph, reported)]
+        return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
 def _where(node: Node, reason: str) -> str:

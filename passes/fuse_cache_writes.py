@@ -17,7 +17,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.shared_caches import cache_readers
 
@@ -40,29 +40,30 @@ class FuseCacheWrites(Pass):
                 "still sees: give each layer a cache of its own"
             )
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Replace every recognised write into a cache input."""
-        caches, changes = {cache.input for cache in graph.caches}, 0
+        caches = {cache.input for cache in graph.caches}
+        changes, skipped = 0, list[str]()
         rings: dict[tuple[Node, str], bool] = {}
         for node in graph.calls(aten.index_copy.default):
             cache, axis, index, new = node.args
             if cache.name not in caches:
                 continue
             if axis != 2:
-                self.skipped.append(f"{node.name}: writes along axis {axis}, not along the slots")
+                skipped.append(f"{node.name}: writes along axis {axis}, not along the slots")
                 continue
             key = (index, str(cache.meta["val"].shape[2]))
             if key not in rings:
                 rings[key] = _is_ring(graph, cache, index, new)
             if not rings[key]:
-                self.skipped.append(f"{node.name}: does not write position p into slot p % S")
+                skipped.append(f"{node.name}: does not write position p into slot p % S")
                 continue
             start = graph.placeholders()[graph.start or ""]
             with graph.fx.inserting_before(node):
                 fused = graph.call(ops.WRITE_CACHE, (cache, new, start), node)
             node.replace_all_uses_with(fused)
             changes += 1
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
 def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:

@@ -15,7 +15,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, is_transpose, layer_path
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.passes.fuse_rotary import FuseRotary
@@ -26,13 +26,13 @@ class FuseCachedAttention(Pass):
 
     after = (FuseAttention, FuseCacheWrites, FuseRotary)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Fuse every attention that reads caches."""
-        changes = 0
+        changes, skipped = 0, list[str]()
         for node in graph.calls(ops.ATTENTION):
             q, k_write, v_write, start, scale, window = node.args
             if not (is_call(k_write, ops.WRITE_CACHE) and is_call(v_write, ops.WRITE_CACHE) and start is not None):
-                self.skipped.append(f"{layer_path(node)}: keys or values do not come from a cache")
+                skipped.append(f"{layer_path(node)}: keys or values do not come from a cache")
                 continue
             with graph.fx.inserting_before(node):
                 heads_last = [_heads_last(graph, value) for value in (q, k_write.args[1], v_write.args[1])]
@@ -46,7 +46,7 @@ class FuseCachedAttention(Pass):
             k_write.replace_all_uses_with(k_cache)
             v_write.replace_all_uses_with(v_cache)
             changes += 1
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
 def _heads_last(graph: Graph, value: Node) -> Node:

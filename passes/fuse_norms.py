@@ -15,7 +15,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, cast_back, is_call, skip_casts, split_scalar
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 
 
@@ -24,7 +24,7 @@ class FuseNorms(Pass):
 
     after = (Canonicalize,)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Fuse every RMSNorm that ends in a product with a weight."""
         changes = 0
         for node in graph.calls(aten.mul.Tensor):
@@ -42,7 +42,7 @@ class FuseNorms(Pass):
                 normalised.replace_all_uses_with(fused)
                 changes += 1
                 break
-        return changes
+        return Rewrite(changes=changes)
 
 
 def _match_normalised(node: Any) -> tuple[Node, float] | None:

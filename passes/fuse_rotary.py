@@ -14,7 +14,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, cast_back, is_call, layer_path
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 
 
@@ -23,22 +23,22 @@ class FuseRotary(Pass):
 
     after = (Canonicalize,)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Fuse every rotation."""
-        changes = 0
+        changes, skipped = 0, list[str]()
         for node in graph.calls(aten.cat.default):
             operands = _match(node)
             if operands is None:
                 continue
             rotated = cast_back(node, operands[0])
             if rotated.meta["val"].dtype != operands[0].meta["val"].dtype:
-                self.skipped.append(f"{layer_path(node)}: the rotation changes {operands[0]}'s dtype")
+                skipped.append(f"{layer_path(node)}: the rotation changes {operands[0]}'s dtype")
                 continue
             with graph.fx.inserting_before(node):
                 fused = graph.call(ops.ROTARY, (*operands, True), node)
             rotated.replace_all_uses_with(fused)
             changes += 1
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
 def _match(node: Node) -> tuple[Node, Node, Node] | None:

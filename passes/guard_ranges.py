@@ -1,8 +1,8 @@
 """GuardRanges: in a graph of float16, what float16 cannot hold is computed in float32, and nothing else is.
 
-Precondition: a graph as traced in the narrow dtype, before any fusion, and the largest magnitude of every value that
-it holds in that dtype, as `export.ranges.trace_ranges` finds them. Ranges come from a text; `margin` bits of headroom
-stand for all other texts.
+Precondition: a graph as traced in the narrow dtype, before any fusion. The largest magnitude of every value that it
+holds in that dtype is measured on a text, as by `export.ranges.trace_ranges`; `margin` bits of headroom stand for all
+other texts.
 Rewrite: an operation whose result is too large, or that reads a value that is, becomes an island: its inputs are cast
 to float32, and its result is cast back where it fits again. A value that stays too large stays float32 from island to
 island, such as a residual stream up to the norm that brings it back. A linear in an island gets its weight in float32.
@@ -24,7 +24,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call
 from transom.graphs.node import Node
 from transom.passes.add_taps import FUSED
-from transom.passes.base import Pass
+from transom.passes.base import Measurement, Pass, Rewrite
 from transom.passes.insert_observers import narrow_values
 
 MARGIN = 1.0
@@ -38,16 +38,13 @@ class GuardRanges(Pass):
     """Float32 islands around what a narrow dtype cannot hold.
 
     Args:
-        largest: Largest magnitude by name of every value of `narrow_values`, and of weights, if known.
+        measure: Returns the largest magnitude by name of every value of `narrow_values`, and of weights, if known.
         dtype: The narrow dtype.
         margin: Bits of headroom that a value must have to stay narrow.
     """
 
-    def __init__(
-        self, largest: Mapping[str, float], *, dtype: torch.dtype = torch.float16, margin: float = MARGIN
-    ) -> None:
-        super().__init__()
-        self.largest, self.dtype, self.margin = largest, dtype, margin
+    def __init__(self, measure: Measurement, *, dtype: torch.dtype = torch.float16, margin: float = MARGIN) -> None:
+        self.measure, self.dtype, self.margin = measure, dtype, margin
 
     @property
     def limit(self) -> float:
@@ -55,37 +52,37 @@ class GuardRanges(Pass):
         return float(torch.finfo(self.dtype).max / 2**self.margin)
 
     def requires(self, graph: Graph) -> None:
-        """Nothing is fused, every narrow value has a range, and every weight fits."""
+        """Nothing is fused."""
         if fused := graph.calls(*FUSED):
             raise InvariantError(f"GuardRanges must run before fusion, but the graph holds {fused[0].target} already")
-        if missing := [name for name in narrow_values(graph, self.dtype) if name not in self.largest]:
+
+    def rewrite(self, graph: Graph) -> Rewrite:
+        """Put every operation that makes or reads a value out of range into float32; counts them.
+
+        Raises:
+            InvariantError: If a narrow value has no range, or is left narrow although it is out of range.
+            RangeError: If a weight, a cache or a result is out of range.
+        """
+        largest, nodes = self.measure(graph), narrow_values(graph, self.dtype)
+        if missing := [name for name in nodes if name not in largest]:
             raise InvariantError(
                 f"{len(missing)} values have no range, {missing[0]} first: trace the ranges of this very model"
             )
         for name in graph.weights:
-            if self.largest.get(name, 0.0) > torch.finfo(self.dtype).max:
-                raise self._refusal(f"the weight {name}", self.largest[name], 0.0)
-
-    def rewrite(self, graph: Graph) -> int:
-        """Put every operation that makes or reads a value out of range into float32; counts them."""
-        nodes = narrow_values(graph, self.dtype)
-        sizes = {node: (name, self.largest[name]) for name, node in nodes.items() if self.largest[name] > self.limit}
+            if largest.get(name, 0.0) > torch.finfo(self.dtype).max:
+                raise self._refusal(f"the weight {name}", largest[name], 0.0)
+        sizes = {node: (name, largest[name]) for name, node in nodes.items() if largest[name] > self.limit}
         hot = _carry(graph, sizes)
         self._refuse_results(graph, hot)
         islands = _Islands(graph, self.dtype, hot)
         changes = sum(islands.widen(node) for node in graph.calls_all())
         if changes:
             islands.return_taps()
-        self.notes = [
-            f"{name} reaches {largest:.4g}, so it is float32" for name, largest in dict.fromkeys(sizes.values())
-        ]
-        return changes
-
-    def ensures(self, graph: Graph) -> None:
-        """No value out of range is left in the narrow dtype."""
-        left = [name for name in narrow_values(graph, self.dtype) if self.largest.get(name, 0.0) > self.limit]
-        if left:
+            graph.drop_dead_code()
+        if left := [name for name in narrow_values(graph, self.dtype) if largest.get(name, 0.0) > self.limit]:
             raise InvariantError(f"{', '.join(left)} should be float32, but a narrow copy is left")
+        notes = (f"{name} reaches {size:.4g}, so it is float32" for name, size in dict.fromkeys(sizes.values()))
+        return Rewrite(changes=changes, notes=tuple(notes))
 
     def _refuse_results(self, graph: Graph, hot: Mapping[Node, tuple[str, float]]) -> None:
         returned = graph.output.args[0]

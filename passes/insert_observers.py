@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from transom.graphs.graph import Graph, Tap
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_casts
 from transom.graphs.node import Node
 from transom.graphs.observe import OBSERVE
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 
 PREFIX, OP = "range.", "range"
 
@@ -47,12 +47,12 @@ class InsertObservers(Pass):
     """
 
     def __init__(self, sites: Literal["linears", "values"] = "linears", only: Collection[str] | None = None) -> None:
-        super().__init__()
         self.sites, self.only = sites, only
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Observe every site that is not observed yet."""
-        named_values = computed_values(graph) if self.sites == "values" else self._linear_inputs(graph)
+        skipped: list[str] = []
+        named_values = computed_values(graph) if self.sites == "values" else _linear_inputs(graph, skipped)
         present = {tap.name for tap in graph.taps}
         observers = {node.args[0]: node for node in graph.calls(OBSERVE)}
         new = [(name, node) for name, node in named_values if PREFIX + name not in present]
@@ -62,21 +62,23 @@ class InsertObservers(Pass):
             if node not in observers:
                 observers[node] = _observe(graph, node)
             graph.add_tap(Tap(name=PREFIX + name, layer=layer_of(name), op=OP), observers[node])
-        return len(new)
+        return Rewrite(changes=len(new), skipped=tuple(skipped))
 
-    def _linear_inputs(self, graph: Graph) -> Iterator[tuple[str, Node]]:
-        seen: set[str] = set()
-        for node in graph.calls(*_LINEARS):
-            named_weight = graph.weight_of(skip_casts(node.args[1]))
-            if named_weight is None:
-                self.skipped.append(f"{layer_path(node) or node.name}: the linear's weight is no input with a name")
-                continue
-            name = input_name(named_weight[0])
-            if name in seen:
-                self.skipped.append(f"{name}: another linear of the same weight is observed")
-                continue
-            seen.add(name)
-            yield name, node.args[0]
+
+def _linear_inputs(graph: Graph, skipped: list[str]) -> list[tuple[str, Node]]:
+    """What every linear reads, by name; linears left alone are added to `skipped`."""
+    named_values: dict[str, Node] = {}
+    for node in graph.calls(*_LINEARS):
+        named_weight = graph.weight_of(skip_casts(node.args[1]))
+        if named_weight is None:
+            skipped.append(f"{layer_path(node) or node.name}: the linear's weight is no input with a name")
+            continue
+        name = input_name(named_weight[0])
+        if name in named_values:
+            skipped.append(f"{name}: another linear of the same weight is observed")
+            continue
+        named_values[name] = node.args[0]
+    return list(named_values.items())
 
 
 def _observe(graph: Graph, node: Node) -> Node:

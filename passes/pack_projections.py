@@ -15,7 +15,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
@@ -27,13 +27,13 @@ class PackProjections(Pass):
 
     after = (Canonicalize, ConvertQuantized, FuseGatedMLP)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Pack every group of projections."""
         groups: dict[tuple[Node, object], list[Node]] = defaultdict(list)
         for node in graph.calls(aten.linear.default, ops.LINEAR_QUANTIZED):
             if matrix_of(graph, node) and len(node.args[1].users) == 1:
                 groups[node.args[0], node.target].append(node)
-        changes = 0
+        changes, skipped = 0, list[str]()
         for group in groups.values():
             names = [named[0] for node in group if (named := matrix_of(graph, node))]
             if len(group) < 2:
@@ -41,8 +41,8 @@ class PackProjections(Pass):
             name = names[0].replace("q_proj", "qkv_proj") if "q_proj" in names[0] else f"{names[0]}.packed"
             linear = stack(graph, group, name)
             if linear is None:
-                self.skipped.append(f"{', '.join(names)}: no format holds the codes of all")
+                skipped.append(f"{', '.join(names)}: no format holds the codes of all")
                 continue
             split(graph, linear, group)
             changes += 1
-        return changes
+        return Rewrite(changes=changes, skipped=tuple(skipped))

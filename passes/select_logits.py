@@ -14,7 +14,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_norms import FuseNorms
 
@@ -39,7 +39,7 @@ class SelectLogits(Pass):
 
     after = (Canonicalize, FuseNorms)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Hoist the selection step by step; counts the operations that it passed."""
         changes = 0
         pending = [node for node in graph.calls(aten.index_select.default) if node.args[1] == 1]
@@ -63,7 +63,7 @@ class SelectLogits(Pass):
             graph.fx.erase_node(source)
             pending.extend(node for node in dict.fromkeys(inner) if node not in pending)
             changes += 1
-        return changes
+        return Rewrite(changes=changes)
 
 
 def _movable(source: Any, select: Node) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from transom.graphs.graph import Graph
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 
 
 class ShareEmbedding(Pass):
     """One buffer for tied weights."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Merge weights that have the same recipe."""
         first: dict[int, Node] = {}
         nodes, changes = graph.placeholders(), 0
@@ -25,4 +25,4 @@ class ShareEmbedding(Pass):
             if kept is not node and node.users:
                 node.replace_all_uses_with(kept)
                 changes += 1
-        return changes
+        return Rewrite(changes=changes)

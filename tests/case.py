@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
-from transom.compiler import trace_model
 from transom.graphs.check import check
 from transom.graphs.graph import Graph
 from transom.graphs.trace import Task
 from transom.graphs.weight import read_all
 from transom.passes.base import Pass, PassRecord, Pipeline
 from transom.zoo.model import Model
-
-_traced: dict[tuple[str, str, Task], Graph] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +43,8 @@ class Case:
 
     @staticmethod
     def of(model: Model, task: Task = "decode") -> Case:
-        """Trace a model of the zoo, once a session."""
-        key = (model.config.name, model.revision, task)
-        if key not in _traced:
-            _traced[key] = trace_model(model, task=task)
-        return Case(graph=_traced[key], model=model)
+        """The graph of a model of the zoo."""
+        return Case(graph=model.trace(task=task), model=model)
 
     def run(self, *passes: Pass) -> Case:
         """Run passes; the graph that they started from stays as it was."""

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 import transom
 from tests.artifacts import CHUNK, Export, Exported
 from tests.case import Case
-from transom import compiler
 from transom.cli import main
 from transom.cli.options import console
-from transom.compiler import trace_model
 from transom.errors import CheckpointError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
@@ -30,6 +28,7 @@ from transom.graphs.trace import Task, trace
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
+from transom.zoo import model as zoo_model
 from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
@@ -113,7 +112,7 @@ def traced_once() -> Iterator[None]:
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "trace", remembered)
+        patch.setattr(zoo_model, "trace", remembered)
         yield
 
 
@@ -164,7 +163,7 @@ def scored(tiny: Model) -> Graph:
 @pytest.fixture(scope="session")
 def traced_float16(tiny: Model) -> Graph:
     """Its decode graph as traced in float16. Tests must not edit it: clone it first."""
-    return trace_model(tiny, dtype=torch.float16)
+    return tiny.trace(dtype=torch.float16)
 
 
 @pytest.fixture(scope="session")

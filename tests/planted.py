@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
 from transom.zoo.model import Model
 
@@ -32,8 +31,3 @@ def plant(model: Model) -> Model:
     """The model with those weights."""
     changed = {name: Weight.of(edit(model.weights[name].read().float())) for name, edit in PLANTED.items()}
     return dataclasses.replace(model, weights={**model.weights, **changed}, revision="planted")
-
-
-def of_model(graph: Graph, model: Model, dtype: torch.dtype) -> Graph:
-    """A graph of the same architecture with this model's weights."""
-    return dataclasses.replace(graph, weights={name: model.weights[name].to(dtype) for name in graph.weights})

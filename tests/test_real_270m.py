@@ -20,7 +20,6 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.tensorrt.builder import build_engine
 from transom.backends.tensorrt.library import find_library
-from transom.compiler import trace_model
 from transom.errors import TargetError
 from transom.formats.number_format import float_format
 from transom.formats.schemes import scheme
@@ -94,7 +93,7 @@ def furthest(session: Session, their_logits: NDArray[np.float32], ids: list[int]
 
 @pytest.fixture(scope="module")
 def traced_270m(real: Model) -> Graph:
-    return trace_model(real)
+    return real.trace()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from typing import Literal
 from transom.backends.folder import new_folder
 from transom.compiler import compile_model
 from transom.errors import QuantizationError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.training.checkpoint import CHECKPOINT, REPORT, check_apart
 from transom.training.qat_run import QatRun
@@ -124,6 +125,6 @@ def train(
             again = dataclasses.replace(
                 load(folder), source=str(out), config=model.config, tokenizer=model.tokenizer, left_out=model.left_out
             )
-            compile_model(again, target=target, out=folder / target, on_progress=on_progress)
+            compile_model(again, Options.of(again, target=target), out=folder / target, on_progress=on_progress)
     state.remove()
     return losses

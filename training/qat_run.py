@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,9 @@ from transom.formats.rounding import Grid, encode
 from transom.formats.schemes import QuantSpec, Scheme, is_table
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
-from transom.passes.base import Pipeline
+from transom.passes.base import Pipeline, rewrites
 from transom.passes.convert_quantized import dequantized
-from transom.passes.fake_quantize import FakeQuantize
+from transom.passes.fake_quantize import FakeQuantize, FakeQuantized
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import with_codes
 from transom.training.device import device_of
@@ -55,8 +55,9 @@ class QatRun:
         self._traced = traced
         # The table is a third or more of a small model and is only rounded to 8 bits: it is not worth its gradients.
         fake = FakeQuantize(dataclasses.replace(scheme, table=None), "mse")
-        self._graph, _ = Pipeline([fake]).run(traced)
-        self.specs: dict[str, QuantSpec] = fake.specs
+        self._graph, records = Pipeline([fake]).run(traced)
+        (fake_quantized,) = rewrites(records, FakeQuantized)
+        self.specs: Mapping[str, QuantSpec] = fake_quantized.specs
         decoder = build_empty(model.config)
         self._head, self._tables = decoder.head_weight, [name for name in traced.weights if is_table(name)]
         raw = {name: weight.read().float() for name, weight in traced.weights.items()}

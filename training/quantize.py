@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from transom.backends.folder import new_folder
-from transom.compiler import trace_model
 from transom.errors import QuantizationError
 from transom.formats.schemes import is_table, scheme
 from transom.graphs.graph import Graph
-from transom.passes.base import Pipeline
+from transom.passes.base import Pipeline, rewrites
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import Conversion
-from transom.passes.convert_quantized import ConvertQuantized, scheme_spec
+from transom.passes.convert_quantized import Converted, ConvertQuantized, scheme_spec
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import CHECKPOINT, check_apart, write_quantized
@@ -106,7 +105,7 @@ def quantize_model(
 
 def score_graph(model: Model) -> Graph:
     """A model's `score` graph before any fusion, its table shared by embedding and head."""
-    graph, _ = Pipeline([Canonicalize(), ShareEmbedding()]).run(trace_model(model, task="score"))
+    graph, _ = Pipeline([Canonicalize(), ShareEmbedding()]).run(model.trace(task="score"))
     return graph
 
 
@@ -125,7 +124,8 @@ def write_converted(
         What became of every weight.
     """
     convert = ConvertQuantized(scheme(quant), "mse" if method == "mse" else "nearest")
-    converted, _ = Pipeline([convert]).run(graph)
+    converted, records = Pipeline([convert]).run(graph)
+    (result,) = rewrites(records, Converted)
     total, written = sum(weight.bytes for name, weight in converted.weights.items() if name.endswith("codes")), 0
 
     def on_bytes(count: int) -> None:
@@ -138,8 +138,8 @@ def write_converted(
         folder,
         dataclasses.replace(model, weights=others),
         converted,
-        convert.specs,
+        result.specs,
         quant=quant,
         on_bytes=on_bytes,
     )
-    return tuple(convert.conversions)
+    return result.conversions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import check_options, compile_model, guards, trace_model
+from transom.compiler import compile_model, measure_on_text
 from transom.errors import TargetError
 from transom.export.exporter import exporter
+from transom.export.options import Options, check_options
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import Measure, pipeline
 from transom.passes.targets import TARGETS
 from transom.zoo.model import Model
 
@@ -32,48 +33,29 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How targets are compiled.
-
-    Attributes:
-        quant: Name of a scheme.
-        dtype: What to compute in; by default each target's first.
-        context: Longest sequence.
-        chunk: Most new tokens in one call.
-        threads: Of the runtimes; by default their own choice.
-    """
-
-    quant: str
-    dtype: str | None
-    context: int
-    chunk: int
-    threads: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """Something to validate.
 
     Attributes:
         name: What to call it in the results.
-        target: "reference" or a key of `passes.targets.TARGETS`.
-        settings: What it is, or will be, compiled with.
+        options: What it is, or will be, compiled with; their target may be "reference" too.
         folder: The artifact, if it exists or will be kept.
         exported: Whether the artifact exists already.
         overwrite: Whether what is compiled may replace an artifact of that name.
+        threads: Of the runtime; by default its own choice.
     """
 
     name: str
-    target: str
-    settings: Settings
+    options: Options
     folder: Path | None = None
     exported: bool = False
     overwrite: bool = False
+    threads: int | None = None
 
     @property
-    def dtype(self) -> str:
-        """What it computes in."""
-        return self.settings.dtype or (TARGETS[self.target].dtypes[0] if self.target in TARGETS else "float32")
+    def target(self) -> str:
+        """What it runs on: "reference" or a key of `passes.targets.TARGETS`."""
+        return self.options.target
 
 
 def check_targets(names: list[str], *, quant: str, dtype: str | None) -> None:
@@ -102,18 +84,11 @@ def installed_targets(*, quant: str, dtype: str | None) -> tuple[list[str], dict
 
 
 class Opener:
-    """Opens candidates of one model, which is traced once for all of them."""
+    """Opens candidates of one model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._traced: dict[str, Graph] = {}
-        self._guards: tuple[Pass, ...] | None = None
-
-    def traced(self, dtype: str = "float32") -> Graph:
-        """The model's `decode` graph; passes leave it as it is."""
-        if dtype not in self._traced:
-            self._traced[dtype] = trace_model(self.model, dtype=getattr(torch, dtype))
-        return self._traced[dtype]
+        self._ranges: Mapping[str, float] | None = None
 
     @contextmanager
     def open(
@@ -126,41 +101,43 @@ class Opener:
             on_progress: Told of the steps of compiling.
             before: Passes to run before the target's own; an artifact that exists is left aside for a new one.
         """
-        settings = candidate.settings
         if candidate.target == REFERENCE:
             yield self._reference(candidate, before or (), on_progress)
             return
         if candidate.exported and candidate.folder is not None and before is None:
             # Its hashes were checked when it was named.
-            yield open_session(candidate.folder, threads=settings.threads, verify=False)
+            yield open_session(candidate.folder, threads=candidate.threads, verify=False)
             return
         with tempfile.TemporaryDirectory(prefix="transom-validate-", ignore_cleanup_errors=True) as scratch:
             kept = candidate.folder if before is None else None
             folder = Path(scratch) / candidate.target if kept is None else kept
             compile_model(
                 self.model,
-                target=candidate.target,
-                quant=settings.quant,
-                dtype=settings.dtype,
-                context=settings.context,
-                chunk=settings.chunk,
+                candidate.options,
                 before=before or (),
-                traced=self.traced(candidate.dtype),
                 out=folder,
                 overwrite=candidate.overwrite,
                 on_progress=on_progress,
             )
             # What was written a moment ago need not be hashed again.
-            yield open_session(folder, threads=settings.threads, verify=False)
+            yield open_session(folder, threads=candidate.threads, verify=False)
 
     def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
-        settings, traced = candidate.settings, self.traced(candidate.dtype)
-        if candidate.dtype == "float16" and self._guards is None:
-            self._guards = guards(self.model, traced, on_progress=on_progress)
-        guarded = self._guards or () if candidate.dtype == "float16" else ()
-        passes = PIPELINES[REFERENCE_PIPELINE](settings.chunk, scheme(settings.quant))
-        graph, _ = Pipeline([*before, *guarded, *passes]).run(traced)
-        return ReferenceSession(graph, context=settings.context, chunk=settings.chunk)
+        options = candidate.options
+        measured = measure_on_text(self.model, options, on_progress=on_progress).ranges
+
+        def ranges(graph: Graph) -> Mapping[str, float]:
+            if self._ranges is None:
+                assert measured is not None
+                self._ranges = measured(graph)
+            return self._ranges
+
+        # Activations stay as they are: what rounding them costs is for the comparison to tell.
+        measure = Measure(ranges=ranges if measured else None)
+        listed = pipeline(REFERENCE_PIPELINE, chunk=options.chunk, scheme=scheme(options.quant), measure=measure)
+        traced = self.model.trace(dtype=getattr(torch, options.dtype))
+        graph, _ = Pipeline([*before, *listed.passes]).run(traced)
+        return ReferenceSession(graph, context=options.context, chunk=options.chunk)
 
 
 def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Manifest]:
@@ -170,14 +147,8 @@ def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Ma
         ArtifactError: If the folder is no artifact, or is damaged.
     """
     manifest = read_manifest(folder)
-    settings = Settings(
-        quant=manifest.quantization,
-        dtype=manifest.dtype,
-        context=manifest.context,
-        chunk=manifest.chunk,
-        threads=threads,
-    )
-    candidate = Candidate(name=manifest.target, target=manifest.target, settings=settings, folder=folder, exported=True)
+    options = Options.of_artifact(manifest)
+    candidate = Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
     return candidate, manifest
 
 

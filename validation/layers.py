@@ -26,7 +26,7 @@ def compare_layers(
     """Compile a target again with taps, and run it beside the reference, call by call, on a prompt of 3W+5.
 
     Args:
-        candidate: The target; also an exported artifact is compiled again, with its own settings.
+        candidate: The target; also an exported artifact is compiled again, with its own options.
         opener: Of its model.
         text: Token ids.
         on_progress: Told of the steps of compiling, and of positions.
@@ -34,12 +34,13 @@ def compare_layers(
     Returns:
         One record a tap, in the order of execution.
     """
-    settings, config = candidate.settings, opener.model.config
-    length = min(3 * (config.longest_window or SPAN) + 5, settings.context, len(text))
-    starts = range(0, length, settings.chunk)
-    calls = [Call(start=start, count=min(settings.chunk, length - start)) for start in starts]
-    reference = dataclasses.replace(candidate, name=REFERENCE, target=REFERENCE, folder=None, exported=False)
-    graph = Context(graph=tapped(opener.traced()), tokens=text)
+    options, config = candidate.options, opener.model.config
+    length = min(3 * (config.longest_window or SPAN) + 5, options.context, len(text))
+    starts = range(0, length, options.chunk)
+    calls = [Call(start=start, count=min(options.chunk, length - start)) for start in starts]
+    reference = dataclasses.replace(candidate, name=REFERENCE, folder=None, exported=False)
+    reference = dataclasses.replace(reference, options=dataclasses.replace(options, target=REFERENCE))
+    graph = Context(graph=tapped(opener.model.trace()), tokens=text)
     worst: dict[str, tuple[float, float]] = {}
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -44,14 +44,13 @@ class Oracle:
         model: The model.
         quant: Name of the scheme whose numbers the weights are rounded to.
         tokens: The longest prompt.
-        graph: The model as traced in float32; the pass that makes the codes is run on it.
     """
 
-    def __init__(self, model: Model, quant: str, tokens: Sequence[int], graph: Graph) -> None:
+    def __init__(self, model: Model, quant: str, tokens: Sequence[int]) -> None:
         self.quant = quant
         self._module = model.eager()
         if quant != "none":
-            round_weights(self._module, graph, quant)
+            round_weights(self._module, model.trace(), quant)
         self.text = Reading(self._module, tokens)
         self._known: dict[tuple[int, ...], Reading] = {}
 

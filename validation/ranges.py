@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from transom.compiler import trace_model
 from transom.errors import ContextLengthError
 from transom.export.ranges import TOKENS, OnProgress, Ranges, trace_ranges
 from transom.zoo.model import Model
@@ -43,9 +42,8 @@ def ranges_of(
             f"{length} tokens do not fit into {model.config.name}'s context of {model.config.context}: ask for fewer"
         )
     prompt = make_prompt(model, length, text, seed)
-    graphs = []
     for done, dtype in enumerate((torch.float32, HALF)):
         on_progress("trace", done, 2)
-        graphs.append(trace_model(model, dtype=dtype))
+        model.trace(dtype=dtype)
     on_progress("trace", 2, 2)
-    return trace_ranges(model, prompt.ids, full=graphs[0], half=graphs[1], on_progress=on_progress)
+    return trace_ranges(model, prompt.ids, half=model.trace(dtype=HALF), on_progress=on_progress)

@@ -46,7 +46,7 @@ def validate_target(
     """
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
-    bound = tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
+    bound = tolerance(candidate.target, dtype=candidate.options.dtype, quant=candidate.options.quant)
     plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, caches=session.caches)
     total, done, expected = plans.positions, 0, oracle.text.logits
 
@@ -80,17 +80,17 @@ def validate_target(
         failures.append(
             f"the greedy continuation of a prompt of {plans.continued} leaves the oracle's at new token {diverged}"
         )
-    limit = quantization_limit(candidate.settings.quant)
+    limit = quantization_limit(candidate.options.quant)
     if kl_unquantized is not None and limit is not None and not kl_unquantized <= limit:
         failures.append(
             f"the quantised weights are far from the model's: mean KL from the unquantised model is "
-            f"{kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.settings.quant}"
+            f"{kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.options.quant}"
         )
     return TargetResult(
         target=candidate.target,
         folder=str(candidate.folder) if candidate.folder else None,
-        quant=candidate.settings.quant,
-        dtype=candidate.dtype,
+        quant=candidate.options.quant,
+        dtype=candidate.options.dtype,
         context=session.context,
         chunk=session.chunk,
         window=config.longest_window,
@@ -118,17 +118,17 @@ def in_a_line(error: Exception) -> str:
 
 def failed_target(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
     """The result of a target that could not be run."""
-    settings = candidate.settings
+    options = candidate.options
     return TargetResult(
         target=candidate.target,
         folder=str(candidate.folder) if candidate.folder else None,
-        quant=settings.quant,
-        dtype=candidate.dtype,
-        context=settings.context,
-        chunk=settings.chunk,
+        quant=options.quant,
+        dtype=candidate.options.dtype,
+        context=options.context,
+        chunk=options.chunk,
         window=config.longest_window,
-        tolerance=tolerance(candidate.target, dtype=candidate.dtype, quant=settings.quant),
-        kl_unquantized_limit=quantization_limit(settings.quant),
+        tolerance=tolerance(candidate.target, dtype=candidate.options.dtype, quant=options.quant),
+        kl_unquantized_limit=quantization_limit(options.quant),
         not_reached=("everything: it could not be run",),
         failures=(f"could not run: {in_a_line(error)}",),
     )

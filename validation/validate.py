@@ -12,26 +12,26 @@ from typing import Any, Literal
 from transom.backends.folder import MANIFEST, check_absent
 from transom.compiler import versions
 from transom.errors import ConfigError, TransomError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.validation.candidates import (
     REFERENCE,
+    REFERENCE_PIPELINE,
     Candidate,
     OnProgress,
     Opener,
-    Settings,
     check_targets,
     disambiguate,
     installed_targets,
 )
 from transom.validation.certificate import check_writable, write_certificate
-from transom.validation.inputs import Inputs, check_context, read_inputs
+from transom.validation.inputs import Inputs, read_inputs
 from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import TargetResult, Validation
 from transom.validation.target import failed_target, in_a_line, validate_target
 from transom.validation.tolerances import quantization_limit, tolerance
-from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
 from transom.zoo.prompt import Prompt, make_prompt
 
@@ -110,18 +110,17 @@ def validate_sources(
             raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
     quant = inputs.model.quant if quant is None else quant
     names, not_run = _names(inputs, targets, quant, dtype)
-    compiled = _settings(config, quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
-    candidates = disambiguate(
-        [*inputs.artifacts, *_compiled(names, compiled, None if out is None else Path(out), overwrite)]
-    )
+    options = [_options(inputs.model, name, quant=quant, dtype=dtype, context=context, chunk=chunk) for name in names]
+    compiled = _compiled(options, None if out is None else Path(out), overwrite, threads)
+    candidates = disambiguate([*inputs.artifacts, *compiled])
     if not candidates:
         raise ConfigError("nothing to validate: name a target, or install the library of one")
     # What can be refused at once should not wait for the oracle.
     for candidate in candidates:
-        tolerance(candidate.target, dtype=candidate.dtype, quant=candidate.settings.quant)
-        quantization_limit(candidate.settings.quant)
+        tolerance(candidate.target, dtype=candidate.options.dtype, quant=candidate.options.quant)
+        quantization_limit(candidate.options.quant)
     longest = max(
-        text_length(window=config.longest_window, context=part.settings.context, chunk=part.settings.chunk)
+        text_length(window=config.longest_window, context=part.options.context, chunk=part.options.chunk)
         for part in candidates
     )
     prompt = make_prompt(inputs.model, longest, None if text is None else Path(text), seed)
@@ -172,12 +171,12 @@ def _run(
 ) -> Mapping[str, TargetResult]:
     results, model = {}, opener.model
     unquantized: Reading | None = None
-    by_quant = sorted(candidates, key=lambda candidate: candidate.settings.quant != "none")
-    for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.settings.quant):
+    by_quant = sorted(candidates, key=lambda candidate: candidate.options.quant != "none")
+    for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.options.quant):
         if quant != "none" and unquantized is None:
-            unquantized = Oracle(model, "none", prompt.ids, opener.traced()).text
+            unquantized = Oracle(model, "none", prompt.ids).text
         on_progress("oracle", 0, 1)
-        oracle = Oracle(model, quant, prompt.ids, opener.traced())
+        oracle = Oracle(model, quant, prompt.ids)
         on_progress("oracle", 1, 1)
         if quant == "none":
             unquantized = oracle.text
@@ -247,26 +246,26 @@ def _names(
     return installed_targets(quant=quant, dtype=dtype) if inputs.compiles else ([], {})
 
 
-def _settings(
-    config: DecoderConfig,
-    *,
-    quant: str,
-    dtype: str | None,
-    context: int | None,
-    chunk: int | None,
-    threads: int | None,
-) -> Settings:
-    check_context(config, context)
-    context = default_context(config.longest_window, config.context) if context is None else context
-    chunk = default_chunk(config.longest_window, context) if chunk is None else min(chunk, context)
-    return Settings(quant=quant, dtype=dtype, context=context, chunk=chunk, threads=threads)
+def _options(
+    model: Model, target: str, *, quant: str, dtype: str | None, context: int | None, chunk: int | None
+) -> Options:
+    window, most = model.config.longest_window, model.config.context
+    context = default_context(window, most) if context is None else context
+    chunk = default_chunk(window, context) if chunk is None else chunk
+    if target != REFERENCE:
+        return Options.of(model, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype)
+    # The passes that all targets share, and any dtype.
+    options = Options.of(model, target=REFERENCE_PIPELINE, quant=quant, context=context, chunk=chunk)
+    return dataclasses.replace(options, target=REFERENCE, dtype=dtype or options.dtype)
 
 
-def _compiled(names: Sequence[str], settings: Settings, out: Path | None, overwrite: bool) -> list[Candidate]:
+def _compiled(options: Sequence[Options], out: Path | None, overwrite: bool, threads: int | None) -> list[Candidate]:
     candidates = []
-    for name in names:
-        folder = None if out is None or name == REFERENCE else out / name
+    for each in options:
+        folder = None if out is None or each.target == REFERENCE else out / each.target
         if folder is not None:
             check_absent(folder, overwrite=overwrite)
-        candidates.append(Candidate(name=name, target=name, settings=settings, folder=folder, overwrite=overwrite))
+        candidates.append(
+            Candidate(name=each.target, options=each, folder=folder, overwrite=overwrite, threads=threads)
+        )
     return candidates

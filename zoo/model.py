@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 
 from transom.errors import CheckpointError, ConfigError, TokenizerError
+from transom.graphs.graph import Graph
+from transom.graphs.trace import Task, trace
 from transom.graphs.weight import Weight
 from transom.json_object import is_file
 from transom.wording import shortened
@@ -55,6 +57,9 @@ class Model:
     quant: str = "none"
     generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
+    _traces: dict[tuple[Task, torch.dtype], Graph] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def parameters(self) -> int:
@@ -67,6 +72,21 @@ class Model:
         state = {name: weight.to(dtype).read() for name, weight in self.weights.items()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
+
+    def trace(self, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
+        """The model as a graph, traced when it is first asked for; see `graphs.trace.trace`.
+
+        All callers get the same graph, which pipelines leave as it is: clone it before editing it.
+
+        Raises:
+            TraceError: If the module cannot be exported.
+        """
+        if (task, dtype) not in self._traces:
+            build = architecture(self.config.architecture).build
+            self._traces[task, dtype] = trace(
+                lambda: build(self.config), self.config, self.weights, task=task, dtype=dtype
+            )
+        return self._traces[task, dtype]
 
 
 def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:

@@ -9,8 +9,9 @@ from pathlib import Path
 from transom.backends.artifact import MODEL_FILE, CacheRecord
 from transom.backends.reference.session import cache_records
 from transom.backends.tensorrt.sidecar import Layer, Profile, Sidecar
-from transom.export.exporter import Lowered, Request
+from transom.export.exporter import Lowered, Progress
 from transom.export.onnx import emitter
+from transom.export.options import Options
 from transom.export.tensorrt.dialect import DIALECT
 from transom.export.tensorrt.verify.verify import require
 from transom.formats.schemes import scheme
@@ -19,7 +20,7 @@ from transom.graphs.graph import Graph
 BATCH = 1
 
 
-def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write `model.onnx`, its data and `tensorrt.json`, and verify the model.
 
     Raises:
@@ -30,35 +31,35 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
     tokens, nodes = graph.user_inputs()[0].meta["val"], graph.placeholders()
     fixed = {str(tokens.shape[0]): BATCH}
     growing = [nodes[cache.input].meta["val"].shape[2] for cache in graph.caches if cache.slots is None]
-    fixed |= {str(slots): request.context for slots in growing}
-    model = emitter.write(graph, DIALECT, folder, on_bytes=request.on_bytes, fixed=fixed)
+    fixed |= {str(slots): options.context for slots in growing}
+    model = emitter.write(graph, DIALECT, folder, on_bytes=progress.on_bytes, fixed=fixed)
     require(model)
-    caches = tuple(dataclasses.replace(cache, slots=cache.slots or request.context) for cache in cache_records(graph))
-    sidecar(caches, request).write(folder)
+    caches = tuple(dataclasses.replace(cache, slots=cache.slots or options.context) for cache in cache_records(graph))
+    sidecar(caches, options).write(folder)
     return Lowered(
         payload=MODEL_FILE,
         libraries=("onnx",),
         caches=caches,
         details={"engines": []},
-        not_done=_rounded_scales(request),
+        not_done=_rounded_scales(options),
     )
 
 
-def sidecar(caches: Sequence[CacheRecord], request: Request) -> Sidecar:
+def sidecar(caches: Sequence[CacheRecord], options: Options) -> Sidecar:
     """What stands beside the model."""
-    numbers, dtype = scheme(request.quant).numbers, request.dtype
+    numbers, dtype = scheme(options.quant).numbers, options.dtype
     layers = {
-        cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or request.context)
+        cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or options.context)
         for cache in caches
     }
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
-    several = min(2, request.chunk)
+    several = min(2, options.chunk)
     return Sidecar(
         dtype=dtype,
         batch=BATCH,
         aliases={f"{cache.name}.out": cache.name for cache in caches},
         layers=tuple(layers.values()),
-        profiles=(_profile("prefill", request.chunk, request.chunk), _profile("decode", 1, several)),
+        profiles=(_profile("prefill", options.chunk, options.chunk), _profile("decode", 1, several)),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
     )
 
@@ -73,16 +74,16 @@ def _profile(name: str, likely: int, most: int) -> Profile:
     )
 
 
-def _rounded_scales(request: Request) -> tuple[str, ...]:
+def _rounded_scales(options: Options) -> tuple[str, ...]:
     """Notes on scales that lost digits: scales have the dtype of the computation, and some schemes have wider ones."""
-    quant_scheme = scheme(request.quant)
+    quant_scheme = scheme(options.quant)
     wide = [spec.describe() for spec in quant_scheme.specs if spec.scale_dtype == "float32"]
     if quant_scheme.activations is not None:
         wide.append("activations")
     if not wide:
         return ()
-    share = {"bfloat16": "0.4%", "float16": "0.05%"}[request.dtype]
+    share = {"bfloat16": "0.4%", "float16": "0.05%"}[options.dtype]
     return (
-        f"scales of {' and '.join(dict.fromkeys(wide))} were rounded to {request.dtype}, each by at most {share}; "
+        f"scales of {' and '.join(dict.fromkeys(wide))} were rounded to {options.dtype}, each by at most {share}; "
         "those of int4_block32_bf16 and fp8_channel need not be",
     )

@@ -8,8 +8,9 @@ import torch
 
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR
-from transom.export.exporter import Lowered, Request
+from transom.export.exporter import Lowered, Progress
 from transom.export.lowering import require_supported
+from transom.export.options import Options
 from transom.export.tvm.build import write_library
 from transom.export.tvm.emitter import parameter_names, tap_shapes
 from transom.export.tvm.lowerings import TABLE
@@ -19,24 +20,25 @@ from transom.graphs.weight import Weight
 from transom.zoo.checkpoints import safetensors_writer
 
 
-def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write `model.so` and `params.safetensors`.
 
     Args:
         graph: A `decode` graph that the target's passes have rewritten.
         folder: Where; it exists.
-        request: What is asked for.
+        options: What is asked for.
+        progress: Told of programs and of bytes.
 
     Raises:
         UnsupportedOpsError: Naming every operation that the target cannot lower.
         TargetError: If the processor is unknown, or nothing here can link for it.
     """
-    require_supported(graph, TABLE, request.target)
-    target_processor = processor(request.cpu)
-    request.on_program(0, 1)
-    write_library(graph, target_processor, folder / LIBRARY, chunk=request.chunk)
-    request.on_program(1, 1)
-    safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
+    require_supported(graph, TABLE, options.target)
+    target_processor = processor(options.cpu)
+    progress.on_program(0, 1)
+    write_library(graph, target_processor, folder / LIBRARY, chunk=options.chunk)
+    progress.on_program(1, 1)
+    safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=progress.on_bytes)
     return Lowered(
         payload=LIBRARY,
         libraries=tuple(PAIR),

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from transom.backends.reference.session import cache_records
 from transom.backends.xla.parameters import WEIGHTS_FILE
 from transom.backends.xla.runtime import CACHES, load_jax
-from transom.export.exporter import Lowered, Request
+from transom.export.exporter import Lowered, Progress
 from transom.export.lowering import require_supported
+from transom.export.options import Options
 from transom.export.xla import weights
 from transom.export.xla.interpreter import step
 from transom.export.xla.lowerings import TABLE
@@ -47,16 +48,16 @@ def program_name(tokens: int) -> str:
     return "decode" if tokens == 1 else f"prefill_{tokens}"
 
 
-def export(graph: Graph, folder: Path, request: Request) -> Lowered:
+def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write `weights.safetensors` and a `.jaxexport` file a program.
 
     Raises:
         UnsupportedOpsError: Naming every operation that has no lowering.
         TargetError: If the topology is unknown, or the TPU compiler is not installed.
     """
-    require_supported(graph, TABLE, request.target)
+    require_supported(graph, TABLE, options.target)
     load_jax()
-    records = tuple(dataclasses.replace(cache, slots=cache.slots or request.context) for cache in cache_records(graph))
+    records = tuple(dataclasses.replace(cache, slots=cache.slots or options.context) for cache in cache_records(graph))
     parameters = weights.parameters(graph)
     run = step(graph, weights.stored_names(graph))
     shapes = {
@@ -66,24 +67,24 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
     caches = [
         jax.ShapeDtypeStruct((1, cache.heads, cache.slots, cache.width), jnp.dtype(cache.dtype)) for cache in records
     ]
-    sizes = lengths(request.chunk)
-    count = len(sizes) * (2 if request.topology else 1)
+    sizes = lengths(options.chunk)
+    count = len(sizes) * (2 if options.topology else 1)
     tpu = None
-    if request.topology:
+    if options.topology:
         programs = [
             Program(
                 name=program_name(tokens), function=run, parameters=shapes, caches=caches, inputs=_inputs(tokens, (1,))
             )
             for tokens in sizes
         ]
-        tpu = compile_programs(programs, request.topology, on_program=lambda done, _: request.on_program(done, count))
+        tpu = compile_programs(programs, options.topology, on_program=lambda done, _: progress.on_program(done, count))
     donating = jax.jit(run, donate_argnums=(CACHES,))
     for index, tokens in enumerate(sizes):
         positions = (1,) if tokens == 1 else jax.export.symbolic_shape("P", constraints=(f"P <= {tokens}",))
         exported = jax.export.export(donating, platforms=PLATFORMS)(shapes, caches, *_inputs(tokens, positions))
         (folder / f"{program_name(tokens)}.jaxexport").write_bytes(exported.serialize())
-        request.on_program(count - len(sizes) + index + 1, count)
-    weights.write(graph, folder / WEIGHTS_FILE, on_bytes=request.on_bytes)
+        progress.on_program(count - len(sizes) + index + 1, count)
+    weights.write(graph, folder / WEIGHTS_FILE, on_bytes=progress.on_bytes)
     today = datetime.date.today().isoformat()
     return Lowered(
         payload=f"{program_name(1)}.jaxexport",

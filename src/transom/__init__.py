@@ -38,10 +38,8 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
-    """Trace a model to a graph; see `transom.graphs.trace.trace`."""
-    from transom.compiler import trace_model
-
-    return trace_model(model, task=task)
+    """A model's graph, which it remembers: clone it before editing it; see `transom.graphs.trace.trace`."""
+    return model.trace(task=task)
 
 
 def compile(
@@ -60,23 +58,15 @@ def compile(
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Artifact:
-    """Lower a model to a target and write the artifact; `transom.compiler.compile_model` explains the arguments."""
-    from transom.compiler import CHUNK, compile_model
+    """Lower a model to a target and write the artifact; `Options.of` and `compile_model` explain the arguments."""
+    from transom.compiler import compile_model
+    from transom.export.options import Options
 
+    options = Options.of(
+        model, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
+    )
     return compile_model(
-        model,
-        out=Path(out),
-        target=target,
-        quant=quant,
-        context=context,
-        chunk=CHUNK if chunk is None else chunk,
-        dtype=dtype,
-        topology=topology,
-        cpu=cpu,
-        before=before,
-        traced=traced,
-        overwrite=overwrite,
-        on_progress=on_progress,
+        model, options, before=before, traced=traced, out=Path(out), overwrite=overwrite, on_progress=on_progress
     )
 
 

@@ -24,7 +24,6 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.tvm import machine, runtime
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.session import TvmSession
-from transom.compiler import trace_model
 from transom.errors import ArtifactError, ContextLengthError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.add_taps import AddTaps
@@ -86,7 +85,7 @@ def test_taps(tiny: Model, tmp_path: Path, text: list[int]) -> None:
     transom.compile(tiny, target="tvm", chunk=CHUNK, before=[AddTaps()], out=tmp_path / "tapped")
     session = transom.open(tmp_path / "tapped", threads=1)
     passes = Pipeline([AddTaps(), *pipeline("tvm", chunk=CHUNK, scheme=scheme("none")).passes])
-    graph, _ = passes.run(trace_model(tiny))
+    graph, _ = passes.run(tiny.trace())
     reference = ReferenceSession(graph, context=512, chunk=CHUNK)
     assert len(graph.taps) > 50
     for ids in (text[:CHUNK], text[CHUNK : 2 * CHUNK], text[80:81]):

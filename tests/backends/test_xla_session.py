@@ -24,7 +24,7 @@ from transom.backends.xla.parameters import WEIGHTS_FILE
 from transom.errors import ArtifactError, ContextLengthError, SessionError, TargetError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph, Tap
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model
 
@@ -113,13 +113,13 @@ def test_greedy_text_is_the_references_far_past_the_window(
 class TapSome(Pass):
     """Taps of each kind of shape: positions in the middle, queries, and what has only wanted positions left."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         logits = graph.output.args[0][0]
         nodes = [node for node in graph.calls_all() if "linear" in str(node.target)]
         graph.add_tap(Tap(name="tap.q", layer=0, op="projection"), nodes[0])
         graph.add_tap(Tap(name="tap.down", layer=2, op="projection"), nodes[20])
         graph.add_tap(Tap(name="tap.logits", layer=None, op="head"), logits)
-        return 3
+        return Rewrite(changes=3)
 
 
 def test_taps_have_no_padding(tiny: Model, traced: Graph, tmp_path: Path, text: list[int]) -> None:

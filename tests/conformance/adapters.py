@@ -15,11 +15,9 @@ import transom
 from tests.conformance.reference import TEXT
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session as TransomSession
-from transom.compiler import trace_model
 from transom.formats.schemes import scheme
-from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
 
@@ -55,10 +53,9 @@ class SessionAdapter:
 
 
 @functools.cache
-def traced(folder: Path, dtype: str = "float32") -> tuple[Model, Graph]:
-    """A case's model and its decode graph, traced once a session."""
-    model = load(folder)
-    return model, trace_model(model, dtype=getattr(torch, dtype))
+def model_of(folder: Path) -> Model:
+    """A case's model, loaded once a session, so that it is traced once."""
+    return load(folder)
 
 
 class StageRuntime:
@@ -76,10 +73,10 @@ class StageRuntime:
 
     def passes(self, chunk: int) -> list[Pass]:
         """The passes to run."""
-        return PIPELINES[self.target](chunk, scheme("none"))
+        return pipeline(self.target, chunk=chunk, scheme=scheme("none")).passes
 
     def open(self, folder: Path, *, chunk: int, context: int) -> SessionAdapter:
-        graph, _ = Pipeline(self.passes(chunk)).run(traced(folder)[1])
+        graph, _ = Pipeline(self.passes(chunk)).run(model_of(folder).trace())
         return SessionAdapter(ReferenceSession(graph, context=context, chunk=chunk))
 
 
@@ -100,9 +97,8 @@ class ArtifactRuntime:
     def open(self, folder: Path, *, chunk: int, context: int) -> SessionAdapter:
         out = self.work / f"{folder.name}-{self.target}-{chunk}"
         if not out.exists():
-            model, graph = traced(folder, self.dtype)
             transom.compile(
-                model, target=self.target, out=out, traced=graph, dtype=self.dtype, chunk=chunk, context=context
+                model_of(folder), target=self.target, out=out, dtype=self.dtype, chunk=chunk, context=context
             )
         return SessionAdapter(transom.open(out, threads=1), getattr(torch, self.dtype).itemsize)
 

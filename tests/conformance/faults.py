@@ -16,7 +16,7 @@ from tests.conformance.eager import Cut, Visible, held_positions, same_image, vi
 from tests.conformance.reference import TEXT
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_norms import FuseNorms
@@ -34,13 +34,12 @@ class SpoilWindow(Pass):
     after = (FuseAttention,)
 
     def __init__(self, layer: int, window: int) -> None:
-        super().__init__()
         self.layer, self.window = layer, window
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Change one number."""
         graph.calls(ops.ATTENTION)[self.layer].update_arg(_WINDOW_ARG, self.window)
-        return 1
+        return Rewrite(changes=1)
 
 
 class SpoilScale(Pass):
@@ -49,13 +48,12 @@ class SpoilScale(Pass):
     after = (FuseAttention,)
 
     def __init__(self, layer: int, scale: float) -> None:
-        super().__init__()
         self.layer, self.scale = layer, scale
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Change one number."""
         graph.calls(ops.ATTENTION)[self.layer].update_arg(_SCALE_ARG, self.scale)
-        return 1
+        return Rewrite(changes=1)
 
 
 class SwapRotary(Pass):
@@ -64,16 +62,15 @@ class SwapRotary(Pass):
     after = (FuseRotary,)
 
     def __init__(self, layers: Sequence[int], other: int) -> None:
-        super().__init__()
         self.layers, self.other = layers, other
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Swap cosines and sines; queries and keys of every layer are rotated, in this order."""
         rotations = graph.calls(ops.ROTARY)
         _, cos, sin, _ = rotations[2 * self.other].args
         for node in [rotations[2 * layer + part] for layer in self.layers for part in (0, 1)]:
             node.args = (node.args[0], cos, sin, node.args[3])
-        return 2 * len(self.layers)
+        return Rewrite(changes=2 * len(self.layers))
 
 
 class ForgetNormOffset(Pass):
@@ -82,18 +79,17 @@ class ForgetNormOffset(Pass):
     after = (FuseNorms,)
 
     def __init__(self, path: str) -> None:
-        super().__init__()
         self.path = path
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Give the norm another weight."""
         for node in graph.calls(ops.RMS_NORM):
             held = graph.weight_of(node.args[1])
             if held is not None and held[0].startswith(f"{self.path}.weight"):
                 bare = held[1].map_rows(lambda rows: rows - 1)
                 node.update_arg(1, graph.add_weight(f"{self.path}.bare", bare))
-                return 1
-        return 0
+                return Rewrite(changes=1)
+        return Rewrite(changes=0)
 
 
 class BoundTooFewSlots(BoundLocalCaches):

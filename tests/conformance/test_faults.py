@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.adapters import StageRuntime, traced
+from tests.conformance.adapters import StageRuntime, model_of
 from tests.conformance.cases import CASES
 from tests.conformance.eager import EagerRuntime, EagerSession
 from tests.conformance.faults import (
@@ -57,21 +57,22 @@ def test_a_spoilt_graph_turns_the_suite_red(name: str, suite: dict[str, Path]) -
 @pytest.fixture(scope="module")
 def tapped(suite: dict[str, Path]) -> Graph:
     """The right graph, with taps."""
-    graph, _ = Pipeline([AddTaps(), *StageRuntime("onnx").passes(CHUNK)]).run(traced(suite[CASE])[1])
+    graph, _ = Pipeline([AddTaps(), *StageRuntime("onnx").passes(CHUNK)]).run(model_of(suite[CASE]).trace())
     return graph
 
 
 @pytest.mark.parametrize("name", GRAPH_FAULTS)
 def test_the_bisection_names_layer_and_operation(name: str, suite: dict[str, Path], tapped: Graph) -> None:
-    fault, (model, graph) = GRAPH_FAULTS[name], traced(suite[CASE])
+    fault, model = GRAPH_FAULTS[name], model_of(suite[CASE])
+    graph = model.trace()
     spoilt, _ = Pipeline([AddTaps(), *SpoiltStageRuntime(name, fault).passes(CHUNK)]).run(graph)
     verdict = bisect(tapped, spoilt, model=model, chunk=CHUNK, length=LENGTH, decode=DECODE)
     assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, fault.op, "b"), verdict
 
 
 def test_the_bisection_finds_no_fault_where_none_is(suite: dict[str, Path], tapped: Graph) -> None:
-    other, _ = Pipeline([AddTaps(), *StageRuntime("xla").passes(CHUNK)]).run(traced(suite[CASE])[1])
-    assert not bisect(tapped, other, model=traced(suite[CASE])[0], chunk=CHUNK, length=LENGTH, decode=DECODE).diverged
+    other, _ = Pipeline([AddTaps(), *StageRuntime("xla").passes(CHUNK)]).run(model_of(suite[CASE]).trace())
+    assert not bisect(tapped, other, model=model_of(suite[CASE]), chunk=CHUNK, length=LENGTH, decode=DECODE).diverged
 
 
 def test_the_bisection_names_the_pass(suite: dict[str, Path]) -> None:
@@ -79,7 +80,7 @@ def test_the_bisection_names_the_pass(suite: dict[str, Path]) -> None:
     # Every stage is run, so the pipeline is cut short.
     shortest = [Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(CHUNK)]
     verdict = bisect_stages(
-        fault.plant(shortest), model=traced(suite[CASE])[0], chunk=CHUNK, length=LENGTH, decode=DECODE
+        fault.plant(shortest), model=model_of(suite[CASE]), chunk=CHUNK, length=LENGTH, decode=DECODE
     )
     assert (verdict.stage, verdict.layer, verdict.op) == (fault.make().name, fault.layer, fault.op), verdict
 
@@ -126,7 +127,7 @@ def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite
     inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), load(suite["image_blocks"])
     sizes = [15, 12, 2, *[1] * 30]
     (images,) = ([case.images for case in CASES if case.images],)
-    graph, _ = Pipeline([AddTaps()]).run(traced(suite["image_blocks"])[1])
+    graph, _ = Pipeline([AddTaps()]).run(model.trace())
     context = Context(graph=graph, tokens=inputs["tokens"].tolist(), blocks=images[0])
     right, wrong = (
         images_recorded(suite, EagerSession(model, chunk=21, context=inputs["tokens"].size, **rule), sizes, context)

@@ -50,7 +50,7 @@ def test_the_body_rounds_as_torch_does() -> None:
 
 
 def test_every_linear_but_the_head_reads_rounded_numbers(graph: Graph, scales: dict[str, float]) -> None:
-    case = Case(graph=graph, chunk=CHUNK).run(QuantizeActivations(scales))
+    case = Case(graph=graph, chunk=CHUNK).run(QuantizeActivations(lambda _: scales))
     linears = case.graph.calls(ops.LINEAR_QUANTIZED)
     assert [node.args[0].target is ops.ROUND_ACTIVATIONS for node in linears] == [True] * 24 + [False]
     case.expect_changes(24).settled()
@@ -59,12 +59,12 @@ def test_every_linear_but_the_head_reads_rounded_numbers(graph: Graph, scales: d
 def test_scales_fit_what_was_seen(scales: dict[str, float], graph: Graph) -> None:
     """None clips more than half of the largest number away, and none wastes more than the format has."""
     assert len(scales) == 25 and all(scale > 0 for scale in scales.values())
-    rounded, _ = Pipeline([QuantizeActivations(scales)]).run(graph)
+    rounded, _ = Pipeline([QuantizeActivations(lambda _: scales)]).run(graph)
     assert {node.args[1] for node in rounded.calls(ops.ROUND_ACTIVATIONS)} <= set(scales.values())
 
 
 def test_sites_that_were_not_seen_are_reported(graph: Graph) -> None:
-    current = QuantizeActivations({"layers.0.mlp.down_proj.input": 0.1, "layers.1.mlp.down_proj.input": 0.0})
+    current = QuantizeActivations(lambda _: {"layers.0.mlp.down_proj.input": 0.1, "layers.1.mlp.down_proj.input": 0.0})
     _, (record,) = Pipeline([current]).run(graph)
     assert record.changes == 1 and len(record.skipped) == 23
     assert any("layers.1.mlp.down_proj.input: no numbers" in line for line in record.skipped)
@@ -77,13 +77,13 @@ def test_targets_round_as_the_reference_does(
     """Past the window, in chunks. A number between two codes may fall to either, so not to the last digit."""
     if target == "xla":
         pytest.importorskip("jax", reason="the xla extra is not installed")
-    artifact = transom.compile(tiny, target=target, quant=QUANT, chunk=CHUNK, traced=traced, out=tmp_path / "a")
+    artifact = transom.compile(tiny, target=target, quant=QUANT, chunk=CHUNK, out=tmp_path / "a")
     assert artifact.manifest.passes[-1]["name"] == "QuantizeActivations"
     found = transom.open(tmp_path / "a").logits(text[: 3 * WINDOW + 5])
     graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(QUANT)).run(traced)
     bare = ReferenceSession(graph, context=512, chunk=CHUNK).logits(text[: 3 * WINDOW + 5])
     measured = activation_scales(graph, _prompt(tiny), E4M3, context=512, chunk=CHUNK)
-    rounded, _ = Pipeline([QuantizeActivations(measured)]).run(graph)
+    rounded, _ = Pipeline([QuantizeActivations(lambda _: measured)]).run(graph)
     expected = ReferenceSession(rounded, context=512, chunk=CHUNK).logits(text[: 3 * WINDOW + 5])
     near, far = (float(np.sqrt(np.square(found - other).mean())) for other in (expected, bare))
     assert near < 0.35 * far, (near, far)

@@ -21,15 +21,16 @@ from torch.export import Dim
 
 from tests.case import export, run_graph
 from tests.tolerances import FP32_LOGITS
-from transom.export.exporter import Request, exporter
+from transom.export.exporter import Progress, exporter
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.options import Options
 from transom.export.tensorrt import dialect
 from transom.export.tensorrt.verify.verify import require
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.passes.base import Pipeline
-from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.base import Pipeline, rewrites
+from transom.passes.convert_quantized import Converted, ConvertQuantized
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pipelines import pipeline
 
@@ -114,7 +115,7 @@ def of_tvm(graph: Graph, folder: Path) -> NDArray[np.float32]:
     from transom.backends.tvm.artifact import LIBRARY, PARAMETERS, PREFILL
     from transom.backends.tvm.runtime import load_machine, runtime
 
-    lowered = exporter("tvm")(graph, folder, Request(target="tvm", context=64, chunk=TOKENS))
+    lowered = exporter("tvm")(graph, folder, Options(target="tvm", context=64, chunk=TOKENS), Progress())
     with reading(folder / PARAMETERS) as file:
         weights = [file.read(name) for name in lowered.details["parameters"]]
     inputs = (IDS[0].numpy(), np.zeros((), np.int64), WANTED.numpy(), *weights)
@@ -142,7 +143,7 @@ def test_every_target_has_biases_and_activations(target: str, activation: str, g
     fuses = any(isinstance(current, FuseGatedMLP) for current in passes.passes)
     fused = fuses and not gate_bias and activation in ops.ACTIVATIONS
     assert [node.args[1] for node in lowered.calls(ops.GATED)] == [activation] * fused
-    (convert,) = [one for one in passes.passes if isinstance(one, ConvertQuantized)]
+    (converted,) = rewrites(records, Converted)
     # The reference: the plain module with the numbers of the codes.
     rounded, _ = Pipeline([ConvertQuantized(quant)]).run(graph)
     (expected,) = run_graph(rounded, IDS, torch.tensor(0), WANTED)
@@ -150,7 +151,7 @@ def test_every_target_has_biases_and_activations(target: str, activation: str, g
     torch.testing.assert_close(interpreted, expected, atol=FP32_LOGITS, rtol=0)
     logits = TARGETS[target](lowered, tmp_path)
     np.testing.assert_allclose(logits, expected[0].numpy(), atol=FP32_LOGITS, rtol=0)
-    assert {record.weight for record in convert.conversions} == {
+    assert {record.weight for record in converted.conversions} == {
         f"{name}.weight" for name in ("embed_tokens", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
 

@@ -26,12 +26,10 @@ from tests.tolerances import BFLOAT16_LOGITS_TENSORRT, FLOAT16_LOGITS, FP8_ACTIV
 from transom.backends.artifact import MODEL_FILE
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.tensorrt.sidecar import SIDECAR, read_sidecar
-from transom.compiler import trace_model
 from transom.errors import ArtifactError, QuantizationError, TargetError
 from transom.export.tensorrt.verify.verify import verify
 from transom.formats.schemes import scheme
-from transom.passes.base import Pipeline
-from transom.passes.pipelines import PIPELINES
+from transom.passes.pipelines import pipeline
 from transom.zoo.model import Model, load
 
 CONTEXT = 512
@@ -69,8 +67,8 @@ def long_text() -> list[int]:
 
 def reference(tiny: Model, quant: str, dtype: str) -> ReferenceSession:
     """The same graph, interpreted."""
-    graph = trace_model(tiny, dtype=getattr(torch, dtype))
-    graph, _ = Pipeline(PIPELINES["tensorrt"](CHUNK, scheme(quant))).run(graph)
+    graph = tiny.trace(dtype=getattr(torch, dtype))
+    graph, _ = pipeline("tensorrt", chunk=CHUNK, scheme=scheme(quant)).run(graph)
     return ReferenceSession(graph, context=CONTEXT, chunk=CHUNK)
 
 

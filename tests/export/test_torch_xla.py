@@ -44,9 +44,7 @@ def test_chunks_longer_than_the_window(
 def test_a_bfloat16_program_is_written_without_weights(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     pytest.importorskip("torch_xla", reason="torch-xla is not installed: it needs an environment with torch 2.9")
-    from transom.compiler import trace_model
-
-    traced = trace_model(tiny, dtype=torch.bfloat16)
+    traced = tiny.trace(dtype=torch.bfloat16)
     graph, _ = pipeline("xla", chunk=1, scheme=scheme("none")).run(traced)
     assert b"bf16" in torch_xla.lower(graph, tokens=1, slots=64).get_stablehlo_text("forward").encode()
 

@@ -37,7 +37,8 @@ from transom.zoo.model import Model
 
 tvm = pytest.importorskip("tvm")
 
-from transom.export.exporter import Request  # noqa: E402
+from transom.export.exporter import Progress  # noqa: E402
+from transom.export.options import Options  # noqa: E402
 from transom.export.tvm import linking  # noqa: E402
 from transom.export.tvm.export import export as export_tvm  # noqa: E402
 from transom.export.tvm.kernels import attention, linear, quantized, rows  # noqa: E402
@@ -268,14 +269,14 @@ class Odd(nn.Module):
         return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
 
 
-def request(**options: Any) -> Request:
-    return Request(target="tvm", context=512, chunk=CHUNK, **options)
+def request(cpu: str | None = None) -> tuple[Options, Progress]:
+    return Options(target="tvm", context=512, chunk=CHUNK, cpu=cpu), Progress()
 
 
 def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     graph: Graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(UnsupportedOpsError) as caught:
-        export_tvm(graph, tmp_path, request())
+        export_tvm(graph, tmp_path, *request())
     first, *lines = str(caught.value).splitlines()
     assert "'tvm'" in first
     assert lines[0].split()[:3] == ["2", "x", "aten.erf.default"]
@@ -285,7 +286,7 @@ def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: P
 
 def test_a_graph_without_fused_attention_is_refused(traced: Graph, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOpsError, match=r"aten\.softmax|aten\._softmax"):
-        export_tvm(traced, tmp_path, request())
+        export_tvm(traced, tmp_path, *request())
 
 
 def elf(path: Path) -> tuple[int, int]:
@@ -310,7 +311,7 @@ SHARED, X86_64, AARCH64 = 3, 62, 183
 def test_other_processors(cpu: str, machine: int, needs: set[str], exported: Export, tmp_path: Path) -> None:
     if machine == AARCH64:
         pytest.importorskip("ziglang")
-    lowered = export_tvm(exported("tvm", "int4").graph, tmp_path, request(cpu=cpu))
+    lowered = export_tvm(exported("tvm", "int4").graph, tmp_path, *request(cpu=cpu))
     assert elf(tmp_path / LIBRARY) == (SHARED, machine)
     assert lowered.details["triple"].startswith({AARCH64: "aarch64", X86_64: "x86_64"}[machine])
     assert needs <= set(lowered.details["needs"])
@@ -340,7 +341,7 @@ def test_zig_links_where_there_is_no_compiler(
 ) -> None:
     pytest.importorskip("ziglang")
     monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
-    export_tvm(exported("tvm", "none").graph, tmp_path, request())
+    export_tvm(exported("tvm", "none").graph, tmp_path, *request())
     assert elf(tmp_path / LIBRARY)[0] == SHARED
 
 

@@ -24,9 +24,9 @@ from tests.tolerances import BFLOAT16_LOGITS_XLA, FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
-from transom.compiler import trace_model
 from transom.errors import TargetError, UnsupportedOpsError
-from transom.export.exporter import Request
+from transom.export.exporter import Progress
+from transom.export.options import Options
 from transom.formats import sfp8
 from transom.formats.quantized import dequantize
 from transom.formats.schemes import scheme
@@ -125,7 +125,7 @@ def test_codes_mean_exactly_the_references_numbers(quant: str, exported: Export)
 
 @pytest.fixture(scope="module")
 def traced_bfloat16(tiny: Model) -> Graph:
-    return trace_model(tiny, dtype=torch.bfloat16)
+    return tiny.trace(dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("quant", ["none", "int4"])
@@ -219,14 +219,8 @@ def test_progress_counts_bytes_and_programs(exported: Export, tmp_path: Path) ->
     graph = exported("xla", "int4").graph
     written: list[int] = []
     programs: list[tuple[int, int]] = []
-    request = Request(
-        target="xla",
-        context=64,
-        chunk=4,
-        on_bytes=written.append,
-        on_program=lambda done, total: programs.append((done, total)),
-    )
-    lowered = xla.export(graph, tmp_path, request)
+    progress = Progress(on_bytes=written.append, on_program=lambda done, total: programs.append((done, total)))
+    lowered = xla.export(graph, tmp_path, Options(target="xla", context=64, chunk=4), progress)
     assert sum(written) == graph.weight_bytes()
     assert programs == [(1, 2), (2, 2)]
     assert lowered.caches is not None
@@ -237,20 +231,15 @@ def test_progress_counts_bytes_and_programs(exported: Export, tmp_path: Path) ->
 def test_a_topology_is_compiled_for(exported: Export, tmp_path: Path) -> None:
     pytest.importorskip("libtpu", reason="the tpu extra is not installed")
     programs: list[tuple[int, int]] = []
-    request = Request(
-        target="xla",
-        context=64,
-        chunk=1,
-        topology="v5e:1x1",
-        on_program=lambda done, total: programs.append((done, total)),
-    )
-    lowered = xla.export(exported("xla", "int4").graph, tmp_path, request)
+    options = Options(target="xla", context=64, chunk=1, topology="v5e:1x1")
+    progress = Progress(on_program=lambda done, total: programs.append((done, total)))
+    lowered = xla.export(exported("xla", "int4").graph, tmp_path, options, progress)
     assert programs == [(1, 2), (2, 2)]
     assert lowered.tpu is not None and json.loads(json.dumps(lowered.tpu)) == lowered.tpu
     report = lowered.tpu["programs"]["decode"]
     assert report["alias_bytes"] >= report["cache_bytes"] == (4 * WINDOW + 2 * 64) * 2 * 2 * 32 * 4
     with pytest.raises(TargetError, match="v99"):
-        xla.export(exported("xla", "int4").graph, tmp_path, dataclasses.replace(request, topology="v99:1x1"))
+        xla.export(exported("xla", "int4").graph, tmp_path, dataclasses.replace(options, topology="v99:1x1"), progress)
 
 
 class Odd(nn.Module):
@@ -266,7 +255,7 @@ class Odd(nn.Module):
 def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(UnsupportedOpsError, match="'xla'") as caught:
-        xla.export(graph, tmp_path, Request(target="xla", context=8, chunk=4))
+        xla.export(graph, tmp_path, Options(target="xla", context=8, chunk=4), Progress())
     _, *lines = str(caught.value).splitlines()
     assert lines[0].split("[")[0].split() == ["2", "x", "aten.erf.default"]
     assert sorted(line.split()[2] for line in lines) == [

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from transom.export.exporter import Request
+from transom.export.exporter import Progress
+from transom.export.options import Options
 from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs.graph import Graph
 from transom.passes.pipelines import pipeline
@@ -24,7 +25,7 @@ SHAPES = {"shape_assertion"}
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_is_for_every_platform_without_custom_calls(name: str, traced: Graph, tmp_path: Path) -> None:
     graph, _ = pipeline("xla", chunk=CHUNK, scheme=scheme(name)).run(traced)
-    lowered = xla.export(graph, tmp_path, Request(target="xla", context=64, chunk=CHUNK, quant=name))
+    lowered = xla.export(graph, tmp_path, Options(target="xla", context=64, chunk=CHUNK, quant=name), Progress())
     assert lowered.details["platforms"] == ["cpu", "tpu", "cuda", "rocm"]
     for program, calls in (("decode", set()), (f"prefill_{CHUNK}", SHAPES)):
         exported = jax.export.deserialize(bytearray((tmp_path / f"{program}.jaxexport").read_bytes()))

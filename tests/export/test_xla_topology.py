@@ -14,7 +14,6 @@ import torch
 
 from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import cache_records
-from transom.compiler import trace_model
 from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.pipelines import pipeline
@@ -38,7 +37,7 @@ def programs(name: str, quant: str, dtype: str, *, tokens: tuple[int, ...], cont
     from transom.export.xla import weights
     from transom.export.xla.interpreter import step
 
-    traced = trace_model(load(name, weights="random"), dtype=getattr(torch, dtype))
+    traced = load(name, weights="random").trace(dtype=getattr(torch, dtype))
     graph, _ = pipeline("xla", chunk=max(tokens), scheme=scheme(quant)).run(traced)
     caches = [
         Shape((1, cache.heads, cache.slots or context, cache.width), jax.numpy.dtype(cache.dtype))

@@ -24,7 +24,7 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
 from transom.passes.add_taps import AddTaps
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.pipelines import PIPELINES, pipeline
@@ -196,12 +196,12 @@ def test_fused_graphs_are_refused(traced: Graph) -> None:
 class _Nudge(Pass):
     """Adds to what goes into the output projection of one layer, where the tap stands."""
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         node = tap_nodes(graph)["tap.layers.4.self_attn.attention"]
         with graph.fx.inserting_after(node):
             moved = graph.call(aten.add.Tensor, (node, 0.25), node)
         node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
-        return 1
+        return Rewrite(changes=1)
 
 
 @pytest.mark.parametrize("target", PIPELINES)

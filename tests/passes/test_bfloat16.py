@@ -9,7 +9,6 @@ import torch
 from tests.artifacts import CHUNK
 from tests.tolerances import BF16_RMS, BF16_STEP
 from transom.backends.reference.session import ReferenceSession
-from transom.compiler import trace_model
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.passes.pipelines import PIPELINES, pipeline
@@ -18,7 +17,7 @@ from transom.zoo.model import Model
 
 @pytest.fixture(scope="module")
 def traced_bfloat16(tiny: Model) -> Graph:
-    return trace_model(tiny, dtype=torch.bfloat16)
+    return tiny.trace(dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("target", PIPELINES)

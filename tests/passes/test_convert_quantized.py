@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -30,10 +30,10 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
-from transom.passes.base import Pipeline
+from transom.passes.base import PassRecord, Pipeline, rewrites
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.conversion import can_hold
-from transom.passes.convert_quantized import ConvertQuantized, dequantized
+from transom.passes.conversion import Conversion, can_hold
+from transom.passes.convert_quantized import Converted, ConvertQuantized, dequantized
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.pack_projections import PackProjections
 from transom.passes.pipelines import pipeline
@@ -56,6 +56,12 @@ INT8_BLOCK32, ASYMMETRIC = SPECS["int8_block32"], QuantSpec(number="int4", block
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**31)
+
+
+def conversions(records: Sequence[PassRecord]) -> tuple[Conversion, ...]:
+    """What became of every weight."""
+    (converted,) = rewrites(records, Converted)
+    return converted.conversions
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -149,10 +155,9 @@ def test_errors_of_huge_numbers_are_numbers() -> None:
     """Their squares leave float32's range, which left NaN in the manifest."""
     graph, _ = linears()
     graph.weights["first.weight"] = Weight.of(graph.weights["first.weight"].read() * 1e30)
-    convert = ConvertQuantized(INT8)
-    quantized, _ = Pipeline([convert]).run(graph)
+    quantized, records = Pipeline([ConvertQuantized(INT8)]).run(graph)
     quantized.weights["first.weight.codes"].read()
-    (record,) = (record for record in convert.conversions if record.weight == "first.weight")
+    (record,) = (record for record in conversions(records) if record.weight == "first.weight")
     assert 1e26 < record.max_abs < 1e30 and 1e-4 < record.error < 0.01
 
 
@@ -381,11 +386,10 @@ def numbers_of(graph: Graph, node: Node) -> torch.Tensor:
 def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> None:
     """To the bit; otherwise they are rounded, and the record says how far off they are."""
     weight, spec = KINDS[kind], GRIDS[grid]
-    convert = ConvertQuantized(as_scheme(spec))
-    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
+    graph, records = Pipeline([ConvertQuantized(as_scheme(spec))]).run(only({"first.weight": weight}))
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
     found, numbers = numbers_of(graph, node), weight.read()
-    (record,) = convert.conversions
+    (record,) = conversions(records)
     assert (record.weight, record.number, record.block) == ("first.weight", spec.number, spec.group(COLUMNS))
     assert record.source == weight.encoded.name  # type: ignore[union-attr]
     assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.encoded)  # type: ignore[arg-type]
@@ -405,19 +409,18 @@ def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_shipped_every_format_is_kept(kind: str) -> None:
-    weight, convert = KINDS[kind], ConvertQuantized(scheme("as_shipped"))
-    graph, _ = Pipeline([convert]).run(only({"first.weight": weight}))
+    weight = KINDS[kind]
+    graph, records = Pipeline([ConvertQuantized(scheme("as_shipped"))]).run(only({"first.weight": weight}))
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
     assert torch.equal(numbers_of(graph, node), weight.read())
-    (record,) = convert.conversions
+    (record,) = conversions(records)
     assert record.kept and record.number == weight.encoded.number  # type: ignore[union-attr]
 
 
 def test_errors_are_counted_once_however_often_codes_are_read() -> None:
-    convert = ConvertQuantized(scheme("int4_block128"))
-    graph, _ = Pipeline([convert]).run(linears()[0])
+    graph, records = Pipeline([ConvertQuantized(scheme("int4_block128"))]).run(linears()[0])
     codes, weight = graph.weights["first.weight.codes"], linears()[0].weights["first.weight"].read()
-    record, _ = convert.conversions
+    record, _ = conversions(records)
     assert (record.source, record.kept, record.error) == ("", False, 0)
     for block in codes.blocks(limit=10_000):
         assert len(block)
@@ -451,11 +454,10 @@ def projections(*weights: Weight) -> Graph:
     return graph
 
 
-def packed(graph: Graph, name: str) -> tuple[Graph, ConvertQuantized, Case]:
+def packed(graph: Graph, name: str) -> tuple[Graph, Sequence[PassRecord], Case]:
     """The graph quantised, and then packed."""
-    convert = ConvertQuantized(scheme(name))
-    quantized, _ = Pipeline([convert]).run(graph)
-    return quantized, convert, Case(graph=quantized).run(PackProjections())
+    quantized, records = Pipeline([ConvertQuantized(scheme(name))]).run(graph)
+    return quantized, records, Case(graph=quantized).run(PackProjections())
 
 
 @pytest.mark.parametrize("name", ["as_shipped", "int8", "int4", "int4_block32", "int8_channel", "fp8_e4m3", "sfp8"])
@@ -474,13 +476,13 @@ def test_packing_changes_no_number(name: str, kinds: tuple[str | None, ...]) -> 
     # The parts are of very different sizes, and only the last does not fit SFP8 without a scale.
     plain = [Weight.of(normal(index, 40, COLUMNS) * 30**index / 100, "float") for index in range(3)]
     parts = [plain[index] if kind is None else KINDS[kind] for index, kind in enumerate(kinds)]
-    graph, convert, case = packed(projections(*parts), name)
+    graph, records, case = packed(projections(*parts), name)
     apart = [numbers_of(graph, node) for node in graph.calls(ops.LINEAR_QUANTIZED)]
     assert len(apart) == 3
     for index, (part, numbers) in enumerate(zip(parts, apart, strict=True)):
         key = f"parts.{index}.weight"
         assert torch.equal(numbers, dequantized(key, part, scheme(name)))
-        assert convert.conversions[index].weight == key
+        assert conversions(records)[index].weight == key
     case.expect({ops.LINEAR_QUANTIZED: 1, aten.split_with_sizes.default: 1, aten.add.Tensor: 1}).settled()
     (node,) = case.graph.calls(ops.LINEAR_QUANTIZED)
     assert torch.equal(numbers_of(case.graph, node), torch.cat(apart))
@@ -501,9 +503,9 @@ def test_rows_of_stacked_codes_can_be_asked_for_in_any_way() -> None:
 
 def test_kinds_that_share_no_grid_are_kept_apart() -> None:
     kinds = ("Q8_0", "fp8", "uint4")
-    graph, convert, case = packed(projections(*(KINDS[kind] for kind in kinds)), "as_shipped")
+    graph, records, case = packed(projections(*(KINDS[kind] for kind in kinds)), "as_shipped")
     case.expect_skipped("no format holds the codes of all").expect_changes(0)
-    assert all(record.kept for record in convert.conversions)
+    assert all(record.kept for record in conversions(records))
     for node, kind in zip(graph.calls(ops.LINEAR_QUANTIZED), kinds, strict=True):
         assert torch.equal(numbers_of(graph, node), KINDS[kind].read())
 
@@ -588,8 +590,7 @@ def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixe
     """Targets that pack projections and those that do not hold the numbers that the oracle has."""
     graph = Case.of(mixed, "decode").graph
     passes = pipeline(target, chunk=CHUNK, scheme=scheme(name))
-    made, _ = passes.run(graph)
-    (convert,) = [one for one in passes.passes if isinstance(one, ConvertQuantized)]
+    made, records = passes.run(graph)
     found = Counter[str]()
     wanted = {
         key: dequantized(key, weight, scheme(name)) for key, weight in mixed.weights.items() if len(weight.shape) == 2
@@ -606,8 +607,8 @@ def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixe
     assert found == Counter(dict.fromkeys(wanted, 1))
     if name == "as_shipped":
         assert all(torch.equal(numbers, mixed.weights[key].read()) for key, numbers in wanted.items())
-        assert all(record.kept and record.error == 0 for record in convert.conversions)
-    kept = Counter(record.source for record in convert.conversions if record.kept)
+        assert all(record.kept and record.error == 0 for record in conversions(records))
+    kept = Counter(record.source for record in conversions(records) if record.kept)
     assert (
         kept
         == {

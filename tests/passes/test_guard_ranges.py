@@ -12,7 +12,7 @@ import torch
 from tests.artifacts import CHUNK
 from tests.case import Case
 from tests.conftest import WINDOW
-from tests.planted import of_model, plant
+from tests.planted import plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.errors import InvariantError, NonFiniteError, RangeError
@@ -23,6 +23,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.passes.add_taps import AddTaps
+from transom.passes.base import Measurement
 from transom.passes.guard_ranges import GuardRanges
 from transom.passes.insert_observers import narrow_values
 from transom.passes.pipelines import PIPELINES, pipeline
@@ -40,20 +41,25 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(tiny: Model, traced: Graph, traced_float16: Graph, text: list[int]) -> Planted:
+def planted(tiny: Model, text: list[int]) -> Planted:
     model = plant(tiny)
-    full, half = of_model(traced, model, torch.float32), of_model(traced_float16, model, torch.float16)
+    half = model.trace(dtype=torch.float16)
     return Planted(
-        ranges=trace_ranges(model, text[:LENGTH], full=full, half=half),
+        ranges=trace_ranges(model, text[:LENGTH], half=half),
         half=half,
-        logits=ReferenceSession(full, context=128, chunk=CHUNK).logits(text[:LENGTH]),
+        logits=ReferenceSession(model.trace(), context=128, chunk=CHUNK).logits(text[:LENGTH]),
     )
 
 
 @pytest.fixture(scope="module")
-def calm(tiny: Model, traced: Graph, traced_float16: Graph, text: list[int]) -> Mapping[str, float]:
+def calm(tiny: Model, traced_float16: Graph, text: list[int]) -> Mapping[str, float]:
     """Ranges of the model as it is: far from any edge."""
-    return trace_ranges(tiny, text[:20], full=traced, half=traced_float16).largest()
+    return trace_ranges(tiny, text[:20], half=traced_float16).largest()
+
+
+def measured(largest: Mapping[str, float]) -> Measurement:
+    """A measurement that was taken before."""
+    return lambda _: largest
 
 
 def logits(graph: Graph, text: list[int], length: int = LENGTH) -> np.ndarray:
@@ -78,7 +84,7 @@ def test_unguarded_it_is_nonsense(planted: Planted, text: list[int]) -> None:
 
 
 def test_guarded_it_is_finite_and_right(planted: Planted, text: list[int]) -> None:
-    case = Case(graph=planted.half).run(GuardRanges(planted.ranges.largest())).settled()
+    case = Case(graph=planted.half).run(GuardRanges(measured(planted.ranges.largest()))).settled()
     assert np.abs(logits(case.graph, text) - planted.logits).max() < FLOAT16_LOGITS
     dtypes = {name: node.meta["val"].dtype for name, node in narrow_values(case.graph, torch.float16).items()}
     # Back in float16 right after the norms, and gate and up never left it.
@@ -95,7 +101,7 @@ def test_guarded_it_is_finite_and_right(planted: Planted, text: list[int]) -> No
 @pytest.mark.parametrize("target", PIPELINES)
 def test_islands_outlive_every_fusion(target: str, planted: Planted, text: list[int]) -> None:
     passes = pipeline(target, chunk=CHUNK, scheme=scheme("none")).passes
-    case = Case(graph=planted.half).run(GuardRanges(planted.ranges.largest()), *passes)
+    case = Case(graph=planted.half).run(GuardRanges(measured(planted.ranges.largest())), *passes)
     assert np.abs(logits(case.graph, text) - planted.logits).max() < FLOAT16_LOGITS
     changes = {record.name: record.changes for record in case.records}
     assert (changes["FuseAttention"], changes["FuseNorms"], changes["FuseRotary"]) == (6, 37, 12)
@@ -105,20 +111,20 @@ def test_islands_outlive_every_fusion(target: str, planted: Planted, text: list[
 
 def test_quantised_linears_may_stand_in_islands(planted: Planted, text: list[int]) -> None:
     passes = pipeline("xla", chunk=CHUNK, scheme=scheme("int8")).passes
-    case = Case(graph=planted.half).run(GuardRanges(planted.ranges.largest()), *passes)
+    case = Case(graph=planted.half).run(GuardRanges(measured(planted.ranges.largest())), *passes)
     assert len(case.graph.calls(ops.LINEAR_QUANTIZED)) == 6 * 7 + 1
     assert np.isfinite(logits(case.graph, text)).all()
 
 
 def test_taps_say_what_is_computed(planted: Planted, text: list[int]) -> None:
-    graph = Case(graph=planted.half).run(AddTaps(), GuardRanges(planted.ranges.largest())).graph
+    graph = Case(graph=planted.half).run(AddTaps(), GuardRanges(measured(planted.ranges.largest()))).graph
     session = ReferenceSession(graph, context=128, chunk=CHUNK)
     session.prefill(text[:CHUNK])
     assert FLOAT16.largest < np.abs(session.tapped["tap.layers.3.residual.1"]).max() < np.inf
 
 
 def test_a_model_in_range_is_left_alone(calm: Mapping[str, float], traced_float16: Graph) -> None:
-    case = Case(graph=traced_float16).run(GuardRanges(calm)).expect_changes(0)
+    case = Case(graph=traced_float16).run(GuardRanges(measured(calm))).expect_changes(0)
     assert case.graph.digest() == traced_float16.digest()
     assert case.records[0].notes == ()
 
@@ -127,7 +133,7 @@ def test_scores_may_be_too_large_before_their_scale(
     calm: Mapping[str, float], traced_float16: Graph, text: list[int], text_logits: np.ndarray
 ) -> None:
     """The product of queries and keys becomes float32; attention is recognised all the same."""
-    guard = GuardRanges({**calm, "layers.1.self_attn.matmul": 1e6})
+    guard = GuardRanges(measured({**calm, "layers.1.self_attn.matmul": 1e6}))
     case = Case(graph=traced_float16).run(guard)
     assert case.records[0].changes == 2, "the product, and the scale that reads it"
     fused = case.run(*pipeline("xla", chunk=CHUNK, scheme=scheme("none")).passes)
@@ -138,8 +144,8 @@ def test_scores_may_be_too_large_before_their_scale(
 
 def test_the_margin_stands_for_other_texts(calm: Mapping[str, float], traced_float16: Graph) -> None:
     ranges = {**calm, "layers.3.mlp.mul": 40_000.0}
-    Case(graph=traced_float16).run(GuardRanges(ranges, margin=0.0)).expect_changes(0)
-    Case(graph=traced_float16).run(GuardRanges(ranges)).expect_changes(2)
+    Case(graph=traced_float16).run(GuardRanges(measured(ranges), margin=0.0)).expect_changes(0)
+    Case(graph=traced_float16).run(GuardRanges(measured(ranges))).expect_changes(2)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +161,13 @@ def test_what_no_island_helps_is_refused(
     name: str, message: str, calm: Mapping[str, float], traced_float16: Graph
 ) -> None:
     with pytest.raises(RangeError, match=f"{message}.*compute in bfloat16 or float32"):
-        Case(graph=traced_float16).run(GuardRanges({**calm, name: 1e6}))
+        Case(graph=traced_float16).run(GuardRanges(measured({**calm, name: 1e6})))
 
 
 def test_ranges_of_another_graph_are_refused(calm: Mapping[str, float], traced_float16: Graph) -> None:
     missing = {name: largest for name, largest in calm.items() if name != "layers.4.add"}
     with pytest.raises(InvariantError, match=r"1 values have no range, layers\.4\.add first"):
-        Case(graph=traced_float16).run(GuardRanges(missing))
+        Case(graph=traced_float16).run(GuardRanges(measured(missing)))
     fused = Case(graph=traced_float16).run(*pipeline("onnx", chunk=1, scheme=scheme("none")).passes)
     with pytest.raises(InvariantError, match="must run before fusion"):
-        fused.run(GuardRanges(calm))
+        fused.run(GuardRanges(measured(calm)))

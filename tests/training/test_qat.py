@@ -15,8 +15,8 @@ from tests.tolerances import FP32_LOGITS, INT8_ACTIVATIONS
 from tests.training.test_quantize import divergence
 from transom.errors import QuantizationError, TrainingError
 from transom.formats.schemes import SPECS, QuantSpec, scheme
-from transom.passes.base import Pipeline
-from transom.passes.fake_quantize import FakeQuantize
+from transom.passes.base import Pipeline, rewrites
+from transom.passes.fake_quantize import FakeQuantize, FakeQuantized
 from transom.training.latent import dithered, into_cells
 from transom.training.qat import QatSettings, train
 from transom.training.qat_run import QatRun
@@ -163,10 +163,10 @@ def test_dither_parts_ties() -> None:
 def test_the_pass_shares_one_rounded_table(tiny: Model) -> None:
     """Embedding and head read one node; a linear with codes in the graph reads its own."""
     graph = score_graph(tiny)
-    fake = FakeQuantize(scheme("int4_block32:int8_block128"))
-    found, (record,) = Pipeline([fake]).run(graph)
-    assert record.changes == len(fake.specs) == 6 * 7 + 1
-    assert fake.specs["embed_tokens.weight"] == SPECS["int8_block128"]
+    found, records = Pipeline([FakeQuantize(scheme("int4_block32:int8_block128"))]).run(graph)
+    (result,) = rewrites(records, FakeQuantized)
+    assert result.changes == len(result.specs) == 6 * 7 + 1
+    assert result.specs["embed_tokens.weight"] == SPECS["int8_block128"]
     stages = Stages(found)
     assert stages.table.args[0].name.endswith("embed_tokens_weight")
     assert Pipeline([FakeQuantize(scheme("none"))]).run(graph)[1][0].changes == 0

@@ -15,7 +15,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
-from transom.passes.base import Pass
+from transom.passes.base import Pass, Rewrite
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_norms import FuseNorms
@@ -33,16 +33,15 @@ class Spoil(Pass):
     """Edits the calls of one operation whose module path is among some."""
 
     def __init__(self, target: object, edit: Edit, *paths: str) -> None:
-        super().__init__()
         self.target, self.edit, self.paths = target, edit, paths
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Edit every call that is meant."""
         nodes = [node for node in graph.calls(self.target) if layer_path(node) in self.paths]
         assert nodes, f"there is nothing to spoil at {self.paths}"
         for node in nodes:
             self.edit(graph, node)
-        return len(nodes)
+        return Rewrite(changes=len(nodes))
 
 
 def argument(index: int, value: Any) -> Edit:
@@ -99,16 +98,15 @@ class SwapAngles(Pass):
     after = (FuseRotary,)
 
     def __init__(self, layers: tuple[int, ...], other: int) -> None:
-        super().__init__()
         self.layers, self.other = layers, other
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Queries and keys of every layer are rotated, in this order."""
         rotations = graph.calls(ops.ROTARY)
         for layer in self.layers:
             for node in rotations[2 * layer : 2 * layer + 2]:
                 node.args = (node.args[0], *rotations[2 * self.other].args[1:3], node.args[3])
-        return len(self.layers)
+        return Rewrite(changes=len(self.layers))
 
 
 class LateAngles(Pass):
@@ -116,14 +114,14 @@ class LateAngles(Pass):
 
     after = (FuseRotary,)
 
-    def rewrite(self, graph: Graph) -> int:
+    def rewrite(self, graph: Graph) -> Rewrite:
         """Add one to the positions that the first table of angles is made of."""
         positions = next(node for node in graph.calls(aten.add.Tensor) if node.args[0].name == graph.start)
         angles = next(user for user in positions.users if user.target is aten.unsqueeze.default)
         with graph.fx.inserting_after(positions):
             late = graph.call(aten.add.Tensor, (positions, 1), positions)
         angles.update_arg(0, late)
-        return 1
+        return Rewrite(changes=1)
 
 
 class BoundEveryCache(BoundLocalCaches):

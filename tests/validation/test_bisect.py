@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.cli import main
 from transom.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
+from transom.export.options import Options
 from transom.formats.schemes import Scheme, scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -33,7 +34,7 @@ from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
-from transom.passes.pipelines import PIPELINES, pipeline
+from transom.passes.pipelines import PIPELINES, Measure, pipeline
 from transom.validation.bisection import bisect as bisection
 from transom.validation.bisection import sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
@@ -239,12 +240,12 @@ def test_a_quantised_target_is_traced_to_its_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[Pass] = []
-    for current in PIPELINES["xla"](CHUNK, scheme("int8")):
+    for current in pipeline("xla", chunk=CHUNK, scheme=scheme("int8")).passes:
         if not (stage == "ConvertQuantized" and isinstance(current, ConvertQuantized)):
             passes.append(current)
         if isinstance(current, behind):
             passes += fault()
-    monkeypatch.setitem(pipelines.PIPELINES, "xla", lambda chunk, quant: passes)
+    monkeypatch.setitem(pipelines.PIPELINES, "xla", lambda chunk, quant, measure: passes)
     verdict = bisect("reference", f"xla@{passes[-1].name}", model=tiny, quant="int8", chunk=CHUNK, **SHORT)
     assert (verdict.stage, verdict.op, verdict.side) == (stage, op, "b"), verdict
 
@@ -253,7 +254,7 @@ def test_no_pass_is_blamed_for_a_fault_of_the_trace(
     tiny: Model, traced: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt = Case(graph=traced).run(Spoil(aten.mul.Tensor, argument(1, 1.0), "")).graph
-    monkeypatch.setattr(bisection, "trace_model", lambda model: spoilt)
+    monkeypatch.setattr(Model, "trace", lambda model: spoilt)
     verdict = bisect("eager", "onnx@FuseAttention", model=tiny, chunk=CHUNK, **SHORT)
     assert (verdict.diverged, verdict.op, verdict.side, verdict.stage) == (True, "embedding", "b", None)
 
@@ -290,8 +291,8 @@ def test_an_artifact_is_made_again_for_its_own_processor(
     asked: list[str | None] = []
 
     @contextlib.contextmanager
-    def compiled(model: Model, traced: Graph, options: Mapping[str, Any]) -> Iterator[None]:
-        asked.append(options["cpu"])
+    def compiled(model: Model, options: Options) -> Iterator[None]:
+        asked.append(options.cpu)
         yield
 
     monkeypatch.setattr(sources, "_compiled", compiled)
@@ -335,7 +336,7 @@ def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root, made = tmp_path_factory.mktemp("bisect"), {}
     passes = FAULTS["a window in a late layer only"].passes()
 
-    def spoilt(chunk: int, quant: Scheme) -> list[Pass]:
+    def spoilt(chunk: int, quant: Scheme, measure: Measure) -> list[Pass]:
         return passes
 
     for name, list_of, taps in (
@@ -454,7 +455,7 @@ def test_bad_input_on_the_command_line(cli: Cli, args: list[str], words: str) ->
 
 def test_a_target_at_fault_is_traced_to_its_pass(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = FAULTS["another epsilon"].passes()
-    monkeypatch.setitem(pipelines.PIPELINES, "onnx", lambda chunk, quant: passes)
+    monkeypatch.setitem(pipelines.PIPELINES, "onnx", lambda chunk, quant, measure: passes)
     code, out, _ = cli("reference", "onnx", "--model", "gemma3-tiny", "--decode", 2)
     assert code == 1
     for words in ("diverged at layer 3, norm", "epsilon is 0.01", "stage: Spoil", "at fault: onnx"):

@@ -8,7 +8,6 @@ import torch
 from tests.case import Case
 from tests.validation.faults import Edit, Spoil, result, weight
 from transom.backends.reference.session import ReferenceSession
-from transom.compiler import trace_model
 from transom.formats.schemes import SPECS
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -36,7 +35,7 @@ def llama() -> Model:
 
 @pytest.fixture(scope="module")
 def context(llama: Model) -> Context:
-    graph = Case(graph=trace_model(llama)).run(AddTaps()).graph
+    graph = Case(graph=llama.trace()).run(AddTaps()).graph
     ids = torch.randint(0, llama.config.vocab_size, (TOTAL,), generator=torch.Generator().manual_seed(3))
     return Context(graph=graph, tokens=ids.tolist())
 

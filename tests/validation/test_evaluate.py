@@ -24,8 +24,6 @@ from tests.tolerances import FP32_LOGITS
 from tests.validation.conftest import parsed
 from transom.backends.onnxruntime.session import OnnxRuntimeSession
 from transom.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
-from transom.graphs.graph import Graph
-from transom.validation import candidates
 from transom.validation.evaluation import rows
 from transom.validation.evaluation.evaluate import evaluate_sources
 from transom.validation.evaluation.result import Evaluation, front
@@ -50,25 +48,20 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def weighed(
-    tiny: Model, traced: Graph, words: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Evaluation, Path]:
+def weighed(tiny: Model, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
     """gemma3-tiny on ONNX Runtime, in calls longer than the window, and its artifacts. Copy what you change."""
     out = tmp_path_factory.mktemp("evaluated")
-    # Undone before any other test: its graph is of float32, whatever is asked for.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "trace_model", lambda model, dtype: traced)
-        evaluation = evaluate_sources(
-            tiny,
-            text=words,
-            schemes=SCHEMES,
-            length=LENGTH,
-            windows=WINDOWS,
-            chunk=37,
-            decode_tokens=5,
-            threads=1,
-            out=out,
-        )
+    evaluation = evaluate_sources(
+        tiny,
+        text=words,
+        schemes=SCHEMES,
+        length=LENGTH,
+        windows=WINDOWS,
+        chunk=37,
+        decode_tokens=5,
+        threads=1,
+        out=out,
+    )
     return evaluation, out
 
 

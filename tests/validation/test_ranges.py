@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import transom
@@ -16,22 +14,12 @@ from transom.cli import app
 from transom.errors import ConfigError, ContextLengthError, TokenizerError
 from transom.export.ranges import Ranges
 from transom.formats.number_format import FORMATS
-from transom.graphs.graph import Graph
 from transom.validation import ranges as module
 from transom.zoo.model import Model
 
 
 @pytest.fixture(scope="module")
-def once(traced: Graph, traced_float16: Graph) -> Iterator[None]:
-    """Whatever traces gemma3-tiny here gets the graphs that all tests share."""
-    graphs = {torch.float32: traced, torch.float16: traced_float16}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "trace_model", lambda model, dtype: graphs[dtype])
-        yield
-
-
-@pytest.fixture(scope="module")
-def found(tiny: Model, once: None) -> Ranges:
+def found(tiny: Model) -> Ranges:
     return transom.ranges(tiny, tokens=50)
 
 
@@ -86,7 +74,7 @@ def test_the_command(found: Ranges, tiny: Model, monkeypatch: pytest.MonkeyPatch
     assert run(app, ["ranges", "gemma3-tiny", "--dtype", "bfloat16"]).exit_code == 0
 
 
-def test_the_command_traces(once: None, tmp_path: Path) -> None:
+def test_the_command_traces(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a few words")
     found = CliRunner().invoke(app, ["ranges", "gemma3-tiny", "--text", str(text), "--tokens", "20", "--json"])

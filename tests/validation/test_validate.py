@@ -28,6 +28,7 @@ from transom.formats.schemes import Scheme
 from transom.passes import conversion, pipelines
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
+from transom.passes.pipelines import Measure
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
 from transom.validation import candidates
 from transom.validation import validate as validating
@@ -174,8 +175,8 @@ def test_a_cache_that_grows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits are all right, for the window's mask is there; only the memory is not."""
     whole = pipelines.PIPELINES["onnx"]
 
-    def unbounded(chunk: int, scheme: Scheme) -> list[Pass]:
-        return [step for step in whole(chunk, scheme) if not isinstance(step, BoundLocalCaches)]
+    def unbounded(chunk: int, scheme: Scheme, measure: Measure) -> list[Pass | None]:
+        return [step for step in whole(chunk, scheme, measure) if not isinstance(step, BoundLocalCaches)]
 
     monkeypatch.setitem(pipelines.PIPELINES, "onnx", unbounded)
     code, out, err = cli("validate", "gemma3-tiny", "--targets", "onnx", *JSON)

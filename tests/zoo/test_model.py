@@ -9,10 +9,11 @@ import huggingface_hub
 import pytest
 import torch
 
+import transom
 from transom.errors import CheckpointError, ConfigError
 from transom.zoo.architectures import ARCHITECTURES, packaged, preset, presets, tensor_shapes
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.model import load, resolve_config
+from transom.zoo.model import Model, load, resolve_config
 from transom.zoo.tokenizer import Tokenizer
 
 
@@ -145,3 +146,15 @@ def test_packaged_270m(real_gguf: Path) -> None:
     assert model.config == preset("gemma3-270m")
     assert model.tokenizer is not None and model.tokenizer.vocab_size == 262_144
     assert model.revision == "sha256:a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def test_a_model_remembers_its_traces_until_it_is_another_one(tiny: Model) -> None:
+    decode, score = tiny.trace(), tiny.trace(task="score")
+    assert tiny.trace(task="decode", dtype=torch.float32) is decode is transom.trace(tiny)
+    assert (decode.task, score.task) == ("decode", "score")
+    half = tiny.trace(dtype=torch.float16)
+    assert {weight.dtype for weight in half.weights.values()} == {torch.float16}
+    table = tiny.weights["embed_tokens.weight"].map_rows(lambda rows: rows * 2)
+    other = dataclasses.replace(tiny, weights={**tiny.weights, "embed_tokens.weight": table})
+    doubled = other.trace().weights["embed_tokens.weight"].read()
+    assert torch.equal(doubled, 2 * decode.weights["embed_tokens.weight"].read())

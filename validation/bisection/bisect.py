@@ -22,7 +22,6 @@ from pathlib import Path
 from transom.backends.artifact import Manifest
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import trace_model
 from transom.errors import ArtifactError, ContextLengthError, TargetError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
@@ -179,7 +178,6 @@ class _Plan:
     model: Model
     chunk: int
     calls: tuple[Call, ...]
-    traced: Graph
     context: Context
 
     @property
@@ -188,7 +186,7 @@ class _Plan:
 
     def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
         quant = self.context.quant
-        return open_source(source, self.model, self.traced, quant=quant, context=self.total, chunk=self.chunk)
+        return open_source(source, self.model, quant=quant, context=self.total, chunk=self.chunk)
 
     def interpret(self, graph: Graph) -> Session:
         return ReferenceSession(graph, context=self.total, chunk=self.chunk)
@@ -248,9 +246,8 @@ def _plan(
     if total > (room := min([model.config.context, *(each.context for each in bounded)])):
         raise ContextLengthError(f"{total} tokens do not fit into a context of {room}: give a shorter --length")
     tokens = make_prompt(model, total, None).ids[:total]
-    traced = trace_model(model)
-    context = Context(graph=tapped(traced), tokens=tokens, quant=quant)
-    return _Plan(model=model, chunk=chunk, calls=calls, traced=traced, context=context)
+    context = Context(graph=tapped(model.trace()), tokens=tokens, quant=quant)
+    return _Plan(model=model, chunk=chunk, calls=calls, context=context)
 
 
 def _share(source: Source, manifest: Manifest | None, quant: str) -> float:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import compile_model, trace_model
+from transom.compiler import compile_model
 from transom.errors import InvariantError, TargetError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
@@ -54,15 +53,12 @@ def manifest_of(source: Source) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def open_source(
-    source: Source, model: Model, traced: Graph, *, quant: str, context: int, chunk: int
-) -> Iterator[Session]:
+def open_source(source: Source, model: Model, *, quant: str, context: int, chunk: int) -> Iterator[Session]:
     """A session with taps; what had to be exported for it is removed at the end.
 
     Args:
         source: What to open.
         model: The model.
-        traced: Its decode graph as traced, without taps.
         quant: Quantisation scheme, unless the source is a folder, a graph or a session.
         context: Longest sequence.
         chunk: Most new tokens in a call.
@@ -79,19 +75,17 @@ def open_source(
             raise InvariantError("a graph without taps cannot be compared: run AddTaps on it before all other passes")
         yield ReferenceSession(source, context=context, chunk=chunk)
     elif source == EAGER:
-        yield EagerSession(model, tapped(traced), quant, context=context, chunk=chunk)
+        yield EagerSession(model, tapped(model.trace()), quant, context=context, chunk=chunk)
     elif source == REFERENCE:
-        yield ReferenceSession(reference_graph(tapped(traced), quant), context=context, chunk=chunk)
+        yield ReferenceSession(reference_graph(tapped(model.trace()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:
-        options = {"target": source, "quant": quant, "context": context, "chunk": chunk}
-        dtype = TARGETS[source].dtypes[0]
-        graph = traced if dtype == "float32" else trace_model(model, dtype=getattr(torch, dtype))
-        with _compiled(model, graph, options) as session:
+        options = Options.of(model, target=source, quant=quant, context=context, chunk=chunk)
+        with _compiled(model, options) as session:
             yield session
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
         passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph = stage_graph(tapped(traced), passes, stage, target)
+        graph = stage_graph(tapped(model.trace()), passes, stage, target)
         yield ReferenceSession(graph, context=context, chunk=chunk)
     else:
         yield open_session(Path(source), verify=False)
@@ -100,16 +94,8 @@ def open_source(
 @contextlib.contextmanager
 def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
     """Export an artifact again with taps, for one that was exported without."""
-    traced = trace_model(model, dtype=getattr(torch, manifest.dtype))
-    options = {
-        "target": manifest.target,
-        "quant": manifest.quantization,
-        "dtype": manifest.dtype,
-        "context": manifest.context,
-        "chunk": manifest.chunk,
-        "cpu": _processor(manifest),
-    }
-    with _compiled(model, traced, options) as session:
+    options = dataclasses.replace(Options.of_artifact(manifest), cpu=_processor(manifest))
+    with _compiled(model, options) as session:
         yield session
 
 
@@ -124,10 +110,10 @@ def _processor(manifest: Manifest) -> str | None:
 
 
 @contextlib.contextmanager
-def _compiled(model: Model, traced: Graph, options: Mapping[str, Any]) -> Iterator[Session]:
+def _compiled(model: Model, options: Options) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="transom-bisect-") as folder:
         out = Path(folder) / "artifact"
-        compile_model(model, **options, before=[AddTaps()], traced=traced, out=out)
+        compile_model(model, options, before=[AddTaps()], out=out)
         yield open_session(out, verify=False)
 
 

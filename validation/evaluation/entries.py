@@ -9,9 +9,10 @@ from pathlib import Path
 
 from transom.backends.folder import check_absent
 from transom.errors import ConfigError, TargetError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.passes.targets import TARGETS
-from transom.validation.candidates import Candidate, Settings, check_targets
+from transom.validation.candidates import Candidate, check_targets
 from transom.validation.certificate import check_writable
 
 
@@ -36,30 +37,29 @@ def check_names(schemes: Sequence[str] | None, targets: Sequence[str] | None) ->
 
 
 def to_compile(
-    schemes: Sequence[str], targets: Sequence[str], settings: Settings, out: str | Path | None, *, overwrite: bool
+    options: Sequence[Options], out: str | Path | None, *, overwrite: bool, threads: int | None
 ) -> list[Candidate]:
-    """Every scheme for every target.
+    """Every scheme for every target, which `refused` has yet to check.
 
     Raises:
         ArtifactError: If a folder in `out` exists already or cannot be written.
     """
     candidates = []
-    for target in targets:
-        for name in schemes:
-            # What schemes are called may hold characters that folders should not.
-            folder = None if out is None else Path(out) / f"{target}-{re.sub(r'[^A-Za-z0-9_.-]+', '+', name)}"
-            if folder is not None:
-                check_absent(folder, overwrite=overwrite)
-                check_writable(next(parent for parent in folder.resolve().parents if parent.exists()))
-            quantized = dataclasses.replace(settings, quant=name)
-            candidate = Candidate(name=target, target=target, settings=quantized, folder=folder, overwrite=overwrite)
-            candidates.append(named(candidate))
+    for each in options:
+        # What schemes are called may hold characters that folders should not.
+        name = f"{each.target}-{re.sub(r'[^A-Za-z0-9_.-]+', '+', each.quant)}"
+        folder = None if out is None else Path(out) / name
+        if folder is not None:
+            check_absent(folder, overwrite=overwrite)
+            check_writable(next(parent for parent in folder.resolve().parents if parent.exists()))
+        candidate = Candidate(name=name, options=each, folder=folder, overwrite=overwrite, threads=threads)
+        candidates.append(named(candidate))
     return candidates
 
 
 def named(candidate: Candidate) -> Candidate:
     """Called by its target and scheme."""
-    return dataclasses.replace(candidate, name=f"{candidate.target} {candidate.settings.quant}")
+    return dataclasses.replace(candidate, name=f"{candidate.target} {candidate.options.quant}")
 
 
 def refused(candidates: Sequence[Candidate]) -> dict[str, Exception]:
@@ -68,7 +68,7 @@ def refused(candidates: Sequence[Candidate]) -> dict[str, Exception]:
     for candidate in candidates:
         try:
             if not candidate.exported:
-                check_targets([candidate.target], quant=candidate.settings.quant, dtype=candidate.settings.dtype)
+                check_targets([candidate.target], quant=candidate.options.quant, dtype=candidate.options.dtype)
         except TargetError as error:
             refusals[candidate.name] = error
     return refusals

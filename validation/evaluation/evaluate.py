@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from transom.compiler import CHUNK, versions
+from transom.compiler import versions
 from transom.errors import ConfigError, TargetError, TransomError
-from transom.validation.candidates import OnProgress, Opener, Settings, disambiguate
+from transom.export.options import CHUNK, Options
+from transom.passes.targets import TARGETS
+from transom.validation.candidates import OnProgress, Opener, disambiguate
 from transom.validation.evaluation.entries import check_names, named, refused, to_compile
 from transom.validation.evaluation.result import Evaluation
 from transom.validation.evaluation.rows import evaluate_all, reason
@@ -100,19 +102,28 @@ def evaluate_sources(
         if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
             raise ConfigError(f"artifacts are evaluated as they stand: leave out {idle}, or name schemes to compile")
     check_context(config, context)
-    most = min(context or config.context, *(part.settings.context for part in inputs.artifacts), config.context)
+    most = min(context or config.context, *(part.options.context for part in inputs.artifacts), config.context)
     read = read_sequences(inputs.model, Path(text), length=length, windows=windows, most=most)
     compiled = []
     if compiles:
-        settings = Settings(
-            quant="none",
-            dtype=dtype,
-            # A power of two, as caches grow to.
-            context=context or min(config.context, 1 << (read.length - 1).bit_length()),
-            chunk=chunk or CHUNK,
+        # A power of two, as caches grow to.
+        context = context or min(config.context, 1 << (read.length - 1).bit_length())
+        compiled = to_compile(
+            [
+                Options(
+                    target=target,
+                    context=context,
+                    chunk=min(chunk or CHUNK, context),
+                    quant=quant,
+                    dtype=dtype or TARGETS[target].dtypes[0],
+                )
+                for target in targets or TARGETS_BY_DEFAULT
+                for quant in schemes or SCHEMES
+            ],
+            out,
+            overwrite=overwrite,
             threads=threads,
         )
-        compiled = to_compile(schemes or SCHEMES, targets or TARGETS_BY_DEFAULT, settings, out, overwrite=overwrite)
     entries = disambiguate([*(named(part) for part in inputs.artifacts), *compiled])
     not_run = refused(entries)
     if len(not_run) == len(entries):

@@ -124,8 +124,8 @@ def _measure_one(
     facts = Facts(
         name=name,
         target=candidate.target,
-        scheme=candidate.settings.quant,
-        dtype=candidate.dtype,
+        scheme=candidate.options.quant,
+        dtype=candidate.options.dtype,
         folder=None if candidate.folder is None else str(candidate.folder),
         weights=dict(manifest.source),
         bytes=size,

@@ -62,22 +62,20 @@ def export(
 ) -> None:
     """Lower a model to a target and write the artifact."""
     from transom.backends.folder import check_absent
-    from transom.compiler import CHUNK, compile_model
+    from transom.compiler import compile_model
+    from transom.export.options import Options
     from transom.passes.add_taps import AddTaps
 
     # What can be refused at once should not wait for the weights.
     check_absent(out, overwrite=overwrite)
     loaded = load_model(model, weights, seed)
+    options = Options.of(
+        loaded, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
+    )
     with stage_bars() as on_progress:
         artifact = compile_model(
             loaded,
-            target=target,
-            quant=quant,
-            context=context,
-            chunk=chunk or CHUNK,
-            dtype=dtype,
-            topology=topology,
-            cpu=cpu,
+            options,
             before=[AddTaps()] if taps else (),
             out=out,
             overwrite=overwrite,
