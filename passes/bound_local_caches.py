@@ -19,6 +19,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
 from transom.graphs.node import Node
+from transom.graphs.state import SLOTS
 from transom.passes.base import Pass
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
@@ -45,30 +46,31 @@ class BoundLocalCaches(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Resize the caches of local layers and note every cache's window."""
-        nodes, changes, caches = graph.placeholders(), 0, []
-        windows = {cache.name: self._window(nodes[cache.input]) for cache in graph.caches}
-        # Keys and values of a layer go together, so that slots mean the same in both.
-        unknown = {cache.layer for cache in graph.caches if windows[cache.name] is None}
-        for cache in graph.caches:
-            node, window = nodes[cache.input], windows[cache.name]
-            if cache.layer in unknown:
+        inputs, changes = graph.inputs, 0
+        rings = {name: state for name, state in graph.states.items() if state.is_ring}
+        windows = {name: self._window(inputs[name]) for name in rings}
+        # Rings of a layer go together, so that slots mean the same in all.
+        unknown = {state.layer for name, state in rings.items() if windows[name] is None}
+        for name, state in rings.items():
+            node, window = inputs[name], windows[name]
+            if state.layer in unknown:
                 reader = "" if window is None else " of the cache beside it"
                 self.skipped.append(
-                    f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
+                    f"{name}: not every reader{reader} is attention with a known window, so it still grows"
                 )
                 window = None
             slots = window + self._slack(node) if window else None
-            if slots is not None and cache.slots is None:
-                batch, heads, _, width = node.meta["val"].shape
+            if slots is not None and state.slots is None:
+                sizes, axis = list(node.meta["val"].shape), state.axes.index(SLOTS)
                 with fake_mode(graph):
-                    node.meta["val"] = node.meta["val"].new_empty((batch, heads, slots, width))
+                    node.meta["val"] = node.meta["val"].new_empty((*sizes[:axis], slots, *sizes[axis + 1 :]))
                 node.meta["changed"] = True
                 changes += 1
-            if slots is None or cache.slots is None:
-                cache = dataclasses.replace(cache, window=window or None, slots=slots)
-            caches.append(cache)
-        graph.caches = tuple(caches)
-        self._grows = {cache.input for cache in caches if cache.layer in unknown}
+            if state.slots is None:
+                sized = state if slots is None else state.fixed(slots=slots)
+                rings[name] = dataclasses.replace(sized, window=window or None)
+        graph.states = {**graph.states, **rings}
+        self._grows = {inputs[name].name for name, state in rings.items() if state.layer in unknown}
         return changes
 
     def _slack(self, cache: Node) -> int:

@@ -42,11 +42,12 @@ class FuseCacheWrites(Pass):
 
     def rewrite(self, graph: Graph) -> int:
         """Replace every recognised write into a cache input."""
-        caches, changes = {cache.input for cache in graph.caches}, 0
+        inputs, changes = graph.inputs, 0
+        caches = {inputs[name] for name, state in graph.states.items() if state.is_ring}
         rings: dict[tuple[Node, str], bool] = {}
         for node in graph.calls(aten.index_copy.default):
             cache, axis, index, new = node.args
-            if cache.name not in caches:
+            if cache not in caches:
                 continue
             if axis != 2:
                 self.skipped.append(f"{node.name}: writes along axis {axis}, not along the slots")
@@ -57,16 +58,15 @@ class FuseCacheWrites(Pass):
             if not rings[key]:
                 self.skipped.append(f"{node.name}: does not write position p into slot p % S")
                 continue
-            start = graph.placeholders()[graph.start or ""]
             with graph.fx.inserting_before(node):
-                fused = graph.call(ops.WRITE_CACHE, (cache, new, start), node)
+                fused = graph.call(ops.WRITE_CACHE, (cache, new, inputs["start"]), node)
             node.replace_all_uses_with(fused)
             changes += 1
         return changes
 
 
 def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:
-    if graph.start is None or depends_on_values(graph, index):
+    if "start" not in graph.input_names or depends_on_values(graph, index):
         return False
     slots, tokens = cache.meta["val"].shape[2], new.meta["val"].shape[2]
     for width in (64,) if not isinstance(slots, int) else (slots,):

@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE, CacheRecord
-from transom.backends.reference.session import cache_records
-from transom.backends.tensorrt.sidecar import Layer, Profile, Sidecar
-from transom.export.exporter import Lowered, Request
+from transom.backends.artifact import MODEL_FILE
+from transom.backends.tensorrt.sidecar import Profile, Sidecar
+from transom.export.exporter import Lowered, Request, entry
 from transom.export.onnx import emitter
 from transom.export.tensorrt.dialect import DIALECT
 from transom.export.tensorrt.verify.verify import require
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-
-BATCH = 1
+from transom.graphs.state import BATCH, SLOTS, State
 
 
 def export(graph: Graph, folder: Path, request: Request) -> Lowered:
@@ -27,37 +25,31 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
         QuantizationError: If a scale is not positive in the compute dtype.
         DialectError: Naming everything that TensorRT would not take, or would compute otherwise.
     """
-    tokens, nodes = graph.user_inputs()[0].meta["val"], graph.placeholders()
-    fixed = {str(tokens.shape[0]): BATCH}
-    growing = [nodes[cache.input].meta["val"].shape[2] for cache in graph.caches if cache.slots is None]
-    fixed |= {str(slots): request.context for slots in growing}
+    sizes = {BATCH: 1, SLOTS: request.context}
+    fixed = {symbol: sizes[axis] for symbol, axis in graph.symbols().items() if axis in sizes}
     model = emitter.write(graph, DIALECT, folder, on_bytes=request.on_bytes, fixed=fixed)
     require(model)
-    caches = tuple(dataclasses.replace(cache, slots=cache.slots or request.context) for cache in cache_records(graph))
-    sidecar(caches, request).write(folder)
+    lowered = entry(graph, MODEL_FILE, **sizes)
+    logits = dataclasses.replace(lowered.outputs["logits"], dtype="float32")
+    lowered = dataclasses.replace(lowered, outputs={"logits": logits})
+    sidecar(lowered.states, request).write(folder)
     return Lowered(
-        payload=MODEL_FILE,
+        entry=lowered,
         libraries=("onnx",),
-        caches=caches,
         details={"engines": []},
         not_done=_rounded_scales(request),
     )
 
 
-def sidecar(caches: Sequence[CacheRecord], request: Request) -> Sidecar:
+def sidecar(states: Sequence[State], request: Request) -> Sidecar:
     """What stands beside the model."""
     numbers, dtype = scheme(request.quant).numbers, request.dtype
-    layers = {
-        cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or request.context)
-        for cache in caches
-    }
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
     several = min(2, request.chunk)
     return Sidecar(
         dtype=dtype,
-        batch=BATCH,
-        aliases={f"{cache.name}.out": cache.name for cache in caches},
-        layers=tuple(layers.values()),
+        aliases={f"{state.name}.out": state.name for state in states},
+        states=tuple(states),
         profiles=(_profile("prefill", request.chunk, request.chunk), _profile("decode", 1, several)),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
     )
@@ -67,7 +59,7 @@ def _profile(name: str, likely: int, most: int) -> Profile:
     return Profile(
         name=name,
         inputs={
-            "tokens": ((BATCH, 1), (BATCH, likely), (BATCH, most)),
+            "tokens": ((1, 1), (1, likely), (1, most)),
             "logit_positions": ((1,), (1,), (most,)),
         },
     )

@@ -8,7 +8,7 @@ import torch
 
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR
-from transom.export.exporter import Lowered, Request
+from transom.export.exporter import Lowered, Request, entry
 from transom.export.lowering import require_supported
 from transom.export.tvm.build import write_library
 from transom.export.tvm.emitter import parameter_names, tap_shapes
@@ -38,7 +38,7 @@ def export(graph: Graph, folder: Path, request: Request) -> Lowered:
     request.on_program(1, 1)
     safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=request.on_bytes)
     return Lowered(
-        payload=LIBRARY,
+        entry=entry(graph, LIBRARY),
         libraries=tuple(PAIR),
         details={
             "machine": target_processor.machine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
@@ -10,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from transom.backends.artifact import Manifest, write_manifest
+from transom.backends.artifact import DECODE, Manifest, write_manifest
 from transom.backends.folder import new_folder
-from transom.backends.reference.session import cache_records, tap_records
 from transom.errors import ContextLengthError, TargetError, TokenizerError
 from transom.export.exporter import Request, exporter
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
 from transom.formats.number_format import float_format
 from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs.graph import Graph
+from transom.graphs.state import State, ring
 from transom.graphs.threads import one_thread
 from transom.graphs.trace import Task, trace
 from transom.passes.base import Pass, Pipeline
@@ -29,6 +30,7 @@ from transom.passes.quantize_activations import QuantizeActivations
 from transom.passes.targets import TARGETS, Target
 from transom.zoo.architectures import architecture
 from transom.zoo.companions import write_companions
+from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
 
@@ -50,7 +52,23 @@ class Artifact:
 def trace_model(model: Model, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
     """Trace a model of the zoo; see `graphs.trace.trace`."""
     config = model.config
-    return trace(lambda: architecture(config.architecture).build(config), config, model.weights, task=task, dtype=dtype)
+    return trace(
+        functools.partial(architecture(config.architecture).build, config),
+        model.weights,
+        states=decoder_states(config),
+        context=config.context,
+        task=task,
+        dtype=dtype,
+    )
+
+
+def decoder_states(config: DecoderConfig) -> tuple[State, ...]:
+    """What a decoder keeps of every position: a ring of keys and one of values a layer."""
+    return tuple(
+        ring(f"cache.{index}.{kind}", layer=index, heads=layer.kv_heads, width=width)
+        for index, layer in enumerate(config.layers)
+        for kind, width in (("key", layer.key_width), ("value", layer.value_width))
+    )
 
 
 def guards(
@@ -60,7 +78,7 @@ def guards(
 
     Ranges are traced in float32 on the shipped text, so all weights are read into memory.
     """
-    if traced.output.args[0][0].meta["val"].dtype != torch.float16:
+    if traced.outputs["logits"].meta["val"].dtype != torch.float16:
         return ()
     prompt = make_prompt(model, min(TOKENS, model.config.context), None)
     ranges = trace_ranges(
@@ -176,9 +194,7 @@ def compile_model(
                 context=context,
                 chunk=chunk,
                 vocab_size=config.vocab_size,
-                caches=lowered.caches or cache_records(graph),
-                taps=tap_records(graph),
-                payload=lowered.payload,
+                entries={DECODE: lowered.entry},
                 details=lowered.details,
                 tpu=lowered.tpu,
                 stop_ids=model.generation.stop_ids,

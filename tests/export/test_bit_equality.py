@@ -222,7 +222,7 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
         return result
 
     whole, single = [], []
-    for node in graph.output.args[0]:
+    for node in graph.outputs.values():
         if node.target is ops.EMBEDDING_QUANTIZED:
             whole.append(call(node, "rows", TOKENS[0], (ROWS, COLUMNS)))
             single.append(whole[-1])

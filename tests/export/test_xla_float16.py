@@ -34,7 +34,7 @@ def test_a_model_out_of_range_runs_in_float16(
     monkeypatch.setattr(compiler, "trace_model", lambda model, dtype: graphs[dtype])
     monkeypatch.setattr(compiler, "TOKENS", 2 * WINDOW)
     artifact = transom.compile(model, target="xla", dtype="float16", context=128, chunk=CHUNK, out=tmp_path / "model")
-    assert {cache.dtype for cache in artifact.manifest.caches} == {"float16"}
+    assert {state.dtype for state in artifact.manifest.decode.states} == {"float16"}
     assert artifact.manifest.dtype == "float16"
     record = next(record for record in artifact.manifest.passes if record["name"] == "GuardRanges")
     assert any(note.startswith("layers.1.add.2 reaches") for note in record["notes"])
@@ -47,4 +47,4 @@ def test_a_model_out_of_range_runs_in_float16(
 
 
 def _by_dtype(*graphs: Graph) -> dict[torch.dtype, Graph]:
-    return {graph.output.args[0][0].meta["val"].dtype: graph for graph in graphs}
+    return {graph.outputs["logits"].meta["val"].dtype: graph for graph in graphs}
