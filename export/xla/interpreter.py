@@ -58,7 +58,7 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
         return (
             returned["logits"],
             [returned[name] for name in graph.states],
-            [returned[tap.name] for tap in graph.taps],
+            [value for name, value in returned.items() if name != "logits" and name not in graph.states],
         )
 
     return run

@@ -295,6 +295,7 @@ def test_biases_and_factors_are_lowered() -> None:
     module = Details()
     inputs = torch.tensor([[3, 599, 0]]), torch.tensor(2), torch.tensor([2, 0])
     graph = export(module, *inputs)
+    graph.input_names, graph.output_names = ("tokens", "start", "logit_positions"), ("logits",)
     arrays = [value.to(torch.int32).numpy() for value in inputs]
     found, _, _ = step(graph, weights.stored_names(graph))(
         held_by(graph), [], arrays[0], arrays[1], np.int32(3), arrays[2]
