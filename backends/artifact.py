@@ -25,9 +25,11 @@ from typing import Any, NotRequired, TypedDict
 from transom.backends.folder import MANIFEST, is_plain, replace_file
 from transom.backends.records import checked, record
 from transom.errors import ArtifactError
+from transom.graphs.state import BATCH, SLOTS, Port, State
 from transom.json_object import read_object
 
-VERSION = 2
+VERSION = 3
+DECODE = "decode"
 _AGAIN = "export the model again"
 MODEL_FILE = "model.onnx"
 _READ_BYTES = 4 * 2**20
@@ -37,35 +39,31 @@ _MOST_ALTERED = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheRecord:
-    """One cache tensor [batch, heads, slots, width] of an artifact.
-
-    Attributes:
-        name: "cache.LAYER.key" or "cache.LAYER.value".
-        layer: Index of the layer.
-        window: Keys that the layer sees; None for a global layer.
-        slots: Fixed number of slots; None if they grow with the context.
-        heads: Key/value heads.
-        width: Numbers in one head.
-        dtype: "float32" and so on.
-    """
-
-    name: str
-    layer: int
-    window: int | None
-    slots: int | None
-    heads: int
-    width: int
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TapRecord:
     """One intermediate value that the artifact returns after its results; see `graphs.graph.Tap`."""
 
     name: str
     layer: int | None
     op: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One graph of an artifact.
+
+    Attributes:
+        inputs: What a caller gives at every call, by name; states are not among it.
+        outputs: What a caller gets, by name; neither states nor taps are among it.
+        states: What is kept from call to call.
+        taps: Intermediate values that are returned too.
+        payload: File that a session opens first.
+    """
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+    states: tuple[State, ...]
+    taps: tuple[TapRecord, ...]
+    payload: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +80,7 @@ class Manifest:
         chunk: Largest number of new tokens in one call. Where a runtime writes the caches before it attends, local
             caches hold `window + chunk - 1` slots: what a chunk overwrites must not be in a window any more.
         vocab_size: Width of the logits.
-        caches: Every cache tensor.
-        taps: Intermediate values that are returned too.
-        payload: File that a session opens first.
+        entries: Its graphs by name, over one store of weights. "decode" takes tokens, with earlier ones in its states.
         details: What the session of this target must know beside.
         tpu: For an artifact compiled for a TPU: {"topology", "libtpu", "programs": {NAME: sizes and costs}}.
         stop_ids: Tokens that end a text.
@@ -105,9 +101,7 @@ class Manifest:
     context: int
     chunk: int
     vocab_size: int
-    caches: tuple[CacheRecord, ...]
-    taps: tuple[TapRecord, ...]
-    payload: str
+    entries: Mapping[str, Entry]
     details: Mapping[str, Any]
     stop_ids: tuple[int, ...]
     bos_id: int | None
@@ -117,6 +111,11 @@ class Manifest:
     tpu: Mapping[str, Any] | None = None
     conversions: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def decode(self) -> Entry:
+        """The entry that sessions run."""
+        return self.entries[DECODE]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the version of the format in front."""
@@ -229,7 +228,10 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     if (data := read_object(path, ArtifactError, _AGAIN)) is None:
         raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an artifact of transom")
     if (version := data.pop("version", None)) != VERSION:
-        raise ArtifactError(f"{path} is of version {version!r}, this transom reads {VERSION}: use a matching transom")
+        raise ArtifactError(
+            f"{path} is of version {version!r}, this transom reads {VERSION}: export the model again, or use a "
+            "matching transom"
+        )
     try:
         manifest = record(Manifest, data)
         for name, hint in _HINTS.items():
@@ -244,8 +246,14 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
 def _check_sizes(manifest: Manifest) -> None:
     sizes: dict[str, int | None] = {name: getattr(manifest, name) for name in ("context", "chunk", "vocab_size")}
-    for cache in manifest.caches:
-        sizes |= {f"{field} of {cache.name}": getattr(cache, field) for field in ("window", "slots", "heads", "width")}
+    for state in (state for entry in manifest.entries.values() for state in entry.states):
+        if len(state.axes) != len(state.sizes) or len(set(state.axes)) != len(state.axes):
+            raise ValueError(f"{state.name} has {len(state.sizes)} sizes for the axes {', '.join(state.axes)}")
+        for axis, size in zip(state.axes, state.sizes, strict=True):
+            if size is None and axis not in (BATCH, SLOTS):
+                raise ValueError(f"{axis} of {state.name} has no size")
+            sizes[f"{axis} of {state.name}"] = size
+        sizes[f"window of {state.name}"] = state.window
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}, not 1 or more")
@@ -255,8 +263,19 @@ def _check_names(manifest: Manifest) -> None:
     for name in manifest.files:
         if not is_plain(name):
             raise ValueError(f"the file {name!r} is not in the folder")
-    if manifest.payload not in manifest.files:
-        raise ValueError(f"the payload {manifest.payload!r} is not among its files")
+    if DECODE not in manifest.entries:
+        raise ValueError(f"there is no entry {DECODE!r}")
+    for entry in manifest.entries.values():
+        if entry.payload not in manifest.files:
+            raise ValueError(f"the payload {entry.payload!r} is not among its files")
+        names = [
+            *entry.inputs,
+            *entry.outputs,
+            *(state.name for state in entry.states),
+            *(tap.name for tap in entry.taps),
+        ]
+        if len(set(names)) != len(names):
+            raise ValueError("two of its inputs, outputs, states and taps have one name")
 
 
 def _check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:

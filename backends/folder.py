@@ -76,10 +76,12 @@ def _is_manifest(data: Any) -> bool:
         "model": dict,
         "source": dict,
         "context": int,
-        "caches": list,
         "files": dict,
     }
     if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in kinds.items()):
+        return False
+    # Up to version 2, what are entries now stood in the manifest itself.
+    if not isinstance(data.get("entries"), dict) and not isinstance(data.get("caches"), list):
         return False
     return all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in data["files"].values())
 

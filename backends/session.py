@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord
 from transom.backends.sampling import Sampling
 from transom.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
+from transom.graphs.state import State
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
@@ -55,7 +55,7 @@ class Session(abc.ABC):
         context: Most tokens that the caches can hold.
         chunk: Most new tokens in one call of the runtime.
         vocab_size: Width of the logits.
-        caches: Every cache tensor.
+        states: What is kept from call to call.
         stop_ids: Tokens that end a text.
         tokenizer: None if the model has none.
         whole_writes: Whether the runtime writes into a ring of slots only up to its end, so that a call stops there.
@@ -76,14 +76,14 @@ class Session(abc.ABC):
         context: int,
         chunk: int,
         vocab_size: int,
-        caches: Sequence[CacheRecord],
+        states: Sequence[State],
         stop_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
         whole_writes: bool = False,
     ) -> None:
         self.context, self.chunk, self.vocab_size = context, chunk, vocab_size
-        self.caches, self.stop_ids, self.tokenizer = tuple(caches), frozenset(stop_ids), tokenizer
-        rings = {cache.slots for cache in self.caches if cache.window is not None and cache.slots is not None}
+        self.states, self.stop_ids, self.tokenizer = tuple(states), frozenset(stop_ids), tokenizer
+        rings = {state.slots for state in self.states if state.window is not None and state.slots is not None}
         self._rings = rings if whole_writes else set()
         self.position = 0
         self.tapped: dict[str, NDArray[Any]] = {}
@@ -99,7 +99,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def _allocate(self, slots: int) -> None:
-        """Give growing caches `slots` slots and fixed ones what they have; what they held up to now stays."""
+        """Give growing states `slots` slots and fixed ones what they have; what they held up to now stays."""
 
     @contextlib.contextmanager
     def _running(self, runtime: str) -> Iterator[None]:
@@ -288,15 +288,22 @@ class Session(abc.ABC):
                 logits = self.decode(token)
 
     def cache_bytes(self) -> dict[str, int]:
-        """Bytes of the caches as allocated now: {"local": ..., "global": ...}."""
+        """Bytes of the states as allocated now: {"local": ..., "global": ...}, and "summary" if there are some."""
         sizes = {"local": 0, "global": 0}
-        for cache, array in self._cache_arrays():
-            sizes["local" if cache.window is not None else "global"] += array.nbytes
+        for state, array in self._state_arrays():
+            kind = "summary" if not state.is_ring else "global" if state.window is None else "local"
+            sizes[kind] = sizes.get(kind, 0) + array.nbytes
         return sizes
 
     @abc.abstractmethod
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        """Every cache with the array that holds it."""
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        """Every state with the array that holds it."""
+
+
+def grown(old: Any, new: Any) -> Any:
+    """The larger of two arrays or tensors, with what the smaller one holds in it: slots keep their positions."""
+    new[tuple(map(slice, old.shape))] = old
+    return new
 
 
 def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:

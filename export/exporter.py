@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.backends.artifact import CacheRecord
+from transom.backends.artifact import Entry, TapRecord
 from transom.errors import TargetError
 from transom.export.options import Options
 from transom.graphs.graph import Graph
@@ -33,21 +33,36 @@ class Lowered:
     """What an exporter tells the manifest.
 
     Attributes:
-        payload: File that a session opens first.
+        entry: The graph as sessions see it.
         libraries: Distributions whose versions matter.
-        caches: Caches of the artifact, where they differ from the graph's; a runtime of static shapes has no growing
-            ones.
         details: Whatever the session of this target must know, as plain data.
         tpu: What the TPU's compiler said; see `export.xla`.
         not_done: In plain words, what was left undone.
     """
 
-    payload: str
+    entry: Entry
     libraries: tuple[str, ...] = ()
-    caches: tuple[CacheRecord, ...] | None = None
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tpu: Mapping[str, Any] | None = None
     not_done: tuple[str, ...] = ()
+
+
+def entry(graph: Graph, payload: str, **sizes: int) -> Entry:
+    """What a manifest says of a graph.
+
+    Args:
+        graph: The graph.
+        payload: File that a session opens first.
+        sizes: Sizes of states that callers choose by the graph, and that the artifact fixes, by axis.
+    """
+    apart = {*graph.states, *(tap.name for tap in graph.taps)}
+    return Entry(
+        inputs={name: graph.port(name) for name in graph.input_names if name not in apart},
+        outputs={name: graph.port(name) for name in graph.output_names if name not in apart},
+        states=tuple(state.fixed(**sizes) for state in graph.states.values()),
+        taps=tuple(TapRecord(name=tap.name, layer=tap.layer, op=tap.op) for tap in graph.taps),
+        payload=payload,
+    )
 
 
 Exporter = Callable[[Graph, Path, Options, Progress], Lowered]

@@ -128,7 +128,7 @@ def trace_ranges(
         TokenizerError: If there is no token, or one is out of the vocabulary.
         CheckpointError: If a weight is not finite, naming it and its rows.
     """
-    names = list(narrow_values(half, half.output.args[0][0].meta["val"].dtype))
+    names = list(narrow_values(half, half.outputs["logits"].meta["val"].dtype))
     graph, _ = Pipeline([InsertObservers("values", only=names)]).run(model.trace())
     session = ReferenceSession(graph, context=model.config.context, chunk=CHUNK)
     session.refuses_nonfinite = False  # where they come from is what ranges tell

@@ -1,8 +1,8 @@
-"""`Graph`: an exported program, with its weights as recipes and its caches named.
+"""`Graph`: an exported program, with its weights as recipes and its inputs, outputs and states named.
 
 This is no IR of its own: the program stays a `torch.export.ExportedProgram`, and anything that takes one can take
-`graph.program`. What tracing throws away stands beside it: where the numbers of each weight come from, and which
-inputs are caches.
+`graph.program`. What tracing throws away stands beside it: where the numbers of each weight come from, what inputs and
+outputs are called, and which of them are states.
 """
 
 from __future__ import annotations
@@ -21,26 +21,8 @@ from torch.fx.node import map_arg
 
 from transom.errors import InvariantError
 from transom.graphs.node import Node, is_node
+from transom.graphs.state import Port, State
 from transom.graphs.weight import Weight
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cache:
-    """One cache tensor [B, K, S, H], an input of the graph and an output of it.
-
-    Attributes:
-        name: "cache.LAYER.key" or "cache.LAYER.value".
-        layer: Index of the layer.
-        input: Name of the placeholder.
-        window: Keys that the layer sees; None for a global layer or while unknown.
-        slots: S, fixed by a pass; None while it grows with the context.
-    """
-
-    name: str
-    layer: int
-    input: str
-    window: int | None = None
-    slots: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,21 +48,28 @@ class Graph:
         program: The exported program. Its state dict holds fake tensors only.
         weights: Every parameter and buffer by the program's name for it.
         task: "decode" or "score"; "foreign" for a program traced elsewhere.
-        start: Name of the placeholder with the position of the first new token, or None.
-        caches: Cache inputs, in the order of the outputs that follow the logits.
-        taps: Intermediate values, in the order of the program's last outputs.
+        input_names: What the inputs that a caller passes are called, in the program's order; states by their own names.
+        output_names: The same of outputs; states and taps by their own names.
+        axes: Names of the axes of every input and output that is neither a state nor a tap, where they are known.
+        states: What is kept from call to call, by name.
+        taps: Intermediate values that are returned too.
     """
 
     program: ExportedProgram
     weights: dict[str, Weight]
     task: str
-    start: str | None = None
-    caches: tuple[Cache, ...] = ()
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    states: Mapping[str, State] = dataclasses.field(default_factory=dict)
     taps: tuple[Tap, ...] = ()
 
     @staticmethod
     def from_program(program: ExportedProgram, *, task: str = "foreign") -> Graph:
-        """Wrap a program that was exported elsewhere; its tensors become weights."""
+        """Wrap a program that was exported elsewhere; its tensors become weights.
+
+        Inputs are called as they are in the program, outputs "output.0" and so on.
+        """
         tensors = {**program.state_dict, **program.constants}
         first: dict[tuple[Any, ...], Weight] = {}
         weights = {}
@@ -88,7 +77,14 @@ class Graph:
             if isinstance(tensor, torch.Tensor):
                 same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
                 weights[name] = first.setdefault(same, Weight.of(tensor.detach(), name))
-        return Graph(program=program, weights=weights, task=task)
+        specs = program.graph_signature.input_specs
+        return Graph(
+            program=program,
+            weights=weights,
+            task=task,
+            input_names=tuple(spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT),
+            output_names=tuple(f"output.{index}" for index, _ in enumerate(program.graph_signature.output_specs)),
+        )
 
     @property
     def module(self) -> torch.fx.GraphModule:
@@ -123,11 +119,33 @@ class Graph:
         """Bytes of all weights, each buffer counted once."""
         return sum({id(weight): weight.bytes for weight in self.weights.values()}.values())
 
-    def user_inputs(self) -> list[Node]:
-        """Inputs that a caller passes, in order."""
+    @property
+    def inputs(self) -> dict[str, Node]:
+        """Inputs that a caller passes by name, in order; states are among them."""
         nodes = self.placeholders()
         specs = self.program.graph_signature.input_specs
-        return [nodes[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
+        passed = [nodes[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
+        return dict(zip(self.input_names, passed, strict=True))
+
+    @property
+    def outputs(self) -> dict[str, Node]:
+        """What is returned by name, in order; states and taps are among it."""
+        return dict(zip(self.output_names, self.output.args[0], strict=True))
+
+    def symbols(self) -> dict[str, str]:
+        """Name of the axis by the symbol that inputs have for its size; the first one if several share it."""
+        names: dict[str, str] = {}
+        for name, node in self.inputs.items():
+            axes = self.states[name].axes if name in self.states else self.axes.get(name, ())
+            for axis, size in zip(axes, node.meta["val"].shape, strict=True) if axes else ():
+                if not isinstance(size, int):
+                    names.setdefault(str(size), axis)
+        return names
+
+    def port(self, name: str) -> Port:
+        """What an input or output looks like to a caller."""
+        value = {**self.inputs, **self.outputs}[name].meta["val"]
+        return Port(axes=self.axes[name], dtype=dtype_name(value.dtype))
 
     def weight_names(self) -> dict[str, str]:
         """Weight name by the placeholder that holds it."""
@@ -186,7 +204,7 @@ class Graph:
         self.program.graph_signature.output_specs.append(
             OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), None)
         )
-        self.taps = (*self.taps, tap)
+        self.output_names, self.taps = (*self.output_names, tap.name), (*self.taps, tap)
 
     def drop_dead_code(self) -> None:
         """Remove calls nobody uses, then weights nobody reads."""
@@ -232,6 +250,11 @@ class Graph:
             f"{node.name}={node.target}{node.args}{node.kwargs}:{_shape(node.meta.get('val'))}"
             for node in self.fx.nodes
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as states and ports name it: "float32" and so on."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(value: Any) -> Any:

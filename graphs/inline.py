@@ -7,7 +7,6 @@ fused operation is replaced by its reference body, and the symbols by the sizes 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,13 +46,13 @@ class _Plain(nn.Module):
 def inline(graph: Graph, *, tokens: int, slots: int, positions: int = 1, batch: int = 1) -> ExportedProgram:
     """Export a `decode` graph again, in plain operations and with sizes that are numbers.
 
-    Its inputs are those of the graph: tokens [batch, tokens], start [], logit_positions [positions], caches; its
+    Its inputs are those of the graph: tokens [batch, tokens], start [], logit_positions [positions], states; its
     weights are read into memory.
 
     Args:
         graph: At any stage of the passes.
         tokens: T, new tokens in a call.
-        slots: S of caches that grow; bounded ones keep theirs.
+        slots: S of states that grow; bounded ones keep theirs.
         positions: P, positions whose logits are wanted.
         batch: B.
 
@@ -62,18 +61,20 @@ def inline(graph: Graph, *, tokens: int, slots: int, positions: int = 1, batch: 
     """
     if graph.task != "decode":
         raise TraceError(f"only a 'decode' graph can be inlined, not one for {graph.task!r}: trace it with that task")
-    nodes = graph.placeholders()
-    caches = []
-    for cache in graph.caches:
-        value = nodes[cache.input].meta["val"]
-        shape = (batch, int(value.shape[1]), cache.slots or slots, int(value.shape[3]))
-        caches.append(torch.zeros(shape, dtype=value.dtype))
-    ids = torch.zeros((batch, tokens), dtype=torch.int64)
-    inputs: Sequence[torch.Tensor] = (ids, torch.tensor(0), torch.zeros(positions, dtype=torch.int64), *caches)
+    values = {
+        "tokens": torch.zeros((batch, tokens), dtype=torch.int64),
+        "start": torch.tensor(0),
+        "logit_positions": torch.zeros(positions, dtype=torch.int64),
+    }
+    values |= {
+        name: torch.zeros(state.shape(slots, batch=batch), dtype=getattr(torch, state.dtype))
+        for name, state in graph.states.items()
+    }
+    inputs = tuple(values[name] for name in graph.input_names)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            program: ExportedProgram = export(_Plain(graph), tuple(inputs), strict=False).run_decompositions(ops.BODIES)
+            program: ExportedProgram = export(_Plain(graph), inputs, strict=False).run_decompositions(ops.BODIES)
         except Exception as error:
             raise TraceError(f"torch.export could not trace the inlined graph: {error}") from error
     return program

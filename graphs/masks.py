@@ -54,7 +54,7 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
         cached: Whether keys stand in a cache's slots (position p in slot p % S) or in their own order (S is T).
     """
     inputs = _value_inputs(mask)
-    if unknown := sorted({node.name for node in inputs} - {graph.start}):
+    if unknown := sorted(node.name for node in inputs if node is not graph.inputs.get("start")):
         return MaskReading(window=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
     reach = _reach(mask)
     try:
@@ -193,18 +193,18 @@ def evaluate(graph: Graph, node: Node, sizes: Mapping[str, int], start: int) -> 
         start: Position of the first new token.
     """
     needed = set(_upstream(node))
-    known = {used: _stand_in(used, graph, sizes, start) for used in graph.user_inputs() if used in needed}
+    known = {used: _stand_in(used, name, sizes, start) for name, used in graph.inputs.items() if used in needed}
     value = run_nodes([node], known)[node]
     assert isinstance(value, torch.Tensor)
     return value
 
 
-def _stand_in(node: Node, graph: Graph, sizes: Mapping[str, int], start: int) -> Any:
+def _stand_in(node: Node, name: str, sizes: Mapping[str, int], start: int) -> Any:
     """A value for an input: the right shape without any memory behind it."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return value
-    if node.name == graph.start:
+    if name == "start":
         return torch.tensor(start)
     shape = [size if isinstance(size, int) else sizes.get(str(size), 1) for size in value.shape]
     return torch.zeros((), dtype=value.dtype).expand(shape)
@@ -212,4 +212,5 @@ def _stand_in(node: Node, graph: Graph, sizes: Mapping[str, int], start: int) ->
 
 def depends_on_values(graph: Graph, node: Node) -> bool:
     """Whether a node depends on any input's numbers other than the start position."""
-    return any(used.name != graph.start for used in _value_inputs(node))
+    position = graph.inputs.get("start")
+    return any(used is not position for used in _value_inputs(node))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 
 from transom.errors import TraceError
-from transom.graphs.graph import Cache, Graph
+from transom.graphs.graph import Graph, dtype_name
+from transom.graphs.state import State, by_layer
 from transom.graphs.weight import Weight
 
 Task = Literal["decode", "score"]
@@ -24,17 +26,8 @@ LEAST_BOUND = 64
 """The sizes that are traced must lie within their bounds, however short the context."""
 
 
-class TracedConfig(Protocol):
-    """What tracing must know of a decoder."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def context(self) -> int: ...
+_PORTS: Mapping[str, tuple[str, ...]] = {"tokens": ("batch", "tokens"), "start": (), "logit_positions": ("positions",)}
+"""What a caller passes beside states, in order, and its axes."""
 
 
 class _Decode(nn.Module):
@@ -49,7 +42,7 @@ class _Decode(nn.Module):
         tokens: torch.Tensor,
         start: torch.Tensor,
         logit_positions: torch.Tensor,
-        caches: list[tuple[torch.Tensor, torch.Tensor]],
+        caches: list[tuple[torch.Tensor, ...]],
     ) -> Any:
         logits_BTV, written = self.model(tokens, start, caches)
         return logits_BTV.index_select(1, logit_positions), written
@@ -68,27 +61,31 @@ class _Score(nn.Module):
 
 def trace(
     build: Callable[[], nn.Module],
-    config: TracedConfig,
     weights: Mapping[str, Weight],
     *,
+    context: int,
+    states: Sequence[State] = (),
     task: Task = "decode",
     dtype: torch.dtype = torch.float32,
 ) -> Graph:
     """Trace a decoder.
 
-    The model is built and traced on fake tensors. Batch B, new tokens T, cache slots S and wanted positions P are all
-    symbolic, and every layer's cache has the same S: as traced, all caches grow with the context.
+    The model is built and traced on fake tensors. Batch B, new tokens T, slots S and wanted positions P are all
+    symbolic, and all rings that are declared to grow with the context have the same S.
 
     Args:
-        build: Makes the module; its `forward` takes (tokens, start, caches) as the model files define it.
-        config: The module's configuration.
+        build: Makes the module; its `forward` takes (tokens, start, caches) as the model files define it: one tuple a
+            layer that owns states, of these in their order.
         weights: Recipe of every parameter, by the module's own names.
-        task: "decode": inputs tokens [B, T], start [], logit_positions [P] and caches [B, K, S, H]; outputs logits
-            [B, P, V] and the caches. "score": input tokens [B, T]; output logits [B, T, V].
+        context: Longest sequence, in tokens.
+        states: What the model keeps from call to call; those without a dtype have that of the computation.
+        task: "decode": inputs tokens [B, T], start [], logit_positions [P] and the states; outputs logits [B, P, V] and
+            the states. "score": input tokens [B, T]; output logits [B, T, V].
         dtype: Dtype to compute in.
 
     Raises:
-        TraceError: If the module cannot be exported, or a parameter has no weight.
+        TraceError: If the module cannot be exported, a parameter has no weight, or the module returns other states than
+            were declared.
     """
     import torch._dynamo.config  # takes seconds
 
@@ -100,17 +97,15 @@ def trace(
             module = build().eval()
         tokens = torch.zeros(2, 7, dtype=torch.int64)
         # A bound of sizes only: sessions hold to the context itself.
-        most = max(config.context, LEAST_BOUND)
+        most = max(context, LEAST_BOUND)
         batch, new = Dim("B", min=1, max=MAX_BATCH), Dim("T", min=1, max=most)
+        layers = by_layer(_with_dtype(state, dtype) for state in states) if task == "decode" else []
         try:
             if task == "score":
                 program = export(_Score(module), (tokens,), dynamic_shapes=({0: batch, 1: new},), strict=False)
             else:
-                shape = (2, config.num_kv_heads, 40, config.head_dim)
-                caches = [
-                    (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)
-                ]
-                cache_dims = {0: batch, 2: Dim("S", min=1, max=most)}
+                caches = [tuple(map(_zeros, layer)) for layer in layers]
+                chosen = {"batch": batch, "slots": Dim("S", min=1, max=most)}
                 program = export(
                     _Decode(module),
                     (tokens, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64), caches),
@@ -118,13 +113,27 @@ def trace(
                         {0: batch, 1: new},
                         None,
                         {0: Dim("P", min=0, max=most)},
-                        [(cache_dims, cache_dims)] * config.num_layers,
+                        [tuple(_open_sizes(state, chosen) for state in layer) for layer in layers],
                     ),
                     strict=False,
                 )
         except Exception as error:
             raise TraceError(f"torch.export could not trace {type(module).__name__} for {task!r}: {error}") from error
-    return _graph(program, weights, task, dtype)
+    return _graph(program, weights, task, dtype, [state for layer in layers for state in layer])
+
+
+def _with_dtype(state: State, dtype: torch.dtype) -> State:
+    return dataclasses.replace(state, dtype=state.dtype or dtype_name(dtype))
+
+
+def _zeros(state: State) -> torch.Tensor:
+    return torch.zeros(state.shape(40, batch=2), dtype=getattr(torch, state.dtype))
+
+
+def _open_sizes(state: State, chosen: Mapping[str, Any]) -> dict[int, Any]:
+    """What torch.export must know of the sizes that callers choose, by axis."""
+    sizes = zip(state.axes, state.sizes, strict=True)
+    return {index: chosen[axis] for index, (axis, size) in enumerate(sizes) if size is None}
 
 
 @contextlib.contextmanager
@@ -137,7 +146,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _graph(program: ExportedProgram, weights: Mapping[str, Weight], task: Task, dtype: torch.dtype) -> Graph:
+def _graph(
+    program: ExportedProgram, weights: Mapping[str, Weight], task: Task, dtype: torch.dtype, states: Sequence[State]
+) -> Graph:
     names = [name.removeprefix("model.") for name in program.state_dict]
     if missing := sorted(set(names) - set(weights)):
         raise TraceError(f"the model has parameters that no weight was given for: {', '.join(missing)}")
@@ -146,12 +157,22 @@ def _graph(program: ExportedProgram, weights: Mapping[str, Weight], task: Task, 
     for spec in program.graph_signature.input_specs:
         if spec.target is not None:
             spec.target = spec.target.removeprefix("model.")
-    graph = Graph(program=program, weights={name: weights[name].to(dtype) for name in names}, task=task)
-    if task == "decode":
-        _, start, _, *caches = graph.user_inputs()
-        graph.start = start.name
-        graph.caches = tuple(
-            Cache(name=f"cache.{i // 2}.{'value' if i % 2 else 'key'}", layer=i // 2, input=node.name)
-            for i, node in enumerate(caches)
-        )
+    kept = tuple(state.name for state in states)
+    inputs, outputs = ((*_PORTS, *kept) if task == "decode" else ("tokens",)), ("logits", *kept)
+    if (count := len(program.graph_signature.output_specs)) != len(outputs):
+        raise TraceError(f"the model returns {count - 1} states where {len(kept)} are declared: {', '.join(kept)}")
+    graph = Graph(
+        program=program,
+        weights={name: weights[name].to(dtype) for name in names},
+        task=task,
+        input_names=inputs,
+        output_names=outputs,
+        axes={**_PORTS, "logits": ("batch", "positions" if task == "decode" else "tokens", "vocabulary")},
+        states={state.name: state for state in states},
+    )
+    given, values = graph.inputs, graph.outputs
+    for name in kept:
+        taken, returned = given[name].meta["val"], values[name].meta["val"]
+        if [str(size) for size in taken.shape] != [str(size) for size in returned.shape]:
+            raise TraceError(f"the model returns {name} as {tuple(returned.shape)}, it is {tuple(taken.shape)}")
     return graph

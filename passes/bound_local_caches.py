@@ -19,6 +19,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph, fake_mode
 from transom.graphs.match import is_call, layer_path
 from transom.graphs.node import Node
+from transom.graphs.state import SLOTS
 from transom.passes.base import Pass, Rewrite
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
@@ -43,29 +44,28 @@ class BoundLocalCaches(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Resize the caches of local layers and note every cache's window."""
-        nodes, caches = graph.placeholders(), []
+        inputs = graph.inputs
         changes, skipped = 0, list[str]()
+        rings = {name: state for name, state in graph.states.items() if state.is_ring}
         unknown = self._unknown_layers(graph)
-        for cache in graph.caches:
-            node = nodes[cache.input]
+        for name, state in rings.items():
+            node = inputs[name]
             window = self._window(node)
-            if cache.layer in unknown:
+            if state.layer in unknown:
                 reader = "" if window is None else " of the cache beside it"
-                skipped.append(
-                    f"{cache.name}: not every reader{reader} is attention with a known window, so it still grows"
-                )
+                skipped.append(f"{name}: not every reader{reader} is attention with a known window, so it still grows")
                 window = None
             slots = window + self._slack(node) if window else None
-            if slots is not None and cache.slots is None:
-                batch, heads, _, width = node.meta["val"].shape
+            if slots is not None and state.slots is None:
+                sizes, axis = list(node.meta["val"].shape), state.axes.index(SLOTS)
                 with fake_mode(graph):
-                    node.meta["val"] = node.meta["val"].new_empty((batch, heads, slots, width))
+                    node.meta["val"] = node.meta["val"].new_empty((*sizes[:axis], slots, *sizes[axis + 1 :]))
                 node.meta["changed"] = True
                 changes += 1
-            if slots is None or cache.slots is None:
-                cache = dataclasses.replace(cache, window=window or None, slots=slots)
-            caches.append(cache)
-        graph.caches = tuple(caches)
+            if state.slots is None:
+                sized = state if slots is None else state.fixed(slots=slots)
+                rings[name] = dataclasses.replace(sized, window=window or None)
+        graph.states = {**graph.states, **rings}
         return Rewrite(changes=changes, skipped=tuple(skipped))
 
     def _slack(self, cache: Node) -> int:
@@ -75,7 +75,7 @@ class BoundLocalCaches(Pass):
     def ensures(self, graph: Graph) -> None:
         """No local attention reads a cache that grows unreported, or one too small for its window and chunk."""
         unknown = self._unknown_layers(graph)
-        grow = {cache.input for cache in graph.caches if cache.layer in unknown}
+        grow = {graph.inputs[name].name for name, state in graph.states.items() if state.layer in unknown}
         for node in graph.calls(ops.ATTENTION, ops.CACHED_ATTENTION):
             fused = node.target is ops.CACHED_ATTENTION
             window = node.args[7 if fused else 5]
@@ -91,9 +91,10 @@ class BoundLocalCaches(Pass):
                 )
 
     def _unknown_layers(self, graph: Graph) -> set[int]:
-        """Layers with a cache of unknown window: keys and values go together, so that slots mean the same in both."""
-        nodes = graph.placeholders()
-        return {cache.layer for cache in graph.caches if self._window(nodes[cache.input]) is None}
+        """Layers with a ring of unknown window: rings of a layer go together, so that slots mean the same in all."""
+        inputs = graph.inputs
+        rings = {name: state for name, state in graph.states.items() if state.is_ring}
+        return {state.layer for name, state in rings.items() if self._window(inputs[name]) is None}
 
     @staticmethod
     def _window(cache: Node) -> int | None:

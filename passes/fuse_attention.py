@@ -56,7 +56,7 @@ class FuseAttention(Pass):
             if not isinstance(site, _Site):
                 continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
-            cached = graph.start is not None and str(tokens) != str(slots)
+            cached = "start" in graph.input_names and str(tokens) != str(slots)
             key = (site.mask, site.hidden, str(tokens), str(slots), cached)
             if key not in readings:
                 readings[key] = _read(graph, site, tokens, slots, cached)
@@ -209,7 +209,7 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
 
 
 def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
-    start = graph.placeholders()[graph.start] if cached and graph.start is not None else None
+    start = graph.inputs["start"] if cached else None
     with graph.fx.inserting_before(site.out):
         new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, site.scale, window), site.out)
     site.out.replace_all_uses_with(new)

@@ -42,12 +42,13 @@ class FuseCacheWrites(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Replace every recognised write into a cache input."""
-        caches = {cache.input for cache in graph.caches}
+        inputs = graph.inputs
         changes, skipped = 0, list[str]()
+        caches = {inputs[name] for name, state in graph.states.items() if state.is_ring}
         rings: dict[tuple[Node, str], bool] = {}
         for node in graph.calls(aten.index_copy.default):
             cache, axis, index, new = node.args
-            if cache.name not in caches:
+            if cache not in caches:
                 continue
             if axis != 2:
                 skipped.append(f"{node.name}: writes along axis {axis}, not along the slots")
@@ -58,16 +59,15 @@ class FuseCacheWrites(Pass):
             if not rings[key]:
                 skipped.append(f"{node.name}: does not write position p into slot p % S")
                 continue
-            start = graph.placeholders()[graph.start or ""]
             with graph.fx.inserting_before(node):
-                fused = graph.call(ops.WRITE_CACHE, (cache, new, start), node)
+                fused = graph.call(ops.WRITE_CACHE, (cache, new, inputs["start"]), node)
             node.replace_all_uses_with(fused)
             changes += 1
         return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
 def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:
-    if graph.start is None or depends_on_values(graph, index):
+    if "start" not in graph.input_names or depends_on_values(graph, index):
         return False
     slots, tokens = cache.meta["val"].shape[2], new.meta["val"].shape[2]
     for width in (64,) if not isinstance(slots, int) else (slots,):

@@ -85,12 +85,10 @@ class GuardRanges(Pass):
         return Rewrite(changes=changes, notes=tuple(notes))
 
     def _refuse_results(self, graph: Graph, hot: Mapping[Node, tuple[str, float]]) -> None:
-        returned = graph.output.args[0]
-        results = returned[: len(returned) - len(graph.taps)]
-        first_cache = len(results) - len(graph.caches)
-        for index, node in enumerate(results):
-            if node in hot and node.meta["val"].dtype == self.dtype:
-                what = graph.caches[index - first_cache].name if index >= first_cache else "the result"
+        taps = {tap.name for tap in graph.taps}
+        for name, node in graph.outputs.items():
+            if name not in taps and node in hot and node.meta["val"].dtype == self.dtype:
+                what = name if name in graph.states else "the result"
                 raise self._refusal(f"{what}, from {hot[node][0]},", hot[node][1], self.margin)
 
     def _refusal(self, what: str, largest: float, margin: float) -> RangeError:

@@ -95,11 +95,7 @@ def computed_values(graph: Graph) -> list[tuple[str, Node]]:
 
     A trace of the same model in another dtype has the same names for the same values.
     """
-    activations: set[Node] = set()
-    weights = graph.weight_names()
-    for node in graph.placeholders().values():
-        if node.name not in weights and node.name != graph.start:
-            activations.add(node)
+    activations = {node for name, node in graph.inputs.items() if name != "start"}
     named_values, counts = [], dict[str, int]()
     for node in graph.calls_all():
         if not any(used in activations for used in node.all_input_nodes) or is_call(node, OBSERVE):

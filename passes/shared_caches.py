@@ -21,10 +21,11 @@ def cache_readers(graph: Graph) -> dict[str, list[Node]]:
         path[-1]: node for node in graph.calls_all() if is_softmax(node) and (path := path_to_product(graph, node))
     }
     order = {node: index for index, node in enumerate(graph.fx.nodes)}
-    nodes = graph.placeholders()
+    inputs = graph.inputs
     return {
-        cache.name: sorted(_readers(graph, nodes[cache.input], softmaxes), key=order.__getitem__)
-        for cache in graph.caches
+        name: sorted(_readers(graph, inputs[name], softmaxes), key=order.__getitem__)
+        for name, state in graph.states.items()
+        if state.is_ring
     }
 
 

@@ -76,10 +76,10 @@ class Case:
     def expect_cache(self, *, local: int | None) -> Case:
         """Check that local layers hold this many slots (None: as many as global ones), and global layers grow."""
         assert self.model is not None
-        nodes = self.graph.placeholders()
-        for cache in self.graph.caches:
+        nodes = self.graph.inputs
+        for cache in self.graph.states.values():
             window = self.model.config.layers[cache.layer].window
-            slots = nodes[cache.input].meta["val"].shape[2]
+            slots = nodes[cache.name].meta["val"].shape[2]
             bounded = window is not None and local is not None
             assert cache.slots == (local if bounded else None), cache
             assert isinstance(slots, int) == bounded, f"{cache.name} was traced with {slots} slots"

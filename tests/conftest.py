@@ -24,7 +24,7 @@ from transom.cli.options import console
 from transom.errors import CheckpointError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.trace import Task, trace
+from transom.graphs.trace import trace
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass
 from transom.passes.pipelines import pipeline
@@ -94,21 +94,14 @@ def stages_of(traced: Graph, target: str, quant: str = "none") -> list[Stage]:
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
     """A configuration is traced once a process: weights are recipes that stand beside the graph."""
-    done: dict[tuple[Any, Task, torch.dtype], Graph] = {}
+    done: dict[Any, Graph] = {}
 
-    def remembered(
-        build: Callable[[], torch.nn.Module],
-        config: Any,
-        weights: Mapping[str, Weight],
-        *,
-        task: Task = "decode",
-        dtype: torch.dtype = torch.float32,
-    ) -> Graph:
-        key = (config, task, dtype)
+    def remembered(build: functools.partial[torch.nn.Module], weights: Mapping[str, Weight], **options: Any) -> Graph:
+        key = (build.func, build.args, options["task"], options["dtype"])
         if key not in done or done[key].weights.keys() - weights.keys():
-            done[key] = trace(build, config, weights, task=task, dtype=dtype)
+            done[key] = trace(build, weights, **options)
         graph = done[key].clone()
-        graph.weights = {name: weights[name].to(dtype) for name in graph.weights}
+        graph.weights = {name: weights[name].to(options["dtype"]) for name in graph.weights}
         return graph
 
     with pytest.MonkeyPatch.context() as patch:

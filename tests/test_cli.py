@@ -252,7 +252,7 @@ def test_names_are_no_markup(cli: Cli, artifact: Path, tmp_path: Path, monkeypat
     data |= {"target": "[/red]", "quantization": "[/red]", "dtype": "[/red]"}
     data["source"] |= {"revision": "[/red]"}
     data["passes"][0] |= {"name": "[/red]", "notes": ["[/red]"]}
-    data["caches"][0] |= {"dtype": "[/red]"}
+    data["entries"]["decode"]["states"][0] |= {"dtype": "[/red]"}
     (folder / "manifest.json").write_text(json.dumps(data))
     # The name stands in a table's title, which is as wide as the table.
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,7 @@ class Stages:
         self.graph, self.device = graph, torch.device(device)
         nodes = graph.placeholders()
         self._names = {nodes[placeholder]: name for placeholder, name in graph.weight_names().items()}
-        (self._tokens,) = graph.user_inputs()
+        self._tokens = graph.inputs["tokens"]
         self._head = _head(graph)
         self._hidden, self._table = self._head.args[0], self._head.args[1]
         self.stages = self._cut()
@@ -183,7 +183,7 @@ def _ancestors(node: Node) -> set[Node]:
 
 def _head(graph: Graph) -> Node:
     """The last linear; what follows may only be a softcap, which the loss applies by itself."""
-    node: Any = graph.output.args[0][0]
+    node: Any = graph.outputs["logits"]
     while is_call(node, aten.mul.Tensor, aten.tanh.default, aten.div.Tensor):
         node = node.args[0]
     if not is_call(node, aten.linear.default):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from transom.backends.artifact import CacheRecord
 from transom.backends.session import Session
+from transom.graphs.state import State
 from transom.validation.compare import Array, Differences
 from transom.validation.result import CacheResult
 from transom.validation.tolerances import Tolerance
@@ -68,20 +68,20 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
     """
     cache_bytes, failures = session.cache_bytes(), []
     windows = [layer.window for layer in config.layers]
-    local = [(cache, window) for cache in session.caches if (window := windows[cache.layer]) is not None]
-    for cache, window in local:
+    local = [(state, window) for state in session.states if (window := windows[state.layer]) is not None]
+    for state, window in local:
         most = window + session.chunk - 1
-        if cache.window is None or cache.slots is None:
-            failures.append(f"{cache.name}: layer {cache.layer} is local, but its cache grows with the context")
-        elif cache.slots > most:
+        if state.window is None or state.slots is None:
+            failures.append(f"{state.name}: layer {state.layer} is local, but its cache grows with the context")
+        elif state.slots > most:
             failures.append(
-                f"{cache.name}: {cache.slots} slots, a window of {window} and chunks of {session.chunk} need "
+                f"{state.name}: {state.slots} slots, a window of {window} and chunks of {session.chunk} need "
                 f"{most} at most"
             )
-    expected = sum(_slot_bytes(cache) * (cache.slots or 0) for cache, _ in local)
-    per_token = sum(_slot_bytes(cache) for cache in session.caches if windows[cache.layer] is None)
+    expected = sum(_slot_bytes(state) * (state.slots or 0) for state, _ in local)
+    per_token = sum(_slot_bytes(state) for state in session.states if state.is_ring and windows[state.layer] is None)
     # A session counts a cache without a window as global; that is a failure above.
-    if all(cache.window is not None for cache, _ in local):
+    if all(state.window is not None for state, _ in local):
         if cache_bytes["local"] != expected:
             failures.append(
                 f"caches of local layers take {cache_bytes['local']:,} bytes after {tokens} tokens, the manifest's "
@@ -92,16 +92,16 @@ def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheRe
                 f"caches of global layers take {cache_bytes['global']:,} bytes after {tokens} tokens, at {per_token:,} "
                 f"a token and a context of {session.context:,}"
             )
-    dtype = PLAN_NAMES[session.caches[0].dtype]
+    dtype = PLAN_NAMES[session.states[0].dtype]
     bare = plan(config, context=session.context, cache_dtype=dtype).layers
     return CacheResult(
         local=cache_bytes["local"],
         global_=cache_bytes["global"],
         local_manifest=expected,
         local_window=sum(layer.bytes for layer in bare if layer.kind == "local"),
-        unbounded=sum(_slot_bytes(cache) for cache, _ in local) * session.context,
+        unbounded=sum(_slot_bytes(state) for state, _ in local) * session.context,
     ), failures
 
 
-def _slot_bytes(cache: CacheRecord) -> int:
-    return cache.heads * cache.width * CACHE_DTYPES[PLAN_NAMES[cache.dtype]]
+def _slot_bytes(state: State) -> int:
+    return state.numbers * CACHE_DTYPES[PLAN_NAMES[state.dtype]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from transom.backends.artifact import CacheRecord
 from transom.errors import ContextLengthError
+from transom.graphs.state import State
 
 NEW_TOKENS = 32
 """Tokens of the greedy continuation."""
@@ -73,14 +73,14 @@ def text_length(*, window: int | None, context: int, chunk: int) -> int:
     return min(context, max(4 * window + 3, window + chunk - 1 + AROUND))
 
 
-def schedule(*, window: int | None, context: int, chunk: int, caches: Sequence[CacheRecord]) -> Schedule:
+def schedule(*, window: int | None, context: int, chunk: int, states: Sequence[State]) -> Schedule:
     """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
 
     Args:
         window: Keys that a local layer sees; None where all layers are global.
         context: Most tokens that the target takes.
         chunk: Most new tokens in one call.
-        caches: Its caches, whose rings wrap at their numbers of slots.
+        states: Its states, whose rings wrap at their numbers of slots.
 
     Raises:
         ContextLengthError: If the context is too short for any comparison.
@@ -89,7 +89,7 @@ def schedule(*, window: int | None, context: int, chunk: int, caches: Sequence[C
     edge, window = window, window or SPAN
     wanted = (window - 1, window, window + 1, 2 * window, 3 * window + 5, 4 * window + 3)
     prompts = tuple(sorted({min(length, context) for length in wanted if length > 0}))
-    rings = {cache.slots for cache in caches if cache.window is not None and cache.slots is not None}
+    rings = {state.slots for state in states if state.window is not None and state.slots is not None}
     boundaries = {slots: f"the wrap of a ring of {slots:,} slots" for slots in rings}
     if edge is not None:
         boundaries[edge] = f"the edge of the window of {edge:,}"

@@ -47,7 +47,7 @@ def validate_target(
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
     bound = tolerance(candidate.target, dtype=candidate.options.dtype, quant=candidate.options.quant)
-    plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, caches=session.caches)
+    plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, states=session.states)
     total, done, expected = plans.positions, 0, oracle.text.logits
 
     def advance(count: int) -> None:
@@ -94,7 +94,7 @@ def validate_target(
         context=session.context,
         chunk=session.chunk,
         window=config.longest_window,
-        slots=tuple(sorted({c.slots for c in session.caches if c.window is not None and c.slots is not None})),
+        slots=tuple(sorted({s.slots for s in session.states if s.window is not None and s.slots is not None})),
         tolerance=bound,
         lengths=lengths,
         new_tokens=plans.new_tokens,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from transom.errors import ConfigError
+from transom.graphs.state import State, ring
 from transom.zoo.config_keys import is_positive
 
 LayerKind = Literal["local", "global"]
@@ -115,6 +116,15 @@ class DecoderConfig:
     def layers(self) -> tuple[AttentionLayer, ...]:
         """What every layer keeps, first to last."""
         raise NotImplementedError
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """What it keeps from call to call: a ring of keys and one of values a layer."""
+        return tuple(
+            ring(f"cache.{index}.{kind}", layer=index, heads=layer.kv_heads, width=width)
+            for index, layer in enumerate(self.layers)
+            for kind, width in (("key", layer.key_width), ("value", layer.value_width))
+        )
 
     @property
     def num_layers(self) -> int:

@@ -84,7 +84,12 @@ class Model:
         if (task, dtype) not in self._traces:
             build = architecture(self.config.architecture).build
             self._traces[task, dtype] = trace(
-                lambda: build(self.config), self.config, self.weights, task=task, dtype=dtype
+                lambda: build(self.config),
+                self.weights,
+                states=self.config.states,
+                context=self.config.context,
+                task=task,
+                dtype=dtype,
             )
         return self._traces[task, dtype]
 

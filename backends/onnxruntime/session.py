@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.artifact import MODEL_FILE, Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
-from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.session import Float, Session, Tokenizer, grown
 from transom.errors import ArtifactError, TargetError
+from transom.graphs.state import State
 
 MINIMUM = (1, 29)
 
@@ -43,7 +44,7 @@ class OnnxRuntimeSession(Session):
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
-            caches=manifest.caches,
+            states=manifest.decode.states,
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
             whole_writes=self.whole_writes,
@@ -53,7 +54,7 @@ class OnnxRuntimeSession(Session):
             raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
         self._binding = self._runtime.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._taps = [tap.name for tap in manifest.taps]
+        self._taps = [tap.name for tap in manifest.decode.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         with self._running("ONNX Runtime"):
@@ -70,31 +71,29 @@ class OnnxRuntimeSession(Session):
 
     def _allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)
-        for cache in self.caches:
-            old = arrays.get(cache.name)
-            if old is None or cache.slots is None:
+        for state in self.states:
+            old = arrays.get(state.name)
+            if old is None or state.grows:
                 # Pages of zeros take no memory until they are written.
-                new = np.zeros((1, cache.heads, cache.slots or slots, cache.width), self._cache_type(cache)[0])
-                if old is not None:
-                    new[:, :, : old.shape[2]] = old
-                arrays[cache.name] = new
+                new = np.zeros(state.shape(slots), self._dtypes(state)[0])
+                arrays[state.name] = new if old is None else grown(old, new)
         self._binding.clear_binding_outputs()
         self._arrays = arrays
-        for cache in self.caches:
-            self._bind(cache)
+        for state in self.states:
+            self._bind(state)
         # Outputs come back in the order in which they were bound, and the logits are bound last.
-        self._logits_index = len(self.caches)
+        self._logits_index = len(self.states)
 
-    def _bind(self, cache: CacheRecord) -> None:
+    def _bind(self, state: State) -> None:
         """Let the runtime read and write one buffer in place."""
-        array = self._arrays[cache.name]
-        place: Any = ("cpu", 0, self._cache_type(cache)[1], array.shape, array.ctypes.data)
-        self._binding.bind_input(cache.name, *place)
-        self._binding.bind_output(f"{cache.name}.out", *place)
+        array = self._arrays[state.name]
+        place: Any = ("cpu", 0, self._dtypes(state)[1], array.shape, array.ctypes.data)
+        self._binding.bind_input(state.name, *place)
+        self._binding.bind_output(f"{state.name}.out", *place)
 
-    def _cache_type(self, cache: CacheRecord) -> tuple[Any, Any]:
-        """What numpy and the runtime call the dtype of a cache."""
-        return cache.dtype, np.dtype(cache.dtype).type
+    def _dtypes(self, state: State) -> tuple[Any, Any]:
+        """What numpy and the runtime call the dtype of a state."""
+        return state.dtype, np.dtype(state.dtype).type
 
     def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
         """Open the model."""
@@ -111,12 +110,13 @@ class OnnxRuntimeSession(Session):
         data = relocate(model, folder)
         return load(model.SerializeToString(), threads, folded=folded, data=data)
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
-        for cache in self.caches:
-            if cache.name in self._arrays:
-                yield cache, self._arrays[cache.name]
+    def _state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
+        for state in self.states:
+            if state.name in self._arrays:
+                yield state, self._arrays[state.name]
 
 
+_GIVEN = {"tokens", "start", "logit_positions"}
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
 
@@ -125,22 +125,27 @@ def mismatch(runtime: Any, manifest: Manifest) -> str:
     inputs, outputs = (
         {value.name: value for value in values} for values in (runtime.get_inputs(), runtime.get_outputs())
     )
-    names = [cache.name for cache in manifest.caches]
-    if sorted(inputs) != sorted(("tokens", "start", "logit_positions", *names)):
-        return "its caches are not the model's inputs"
-    if sorted(outputs) != sorted(("logits", *(f"{name}.out" for name in names), *(tap.name for tap in manifest.taps))):
-        return "its caches and taps are not the model's outputs"
+    entry = manifest.decode
+    names = [state.name for state in entry.states]
+    if sorted(inputs) != sorted((*entry.inputs, *names)) or not _GIVEN <= entry.inputs.keys():
+        return "its ports and states are not the model's inputs"
+    taps = (tap.name for tap in entry.taps)
+    if (
+        sorted(outputs) != sorted((*entry.outputs, *(f"{name}.out" for name in names), *taps))
+        or "logits" not in outputs
+    ):
+        return "its ports, states and taps are not the model's outputs"
     if outputs["logits"].shape[-1] != manifest.vocab_size:
         return f"a vocabulary of {manifest.vocab_size}, the logits have {outputs['logits'].shape[-1]}"
-    for cache in manifest.caches:
-        value, shape = inputs[cache.name], [cache.heads, cache.slots, cache.width]
-        # A size that grows is a name to the runtime.
-        if [size if isinstance(size, int) else None for size in value.shape[1:]] != shape:
-            return f"{cache.name} is {shape}, the model's {value.shape[1:]}"
-        if value.type != _TYPES.get(cache.dtype):
-            return f"{cache.name} is {cache.dtype}, the model's {value.type}"
-        if cache.slots is not None and cache.slots < min(manifest.chunk, manifest.context):
-            return f"{cache.name} has fewer slots than a call has tokens"
+    for state in entry.states:
+        value = inputs[state.name]
+        # A size that callers choose is a name to the runtime.
+        if [size if isinstance(size, int) else None for size in value.shape] != list(state.sizes):
+            return f"{state.name} is {list(state.sizes)}, the model's {value.shape}"
+        if value.type != _TYPES.get(state.dtype):
+            return f"{state.name} is {state.dtype}, the model's {value.type}"
+        if state.slots is not None and state.slots < min(manifest.chunk, manifest.context):
+            return f"{state.name} has fewer slots than a call has tokens"
     return ""
 
 

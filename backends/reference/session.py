@@ -9,36 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord, TapRecord
-from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.session import Float, Session, Tokenizer, grown
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)
 from transom.graphs.graph import Graph
+from transom.graphs.state import State
 from transom.graphs.weight import read_all
-
-
-def cache_records(graph: Graph) -> tuple[CacheRecord, ...]:
-    """What a graph says of its caches, in the form that sessions and manifests use."""
-    nodes = graph.placeholders()
-    records = []
-    for cache in graph.caches:
-        value = nodes[cache.input].meta["val"]
-        records.append(
-            CacheRecord(
-                name=cache.name,
-                layer=cache.layer,
-                window=cache.window,
-                slots=cache.slots,
-                heads=int(value.shape[1]),
-                width=int(value.shape[3]),
-                dtype=str(value.dtype).removeprefix("torch."),
-            )
-        )
-    return tuple(records)
-
-
-def tap_records(graph: Graph) -> tuple[TapRecord, ...]:
-    """A graph's taps, in the form that manifests use."""
-    return tuple(TapRecord(name=tap.name, layer=tap.layer, op=tap.op) for tap in graph.taps)
 
 
 class ReferenceSession(Session):
@@ -55,42 +30,43 @@ class ReferenceSession(Session):
         super().__init__(
             context=context,
             chunk=chunk,
-            vocab_size=int(graph.output.args[0][0].meta["val"].shape[-1]),
-            caches=cache_records(graph),
+            vocab_size=int(graph.outputs["logits"].meta["val"].shape[-1]),
+            states=tuple(graph.states.values()),
             stop_ids=tokenizer.stop_ids if tokenizer else (),
             tokenizer=tokenizer,
         )
         self._interpreter = torch.fx.Interpreter(graph.module)
-        names, tensors = graph.weight_names(), read_all(graph.weights)
-        self._inputs: list[torch.Tensor | None] = [
-            tensors[names[placeholder]] if placeholder in names else None for placeholder in graph.placeholders()
+        weights = read_all(graph.weights)
+        names, passed = graph.weight_names(), {node.name: name for name, node in graph.inputs.items()}
+        self._inputs: list[str | torch.Tensor] = [
+            weights[names[placeholder]] if placeholder in names else passed[placeholder]
+            for placeholder in graph.placeholders()
         ]
-        self._tensors: list[torch.Tensor] = []
+        self._outputs = graph.output_names
+        self._tensors: dict[str, torch.Tensor] = {}
         self._taps = [tap.name for tap in graph.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        new = [torch.from_numpy(tokens)[None], torch.tensor(self.position), torch.from_numpy(logit_positions)]
-        given = iter([*new, *self._tensors])
-        inputs = [next(given) if value is None else value for value in self._inputs]
+        given = {
+            "tokens": torch.from_numpy(tokens)[None],
+            "start": torch.tensor(self.position),
+            "logit_positions": torch.from_numpy(logit_positions),
+            **self._tensors,
+        }
+        inputs = [given[value] if isinstance(value, str) else value for value in self._inputs]
         with torch.no_grad():
-            logits, *rest = self._interpreter.run(*inputs)
-        self._tensors, taps = rest[: len(self.caches)], rest[len(self.caches) :]
-        self.tapped = {name: _array(value) for name, value in zip(self._taps, taps, strict=True)}
-        rows: Float = logits[0].float().numpy()
+            returned = dict(zip(self._outputs, self._interpreter.run(*inputs), strict=True))
+        self._tensors = {name: returned[name] for name in self._tensors}
+        self.tapped = {name: _array(returned[name]) for name in self._taps}
+        rows: Float = returned["logits"][0].float().numpy()
         return rows
 
     def _allocate(self, slots: int) -> None:
-        old, grown = self._tensors, []
-        for index, cache in enumerate(self.caches):
-            shape = (1, cache.heads, cache.slots or slots, cache.width)
-            tensor = torch.zeros(shape, dtype=getattr(torch, cache.dtype))
-            if old:
-                tensor[:, :, : old[index].shape[2]] = old[index]
-            grown.append(tensor)
-        self._tensors = grown
+        new = {state.name: torch.zeros(state.shape(slots), dtype=getattr(torch, state.dtype)) for state in self.states}
+        self._tensors = new | {name: grown(old, new[name]) for name, old in self._tensors.items()}
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        yield from zip(self.caches, self._tensors, strict=False)
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
 
 
 def _array(value: torch.Tensor) -> NDArray[Any]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto
 
-from transom.backends.artifact import MODEL_FILE, CacheRecord, Manifest
+from transom.backends.artifact import MODEL_FILE, Manifest
 from transom.backends.onnxruntime.data import relocate
 from transom.backends.onnxruntime.session import OnnxRuntimeSession, load
 from transom.backends.tensorrt.widening import read, widened
+from transom.graphs.state import State
 
 _TYPES = {"bfloat16": (np.uint16, TensorProto.BFLOAT16), "float16": (np.float16, np.float16)}
 
@@ -24,8 +25,8 @@ class CpuSession(OnnxRuntimeSession):
 
     whole_writes = True
 
-    def _cache_type(self, cache: CacheRecord) -> tuple[Any, Any]:
-        return _TYPES[cache.dtype]
+    def _dtypes(self, state: State) -> tuple[Any, Any]:
+        return _TYPES[state.dtype]
 
     def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
         model: ModelProto = widened(read(str(folder / MODEL_FILE)))

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.artifact import Manifest
 from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import read_sidecar
 from transom.errors import ArtifactError, SessionError
+from transom.graphs.state import State
 
 
 class EngineSession(Session):
@@ -47,7 +48,7 @@ class EngineSession(Session):
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
-            caches=manifest.caches,
+            states=manifest.decode.states,
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
             whole_writes=True,
@@ -64,7 +65,7 @@ class EngineSession(Session):
         for output, given in self._sidecar.aliases.items():
             if (aliased := engine.get_aliased_input_tensor(output)) != given:
                 raise ArtifactError(
-                    f"{record.file} does not write the cache {given!r} in place (its output shares memory with "
+                    f"{record.file} does not write the state {given!r} in place (its output shares memory with "
                     f"{aliased!r}): build it again with transom build"
                 )
         if record.weight_streaming:
@@ -77,7 +78,7 @@ class EngineSession(Session):
         self._profiles = {profile.name: index for index, profile in enumerate(self._sidecar.profiles)}
         self._profile: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
-        self._taps = [tap.name for tap in manifest.taps]
+        self._taps = [tap.name for tap in manifest.decode.taps]
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         # An engine wants at least one position; what nobody asked for is not read.
@@ -127,10 +128,9 @@ class EngineSession(Session):
         """Caches are static, so they are made once, and both names of each are bound to one address."""
         if self._tensors:
             return
-        for cache in self.caches:
-            shape = (1, cache.heads, cache.slots or slots, cache.width)
-            tensor = torch.zeros(shape, dtype=getattr(torch, cache.dtype), device=self._device)
-            self._tensors[cache.name] = tensor
+        for state in self.states:
+            tensor = torch.zeros(state.shape(slots), dtype=getattr(torch, state.dtype), device=self._device)
+            self._tensors[state.name] = tensor
         self._bind_caches()
 
     def _bind_caches(self) -> None:
@@ -138,7 +138,7 @@ class EngineSession(Session):
             for name in (given, output):
                 self._bind(name, self._tensors[given])
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        for cache in self.caches:
-            if cache.name in self._tensors:
-                yield cache, self._tensors[cache.name]
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        for state in self.states:
+            if state.name in self._tensors:
+                yield state, self._tensors[state.name]

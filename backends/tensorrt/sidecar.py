@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transom.backends.records import record
 from transom.errors import ArtifactError
+from transom.graphs.state import State
 
 SIDECAR = "tensorrt.json"
-VERSION = 1
+VERSION = 2
 
 Shape = tuple[int, ...]
 
@@ -37,23 +39,13 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A layer's caches: keys that it sees (None: all), and slots of either cache."""
-
-    layer: int
-    window: int | None
-    slots: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sidecar:
     """Beside the ONNX file.
 
     Attributes:
-        dtype: What is computed in, and held in the caches.
-        batch: Sequences in one call.
-        aliases: Input of every cache output: both are one address.
-        layers: Windows and capacities.
+        dtype: What is computed in, and held in the states.
+        aliases: Input of every state's output: both are one address.
+        states: Every state, with all its sizes.
         profiles: In the order of the engine's profiles.
         least_sm: Least compute capability, times ten: 80 for bfloat16, 89 for 8-bit floats.
         portability: Where an engine runs, by library that built it.
@@ -61,16 +53,15 @@ class Sidecar:
     """
 
     dtype: str
-    batch: int
     aliases: Mapping[str, str]
-    layers: tuple[Layer, ...]
+    states: tuple[State, ...]
     profiles: tuple[Profile, ...]
     least_sm: int
     portability: Mapping[str, str] = dataclasses.field(default_factory=lambda: PORTABILITY)
     calls: str = (
-        "`start` is the position of the first new token. Position p of a local layer is written to slot p % slots, "
-        "and no call may cross a ring's end: it holds at most slots - start % slots new tokens. Every cache output is "
-        "bound to the address of its input."
+        "`start` is the position of the first new token. Position p is written to slot p % slots of a state with a "
+        "window, and no call may cross such a ring's end: it holds at most slots - start % slots new tokens. Every "
+        "state's output is bound to the address of its input."
     )
 
     def write(self, folder: Path) -> None:
@@ -97,8 +88,8 @@ def read_sidecar(folder: Path) -> Sidecar:
             )
             for entry in data.pop("profiles")
         )
-        layers = tuple(Layer(**entry) for entry in data.pop("layers"))
-        return Sidecar(profiles=profiles, layers=layers, **data)
+        states = tuple(record(State, entry) for entry in data.pop("states"))
+        return Sidecar(profiles=profiles, states=states, **data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): export the model again") from error
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.artifact import Manifest
 from transom.backends.safetensors import reading, zeros
-from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.session import Float, Session, Tokenizer, grown
 from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
 from transom.backends.tvm.machine import require_machine
 from transom.backends.tvm.runtime import load_machine, runtime, use_threads
+from transom.graphs.state import State
 
 
 class TvmSession(Session):
@@ -38,7 +39,7 @@ class TvmSession(Session):
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
-            caches=manifest.caches,
+            states=manifest.decode.states,
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
         )
@@ -52,7 +53,7 @@ class TvmSession(Session):
         self._arrays: dict[str, NDArray[Any]] = {}
         self._bound: list[Any] = []
         self._taps: list[tuple[str, list[int]]] = [
-            (tap.name, manifest.details["tap_shapes"][tap.name]) for tap in manifest.taps
+            (tap.name, manifest.details["tap_shapes"][tap.name]) for tap in manifest.decode.taps
         ]
         self._tokens, self._positions = zeros((self.chunk,), np.int64), zeros((self.chunk,), np.int64)
         self._start = zeros((), np.int64)
@@ -65,7 +66,7 @@ class TvmSession(Session):
         given = (self._tokens[: tokens.size], self._start, self._positions[: logit_positions.size])
         with self._running("TVM"):
             logits, *rest = run(*map(self._tensor, given), *self._bound, *self._weights)
-        taps = rest[len(self.caches) :]
+        taps = rest[len(self.states) :]
         self.tapped = {
             name: np.from_dlpack(value).reshape(shape) for (name, shape), value in zip(self._taps, taps, strict=True)
         }
@@ -74,17 +75,15 @@ class TvmSession(Session):
 
     def _allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)
-        for cache in self.caches:
-            old = arrays.get(cache.name)
-            if old is None or cache.slots is None:
-                new = zeros((1, cache.heads, cache.slots or slots, cache.width), cache.dtype)
-                if old is not None:
-                    new[:, :, : old.shape[2]] = old
-                arrays[cache.name] = new
+        for state in self.states:
+            old = arrays.get(state.name)
+            if old is None or state.grows:
+                new = zeros(state.shape(slots), state.dtype)
+                arrays[state.name] = new if old is None else grown(old, new)
         # The library writes new keys and values into these arrays.
-        self._arrays, self._bound = arrays, [self._tensor(arrays[cache.name]) for cache in self.caches]
+        self._arrays, self._bound = arrays, [self._tensor(arrays[state.name]) for state in self.states]
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, NDArray[Any]]]:
-        for cache in self.caches:
-            if cache.name in self._arrays:
-                yield cache, self._arrays[cache.name]
+    def _state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
+        for state in self.states:
+            if state.name in self._arrays:
+                yield state, self._arrays[state.name]

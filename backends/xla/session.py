@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord, Manifest
+from transom.backends.artifact import Manifest
 from transom.backends.session import Float, Session, Tokenizer
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
 from transom.backends.xla.runtime import CACHES, load_jax, require_platform
 from transom.errors import ArtifactError
+from transom.graphs.state import State
 
 
 class XlaSession(Session):
@@ -41,7 +42,7 @@ class XlaSession(Session):
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
-            caches=manifest.caches,
+            states=manifest.decode.states,
             stop_ids=manifest.stop_ids,
             tokenizer=tokenizer,
         )
@@ -52,7 +53,9 @@ class XlaSession(Session):
         self._programs = {
             entry["tokens"]: self._program(folder / Path(entry["file"]).name) for entry in details["programs"].values()
         }
-        self._tap_axes: dict[str, dict[str, int]] = {tap.name: details["tap_axes"][tap.name] for tap in manifest.taps}
+        self._tap_axes: dict[str, dict[str, int]] = {
+            tap.name: details["tap_axes"][tap.name] for tap in manifest.decode.taps
+        }
         parameters = {
             name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
             for name, entry in details["parameters"].items()
@@ -125,10 +128,10 @@ class XlaSession(Session):
 
     def _zeros(self) -> list[Any]:
         zeros, numpy = self._jax.numpy.zeros, self._jax.numpy
-        return [zeros((1, cache.heads, cache.slots, cache.width), getattr(numpy, cache.dtype)) for cache in self.caches]
+        return [zeros(state.shape(self.context), getattr(numpy, state.dtype)) for state in self.states]
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        yield from zip(self.caches, self._arrays, strict=False)
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from zip(self.states, self._arrays, strict=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ class Transom(Contender):
         self._session = transom.open(self.folder, threads=self.threads)
 
     def describe(self) -> str:
-        caches = sorted({cache.dtype for cache in self._session.caches})
+        caches = sorted({state.dtype for state in self._session.states})
         return (
             f"transom {transom.__version__} on ONNX Runtime {onnxruntime.__version__}, quant {self.options['quant']}, "
             f"caches {'/'.join(caches)}, chunks of {self._session.chunk}"

@@ -119,6 +119,7 @@ class Emitter:
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
         self._data, self._on_bytes, self._end = data, on_bytes, 0
         self._places: dict[str, _Place] = {}
+        self._axes = graph.symbols()
         self._names: dict[Node, Any] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -129,12 +130,9 @@ class Emitter:
     def emit(self) -> onnx.ModelProto:
         """Lower the whole graph."""
         inputs, outputs = [], []
-        weights = self.graph.weight_names()
-        cache_names = {cache.input: cache.name for cache in self.graph.caches}
-        for name, node in self.graph.placeholders().items():
-            if name not in weights:
-                self._names[node] = cache_names.get(name, name)
-                inputs.append(self._describe(self._names[node], node.meta["val"]))
+        for name, node in self.graph.inputs.items():
+            self._names[node] = name
+            inputs.append(self._describe(name, node.meta["val"]))
         for node in self.graph.calls_all():
             self._scope = layer_path(node)
             if node.target is operator.getitem:
@@ -143,19 +141,16 @@ class Emitter:
             else:
                 self._names[node] = self.dialect.lowerings[node.target](self, node)
         self._scope = ""
-        returned = self.graph.output.args[0]
-        names = ["logits", *(f"{cache.name}.out" for cache in self.graph.caches)]
-        for name, node in zip(names, returned, strict=False):
+        taps = {tap.name for tap in self.graph.taps}
+        for name, node in self.graph.outputs.items():
             value, wide = self.value(node), node.meta["val"]
-            if name == "logits":
+            if name in self.graph.states:
+                name = f"{name}.out"
+            else:
                 value, wide = self._result(value, wide)
-            self._rename(value, name)
-            outputs.append(self._describe(name, wide))
-        for tap, node in zip(self.graph.taps, returned[len(names) :], strict=True):
             # Several taps may show one value, and an output has one name.
-            value, wide = self._result(self.value(node), node.meta["val"])
-            self._rename(self.op("Identity", value) if wide is node.meta["val"] else value, tap.name)
-            outputs.append(self._describe(tap.name, wide))
+            self._rename(self.op("Identity", value) if name in taps and wide is node.meta["val"] else value, name)
+            outputs.append(self._describe(name, wide))
         self._write_weights()
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self.dialect.opset)]
@@ -301,7 +296,7 @@ class Emitter:
             return self.constant(np.array([symbol]))
 
         def make() -> str:
-            for node in self.graph.user_inputs():
+            for node in self.graph.inputs.values():
                 for axis, size in enumerate(node.meta["val"].shape):
                     if str(size) == str(symbol):
                         return str(self.op("Shape", self.value(node), start=axis, end=axis + 1))
@@ -320,15 +315,7 @@ class Emitter:
 
     def _axis_name(self, symbol: str) -> str:
         """What users read in place of torch's symbol."""
-        tokens, *rest = self.graph.user_inputs()
-        known = dict(zip(map(str, tokens.meta["val"].shape), ("batch", "tokens"), strict=True))
-        for node in rest:
-            shape = node.meta["val"].shape
-            if len(shape) == 1:
-                known.setdefault(str(shape[0]), "positions")
-            elif len(shape) == 4:
-                known.setdefault(str(shape[2]), "slots")
-        return known.get(symbol, symbol)
+        return self._axes.get(symbol, symbol)
 
     def _rename(self, old: str, new: str) -> None:
         """Let the node that makes `old` make `new`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transom.backends.artifact import MODEL_FILE
-from transom.export.exporter import Lowered, Progress
+from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.options import Options
 from transom.graphs.graph import Graph
@@ -16,4 +16,4 @@ DIALECTS = {dialect.name: dialect for dialect in (onnxruntime.DIALECT, standard.
 def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write `model.onnx` and its data; see `emitter.write`."""
     emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes)
-    return Lowered(payload=MODEL_FILE, libraries=("onnx",))
+    return Lowered(entry=entry(graph, MODEL_FILE), libraries=("onnx",))

@@ -210,8 +210,8 @@ def new_positions(emitter: Emitter, tokens: Any) -> str:
 
 def start(emitter: Emitter) -> str:
     """Position of the first new token, an int64 scalar."""
-    name = emitter.graph.start
-    return emitter.value(emitter.graph.placeholders()[name]) if name else emitter.constant(np.array(0))
+    position = emitter.graph.inputs.get("start")
+    return emitter.constant(np.array(0)) if position is None else emitter.value(position)
 
 
 INT32 = TensorProto.INT32

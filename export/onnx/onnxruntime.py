@@ -137,6 +137,11 @@ def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
         raise TargetError(
             f"the target 'onnxruntime' takes heads whose width is a multiple of {HEAD_STEP}, not {width}: choose 'onnx'"
         )
+    if (value_width := int(v.meta["val"].shape[3])) != int(width):
+        raise TargetError(
+            f"the target 'onnxruntime' takes values as wide as keys, not {value_width} where keys have {width}: choose "
+            "'onnx'"
+        )
     local: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
     out, k_out, v_out = emitter.op(
         "GroupQueryAttention",

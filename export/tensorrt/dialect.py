@@ -76,8 +76,8 @@ def _product(emitter: Emitter, x: Node, matrix: str, dtype: torch.dtype) -> str:
 
 def _scale_dtype(emitter: Emitter, computed: torch.dtype) -> torch.dtype:
     """Dtype of scales: that of the computation; in float32 islands, that of the caches."""
-    caches = [emitter.graph.placeholders()[cache.input].meta["val"].dtype for cache in emitter.graph.caches]
-    return caches[0] if caches and computed == torch.float32 else computed
+    states = [getattr(torch, state.dtype) for state in emitter.graph.states.values()]
+    return states[0] if states and computed == torch.float32 else computed
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)

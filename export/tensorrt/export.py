@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE, CacheRecord
-from transom.backends.reference.session import cache_records
-from transom.backends.tensorrt.sidecar import Layer, Profile, Sidecar
-from transom.export.exporter import Lowered, Progress
+from transom.backends.artifact import MODEL_FILE
+from transom.backends.tensorrt.sidecar import Profile, Sidecar
+from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter
 from transom.export.options import Options
 from transom.export.tensorrt.dialect import DIALECT
 from transom.export.tensorrt.verify.verify import require
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-
-BATCH = 1
+from transom.graphs.state import BATCH, SLOTS, State
 
 
 def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
@@ -28,37 +26,31 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
         QuantizationError: If a scale is not positive in the compute dtype.
         DialectError: Naming everything that TensorRT would not take, or would compute otherwise.
     """
-    tokens, nodes = graph.user_inputs()[0].meta["val"], graph.placeholders()
-    fixed = {str(tokens.shape[0]): BATCH}
-    growing = [nodes[cache.input].meta["val"].shape[2] for cache in graph.caches if cache.slots is None]
-    fixed |= {str(slots): options.context for slots in growing}
+    sizes = {BATCH: 1, SLOTS: options.context}
+    fixed = {symbol: sizes[axis] for symbol, axis in graph.symbols().items() if axis in sizes}
     model = emitter.write(graph, DIALECT, folder, on_bytes=progress.on_bytes, fixed=fixed)
     require(model)
-    caches = tuple(dataclasses.replace(cache, slots=cache.slots or options.context) for cache in cache_records(graph))
-    sidecar(caches, options).write(folder)
+    lowered = entry(graph, MODEL_FILE, **sizes)
+    logits = dataclasses.replace(lowered.outputs["logits"], dtype="float32")
+    lowered = dataclasses.replace(lowered, outputs={"logits": logits})
+    sidecar(lowered.states, options).write(folder)
     return Lowered(
-        payload=MODEL_FILE,
+        entry=lowered,
         libraries=("onnx",),
-        caches=caches,
         details={"engines": []},
         not_done=_rounded_scales(options),
     )
 
 
-def sidecar(caches: Sequence[CacheRecord], options: Options) -> Sidecar:
+def sidecar(states: Sequence[State], options: Options) -> Sidecar:
     """What stands beside the model."""
     numbers, dtype = scheme(options.quant).numbers, options.dtype
-    layers = {
-        cache.layer: Layer(layer=cache.layer, window=cache.window, slots=cache.slots or options.context)
-        for cache in caches
-    }
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
     several = min(2, options.chunk)
     return Sidecar(
         dtype=dtype,
-        batch=BATCH,
-        aliases={f"{cache.name}.out": cache.name for cache in caches},
-        layers=tuple(layers.values()),
+        aliases={f"{state.name}.out": state.name for state in states},
+        states=tuple(states),
         profiles=(_profile("prefill", options.chunk, options.chunk), _profile("decode", 1, several)),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
     )
@@ -68,7 +60,7 @@ def _profile(name: str, likely: int, most: int) -> Profile:
     return Profile(
         name=name,
         inputs={
-            "tokens": ((BATCH, 1), (BATCH, likely), (BATCH, most)),
+            "tokens": ((1, 1), (1, likely), (1, most)),
             "logit_positions": ((1,), (1,), (most,)),
         },
     )

@@ -19,6 +19,7 @@ from transom.export.tvm.kernels.tile import Tile
 from transom.graphs.graph import Graph
 from transom.graphs.match import layer_path
 from transom.graphs.node import Node
+from transom.graphs.state import BATCH
 from transom.zoo.checkpoints.safetensors_writer import stored_names
 
 Lowering = Callable[["Emitter", Node], Any]
@@ -52,13 +53,15 @@ class Emitter:
         self.graph, self.tile, self.builder = graph, tile, builder
         self._lowerings, self._kernels = lowerings, kernels
         self._values: dict[Node, Any] = {}
-        ids, _, wanted, *caches = (node.meta["val"] for node in graph.user_inputs())
-        self._batch = str(ids.shape[0])
+        axes = graph.symbols()
+        self._batch = next((symbol for symbol, axis in axes.items() if axis == BATCH), "")
+        calls = ("tokens", "positions")
         self._sizes: dict[str, Any] = {
-            str(ids.shape[1]): tokens or tirx.Var("tokens", "int64"),
-            str(wanted.shape[0]): tokens or tirx.Var("positions", "int64"),
-            **{str(cache.shape[2]): tirx.Var("slots", "int64") for cache in caches if is_symbol(cache.shape[2])},
+            symbol: (tokens if axis in calls and tokens else tirx.Var(axis, "int64"))
+            for symbol, axis in axes.items()
+            if axis != BATCH
         }
+        self._states = {node for name, node in graph.inputs.items() if name in graph.states}
 
     def emit(self, name: str, chunk: int) -> None:
         """Add the function to the module.
@@ -72,7 +75,9 @@ class Emitter:
         """
         weight_names = self.graph.weight_names()
         stored = stored_names(self.graph.weights)
-        inputs = [self._input(node) for node in self.graph.user_inputs()]
+        given, returned = self.graph.inputs, self.graph.outputs
+        # The library takes and returns by position; see `backends.tvm.session`.
+        inputs = [self._input(given[name]) for name in ("tokens", "start", "logit_positions", *self.graph.states)]
         weights: dict[str, Any] = {}
         for placeholder, node in self.graph.placeholders().items():
             if placeholder in weight_names:
@@ -86,9 +91,9 @@ class Emitter:
             with self.builder.dataflow():
                 for node in self.graph.calls_all():
                     self._values[node] = self._lower(node)
-                results = [self.value(node) for node in self.graph.output.args[0]]
-                returned = self.builder.emit_output(relax.Tuple(results))
-            self.builder.emit_func_output(returned)
+                order = ("logits", *self.graph.states, *(tap.name for tap in self.graph.taps))
+                results = self.builder.emit_output(relax.Tuple([self.value(returned[name]) for name in order]))
+            self.builder.emit_func_output(results)
 
     def _lower(self, node: Node) -> Any:
         if node.target is operator.getitem:
@@ -125,7 +130,7 @@ class Emitter:
         sizes = self._whole(node)
         if not self.is_batched(node):
             return sizes
-        if len(sizes) == 4 and any(node.name == cache.input for cache in self.graph.caches):
+        if node in self._states:
             return sizes
         return [sizes[1], math.prod(sizes[2:])] if len(sizes) > 2 else sizes[1:]
 
@@ -188,11 +193,13 @@ def parameter_names(graph: Graph) -> list[str]:
 
 def tap_shapes(graph: Graph) -> dict[str, list[int]]:
     """Shape of every tap as the graph has it, tokens as -1, by name."""
-    taps = graph.output.args[0][1 + len(graph.caches) :]
-    batch = str(graph.user_inputs()[0].meta["val"].shape[0])
+    returned, axes = graph.outputs, graph.symbols()
     return {
-        tap.name: [(1 if str(size) == batch else -1) if is_symbol(size) else size for size in node.meta["val"].shape]
-        for tap, node in zip(graph.taps, taps, strict=True)
+        tap.name: [
+            (1 if axes.get(str(size)) == BATCH else -1) if is_symbol(size) else size
+            for size in returned[tap.name].meta["val"].shape
+        ]
+        for tap in graph.taps
     }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
 from transom.backends.tvm.versions import PAIR
-from transom.export.exporter import Lowered, Progress
+from transom.export.exporter import Lowered, Progress, entry
 from transom.export.lowering import require_supported
 from transom.export.options import Options
 from transom.export.tvm.build import write_library
@@ -40,7 +40,7 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     progress.on_program(1, 1)
     safetensors_writer.write(_stored(graph), folder / PARAMETERS, on_bytes=progress.on_bytes)
     return Lowered(
-        payload=LIBRARY,
+        entry=entry(graph, LIBRARY),
         libraries=tuple(PAIR),
         details={
             "machine": target_processor.machine,

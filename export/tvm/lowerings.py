@@ -246,6 +246,8 @@ def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
     *tensors, scale, window = node.args
     heads, h = (int(size) for size in tensors[0].meta["val"].shape[2:])
     key_heads = int(tensors[1].meta["val"].shape[2])
+    if (value_width := int(tensors[2].meta["val"].shape[3])) != h:
+        raise emitter.refuse(node, f"values are {value_width} wide, keys {h}: choose 'onnx'")
     single = emitter.is_single(tensors[0])
     return emitter.call(
         ("cached_attention", heads, key_heads, h, window, scale, single),

@@ -90,7 +90,7 @@ def cached_attention(
         k_cache_BKSH = _write(k_cache_BKSH, k_BKTH, start, count)
         v_cache_BKSH = _write(v_cache_BKSH, v_BKTH, start, count)
         out_BKGTH = _causal(q_BKGTH, k_cache_BKSH, v_cache_BKSH, start, count, scale)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), k_cache_BKSH, v_cache_BKSH
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3]), k_cache_BKSH, v_cache_BKSH
 
 
 class _Softmax(NamedTuple):
@@ -107,9 +107,9 @@ class _Softmax(NamedTuple):
     out: jax.Array
 
     @staticmethod
-    def empty(q_BKGTH: jax.Array) -> _Softmax:
-        zero_BKGTH = jnp.zeros(q_BKGTH.shape, jnp.float32)
-        return _Softmax(zero_BKGTH[..., 0] + HIDDEN, zero_BKGTH[..., 0], zero_BKGTH)
+    def empty(q_BKGTH: jax.Array, v_BKSH: jax.Array) -> _Softmax:
+        zero_BKGT = jnp.zeros(q_BKGTH.shape[:-1], jnp.float32)
+        return _Softmax(zero_BKGT + HIDDEN, zero_BKGT, _zeros(q_BKGTH, v_BKSH).astype(jnp.float32))
 
     def over(
         self, q_BKGTH: jax.Array, k_BKJH: jax.Array, v_BKJH: jax.Array, seen_TJ: jax.Array, scale: float
@@ -124,6 +124,11 @@ class _Softmax(NamedTuple):
 
     def result(self, dtype: jnp.dtype) -> jax.Array:
         return (self.out / self.total[..., None]).astype(dtype)
+
+
+def _zeros(q_BKGTH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """Zeros in the shape of attention's result: values may be narrower than queries."""
+    return jnp.zeros((*q_BKGTH.shape[:-1], v_BKSH.shape[-1]), q_BKGTH.dtype)
 
 
 def _slice(x_BKSH: jax.Array, begin: jax.Array | int, size: int) -> jax.Array:
@@ -146,7 +151,7 @@ def _decode(
             seen_J &= distance_J < window
         return state.over(q_BKGTH, _slice(k_BKSH, first, size), _slice(v_BKSH, first, size), seen_J[None], scale)
 
-    state = _Softmax.empty(q_BKGTH)
+    state = _Softmax.empty(q_BKGTH, v_BKSH)
     if slots <= DECODE_BLOCK:
         return block(state, 0, slots).result(q_BKGTH.dtype)
     live = jnp.minimum(start + 1, slots)
@@ -203,7 +208,7 @@ def _banded(
         return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, out, first, 3)
 
     blocks = (count + size - 1) // size
-    return jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(q_BKGTH))[:, :, :, :tokens]
+    return jax.lax.fori_loop(0, blocks, block, _zeros(q_BKGTH, v_BKEH))[:, :, :, :tokens]
 
 
 def _causal(
@@ -226,11 +231,11 @@ def _causal(
             return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, scale)
 
         live = jnp.minimum(start + (i + 1) * size, slots)
-        state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q))
+        state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q, v_BKSH))
         return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, state.result(q.dtype), i * size, 3)
 
     blocks = (count + size - 1) // size
-    return jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(q_BKGTH))[:, :, :, :tokens]
+    return jax.lax.fori_loop(0, blocks, block, _zeros(q_BKGTH, v_BKSH))[:, :, :, :tokens]
 
 
 def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:

@@ -15,10 +15,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from transom.backends.reference.session import cache_records
+from transom.backends.artifact import Entry
 from transom.backends.xla.parameters import WEIGHTS_FILE
 from transom.backends.xla.runtime import CACHES, load_jax
-from transom.export.exporter import Lowered, Progress
+from transom.export.exporter import Lowered, Progress, entry
 from transom.export.lowering import require_supported
 from transom.export.options import Options
 from transom.export.xla import weights
@@ -57,16 +57,14 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     """
     require_supported(graph, TABLE, options.target)
     load_jax()
-    records = tuple(dataclasses.replace(cache, slots=cache.slots or options.context) for cache in cache_records(graph))
+    lowered = _entry(graph, f"{program_name(1)}.jaxexport", options.context)
     parameters = weights.parameters(graph)
     run = step(graph, weights.stored_names(graph))
     shapes = {
         name: jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(parameter.dtype))
         for name, parameter in parameters.items()
     }
-    caches = [
-        jax.ShapeDtypeStruct((1, cache.heads, cache.slots, cache.width), jnp.dtype(cache.dtype)) for cache in records
-    ]
+    caches = [jax.ShapeDtypeStruct(state.shape(options.context), jnp.dtype(state.dtype)) for state in lowered.states]
     sizes = lengths(options.chunk)
     count = len(sizes) * (2 if options.topology else 1)
     tpu = None
@@ -87,9 +85,8 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     weights.write(graph, folder / WEIGHTS_FILE, on_bytes=progress.on_bytes)
     today = datetime.date.today().isoformat()
     return Lowered(
-        payload=f"{program_name(1)}.jaxexport",
+        entry=lowered,
         libraries=("jax", "jaxlib", "ml-dtypes"),
-        caches=records,
         tpu=tpu,
         details={
             "programs": {
@@ -109,6 +106,13 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     )
 
 
+def _entry(graph: Graph, payload: str, context: int) -> Entry:
+    """The graph as sessions see it: positions are int32, and padded calls say how many tokens are real."""
+    narrow = {name: dataclasses.replace(port, dtype="int32") for name, port in entry(graph, payload).inputs.items()}
+    narrow["count"] = narrow["start"]
+    return dataclasses.replace(entry(graph, payload, batch=1, slots=context), inputs=narrow)
+
+
 def _inputs(tokens: int, positions: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of what a program takes after parameters and caches; see `interpreter.Step`."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -122,14 +126,9 @@ def _inputs(tokens: int, positions: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _tap_axes(graph: Graph) -> dict[str, dict[str, int]]:
     """The axis of every tap that has an entry a token, or a wanted position: there padding is to be cut off."""
-    tokens, _, logit_positions, *_ = graph.user_inputs()
-    sizes = {
-        "tokens": str(tokens.meta["val"].shape[1]),
-        "positions": str(logit_positions.meta["val"].shape[0]),
-    }
-    tapped = graph.output.args[0][1 + len(graph.caches) :]
-    shapes = [[str(size) for size in node.meta["val"].shape] for node in tapped]
+    axes, returned = graph.symbols(), graph.outputs
+    named = {tap.name: [axes.get(str(size)) for size in returned[tap.name].meta["val"].shape] for tap in graph.taps}
     return {
-        tap.name: {kind: shape.index(size) for kind, size in sizes.items() if size in shape}
-        for tap, shape in zip(graph.taps, shapes, strict=True)
+        name: {kind: shape.index(kind) for kind in ("tokens", "positions") if kind in shape}
+        for name, shape in named.items()
     }

@@ -38,10 +38,11 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
         count: jax.Array,
         logit_positions: jax.Array,
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        given = iter((tokens, start, logit_positions, *caches))
-        values: dict[Node, Any] = {
-            node: parameters[stored_names[names[name]]] if name in names else next(given)
-            for name, node in graph.placeholders().items()
+        given = {"tokens": tokens, "start": start, "logit_positions": logit_positions}
+        given |= dict(zip(graph.states, caches, strict=True))
+        values: dict[Node, Any] = {node: given[name] for name, node in graph.inputs.items()}
+        values |= {
+            node: parameters[stored_names[names[name]]] for name, node in graph.placeholders().items() if name in names
         }
         # What computes in float32 must do so on a TPU too, whose products are of bfloat16 unless asked.
         precise = any(cache.dtype == jnp.float32 for cache in caches)
@@ -53,7 +54,11 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 with jax.named_scope(layer_path(node) or "model"):
                     values[node] = lower(*args, **kwargs)
-        logits, *rest = (values[node] for node in graph.output.args[0])
-        return logits, rest[: len(caches)], rest[len(caches) :]
+        returned = {name: values[node] for name, node in graph.outputs.items()}
+        return (
+            returned["logits"],
+            [returned[name] for name in graph.states],
+            [value for name, value in returned.items() if name != "logits" and name not in graph.states],
+        )
 
     return run

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from transom.backends.artifact import Manifest, write_manifest
+from transom.backends.artifact import DECODE, Manifest, write_manifest
 from transom.backends.folder import new_folder
-from transom.backends.reference.session import cache_records, tap_records
 from transom.errors import TokenizerError
 from transom.export.exporter import Progress, exporter
 from transom.export.options import Options
@@ -136,9 +135,7 @@ def compile_model(
                 context=options.context,
                 chunk=options.chunk,
                 vocab_size=config.vocab_size,
-                caches=lowered.caches or cache_records(graph),
-                taps=tap_records(graph),
-                payload=lowered.payload,
+                entries={DECODE: lowered.entry},
                 details=lowered.details,
                 tpu=lowered.tpu,
                 stop_ids=model.generation.stop_ids,

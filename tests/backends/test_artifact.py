@@ -33,8 +33,8 @@ def test_the_manifest_survives_a_round_trip(exported: Export, tiny: Model) -> No
         "onnxruntime", "int8", 512, CHUNK
     )  # fmt: skip
     assert manifest.source == {"name": "random", "revision": "seed 0"}
-    assert [cache.slots for cache in manifest.caches[:6]] == [16 + CHUNK - 1] * 4 + [None] * 2
-    assert [cache.window for cache in manifest.caches[:6]] == [16] * 4 + [None] * 2
+    assert [state.slots for state in manifest.decode.states[:6]] == [16 + CHUNK - 1] * 4 + [None] * 2
+    assert [state.window for state in manifest.decode.states[:6]] == [16] * 4 + [None] * 2
     assert manifest.model["name"] == tiny.config.name and manifest.not_done == []
     again = Manifest(**{**manifest.__dict__})
     copy = folder.parent / "copy"
@@ -85,9 +85,13 @@ def list_file(data: Any, name: str, size: object = 1) -> Any:
     return data | {"files": data["files"] | {name: {"sha256": "0", "bytes": size}}}
 
 
-def with_cache(data: Any, **fields: object) -> Any:
-    first, *others = data["caches"]
-    return data | {"caches": [first | fields, *others]}
+def with_entry(data: Any, **fields: object) -> Any:
+    return data | {"entries": {"decode": data["entries"]["decode"] | fields}}
+
+
+def with_state(data: Any, **fields: object) -> Any:
+    first, *others = data["entries"]["decode"]["states"]
+    return with_entry(data, states=[first | fields, *others])
 
 
 def nest(folder: Path) -> None:
@@ -107,7 +111,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a changed byte": (change_byte, "is not what was exported"),
     "a truncated file": (truncate, "bytes, not"),
     "a missing file": (remove, "tokenizer.json is missing"),
-    "a newer version": (edit(lambda data: data | {"version": 3}), "version 3, this transom reads 2"),
+    "a newer version": (
+        edit(lambda data: data | {"version": 4}),
+        "version 4, this transom reads 3: export",
+    ),
+    "an older version": (
+        edit(lambda data: data | {"version": 2}),
+        "version 2, this transom reads 3: export",
+    ),
     "no version": (edit(lambda data: {key: data[key] for key in data if key != "version"}), "is of version None"),
     "half a manifest": (cut_manifest, "not readable as JSON"),
     "no manifest": (empty, "holds no manifest.json"),
@@ -115,22 +126,39 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list": (edit(lambda data: [data]), "must hold a JSON object, got list"),
     "a number": (edit(lambda data: 3), "must hold a JSON object, got int"),
     "an unknown field": (edit(lambda data: data | {"more": 1}), "malformed"),
-    "a missing field": (edit(lambda data: {key: data[key] for key in data if key != "caches"}), "malformed"),
-    "a cache without a name": (edit(lambda data: data | {"caches": [{}]}), "malformed"),
+    "a missing field": (edit(lambda data: {key: data[key] for key in data if key != "entries"}), "malformed"),
+    "a state without a name": (edit(lambda data: with_entry(data, states=[{}])), "malformed"),
+    "no entry that decodes": (edit(lambda data: data | {"entries": {}}), "there is no entry 'decode'"),
+    "a state without a width": (
+        edit(lambda data: with_state(data, sizes=[None, 2, 52, None])),
+        "width of cache.0.key has",
+    ),
+    "a size too many": (
+        edit(lambda data: with_state(data, sizes=[None, 2, 52, 32, 1])),
+        "has 5 sizes for the axes batch,",
+    ),
+    "two states of one name": (edit(lambda data: with_state(data, name="cache.1.key")), "have one name"),
+    "a port of another name": (
+        edit(lambda data: with_entry(data, inputs={})),
+        "its ports and states are not the model's",
+    ),
     "files without hashes": (edit(lambda data: data | {"files": {"model.onnx": {}}}), "malformed"),
     "files that are a list": (edit(lambda data: data | {"files": ["model.onnx"]}), "malformed"),
     "no files": (edit(lambda data: data | {"files": None}), "malformed"),
     "a file of another folder": (edit(lambda data: list_file(data, "../copy/tokenizer.json")), "is not in the folder"),
     "a file by its whole path": (edit(lambda data: list_file(data, "/etc/hostname")), "is not in the folder"),
     "the folder as a file": (edit(lambda data: list_file(data, "..")), "is not in the folder"),
-    "a payload that is not listed": (edit(lambda data: data | {"payload": "other"}), "'other' is not among its files"),
+    "a payload that is not listed": (
+        edit(lambda data: with_entry(data, payload="other")),
+        "'other' is not among its files",
+    ),
     "a context that is text": (edit(lambda data: data | {"context": "512"}), "context is '512', not a whole number"),
     "a context that is true": (edit(lambda data: data | {"context": True}), "context is True, not a whole number"),
     "a context of nothing": (edit(lambda data: data | {"context": 0}), "context is 0, not 1 or more"),
-    "a negative window": (edit(lambda data: with_cache(data, window=-1)), "window of cache.0.key is -1, not 1 or more"),
+    "a negative window": (edit(lambda data: with_state(data, window=-1)), "window of cache.0.key is -1, not 1 or more"),
     "a width that is text": (
-        edit(lambda data: with_cache(data, width="32")),
-        r"caches\[0\].width is '32', not a",
+        edit(lambda data: with_state(data, sizes=[None, 2, 52, "32"])),
+        r"entries.decode.states\[0\].sizes\[3\] is '32', not a",
     ),
     "a stop token that is text": (edit(lambda data: data | {"stop_ids": ["1"]}), r"stop_ids\[0\] is '1', not a whole"),
     "a source without a name": (edit(lambda data: data | {"source": {"revision": "1"}}), "source has no 'name'"),
@@ -139,20 +167,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(lambda data: list_file(data, "tokenizer.json", "1")),
         "bytes is '1', not a whole",
     ),
-    "taps that are an object": (edit(lambda data: data | {"taps": {}}), "taps is {}, not a list"),
-    "a version that is text": (edit(lambda data: data | {"version": "2"}), "version '2', this transom reads 2"),
+    "taps that are an object": (edit(lambda data: with_entry(data, taps={})), "taps is {}, not a list"),
+    "a version that is text": (edit(lambda data: data | {"version": "2"}), "version '2', this transom reads 3"),
     "nested too deep": (nest, "not readable as JSON"),
     "caches of another model": (
-        edit(lambda data: with_cache(data, width=64)),
-        r"is \[2, 52, 64\], the model's \[2, 52, 32",
+        edit(lambda data: with_state(data, sizes=[None, 2, 52, 64])),
+        r"is \[None, 2, 52, 64\], the model's \['batch', 2, 52, 32",
     ),
-    "a cache of another type": (edit(lambda data: with_cache(data, dtype="float16")), "is float16, the model's tensor"),
-    "a cache of another name": (edit(lambda data: with_cache(data, name="x")), "its caches are not the model's inputs"),
+    "a cache of another type": (edit(lambda data: with_state(data, dtype="float16")), "is float16, the model's tensor"),
+    "a cache of another name": (
+        edit(lambda data: with_state(data, name="x")),
+        "its ports and states are not the model's inputs",
+    ),
     "a vocabulary of another model": (edit(lambda data: data | {"vocab_size": 300}), "of 300, the logits have 512"),
     "calls longer than the slots": (edit(lambda data: data | {"chunk": 500}), "fewer slots than a call has tokens"),
     "taps that the model lacks": (
-        edit(lambda data: data | {"taps": [{"name": "x", "layer": None, "op": "y"}]}),
-        "its caches and taps are not the model's outputs",
+        edit(lambda data: with_entry(data, taps=[{"name": "x", "layer": None, "op": "y"}])),
+        "its ports, states and taps are not the model's outputs",
     ),
     "line ends that git changed": (crlf, "git changed its line ends"),
     "a pointer of git lfs": (pointer, "git lfs pull"),
@@ -211,7 +242,7 @@ def test_a_payload_that_the_runtime_refuses(exported: Export, tmp_path: Path) ->
 def read_manifest_unchecked(folder: Path) -> Manifest:
     data = json.loads((folder / MANIFEST).read_text())
     data.pop("version")
-    return Manifest(**data | {"caches": ()})
+    return Manifest(**data)
 
 
 @pytest.mark.parametrize("target", ["xla", "tvm"])

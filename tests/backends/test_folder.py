@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def artifact(folder: Path, *files: str, version: int = 2, engines: tuple[str, ...] = ()) -> Path:
+def artifact(folder: Path, *files: str, version: int = 3, engines: tuple[str, ...] = ()) -> Path:
     """A folder with a manifest that lists some files, which it holds."""
     folder.mkdir(parents=True)
     for name in (*files, *engines):
@@ -28,7 +28,7 @@ def artifact(folder: Path, *files: str, version: int = 2, engines: tuple[str, ..
         "model": {"name": "tiny"},
         "source": {"name": "random", "revision": "seed 0"},
         "context": 128,
-        "caches": [],
+        **({"entries": {}} if version > 2 else {"caches": []}),
         "files": {name: {"sha256": "0", "bytes": 3} for name in files},
         "details": {"engines": [{"file": name} for name in engines]},
     }

@@ -76,13 +76,13 @@ def test_the_numbers_are_those_of_the_file(folder: Path, manifest: Manifest) -> 
 def test_caches_are_bound_in_place_once_and_kept(folder: Path, manifest: Manifest) -> None:
     session, calls = opened(folder, manifest)
     session.prefill(TEXT[:CHUNK])
-    tensors = {cache.name: array for cache, array in session._cache_arrays()}
+    tensors = {state.name: array for state, array in session._state_arrays()}
     for name, tensor in tensors.items():
         addresses = {memory for given, memory in calls.of("set_tensor_address") if given in (name, f"{name}.out")}
         assert addresses == {tensor.data_ptr()}
     held = {name: tensor.clone() for name, tensor in tensors.items()}
     session.decode(TEXT[CHUNK])
-    again = {cache.name: array for cache, array in session._cache_arrays()}
+    again = {state.name: array for state, array in session._state_arrays()}
     assert all(again[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
     assert all(not torch.equal(again[name], held[name]) for name in held), "every layer wrote its token"
     slot = 2 * 2 * 32 * 2

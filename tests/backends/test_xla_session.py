@@ -86,18 +86,18 @@ def test_caches_are_static(artifact: Exported, text: list[int]) -> None:
     assert session.cache_bytes() == expected
     session.prefill(text)
     assert session.cache_bytes() == expected
-    assert {cache.slots for cache in session.caches} == {WINDOW, 512}
+    assert {state.slots for state in session.states} == {WINDOW, 512}
 
 
 def test_caches_are_updated_in_place(session: Session, text: list[int]) -> None:
     """What a call is given is gone after it, and the same memory comes back."""
     session.prefill(text[:CHUNK])
     for tokens in (text[:1], text[:CHUNK], text[:5]):
-        before = [array for _, array in session._cache_arrays()]
+        before = [array for _, array in session._state_arrays()]
         addresses = {array.unsafe_buffer_pointer() for array in before}
         session.prefill(tokens)
         assert all(array.is_deleted() for array in before)
-        assert {array.unsafe_buffer_pointer() for _, array in session._cache_arrays()} == addresses
+        assert {array.unsafe_buffer_pointer() for _, array in session._state_arrays()} == addresses
 
 
 def test_greedy_text_is_the_references_far_past_the_window(
@@ -114,7 +114,7 @@ class TapSome(Pass):
     """Taps of each kind of shape: positions in the middle, queries, and what has only wanted positions left."""
 
     def rewrite(self, graph: Graph) -> Rewrite:
-        logits = graph.output.args[0][0]
+        logits = graph.outputs["logits"]
         nodes = [node for node in graph.calls_all() if "linear" in str(node.target)]
         graph.add_tap(Tap(name="tap.q", layer=0, op="projection"), nodes[0])
         graph.add_tap(Tap(name="tap.down", layer=2, op="projection"), nodes[20])

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tests.conformance.adapters import SessionAdapter, cut_between_images
 from tests.conformance.reference import TEXT
 from tests.gemma import gemma_config, gemma_module
-from transom.backends.artifact import CacheRecord
-from transom.backends.session import Float, Session
+from transom.backends.session import Float, Session, grown
+from transom.graphs.state import State
 from transom.zoo import gemma3, layers, rope
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.model import Model, load
@@ -80,7 +80,7 @@ class EagerSession(Session):
 
     def __init__(self, model: Model, *, chunk: int, context: int, visible: Visible = visible_with_images) -> None:
         config = gemma_config(model.config)
-        super().__init__(chunk=chunk, context=context, vocab_size=config.vocab_size, caches=_records(config, chunk))
+        super().__init__(chunk=chunk, context=context, vocab_size=config.vocab_size, states=_states(config, chunk))
         self.blocks = torch.full((context,), TEXT)
         self._visible = visible
         self._tensors: list[torch.Tensor] = []
@@ -129,28 +129,22 @@ class EagerSession(Session):
 
     def _allocate(self, slots: int) -> None:
         old = self._tensors
-        self._tensors = [torch.zeros(1, c.heads, c.slots or slots, c.width) for c in self.caches]
+        self._tensors = [torch.zeros(state.shape(slots)) for state in self.states]
         for before, after in zip(old, self._tensors, strict=False):
-            after[:, :, : before.shape[2]] = before
+            grown(before, after)
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        yield from zip(self.caches, self._tensors, strict=False)
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from zip(self.states, self._tensors, strict=False)
 
 
-def _records(config: Gemma3Config, chunk: int) -> list[CacheRecord]:
+def _states(config: Gemma3Config, chunk: int) -> list[State]:
     """Local layers have `window + chunk - 1` slots: the module writes before it attends."""
+    windows = [layer.window for layer in config.layers]
     return [
-        CacheRecord(
-            name=f"cache.{index}.{part}",
-            layer=index,
-            window=(window := config.layers[index].window),
-            slots=None if window is None else window + chunk - 1,
-            heads=config.num_kv_heads,
-            width=config.head_dim,
-            dtype="float32",
-        )
-        for index in range(config.num_layers)
-        for part in ("key", "value")
+        state
+        if (window := windows[state.layer]) is None
+        else dataclasses.replace(state.fixed(slots=window + chunk - 1), window=window)
+        for state in config.states
     ]
 
 

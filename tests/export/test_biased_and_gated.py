@@ -73,7 +73,9 @@ def decoder(activation: str, *, gate_bias: bool, dtype: torch.dtype = torch.floa
     module = Decoder(activation, gate_bias=gate_bias).to(dtype)
     shapes: Any = ({1: Dim("T", min=1, max=64)}, None, {0: Dim("P", min=1, max=64)})
     graph = export(module, IDS, torch.tensor(0), WANTED, dynamic_shapes=shapes)
-    graph.task, graph.start = "decode", graph.user_inputs()[1].name
+    graph.task, graph.input_names = "decode", ("tokens", "start", "logit_positions")
+    graph.output_names = ("logits",)
+    graph.axes = {"tokens": ("batch", "tokens"), "logit_positions": ("positions",)}
     return graph
 
 

@@ -174,6 +174,8 @@ def of_xla(graph: Graph, folder: Path) -> tuple[Found, Found]:
     from transom.export.xla import weights
     from transom.export.xla.interpreter import step
 
+    graph = dataclasses.replace(graph, input_names=("tokens", "start"))
+    graph.output_names = ("logits", *graph.output_names[1:])
     weights.write(graph, folder / WEIGHTS_FILE)
     held = read_parameters(folder / WEIGHTS_FILE, weights.parameters(graph), jax.numpy.asarray)
     run = jax.jit(step(graph, weights.stored_names(graph)), static_argnums=(4, 5))
@@ -222,7 +224,7 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
         return result
 
     whole, single = [], []
-    for node in graph.output.args[0]:
+    for node in graph.outputs.values():
         if node.target is ops.EMBEDDING_QUANTIZED:
             whole.append(call(node, "rows", TOKENS[0], (ROWS, COLUMNS)))
             single.append(whole[-1])

@@ -142,8 +142,8 @@ def test_the_reference_evaluator_of_onnx_agrees(
     """Onnx's own definition of every operator, past the window, in bounded caches."""
     pair = exported("onnx", "none")
     evaluator = onnx.reference.ReferenceEvaluator(str(pair.folder / MODEL_FILE))
-    shapes = [[1, 2, cache.slots or 64, 32] for cache in pair.graph.caches]
-    names = [cache.name for cache in pair.graph.caches]
+    shapes = [list(state.shape(64)) for state in pair.graph.states.values()]
+    names = list(pair.graph.states)
     caches: list[Any] = [np.zeros(shape, np.float32) for shape in shapes]
     start = 0
     for count in (CHUNK, 1, 3):

@@ -37,7 +37,8 @@ with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
 noise = torch.randn(997, WIDTH)
 read = lambda start, stop: noise[torch.arange(start, stop) % 997]
 weight = Weight(shape=(ROWS, WIDTH), dtype=torch.float32, read_rows=read, origin="synthetic")
-graph = Graph(program=program, weights={"table.weight": weight}, task="foreign")
+graph = Graph.from_program(program)
+graph.weights = {"table.weight": weight}
 graph, _ = Pipeline([ConvertQuantized(scheme(sys.argv[2]))]).run(graph)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ def test_float16(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
     session = transom.open(compiled(dtype="float16"), threads=1)
     wanted = reference(tiny, "none", "float32").logits(long_text)
     assert np.abs(session.logits(long_text) - wanted).max() < FLOAT16_LOGITS
-    assert {array.dtype for _, array in session._cache_arrays()} == {np.dtype(np.float16)}
+    assert {array.dtype for _, array in session._state_arrays()} == {np.dtype(np.float16)}
 
 
 def test_activations_of_8_bit_floats(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
@@ -141,7 +141,7 @@ def test_bytes_of_caches(compiled: Compiled, tiny: Model, long_text: list[int]) 
     for count in (3, LENGTH):
         session.logits(long_text[:count])
         assert session.cache_bytes() == wanted
-    assert {cache.layer: cache.slots for cache in session.caches} == dict.fromkeys((0, 1, 3, 4), RING) | dict.fromkeys(
+    assert {state.layer: state.slots for state in session.states} == dict.fromkeys((0, 1, 3, 4), RING) | dict.fromkeys(
         (2, 5), CONTEXT
     )
 
@@ -199,7 +199,8 @@ def test_the_sidecar(compiled: Compiled) -> None:
     assert sidecar.aliases == {
         f"cache.{layer}.{kind}.out": f"cache.{layer}.{kind}" for layer in range(6) for kind in ("key", "value")
     }
-    assert [(layer.window, layer.slots) for layer in sidecar.layers] == [
+    assert {state.sizes[0] for state in sidecar.states} == {1}
+    assert [(state.window, state.slots) for state in sidecar.states if state.name.endswith("key")] == [
         (WINDOW, RING), (WINDOW, RING), (None, CONTEXT), (WINDOW, RING), (WINDOW, RING), (None, CONTEXT)
     ]  # fmt: skip
     prefill, decode = sidecar.profiles
@@ -208,7 +209,7 @@ def test_the_sidecar(compiled: Compiled) -> None:
     assert decode.inputs == {"tokens": ((1, 1), (1, 1), (1, 2)), "logit_positions": ((1,), (1,), (2,))}
     assert {"tensorrt", "tensorrt_rtx"} == set(sidecar.portability) and "slots" in sidecar.calls
     data = json.loads((folder / SIDECAR).read_text())
-    assert data["version"] == 1 and data["dtype"] == "bfloat16"
+    assert data["version"] == 2 and data["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_a_damaged_sidecar(damage: str, compiled: Compiled, tmp_path: Path) -> N
     if damage == "truncated":
         (tmp_path / SIDECAR).write_text(text[:100])
     elif damage == "newer":
-        (tmp_path / SIDECAR).write_text(json.dumps(data | {"version": 2}))
+        (tmp_path / SIDECAR).write_text(json.dumps(data | {"version": 3}))
     elif damage == "without profiles":
         (tmp_path / SIDECAR).write_text(json.dumps({key: data[key] for key in data if key != "profiles"}))
     with pytest.raises(ArtifactError, match=r"export the model again|matching transom"):
@@ -300,5 +301,5 @@ def test_any_chunk(chunk: int, tiny: Model, long_text: list[int], tmp_path: Path
     session = transom.open(out, threads=1)
     wanted = reference(tiny, "none", "bfloat16").logits(long_text)
     ring = WINDOW + chunk - 1
-    assert {cache.slots for cache in session.caches if cache.window} == {ring}
+    assert {state.slots for state in session.states if state.window} == {ring}
     assert rms(session.logits(long_text), wanted) < BFLOAT16_LOGITS_TENSORRT

@@ -28,8 +28,8 @@ def bounded(traced: Graph) -> Graph:
 
 def run(call: Any, bounded: Graph, tiny: Model, text: list[int], device: str = "cpu") -> NDArray[np.float32]:
     """Chunks longer than the window, past the wrap of the ring; logits [T, V]."""
-    config, found = tiny.config, []
-    shapes = [(1, config.num_kv_heads, cache.slots or 4 * CHUNK, config.head_dim) for cache in bounded.caches]
+    found = []
+    shapes = [state.shape(4 * CHUNK) for state in bounded.states.values()]
     caches = [torch.zeros(shape, device=device) for shape in shapes]
     for start in range(0, 4 * CHUNK, CHUNK):
         tokens = torch.tensor([text[start : start + CHUNK]])
@@ -57,7 +57,7 @@ def test_what_it_is_given(
     assert not [node for node in program.graph.nodes if "transom" in str(node.target)]
     assert options["min_block_size"] == 1 and options["use_explicit_typing"] is True
     shapes = [tuple(value.shape) for value in options["arg_inputs"]]
-    assert shapes[:3] == [(1, CHUNK), (), (CHUNK,)] and len(shapes) == 3 + len(bounded.caches)
+    assert shapes[:3] == [(1, CHUNK), (), (CHUNK,)] and len(shapes) == 3 + len(bounded.states)
     assert [value.dtype for value in options["arg_inputs"]][:4] == [torch.int64] * 3 + [torch.float32]
     assert np.abs(run(made, bounded, tiny, text) - text_logits[: 4 * CHUNK]).max() < FP32_LOGITS
 

@@ -31,10 +31,7 @@ def test_chunks_longer_than_the_window(
     pytest.importorskip("torch_xla", reason="torch-xla is not installed: it needs an environment with torch 2.9")
     program = torch_xla.lower(bounded, tokens=CHUNK, slots=4 * CHUNK, positions=CHUNK)
     assert program.get_stablehlo_bytecode("forward")
-    config = tiny.config
-    caches = [
-        torch.zeros(1, config.num_kv_heads, cache.slots or 4 * CHUNK, config.head_dim) for cache in bounded.caches
-    ]
+    caches = [torch.zeros(state.shape(4 * CHUNK)) for state in bounded.states.values()]
     for start in range(0, 4 * CHUNK, CHUNK):
         tokens = torch.tensor([text[start : start + CHUNK]])
         logits, *caches = (value.cpu() for value in program(tokens, torch.tensor(start), torch.arange(CHUNK), *caches))

@@ -82,7 +82,7 @@ def test_logits_are_the_plain_modules(exported: Export, text: list[int], text_lo
 def test_files_and_details(exported: Export) -> None:
     pair = exported("tvm", "int4")
     manifest = json.loads((pair.folder / "manifest.json").read_text())
-    assert manifest["payload"] == LIBRARY
+    assert manifest["entries"]["decode"]["payload"] == LIBRARY
     assert manifest["libraries"].items() >= PAIR.items()
     details = manifest["details"]
     assert (details["triple"], details["cpu"]) == (HOST.triple, HOST.cpu)

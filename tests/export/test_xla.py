@@ -139,7 +139,7 @@ def test_bfloat16(
     artifact = transom.compile(
         tiny, target="xla", quant=quant, dtype="bfloat16", context=128, chunk=CHUNK, out=tmp_path / "model"
     )
-    assert {cache.dtype for cache in artifact.manifest.caches} == {"bfloat16"}
+    assert {state.dtype for state in artifact.manifest.decode.states} == {"bfloat16"}
     graph, _ = pipeline("xla", chunk=CHUNK, scheme=scheme(quant)).run(traced_bfloat16)
     expected = ReferenceSession(graph, context=128, chunk=CHUNK).logits(text[:91])
     session = transom.open(artifact.folder, threads=1)
@@ -155,7 +155,7 @@ def test_intermediate_stages_can_be_lowered(traced: Graph, text: list[int], text
     graphs = {"as traced": traced, **{name: stages[name] for name in ("FuseRotary", "FuseCachedAttention")}}
     for name, graph in graphs.items():
         run, parameters = jax.jit(step(graph, weights.stored_names(graph))), held_by(graph)
-        caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.caches]
+        caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.states]
         # Only fused operations know of padding.
         padded = CHUNK if name == "as traced" else CHUNK + 5
         start = 0
@@ -223,8 +223,7 @@ def test_progress_counts_bytes_and_programs(exported: Export, tmp_path: Path) ->
     lowered = xla.export(graph, tmp_path, Options(target="xla", context=64, chunk=4), progress)
     assert sum(written) == graph.weight_bytes()
     assert programs == [(1, 2), (2, 2)]
-    assert lowered.caches is not None
-    assert {(cache.window, cache.slots) for cache in lowered.caches} == {(WINDOW, WINDOW), (None, 64)}
+    assert {(state.window, state.slots) for state in lowered.entry.states} == {(WINDOW, WINDOW), (None, 64)}
     assert any("six months" in reason for reason in lowered.not_done)
 
 
@@ -285,6 +284,7 @@ def test_biases_and_factors_are_lowered() -> None:
     module = Details()
     inputs = torch.tensor([[3, 599, 0]]), torch.tensor(2), torch.tensor([2, 0])
     graph = export(module, *inputs)
+    graph.input_names, graph.output_names = ("tokens", "start", "logit_positions"), ("logits",)
     arrays = [value.to(torch.int32).numpy() for value in inputs]
     found, _, _ = step(graph, weights.stored_names(graph))(
         held_by(graph), [], arrays[0], arrays[1], np.int32(3), arrays[2]
@@ -331,7 +331,8 @@ with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
 noise = torch.randn(997, WIDTH)
 read = lambda start, stop: noise[torch.arange(start, stop) % 997]
 weight = Weight(shape=(ROWS, WIDTH), dtype=torch.float32, read_rows=read, origin="synthetic")
-graph = Graph(program=program, weights={"table.weight": weight}, task="foreign")
+graph = Graph.from_program(program)
+graph.weights = {"table.weight": weight}
 graph, _ = Pipeline([ConvertQuantized(scheme(sys.argv[1]))]).run(graph)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with tempfile.TemporaryDirectory() as folder:

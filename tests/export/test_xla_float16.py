@@ -28,7 +28,7 @@ def test_a_model_out_of_range_runs_in_float16(
     model = plant(tiny)
     monkeypatch.setattr(compiler, "TOKENS", 2 * WINDOW)
     artifact = transom.compile(model, target="xla", dtype="float16", context=128, chunk=CHUNK, out=tmp_path / "model")
-    assert {cache.dtype for cache in artifact.manifest.caches} == {"float16"}
+    assert {state.dtype for state in artifact.manifest.decode.states} == {"float16"}
     assert artifact.manifest.dtype == "float16"
     record = next(record for record in artifact.manifest.passes if record["name"] == "GuardRanges")
     assert any(note.startswith("layers.1.add.2 reaches") for note in record["notes"])

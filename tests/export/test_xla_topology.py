@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.tolerances import FP32_LOGITS
-from transom.backends.reference.session import cache_records
 from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.pipelines import pipeline
@@ -39,10 +38,7 @@ def programs(name: str, quant: str, dtype: str, *, tokens: tuple[int, ...], cont
 
     traced = load(name, weights="random").trace(dtype=getattr(torch, dtype))
     graph, _ = pipeline("xla", chunk=max(tokens), scheme=scheme(quant)).run(traced)
-    caches = [
-        Shape((1, cache.heads, cache.slots or context, cache.width), jax.numpy.dtype(cache.dtype))
-        for cache in cache_records(graph)
-    ]
+    caches = [Shape(state.shape(context), jax.numpy.dtype(state.dtype)) for state in graph.states.values()]
     function = step(graph, weights.stored_names(graph))
     parameters = {
         name: Shape(parameter.shape, jax.numpy.dtype(parameter.dtype))

@@ -40,20 +40,21 @@ def wrong_recipe_dtype(graph: Graph) -> None:
 
 
 def cache_shape_in_is_not_shape_out(graph: Graph) -> None:
-    node = graph.placeholders()[graph.caches[0].input]
+    node = graph.inputs["cache.0.key"]
     batch, heads, _, width = node.meta["val"].shape
     with fake_mode(graph):
         node.meta["val"] = node.meta["val"].new_empty((batch, heads, 40, width))
 
 
 def cache_dtype_in_is_not_dtype_out(graph: Graph) -> None:
-    node = graph.placeholders()[graph.caches[0].input]
+    node = graph.inputs["cache.0.key"]
     with fake_mode(graph):
         node.meta["val"] = node.meta["val"].to(torch.bfloat16)
 
 
 def cache_slots_are_not_as_declared(graph: Graph) -> None:
-    graph.caches = (dataclasses.replace(graph.caches[0], slots=40), *graph.caches[1:])
+    state = graph.states["cache.0.key"]
+    graph.states = {**graph.states, state.name: dataclasses.replace(state, sizes=(None, 2, 40, 32))}
 
 
 def caches_swapped(graph: Graph) -> None:

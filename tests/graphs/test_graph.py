@@ -22,9 +22,9 @@ def test_clone_shares_weights_but_not_nodes(traced: Graph) -> None:
         node.replace_all_uses_with(node.args[0])
     copy.add_weight("new", Weight.of(torch.zeros(3)))
     copy.weights.pop("norm.weight")
-    copy.caches = ()
+    copy.states = {}
     assert traced.digest() == before
-    assert "new" not in traced.weights and "norm.weight" in traced.weights and traced.caches
+    assert "new" not in traced.weights and "norm.weight" in traced.weights and traced.states
     check(traced)
 
 
@@ -76,7 +76,7 @@ def test_tensors_that_only_start_at_one_address_are_not_tied() -> None:
 
 def test_refresh_follows_changed_shapes(traced: Graph) -> None:
     graph = traced.clone()
-    nodes = [graph.placeholders()[cache.input] for cache in graph.caches]
+    nodes = [graph.inputs[name] for name in graph.states]
     for node in nodes:
         node.meta["val"] = node.meta["val"][:, :, :9]
         node.meta["changed"] = True
@@ -104,9 +104,9 @@ def test_matching_helpers() -> None:
             return x.transpose(1, -1), x.permute(0, 2, 1), x.permute(1, 0, 2), 2.0 * x, torch.add(x, 3, alpha=2)
 
     graph = export(Parts(), torch.ones(1, 2, 3))
-    last_two, permuted, first_two, doubled, scaled = graph.output.args[0]
+    last_two, permuted, first_two, doubled, scaled = graph.outputs.values()
     assert is_transpose(last_two, 1, 2) and is_transpose(permuted, 2, 1) and not is_transpose(first_two, 1, 2)
     assert is_transpose(first_two, 0, 1) and not is_transpose(doubled, 0, 1)
-    (x,) = graph.user_inputs()
+    (x,) = graph.inputs.values()
     assert split_scalar(doubled, aten.mul.Tensor) == (x, 2.0)
     assert split_scalar(scaled, aten.add.Tensor) is None, "alpha multiplies the number"

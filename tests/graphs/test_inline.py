@@ -27,8 +27,8 @@ def test_it_computes_the_same_without_operations_of_ours(
     program = inline(graph, tokens=CHUNK, slots=SLOTS, positions=CHUNK)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert called and not [name for name in called if name.startswith("transom")]
-    config, run = tiny.config, program.module()
-    caches = [torch.zeros(1, config.num_kv_heads, cache.slots or SLOTS, config.head_dim) for cache in graph.caches]
+    run = program.module()
+    caches = [torch.zeros(state.shape(SLOTS)) for state in graph.states.values()]
     for start in range(0, SLOTS, CHUNK):
         tokens = torch.tensor([text[start : start + CHUNK]])
         with torch.no_grad():

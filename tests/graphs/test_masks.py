@@ -105,9 +105,9 @@ def plain() -> Graph:
 
 
 def read_plain(graph: Graph, index: int) -> MaskReading:
-    (x,) = graph.user_inputs()
+    (x,) = graph.inputs.values()
     tokens = x.meta["val"].shape[1]
-    return read_mask(graph, graph.output.args[0][index], tokens, tokens, cached=False)
+    return read_mask(graph, graph.outputs[f"output.{index}"], tokens, tokens, cached=False)
 
 
 def expect(reading: MaskReading, expected: Expected) -> None:
@@ -158,7 +158,6 @@ def ring_graph(sizes: Any) -> Graph:
         torch.zeros(2, 2, 90, 8),
         dynamic_shapes=sizes,
     )
-    graph.start = "start"
     return graph
 
 
@@ -176,8 +175,8 @@ def rings() -> dict[str, Graph]:
 @pytest.mark.parametrize("sizes", ["dynamic", "static slots", "static"])
 def test_ring(rings: dict[str, Graph], sizes: str, name: str) -> None:
     graph = rings[sizes]
-    x, _, cache = graph.user_inputs()
-    mask = graph.output.args[0][list(RING).index(name)]
+    x, _, cache = graph.inputs.values()
+    mask = graph.outputs[f"output.{list(RING).index(name)}"]
     reading = read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True)
     expect(reading, RING[name][1])
 
@@ -221,7 +220,7 @@ def test_keys_of_unknown_length_are_left_alone() -> None:
 
     inputs = torch.ones(1, 5), torch.ones(1, 9)
     graph = export(Concatenated(), *inputs, dynamic_shapes=({1: Dim("T", max=64)}, {1: Dim("P", max=64)}))
-    mask = graph.output.args[0][0]
+    mask = graph.outputs["output.0"]
     tokens, keys = mask.meta["val"].shape
     for cached in (False, True):
         assert read_mask(graph, mask, tokens, keys, cached=cached).window is None

@@ -54,11 +54,11 @@ def test_decoding_with_growing_caches(traced: Graph, text: list[int], text_logit
 
 
 def test_as_traced_every_cache_grows(traced: Graph, tiny: Model) -> None:
-    nodes = traced.placeholders()
-    assert [cache.layer for cache in traced.caches] == [layer for layer in range(6) for _ in range(2)]
-    assert {(cache.window, cache.slots) for cache in traced.caches} == {(None, None)}
-    assert len({str(nodes[cache.input].meta["val"].shape[2]) for cache in traced.caches}) == 1
-    assert not any(isinstance(nodes[cache.input].meta["val"].shape[2], int) for cache in traced.caches)
+    nodes = traced.inputs
+    assert [state.layer for state in traced.states.values()] == [layer for layer in range(6) for _ in range(2)]
+    assert {(state.window, state.slots) for state in traced.states.values()} == {(None, None)}
+    assert len({str(nodes[name].meta["val"].shape[2]) for name in traced.states}) == 1
+    assert not any(isinstance(nodes[name].meta["val"].shape[2], int) for name in traced.states)
 
 
 def test_weights_keep_the_checkpoints_names_and_stay_unread(tiny: Model) -> None:
@@ -69,7 +69,7 @@ def test_weights_keep_the_checkpoints_names_and_stay_unread(tiny: Model) -> None
         name: Weight(shape=weight.shape, dtype=weight.dtype, read_rows=refuse, origin="nowhere")
         for name, weight in tiny.weights.items()
     }
-    graph = trace(lambda: Gemma3(gemma_config(tiny.config)), tiny.config, blind, task="score")
+    graph = trace(lambda: Gemma3(gemma_config(tiny.config)), blind, context=512, task="score")
     assert set(graph.weights) == set(tiny.weights)
     assert all(type(tensor).__name__ == "FakeTensor" for tensor in graph.program.state_dict.values())
 
@@ -77,7 +77,7 @@ def test_weights_keep_the_checkpoints_names_and_stay_unread(tiny: Model) -> None
 def test_a_missing_weight_is_named(tiny: Model) -> None:
     weights = {name: weight for name, weight in tiny.weights.items() if name != "layers.2.mlp.up_proj.weight"}
     with pytest.raises(TraceError, match=r"layers\.2\.mlp\.up_proj\.weight"):
-        trace(lambda: Gemma3(gemma_config(tiny.config)), tiny.config, weights, task="score")
+        trace(lambda: Gemma3(gemma_config(tiny.config)), weights, context=512, task="score")
 
 
 def test_a_module_that_cannot_be_exported_is_named(tiny: Model) -> None:
@@ -86,4 +86,4 @@ def test_a_module_that_cannot_be_exported_is_named(tiny: Model) -> None:
             return (tokens.float() if bool(tokens.sum() > 3) else tokens.double()), caches
 
     with pytest.raises(TraceError, match="Branching for 'score'"):
-        trace(Branching, tiny.config, {}, task="score")
+        trace(Branching, {}, context=512, task="score")

@@ -29,7 +29,7 @@ def test_the_numbers_are_those_of_the_plain_bfloat16_module(
         expected = module(torch.tensor([ids]), torch.tensor(0), None)[0][0].float().numpy()
     graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme("none")).run(traced_bfloat16)
     session = _session(graph)
-    assert {cache.dtype for cache in session.caches} == {"bfloat16"}
+    assert {state.dtype for state in session.states} == {"bfloat16"}
     assert np.abs(session.logits(ids) - expected).max() <= BF16_STEP
 
 
@@ -40,10 +40,7 @@ def test_quantised_rows_are_rounded_to_the_graphs_dtype(
     found = {}
     for name, graph in (("half", traced_bfloat16), ("full", traced)):
         rewritten, _ = pipeline(target, chunk=CHUNK, scheme=scheme("int4")).run(graph)
-        assert (
-            rewritten.output.args[0][0].meta["val"].dtype
-            == rewritten.placeholders()[rewritten.caches[0].input].meta["val"].dtype
-        )
+        assert rewritten.outputs["logits"].meta["val"].dtype == rewritten.inputs["cache.0.key"].meta["val"].dtype
         found[name] = _session(rewritten).logits(text[:111])
     difference = found["half"] - found["full"]
     assert 0 < np.sqrt(np.square(difference).mean()) < BF16_RMS

@@ -14,8 +14,9 @@ from tests.case import Case, export, run_graph
 from tests.tolerances import FP32_ATTENTION
 from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.graph import Cache, Graph
+from transom.graphs.graph import Graph
 from transom.graphs.match import aten
+from transom.graphs.state import ring
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
@@ -286,8 +287,11 @@ def test_writes_into_a_cache(module: Writes, reasons: list[str], dynamic: bool) 
         new, cache = torch.randn(1, 2, 3, 8), torch.zeros(1, 2, 41, 8)
     sizes = ({axis: torch.export.Dim("T", max=512)}, None, {axis: torch.export.Dim("S", max=512)}) if dynamic else None
     graph = export(module, new, torch.tensor(0), cache, dynamic_shapes=sizes)
-    _, start, held = graph.user_inputs()
-    graph = dataclasses.replace(graph, start=start.name, caches=(Cache(name="cache.0.key", layer=0, input=held.name),))
+    name = "cache.0.key"
+    graph.input_names, graph.output_names = ("new", "start", name), (name,)
+    shape = tuple(size if isinstance(size, int) else None for size in graph.inputs[name].meta["val"].shape)
+    state = ring(name, layer=0, heads=2, width=8, dtype="float32")
+    graph.states = {name: dataclasses.replace(state, sizes=shape)}
     case = Case(graph=graph).run(Canonicalize(), FuseCacheWrites()).expect_skipped(*reasons)
     case.expect({ops.WRITE_CACHE: 0 if reasons else 1}).settled()
 
@@ -297,7 +301,7 @@ def test_a_cache_with_an_unknown_reader_still_grows(traced: Graph) -> None:
     case = Case(graph=traced).run(Canonicalize(), FuseAttention(), FuseCacheWrites())
     graph = case.graph.clone()
     write = graph.calls(ops.WRITE_CACHE)[0]
-    logits = graph.output.args[0][0]
+    logits = graph.outputs["logits"]
     with graph.fx.inserting_before(graph.output):
         total = graph.call(aten.sum.default, (write,), write)
         other = graph.call(aten.add.Tensor, (logits, total), write)
@@ -309,5 +313,5 @@ def test_a_cache_with_an_unknown_reader_still_grows(traced: Graph) -> None:
         .expect_changes(6)
         .expect_skipped("cache.0.key: not every reader is", "cache.0.value: not every reader of the cache beside it is")
     )
-    assert [cache.slots for cache in bounded.graph.caches[:4]] == [None, None, 19, 19]
+    assert [state.slots for state in bounded.graph.states.values()][:4] == [None, None, 19, 19]
     bounded.settled()

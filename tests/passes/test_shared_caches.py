@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from transom.backends.reference.session import ReferenceSession
 from transom.errors import InvariantError
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
+from transom.graphs.state import ring
 from transom.graphs.trace import trace
 from transom.graphs.weight import Weight
 from transom.passes.pipelines import PIPELINES, pipeline
@@ -26,16 +26,6 @@ WINDOW, CHUNK, D, N, H, VOCABULARY = 8, 12, 32, 4, 8, 64
 
 
 OWNERS = ("own", "keys", "twice")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What tracing asks for."""
-
-    num_layers: int
-    num_kv_heads: int = N
-    head_dim: int = H
-    context: int = 256
 
 
 def attend(
@@ -120,8 +110,12 @@ def traced(kinds: Kinds, hide: Callable[..., torch.Tensor] = hide_scores) -> tup
     torch.manual_seed(0)
     module = Sharing(kinds, hide).eval()
     weights = {name: Weight.of(tensor.detach(), name) for name, tensor in module.state_dict().items()}
-    config = Config(sum(reads in OWNERS for _, reads in kinds))
-    return module, trace(lambda: Sharing(kinds, hide), config, weights)
+    states = [
+        ring(f"cache.{layer}.{kind}", layer=layer, heads=N, width=H)
+        for layer in range(sum(reads in OWNERS for _, reads in kinds))
+        for kind in ("key", "value")
+    ]
+    return module, trace(lambda: Sharing(kinds, hide), weights, states=states, context=256)
 
 
 SHARED: dict[str, tuple[Kinds, str]] = {

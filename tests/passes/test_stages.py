@@ -100,8 +100,8 @@ def test_the_score_graph_keeps_its_numbers(
 
 def test_every_pass_keeps_two_rows_apart(stages: list[Stage], tiny: Model, text: list[int]) -> None:
     """A batch of two through the graph that all passes have rewritten, in two steps."""
-    config, graph, module = tiny.config, stages[-1].graph, tiny.eager()
-    caches = [torch.zeros(2, config.num_kv_heads, cache.slots or 64, config.head_dim) for cache in graph.caches]
+    graph, module = stages[-1].graph, tiny.eager()
+    caches = [torch.zeros(state.shape(64, batch=2)) for state in graph.states.values()]
     tokens_BT = torch.tensor([text[:40], text[40:80]])
     with torch.no_grad():
         expected, _ = module(tokens_BT, torch.tensor(0), None)

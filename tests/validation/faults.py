@@ -116,7 +116,7 @@ class LateAngles(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Add one to the positions that the first table of angles is made of."""
-        positions = next(node for node in graph.calls(aten.add.Tensor) if node.args[0].name == graph.start)
+        positions = next(node for node in graph.calls(aten.add.Tensor) if node.args[0] is graph.inputs["start"])
         angles = next(user for user in positions.users if user.target is aten.unsqueeze.default)
         with graph.fx.inserting_after(positions):
             late = graph.call(aten.add.Tensor, (positions, 1), positions)

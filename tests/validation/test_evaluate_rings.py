@@ -41,7 +41,7 @@ class WholeWrites(ReferenceSession):
 
     def __init__(self, graph: Graph, **options: Any) -> None:
         super().__init__(graph, **options)
-        self._rings = {cache.slots for cache in self.caches if cache.window is not None and cache.slots is not None}
+        self._rings = {state.slots for state in self.states if state.window is not None and state.slots is not None}
 
 
 @pytest.mark.parametrize(("chunk", "length"), [(24, 200), (37, 83), (WINDOW, 3 * WINDOW), (1, 2 * WINDOW + 1)])

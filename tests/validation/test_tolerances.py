@@ -11,9 +11,9 @@ import torch
 
 from tests.conftest import WINDOW
 from tests.gemma import gemma_config
-from transom.backends.artifact import CacheRecord
 from transom.errors import ContextLengthError, QuantizationError, TargetError
 from transom.formats.schemes import SCHEMES
+from transom.graphs.state import State, ring
 from transom.validation.compare import Differences, compare
 from transom.validation.judge import judge
 from transom.validation.lengths import default_chunk, default_context, schedule, text_length
@@ -150,25 +150,24 @@ def test_compare_by_hand() -> None:
     assert differences.log_likelihood.tolist() == [pytest.approx(float(log_q[2]), rel=1e-6)]
 
 
-def cache(slots: int | None) -> CacheRecord:
-    return CacheRecord(
-        name="cache.0.key", layer=0, window=512 if slots else None, slots=slots, heads=1, width=4, dtype="float32"
-    )
+def cache(slots: int | None) -> State:
+    state = ring("cache.0.key", layer=0, heads=1, width=4, dtype="float32")
+    return state if slots is None else dataclasses.replace(state.fixed(slots=slots), window=512)
 
 
 def test_schedules() -> None:
-    plans = schedule(window=512, context=4096, chunk=256, caches=[cache(512 + 255), cache(None)])
+    plans = schedule(window=512, context=4096, chunk=256, states=[cache(512 + 255), cache(None)])
     assert plans.prompts == (511, 512, 513, 1024, 1541, 2051)
     # The window, one turn of the ring and a second one.
     assert plans.decodes == ((508, 516), (763, 771), (1530, 1538))
     assert (plans.continued, plans.new_tokens, plans.longest) == (1541, 32, 2051)
     # A ring of bare windows wraps at the window itself.
-    assert schedule(window=512, context=4096, chunk=256, caches=[cache(512)]).decodes == ((508, 516), (1020, 1028))
+    assert schedule(window=512, context=4096, chunk=256, states=[cache(512)]).decodes == ((508, 516), (1020, 1028))
 
 
 @pytest.mark.parametrize("context", [2, 15, 16, 17, 40, 53, 66, 67])
 def test_schedules_fit_the_context(context: int) -> None:
-    plans = schedule(window=16, context=context, chunk=24, caches=[cache(39)])
+    plans = schedule(window=16, context=context, chunk=24, states=[cache(39)])
     assert plans.longest == min(context, 67)
     assert all(0 < first < stop <= plans.longest for first, stop in plans.decodes)
     # The last new token is never run.
@@ -176,15 +175,15 @@ def test_schedules_fit_the_context(context: int) -> None:
 
 
 def test_a_wrap_beyond_the_longest_prompt_is_decoded() -> None:
-    plans = schedule(window=512, context=4096, chunk=2048, caches=[cache(2559)])
+    plans = schedule(window=512, context=4096, chunk=2048, states=[cache(2559)])
     assert plans.longest == 2051 and plans.decodes == ((508, 516), (2555, 2563)) and plans.not_reached == ()
     assert text_length(window=512, context=4096, chunk=2048) == 2563
 
 
 def test_what_the_context_does_not_reach_is_said() -> None:
-    plans = schedule(window=512, context=2560, chunk=2048, caches=[cache(2559)])
+    plans = schedule(window=512, context=2560, chunk=2048, states=[cache(2559)])
     assert plans.not_reached == ("decoding over the wrap of a ring of 2,559 slots: the context ends before it",)
-    missed = schedule(window=512, context=256, chunk=256, caches=[cache(767)]).not_reached
+    missed = schedule(window=512, context=256, chunk=256, states=[cache(767)]).not_reached
     assert "decoding over the edge of the window of 512: the context ends before it" in missed
     assert "a prompt of 513: the context ends before it" in missed
 
@@ -206,7 +205,7 @@ def test_every_scheme_has_a_limit() -> None:
 
 def test_a_context_without_room() -> None:
     with pytest.raises(ContextLengthError, match="--context"):
-        schedule(window=16, context=1, chunk=1, caches=[])
+        schedule(window=16, context=1, chunk=1, states=[])
 
 
 def test_defaults_cross_the_window_in_one_call() -> None:

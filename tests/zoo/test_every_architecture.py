@@ -158,7 +158,7 @@ def test_every_pass_of_every_list_keeps_the_logits(
     slot = {layer.window: 4 * layer.kv_heads * (layer.key_width + layer.value_width) for layer in model.config.layers}
     sizes = session.cache_bytes()
     local = [layer for layer in model.config.layers if layer.window is not None]
-    slots = {cache.slots for cache in session.caches if cache.window is not None and cache.slots is not None}
+    slots = {state.slots for state in session.states if state.window is not None and state.slots is not None}
     assert slots <= {W, W + chunk - 1} and len(slots) == (1 if local else 0)
     assert sizes["local"] == sum(slot[layer.window] for layer in local) * sum(slots)
     # Global layers have grown to the text and no further than a growth step.

@@ -102,7 +102,7 @@ def bisect(
     plan = _plan(loaded, quant, bounded, length, chunk, decode)
     shares = [_share(source, manifest, quant) for source, manifest in zip((a, b), manifests, strict=True)]
     context = dataclasses.replace(plan.context, tolerance=max(shares) if share is None else share)
-    bare = [manifest is not None and not manifest.taps for manifest in manifests]
+    bare = [manifest is not None and not manifest.decode.taps for manifest in manifests]
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(plan.open(source)) for source in (a, b))
         verdict = _bisect(first, second, plan.calls, context)
@@ -280,7 +280,7 @@ def _with_taps(
     with contextlib.ExitStack() as stack:
 
         def opened(source: Source, manifest: Manifest | None) -> Session:
-            is_bare = manifest is not None and not manifest.taps
+            is_bare = manifest is not None and not manifest.decode.taps
             return stack.enter_context(rebuilt(manifest, plan.model) if is_bare and manifest else plan.open(source))
 
         first, second = (opened(source, manifest) for source, manifest in zip(sources, manifests, strict=True))

@@ -98,10 +98,9 @@ class Context:
     @functools.cached_property
     def taps(self) -> dict[str, tuple[Tap, Node]]:
         """Every tap and its node; the logits last."""
-        returned = self.graph.output.args[0]
-        taps = zip(self.graph.taps, returned[len(returned) - len(self.graph.taps) :], strict=True)
-        logits = Tap(name=LOGITS, layer=None, op=LOGITS), returned[0]
-        return {tap.name: (tap, node) for tap, node in (*taps, logits)}
+        returned = self.graph.outputs
+        taps = {tap.name: (tap, returned[tap.name]) for tap in self.graph.taps}
+        return {**taps, LOGITS: (Tap(name=LOGITS, layer=None, op=LOGITS), returned["logits"])}
 
     @functools.cached_property
     def weight_names(self) -> dict[str, str]:
@@ -123,12 +122,10 @@ class Context:
                         stack.append(used)
         nodes = [each for each in self.graph.fx.nodes if each in upstream]
         # The ids are the input of what comes before the first tap.
-        tokens = {
-            each for each in self.graph.user_inputs() if each.name != self.graph.start and each.meta["val"].dim() == 2
-        }
+        tokens = self.graph.inputs["tokens"]
         moving: set[Node] = set()
         for each in nodes:
-            if each in others or each in tokens or any(used in moving for used in each.all_input_nodes):
+            if each in others or each is tokens or any(used in moving for used in each.all_input_nodes):
                 if "sym_size" not in str(each.target):
                     moving.add(each)
         return Site(

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.artifact import CacheRecord
-from transom.backends.reference.session import cache_records
-from transom.backends.session import Float, Session
+from transom.backends.session import Float, Session, grown
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
+from transom.graphs.state import State, by_layer
 from transom.validation.bisection.context import LOGITS, Context
 from transom.validation.oracle import round_weights
 from transom.zoo.model import Model
@@ -36,12 +35,13 @@ class EagerSession(Session):
     """
 
     def __init__(self, model: Model, graph: Graph, quant: str, *, context: int, chunk: int) -> None:
-        vocab_size = int(graph.output.args[0][0].meta["val"].shape[-1])
-        super().__init__(context=context, chunk=chunk, vocab_size=vocab_size, caches=cache_records(graph))
+        vocab_size = int(graph.outputs["logits"].meta["val"].shape[-1])
+        states = tuple(graph.states.values())
+        super().__init__(context=context, chunk=chunk, vocab_size=vocab_size, states=states)
         self._module, self._graph = model.eager(), graph
         if quant != "none":
             round_weights(self._module, graph, quant)
-        self._tensors: list[torch.Tensor] = []
+        self._tensors: dict[str, torch.Tensor] = {}
         self._taps = {name: node for name, (_, node) in Context(graph=graph, tokens=()).taps.items() if name != LOGITS}
         for name, node in self._taps.items():
             self._watch(name, node)
@@ -67,11 +67,15 @@ class EagerSession(Session):
 
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         self.tapped = {}
-        pairs = list(zip(self._tensors[0::2], self._tensors[1::2], strict=True))
+        layers = by_layer(self.states)
+        held = [tuple(self._tensors[state.name] for state in layer) for layer in layers]
         ids, start = torch.from_numpy(tokens)[None], torch.tensor(self.position)
         with torch.no_grad():
-            logits_BTV, written = self._module(ids, start, pairs)
-        self._tensors = [tensor for pair in written for tensor in pair]
+            logits_BTV, written = self._module(ids, start, held)
+        pairs = (
+            pair for layer, tensors in zip(layers, written, strict=True) for pair in zip(layer, tensors, strict=True)
+        )
+        self._tensors = {state.name: tensor for state, tensor in pairs}
         self._complete(ids, start)
         logits: Float = logits_BTV[0, torch.from_numpy(logit_positions)].numpy()
         return logits
@@ -79,24 +83,19 @@ class EagerSession(Session):
     def _complete(self, ids: torch.Tensor, start: torch.Tensor) -> None:
         """Compute the taps that no hook saw."""
         known: dict[Node, Any] = {self._taps[name]: torch.from_numpy(value) for name, value in self.tapped.items()}
-        placeholders = self._graph.placeholders()
-        known |= {self._graph.user_inputs()[0]: ids, placeholders[str(self._graph.start)]: start}
-        known |= {
-            placeholders[cache.input]: tensor for cache, tensor in zip(self._graph.caches, self._tensors, strict=True)
-        }
+        given = {"tokens": ids, "start": start, **self._tensors}
+        known |= {node: given[name] for name, node in self._graph.inputs.items() if name in given}
         missing = [name for name in self._taps if name not in self.tapped]
         values = run_nodes([self._taps[name] for name in missing], known)
         self.tapped |= {name: values[self._taps[name]].numpy() for name in missing}
         self.tapped = {name: self.tapped[name] for name in self._taps}
 
     def _allocate(self, slots: int) -> None:
-        grown = [torch.zeros(1, cache.heads, slots, cache.width) for cache in self.caches]
-        for old, new in zip(self._tensors, grown, strict=False):
-            new[:, :, : old.shape[2]] = old
-        self._tensors = grown
+        new = {state.name: torch.zeros(state.shape(slots)) for state in self.states}
+        self._tensors = new | {name: grown(old, new[name]) for name, old in self._tensors.items()}
 
-    def _cache_arrays(self) -> Iterator[tuple[CacheRecord, Any]]:
-        yield from zip(self.caches, self._tensors, strict=False)
+    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
 
 
 def _readers(node: Node) -> list[Node]:

@@ -356,7 +356,7 @@ def _of_rope(replay: Replay) -> Iterator[Hypothesis]:
     yield from _of_angles(replay, layers)
     for window in sorted({window for window in layers.values() if window is not None}):
         moved.append((f"RoPE's positions wrap at the window of {window}", at % window))
-    counted = next((node for node in replay.site.nodes if _counts_positions(context.graph.start, node)), None)
+    counted = next((node for node in replay.site.nodes if _counts_positions(context.graph.inputs["start"], node)), None)
     for cause, positions in moved if counted is not None else ():
         change: Change = lambda value_of, to=positions: to.view_as(value_of(counted))  # type: ignore[misc]  # noqa: E731
         yield guess(cause, {counted: change})
@@ -402,11 +402,14 @@ def _kind(layers: dict[int | None, int | None], site: Site) -> str:
     return "global" if layers.get(site.layer) is None else "local"
 
 
-def _counts_positions(start: str | None, node: Node) -> bool:
+def _counts_positions(start: Node, node: Node) -> bool:
     """Whether a node is where the positions of the new tokens are made of the first one's."""
     shape = getattr(node.meta.get("val"), "shape", ())
-    from_start = any(used.name == start for used in node.all_input_nodes)
-    return from_start and node.op == "call_function" and any(not isinstance(size, int) for size in shape)
+    return (
+        start in node.all_input_nodes
+        and node.op == "call_function"
+        and any(not isinstance(size, int) for size in shape)
+    )
 
 
 def _words(site: Site) -> str:

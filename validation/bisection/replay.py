@@ -126,14 +126,13 @@ class Replay:
 
     def _stand_in(self, node: Node) -> Any:
         """An input of the graph: the ids, position 0, all rows, and caches of zeros."""
-        rows, value = len(self.output), node.meta["val"]
-        if node.name == self.context.graph.start:
+        rows, graph = len(self.output), self.context.graph
+        (name,) = (name for name, each in graph.inputs.items() if each is node)
+        if (state := graph.states.get(name)) is not None:
+            return torch.zeros(state.shape(rows if self.slots is None else self.slots))
+        if name == "start":
             return self.positions[0]
-        if not value.dtype.is_floating_point:
-            ids = list(self.context.tokens[:rows])
-            return torch.arange(rows) if value.dim() == 1 else torch.tensor([ids])
-        slots = rows if self.slots is None else self.slots
-        return torch.zeros([1, *(size if isinstance(size, int) else slots for size in value.shape[1:])])
+        return torch.arange(rows) if name == "logit_positions" else torch.tensor([list(self.context.tokens[:rows])])
 
     def _graph_layout(self, node: Node, value: torch.Tensor) -> torch.Tensor:
         shape = node.meta["val"].shape[1:]

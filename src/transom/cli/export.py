@@ -27,6 +27,7 @@ from transom.cli.options import (
 
 if TYPE_CHECKING:
     from transom.backends.artifact import Manifest
+    from transom.graphs.state import State
 
 
 def register(app: typer.Typer) -> None:
@@ -156,7 +157,11 @@ def inspect(
 
     manifest, certificate = read_manifest(folder, verify=verify), read_certificate(folder)
     if json:
-        print_json({**manifest.to_json(), "certificate": certificate.to_json()})
+        data = manifest.to_json()
+        decode = data["entries"]["decode"]
+        data |= {"caches": [_cache_json(state) for state in manifest.decode.states]}
+        data |= {key: decode[key] for key in ("taps", "payload")}
+        print_json({**data, "certificate": certificate.to_json()})
         return
     facts = Table("", "", title=escape(str(folder)), show_header=False)
     facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
@@ -167,16 +172,11 @@ def inspect(
     for name, entry in manifest.files.items():
         facts.add_row(escape(name), escape(f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}"))
     console.print(facts)
-    caches = Table("layer", "kind", "window", "slots", "shape", title="Caches (keys; values alike)")
-    for cache in manifest.caches:
-        if cache.name.endswith(".key"):
-            caches.add_row(
-                str(cache.layer),
-                "global" if cache.window is None else "local",
-                str(cache.window or ""),
-                str(cache.slots or f"grow to {manifest.context}"),
-                escape(f"{cache.heads} x slots x {cache.width} {cache.dtype}"),
-            )
+    rows = dict.fromkeys(_cache_row(state, manifest.context) for state in manifest.decode.states)
+    alike = " (keys; values alike)" if 2 * len(rows) == len(manifest.decode.states) else ""
+    caches = Table("layer", "kind", "window", "slots", "shape", title=f"Caches{alike}")
+    for row in rows:
+        caches.add_row(*row)
     console.print(caches)
     if manifest.tpu is not None:
         tpu = Table("program", "arguments", "caches in place", "temporary", "peak", "FLOPs", "compiled in")
@@ -201,3 +201,23 @@ def inspect(
             console.print(f"[dim]{escape(record['name'])}: {escape(line)}[/dim]", highlight=False)
     for line in manifest.not_done:
         console.print(f"[yellow]not done:[/yellow] {escape(line)}", highlight=False)
+
+
+def _cache_json(state: State) -> dict[str, Any]:
+    """A state with a key a size."""
+    named = {"name": state.name, "layer": state.layer, "window": state.window, "slots": state.slots}
+    sizes = {axis: size for axis, size in zip(state.axes, state.sizes, strict=True) if axis != "batch"}
+    return {**named, **sizes, "dtype": state.dtype}
+
+
+def _cache_row(state: State, context: int) -> tuple[str, ...]:
+    """Layer, kind, window, slots and shape of a state."""
+    sizes = zip(state.axes, state.sizes, strict=True)
+    shape = " x ".join(axis if axis == "slots" else str(size) for axis, size in sizes if axis != "batch")
+    return (
+        str(state.layer),
+        "summary" if not state.is_ring else "global" if state.window is None else "local",
+        str(state.window or ""),
+        str(state.slots or f"grow to {context}") if state.is_ring else "",
+        escape(f"{shape} {state.dtype}"),
+    )
