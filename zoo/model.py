@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import re
@@ -84,7 +85,7 @@ class Model:
         if (task, dtype) not in self._traces:
             build = architecture(self.config.architecture).build
             self._traces[task, dtype] = trace(
-                lambda: build(self.config),
+                functools.partial(build, self.config),
                 self.weights,
                 states=self.config.states,
                 context=self.config.context,
