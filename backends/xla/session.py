@@ -115,6 +115,11 @@ class XlaSession(Session):
                 ) from error
         return self._compiled[length, wanted]
 
+    def scratch_bytes(self) -> int:
+        """Most that a program that ran takes beside weights and caches, as XLA plans it; 0 where XLA does not tell."""
+        plans = [program.memory_analysis() for program in self._compiled.values()]
+        return max((plan.temp_size_in_bytes for plan in plans if plan is not None), default=0)
+
     def _cut(self, tap: NDArray[Any], axes: dict[str, int], tokens: int, positions: int) -> Float:
         """A tap without its padding."""
         for kind, count in (("tokens", tokens), ("positions", positions)):
