@@ -94,3 +94,7 @@ of the largest logit. Measured 0.010."""
 FUZZED_LOGITS = 1e-5
 """Largest difference of float32 logits from transformers', relative to the largest, of fuzzed checkpoints of three
 layers and a width of 16: the same products, summed in another order. Measured 1e-6."""
+
+BF16_RESULTS = 2**-8
+"""Largest difference of one operation's bfloat16 results, relative to the largest, where both sides compute in float32
+and round once: sums that differ in their last digits may round to neighbours. Measured 0."""

@@ -197,15 +197,15 @@ def _rotation_table(emitter: Emitter, table: Node, batch: Any) -> str:
     return str(emitter.once(("rotation", table), make))
 
 
-def new_positions(emitter: Emitter, tokens: Any) -> str:
-    """Positions of the new tokens, int64 [T]."""
+def new_positions(emitter: Emitter, tokens: Any, first: str) -> str:
+    """Positions of the new tokens, int64 [T], of which the first one's is given."""
 
     def make() -> str:
         count = emitter.op("Squeeze", emitter.size(tokens))
         steps = emitter.op("Range", emitter.constant(np.array(0)), count, emitter.constant(np.array(1)))
-        return str(emitter.op("Add", start(emitter), steps))
+        return str(emitter.op("Add", first, steps))
 
-    return str(emitter.once(("positions", str(tokens)), make))
+    return str(emitter.once(("positions", str(tokens), first), make))
 
 
 def start(emitter: Emitter) -> str:

@@ -92,18 +92,20 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, _, scale, window = node.args
+    q, k, v, position, scale, window = node.args
     tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
-    mask = emitter.once(("mask", str(slots), window), lambda: _mask(emitter, tokens, slots, window))
+    # Over themselves, new tokens are as far from each other wherever they stand.
+    first = emitter.constant(np.array(0)) if position is None else start(emitter)
+    mask = emitter.once(("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first))
     inputs = [emitter.value(value) for value in (q, k, v)]
     return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
 
 
-def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
+def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str) -> str:
     """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
     zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
-    positions = new_positions(emitter, tokens)
-    last = emitter.op("Sub", emitter.op("Add", start(emitter), emitter.size(tokens)), one)
+    positions = new_positions(emitter, tokens, first)
+    last = emitter.op("Sub", emitter.op("Add", first, emitter.size(tokens)), one)
     slot = emitter.op("Range", zero, emitter.op("Squeeze", emitter.size(slots)), one)
     # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))

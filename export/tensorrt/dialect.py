@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from transom.errors import QuantizationError
+from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.lowerings import SHARED, add_bias, cast, new_positions, start
 from transom.formats.quantized import block_of
 from transom.graphs import ops
-from transom.graphs.match import aten
+from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -190,8 +190,12 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, _, scale, window = node.args
+    q, k, v, position, scale, window = node.args
     tokens, slots = q.meta["val"].shape[2], emitter.fixed(k.meta["val"].shape[2])
+    if position is None:
+        raise UnsupportedOpsError(
+            f"the target 'tensorrt' attends over caches only, and {layer_path(node) or node.name} reads none"
+        )
     mask = emitter.once(("mask", str(slots), window), lambda: _mask(emitter, tokens, slots, window))
     inputs = [emitter.value(value) for value in (q, k, v)]
     return str(emitter.op("Attention", *inputs, mask, scale=scale))
@@ -200,7 +204,9 @@ def _attention(emitter: Emitter, node: Node) -> str:
 def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
     """Which slots each new token sees, bool [1, 1, T, S]; see `graphs.ops.visible`."""
     axes = emitter.constant(np.array([0, 1, 3]))
-    positions = emitter.once("mask_positions", lambda: emitter.op("Unsqueeze", new_positions(emitter, tokens), axes))
+    positions = emitter.once(
+        "mask_positions", lambda: emitter.op("Unsqueeze", new_positions(emitter, tokens, start(emitter)), axes)
+    )
     # Stored, as a Range here makes the builder of TensorRT for RTX 1.7 fail.
     slot = emitter.initializer(f"slots_{slots}", Weight.of(torch.arange(slots).view(1, 1, 1, slots)))
     if not window:

@@ -1,0 +1,462 @@
+"""Every fused operation's body against every lowering that a target has of it, on random inputs.
+
+A decoder that is nearly nothing but the operation is lowered to each target whose table has it, run there, and compared
+with the graph interpreted. So a model of operations that are here needs no tests of its own on every target. The pairs
+come from `graphs.ops` and from the tables: a lowering without a sample fails, and so does an operation that a target's
+passes leave and its table lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.artifacts import CHUNK
+from tests.case import run_graph
+from tests.export.targets import LOWER, TABLES, decoder
+from tests.tolerances import BF16_RESULTS, FP32_ATTENTION, FP32_PRODUCT, FP32_SUMS
+from transom.errors import QuantizationError, TransomError, UnsupportedOpsError
+from transom.formats.schemes import SCHEMES, QuantSpec, Scheme
+from transom.graphs import ops
+from transom.graphs.graph import Graph
+from transom.passes.base import Pass, Pipeline
+from transom.passes.canonicalize import Canonicalize
+from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.pipelines import Measure, pipeline
+from transom.passes.targets import TARGETS
+
+VOCABULARY, LONG = 50, 6
+HEADS, KEY_HEADS, HEAD = 4, 2, 8
+SCALE, EPS, FAR = 0.3, 1e-6, 1000
+
+Call = tuple[int, int]
+"""Position of the first new token, and how many there are."""
+
+STATELESS: tuple[Call, ...] = ((0, LONG), (FAR, LONG), (7, 1))
+
+Rows = Callable[..., Any]
+"""`(decoder, tokens [B, T], start, *states) -> rows [B, T, D]`, or a tuple of rows and states."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A use of an operation.
+
+    Attributes:
+        name: What is special about it.
+        rows: Calls the operation.
+        tensors: Weights, by the names under which `rows` reads them.
+        tolerance: Largest difference from the body, relative to the largest result; 0 if every bit counts.
+        dtype: Of the weights.
+        scheme: What is made of the weights before.
+        window: Keys that a layer sees; None for all.
+        slots: Slots of the layer's caches; 0 if it has none.
+        calls: What to run, one after the other, each with the states that the one before it left.
+        own_order: Whether the target keeps the slots of its caches in an order of its own.
+        refused: What the target's exporter raises, and words of it, where it does not take such a use.
+    """
+
+    name: str
+    rows: Rows
+    tensors: Mapping[str, torch.Tensor]
+    tolerance: float
+    dtype: torch.dtype = torch.float32
+    scheme: Scheme | None = None
+    window: int | None = None
+    slots: int = 0
+    states: int = 0
+    calls: tuple[Call, ...] = STATELESS
+    own_order: bool = False
+    refused: tuple[type[TransomError], str] | None = None
+
+    def draw_states(self, generator: torch.Generator) -> list[torch.Tensor]:
+        """Caches that hold anything: what no token sees does not matter."""
+        shape = (1, KEY_HEADS, self.slots, HEAD)
+        return [torch.randn(shape, generator=generator) for _ in range(self.states)]
+
+    def graph(self) -> Graph:
+        """The decoder, traced."""
+        module = Decoder(self.rows, self.tensors).to(self.dtype)
+        graph = decoder(module, *self.draw_states(torch.Generator()), window=self.window)
+        quantize = [] if self.scheme is None else [ConvertQuantized(self.scheme)]
+        return Pipeline([Canonicalize(), *quantize]).run(graph)[0]
+
+
+class Decoder(nn.Module):
+    """What a decoder takes and returns, around one operation."""
+
+    def __init__(self, rows: Rows, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._rows = rows
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.clone())
+
+    def forward(
+        self, tokens: torch.Tensor, start: torch.Tensor, logit_positions: torch.Tensor, *states: torch.Tensor
+    ) -> Any:
+        result = self._rows(self, tokens, start, *states)
+        rows, *states_after = result if isinstance(result, tuple) else (result,)
+        return (rows.index_select(1, logit_positions), *states_after)
+
+
+def normal(*shape: int, seed: int = 0, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * deviation + mean
+
+
+def look_up(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Random rows [B, T, D], as every token has its own."""
+    return nn.functional.embedding(tokens, table)
+
+
+def by_heads(x_BTD: torch.Tensor) -> torch.Tensor:
+    """[B, T, N, H]."""
+    return x_BTD.view(*x_BTD.shape[:2], x_BTD.shape[2] // HEAD, HEAD)
+
+
+def by_rows(x_BTNH: torch.Tensor) -> torch.Tensor:
+    """[B, T, N * H]."""
+    return x_BTNH.reshape(*x_BTNH.shape[:2], x_BTNH.shape[2] * HEAD)
+
+
+Samples = Callable[[str], Iterator[Sample]]
+"""Uses of an operation that a target must take or refuse, by its name."""
+
+SAMPLES: dict[Any, Samples] = {}
+
+
+def samples_of(operation: Any) -> Callable[[Samples], Samples]:
+    def register(function: Samples) -> Samples:
+        SAMPLES[operation] = function
+        return function
+
+    return register
+
+
+@samples_of(ops.RMS_NORM)
+def _rms_norm(target: str) -> Iterator[Sample]:
+    def of_rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return ops.RMS_NORM(look_up(self.table, tokens), self.weight, EPS)
+
+    def of_heads(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return by_rows(ops.RMS_NORM(by_heads(look_up(self.table, tokens)), self.weight, EPS))
+
+    table = normal(VOCABULARY, 4 * HEAD, deviation=3)
+    # A `1 + w` norm comes with its 1 folded in, so weights lie around 1 as well as around 0.
+    for mean in (0.0, 1.0):
+        tensors = {"table": table, "weight": normal(4 * HEAD, seed=1, mean=mean)}
+        yield Sample(name=f"weights around {mean:g}", rows=of_rows, tensors=tensors, tolerance=FP32_SUMS)
+    heads = {"table": table, "weight": normal(HEAD, seed=1)}
+    yield Sample(name="heads", rows=of_heads, tensors=heads, tolerance=FP32_SUMS)
+    if "bfloat16" in TARGETS[target].dtypes:
+        yield Sample(name="bfloat16", rows=of_rows, tensors=tensors, tolerance=BF16_RESULTS, dtype=torch.bfloat16)
+
+
+@samples_of(ops.ADD_RMS_NORM)
+def _add_rms_norm(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        x, residual = look_up(self.table, tokens), look_up(self.residuals, tokens)
+        normed, total = ops.ADD_RMS_NORM(x, residual, self.weight, EPS)
+        # Both results show, and which is which.
+        return normed - total
+
+    tables = {"table": normal(VOCABULARY, 24), "residuals": normal(VOCABULARY, 24, seed=1)}
+    yield Sample(name="rows", rows=rows, tensors={**tables, "weight": normal(24, seed=2)}, tolerance=FP32_SUMS)
+
+
+@samples_of(ops.ROTARY)
+def _rotary(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, heads_first: bool) -> Any:
+        x_BTNH = by_heads(look_up(self.table, tokens))
+        positions_T = torch.arange(tokens.shape[1]) + start
+        angles_TF = positions_T.float().unsqueeze(-1) * self.frequencies
+        cos, sin = angles_TF.cos(), angles_TF.sin()
+        if heads_first:
+            return by_rows(ops.ROTARY(x_BTNH.transpose(1, 2), cos, sin, True).transpose(1, 2))
+        return by_rows(ops.ROTARY(x_BTNH, cos, sin, False))
+
+    tensors = {"table": normal(VOCABULARY, HEADS * HEAD), "frequencies": torch.logspace(0, -2, HEAD // 2)}
+    for heads_first in (False, True):
+        yield Sample(
+            name="heads first" if heads_first else "heads last",
+            rows=functools.partial(rows, heads_first=heads_first),
+            tensors=tensors,
+            tolerance=FP32_SUMS,
+            refused=(UnsupportedOpsError, "heads before tokens") if heads_first and target == "tvm" else None,
+        )
+
+
+@samples_of(ops.GATED)
+def _gated(target: str) -> Iterator[Sample]:
+    packed = normal(VOCABULARY, 2 * 20, deviation=4)
+    packed[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -1e-30])
+    for activation in ops.ACTIVATIONS:
+
+        def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, activation: str = activation) -> Any:
+            return ops.GATED(look_up(self.table, tokens), activation)
+
+        yield Sample(name=activation, rows=rows, tensors={"table": packed}, tolerance=FP32_SUMS)
+
+
+@samples_of(ops.ROUND_ACTIVATIONS)
+def _round_activations(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, number: str) -> Any:
+        # Half of what is out of the largest code's reach is clamped, and some becomes subnormal.
+        return ops.ROUND_ACTIVATIONS(look_up(self.table, tokens), 2.0**-7, number)
+
+    for number in sorted(TARGETS[target].activations):
+        table = normal(VOCABULARY, 40, deviation=5)
+        table[:, :8] *= 1e-4
+        yield Sample(
+            name=number,
+            rows=functools.partial(rows, number=number),
+            tensors={"table": table},
+            tolerance=0,
+        )
+
+
+def specs(target: str) -> dict[str, QuantSpec]:
+    """Every format of every scheme that a target holds, by what it is."""
+    formats = {spec.describe(): spec for one in SCHEMES.values() for spec in one.specs}
+    able = TARGETS[target]
+    return {name: spec for name, spec in formats.items() if spec.number in able.numbers and not able.refuses(spec)}
+
+
+@samples_of(ops.LINEAR_QUANTIZED)
+def _linear_quantized(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return nn.functional.linear(look_up(self.table, tokens), self.matrix)
+
+    def tied(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return nn.functional.linear(look_up(self.table, tokens), self.table)
+
+    for name, spec in specs(target).items():
+        tensors = {"table": normal(VOCABULARY, 256), "matrix": normal(24, 256, seed=1, mean=0.2)}
+        linears = Scheme(name="sample", linears=(spec,))
+        yield Sample(name=name, rows=rows, tensors=tensors, tolerance=FP32_PRODUCT, scheme=linears)
+        table = Scheme(name="sample", table=spec)
+        yield Sample(
+            name=f"tied, {name}",
+            rows=tied,
+            tensors={"table": normal(VOCABULARY, 256, mean=0.2)},
+            tolerance=FP32_PRODUCT,
+            scheme=table,
+            refused=_refused_table(target, spec),
+        )
+
+
+@samples_of(ops.EMBEDDING_QUANTIZED)
+def _embedding_quantized(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return look_up(self.table, tokens)
+
+    for name, spec in specs(target).items():
+        yield Sample(
+            name=name,
+            rows=rows,
+            tensors={"table": normal(VOCABULARY, 256, mean=0.2)},
+            tolerance=0,
+            scheme=Scheme(name="sample", table=spec),
+            refused=_refused_table(target, spec),
+        )
+
+
+def _refused_table(target: str, spec: QuantSpec) -> tuple[type[TransomError], str] | None:
+    return (QuantizationError, "4-bit") if target == "onnx" and spec.number == "int4" else None
+
+
+def calls(target: str, slots: int, window: int | None) -> tuple[Call, ...]:
+    """From the first token on past two ends of a ring, or to the end of a cache that grows; then far past them."""
+    result: list[Call] = []
+    start = 0
+    for count in (LONG, LONG, 1, LONG, 1, 1, LONG, LONG, 1, 1):
+        result.append((start, count))
+        start += count
+    if window is None:
+        assert start < slots
+        result.append((slots - LONG, LONG))
+    else:
+        assert start > 2 * slots
+        result += [(FAR, LONG), (FAR + LONG, 1)]
+    if target != "tensorrt" or window is None:
+        return tuple(result)
+    # It writes no call across the end of a ring: sessions cut calls there.
+    cut: list[Call] = []
+    for start, count in result:
+        before = min(count, slots - start % slots)
+        cut += [(start, before), (start + before, count - before)]
+    return tuple(call for call in cut if call[1])
+
+
+@samples_of(ops.WRITE_CACHE)
+def _write_cache(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, cache: torch.Tensor) -> Any:
+        x = look_up(self.table, tokens)
+        return x, ops.WRITE_CACHE(cache, by_heads(x).transpose(1, 2), start)
+
+    for slots in (LONG, 11):
+        yield Sample(
+            name=f"{slots} slots",
+            rows=rows,
+            tensors={"table": normal(VOCABULARY, KEY_HEADS * HEAD)},
+            tolerance=0,
+            window=slots,
+            slots=slots,
+            states=1,
+            calls=calls(target, slots, slots),
+        )
+
+
+WINDOWS = (3, 9, None)
+"""Shorter and longer than a call, and none."""
+
+GROWN = 48
+"""Slots of a cache without a window."""
+
+
+def _tables(heads: int) -> dict[str, torch.Tensor]:
+    widths = {"queries": heads, "keys": KEY_HEADS, "values": KEY_HEADS}
+    return {name: normal(VOCABULARY, width * HEAD, seed=seed) for seed, (name, width) in enumerate(widths.items())}
+
+
+@samples_of(ops.ATTENTION)
+def _attention(target: str) -> Iterator[Sample]:
+    for window in WINDOWS:
+
+        def rows(
+            self: Any, tokens: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor, window: int = window or 0
+        ) -> Any:
+            q, k, v = (
+                by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values)
+            )
+            k_cache, v_cache = (ops.WRITE_CACHE(*pair, start) for pair in zip(caches, (k, v), strict=True))
+            out_BNTH = ops.ATTENTION(q, k_cache, v_cache, start, SCALE, window)
+            return by_rows(out_BNTH.transpose(1, 2)), k_cache, v_cache
+
+        # Written before they are read, new keys must leave room for those that the first of them sees.
+        slots = GROWN if window is None else window + LONG - 1
+        yield Sample(
+            name=f"window {window}",
+            rows=rows,
+            tensors=_tables(HEADS),
+            tolerance=FP32_ATTENTION,
+            window=window,
+            slots=slots,
+            states=2,
+            calls=calls(target, slots, window),
+        )
+
+    def without_cache(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        q, k, v = (by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values))
+        return by_rows(ops.ATTENTION(q, k, v, None, SCALE, 3).transpose(1, 2))
+
+    yield Sample(
+        name="no cache",
+        rows=without_cache,
+        tensors=_tables(HEADS),
+        tolerance=FP32_ATTENTION,
+        refused=(UnsupportedOpsError, "over caches only") if target == "tensorrt" else None,
+    )
+
+
+@samples_of(ops.CACHED_ATTENTION)
+def _cached_attention(target: str) -> Iterator[Sample]:
+    for heads, window in [*((HEADS, window) for window in WINDOWS), (KEY_HEADS, 9)]:
+
+        def rows(
+            self: Any, tokens: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor, window: int = window or 0
+        ) -> Any:
+            q, k, v = (by_heads(look_up(table, tokens)) for table in (self.queries, self.keys, self.values))
+            out_BTNH, *after = ops.CACHED_ATTENTION(q, k, v, *caches, start, SCALE, window)
+            return by_rows(out_BTNH), *after
+
+        # ONNX Runtime moves a windowed cache's slots when it is full, which takes room.
+        own_order = target == "onnxruntime" and window is not None
+        slots = GROWN if window is None else window + LONG - 1 if own_order else window
+        yield Sample(
+            name=f"{heads} heads, window {window}",
+            rows=rows,
+            tensors=_tables(heads),
+            tolerance=FP32_ATTENTION,
+            window=window,
+            slots=slots,
+            states=2,
+            calls=tuple(call for call in calls(target, slots, window) if not own_order or call[0] < FAR),
+            own_order=own_order,
+        )
+
+
+OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__ == ops.__name__}
+"""Those of `graphs.ops`; what training and observers add is for no target."""
+
+PAIRS = {(operation, target) for target, table in TABLES.items() for operation in OPERATIONS & table.keys()}
+"""Every lowering of a fused operation: the operation, and the target."""
+
+USES = [
+    (operation, target, sample)
+    for operation, target in sorted(PAIRS, key=str)
+    if operation in SAMPLES
+    for sample in SAMPLES[operation](target)
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "target", "sample"),
+    USES,
+    ids=[f"{operation.__name__.split('.')[0]}-{target}-{sample.name}" for operation, target, sample in USES],
+)
+def test_a_lowering_gives_the_numbers_of_the_body(operation: Any, target: str, sample: Sample, tmp_path: Path) -> None:
+    graph = sample.graph()
+    assert graph.calls(operation)
+    if sample.refused is not None:
+        kind, words = sample.refused
+        with pytest.raises(kind, match=words):
+            LOWER[target](graph, tmp_path)
+        return
+    program, generator = LOWER[target](graph, tmp_path), torch.Generator().manual_seed(2)
+    states = sample.draw_states(generator)
+    own_states, position = states, 0
+    for start, count in sample.calls:
+        if start != position:
+            own_states = states = sample.draw_states(generator)
+        tokens = torch.randint(0, VOCABULARY, (1, count), generator=generator)
+        wanted = torch.arange(count)
+        expected, *states = run_graph(graph, tokens, torch.tensor(start), wanted, *states)
+        logits, *own_states = program(tokens, start, wanted, own_states)
+        where = f"start {start}, {count} tokens"
+        largest = float(expected.abs().max())
+        error = float((logits.float() - expected[0].float()).abs().max())
+        assert error <= sample.tolerance * largest, f"{where}: {error} of {largest}"
+        if not sample.own_order:
+            for actual_state, state in zip(own_states, states, strict=True):
+                assert torch.equal(actual_state, state), where
+        position = start + count
+
+
+def test_every_lowering_is_tried() -> None:
+    assert {(operation, target) for operation, target, sample in USES if sample.refused is None} == PAIRS
+
+
+def test_what_passes_leave_is_lowered(traced: Graph) -> None:
+    """And some list of passes makes every operation, so that none is left out of what is looked at here."""
+    operations: set[Any] = set()
+
+    def note(_: Pass, graph: Graph) -> None:
+        operations.update(node.target for node in graph.calls_all())
+
+    measure = Measure(scales=lambda graph: {f"layers.{layer}.mlp.down_proj.input": 1.0 for layer in range(6)})
+    for target, able in TARGETS.items():
+        spec: QuantSpec = next(iter(specs(target).values()))
+        activations: Any = next(iter(able.activations), None)
+        everything = Scheme(name="sample", linears=(spec,), table=spec, activations=activations)
+        passes = pipeline(target, chunk=CHUNK, scheme=everything, measure=measure)
+        graph, _ = passes.run(traced, on_pass=note)
+        if target in TABLES:
+            assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target
+    assert operations >= OPERATIONS
