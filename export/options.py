@@ -8,6 +8,7 @@ from transom.backends.artifact import Manifest
 from transom.errors import ContextLengthError, TargetError
 from transom.formats.schemes import SCHEMES, scheme
 from transom.passes.targets import TARGETS, Target
+from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model
 
 CHUNK = 256
@@ -55,12 +56,8 @@ class Options:
             QuantizationError: If the scheme is unknown.
             ContextLengthError: If the context is longer than the model's.
         """
-        most = model.config.context
-        context = most if context is None else context
-        if not 1 <= context <= most:
-            raise ContextLengthError(
-                f"a context of {context} tokens was asked for, {model.config.name} was made for 1 to {most}"
-            )
+        check_context(model.config, context)
+        context = model.config.context if context is None else context
         quant = model.quant if quant is None else quant
         return Options(
             target=target,
@@ -81,6 +78,14 @@ class Options:
             chunk=manifest.chunk,
             quant=manifest.quantization,
             dtype=manifest.dtype,
+        )
+
+
+def check_context(config: DecoderConfig, context: int | None) -> None:
+    """Raise `ContextLengthError` for a context that the model does not have."""
+    if context is not None and not 1 <= context <= config.context:
+        raise ContextLengthError(
+            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )
 
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from transom.backends.artifact import Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.threads import check_threads
-from transom.errors import ConfigError, ContextLengthError
+from transom.errors import ConfigError
 from transom.validation.candidates import Candidate, artifact_candidate
-from transom.zoo.config import DecoderConfig
 from transom.zoo.model import Model, load
 
 _SEED = re.compile(r"seed (\d+)")
@@ -104,12 +103,4 @@ def check_same(model: Model, manifest: Manifest, folder: Path, *, weights: bool 
         raise ConfigError(
             f"{folder} was made from revision {manifest.source['revision']} of {manifest.source['name']}, the model "
             f"at hand is {model.revision}: export it again, or name its model with --model"
-        )
-
-
-def check_context(config: DecoderConfig, context: int | None) -> None:
-    """Raise `ContextLengthError` for a context that the model does not have."""
-    if context is not None and not 1 <= context <= config.context:
-        raise ContextLengthError(
-            f"a context of {context} tokens was asked for, {config.name} was made for 1 to {config.context}"
         )

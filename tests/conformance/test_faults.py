@@ -31,7 +31,6 @@ from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.validation.bisection.bisect import Context, bisect, bisect_stages, compare
 from transom.validation.bisection.recording import Call, Recording, record
-from transom.zoo.model import load
 
 LONG = ("decode_far", "mixed_chunks")
 CHUNK = 2 * WINDOW + 5
@@ -124,7 +123,7 @@ def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequen
 @pytest.mark.parametrize("name", [name for name, fault in IMAGE_FAULTS.items() if fault.layer is not None])
 def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite: dict[str, Path]) -> None:
     fault = IMAGE_FAULTS[name]
-    inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), load(suite["image_blocks"])
+    inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), model_of(suite["image_blocks"])
     sizes = [15, 12, 2, *[1] * 30]
     (images,) = ([case.images for case in CASES if case.images],)
     graph, _ = Pipeline([AddTaps()]).run(model.trace())

@@ -10,7 +10,7 @@ from typing import Literal
 
 from transom.compiler import versions
 from transom.errors import ConfigError, TargetError, TransomError
-from transom.export.options import CHUNK, Options
+from transom.export.options import CHUNK, Options, check_context
 from transom.passes.targets import TARGETS
 from transom.validation.candidates import OnProgress, Opener, disambiguate
 from transom.validation.evaluation.entries import check_names, named, refused, to_compile
@@ -18,7 +18,7 @@ from transom.validation.evaluation.result import Evaluation
 from transom.validation.evaluation.rows import evaluate_all, reason
 from transom.validation.evaluation.speed import REPEATS, processor, split
 from transom.validation.evaluation.text import read_sequences
-from transom.validation.inputs import check_context, read_inputs
+from transom.validation.inputs import read_inputs
 from transom.validation.validate import LIBRARIES
 from transom.zoo.model import Model
 
