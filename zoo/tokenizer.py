@@ -19,8 +19,9 @@ import tokenizers
 
 from transom.errors import TokenizerError
 from transom.json_object import is_file
+from transom.wording import listed
 from transom.zoo import byte_level
-from transom.zoo.byte_level import BYTES
+from transom.zoo.byte_level import BYTES, missing_bytes
 from transom.zoo.chat import Message, compile_template, render_template
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
@@ -41,6 +42,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _BOS, _EOS, _UNK, _END_OF_TURN = "<bos>", "<eos>", "<unk>", "<end_of_turn>"
 # Some published files call these ordinary text, which would make a chat unreadable to the model.
 _ALWAYS_CONTROL = {"<pad>", _EOS, _BOS, _UNK, "<start_of_turn>", _END_OF_TURN}
+_ENDS = (_EOS, _END_OF_TURN, "<|eot_id|>", "<|im_end|>")
+"""Tokens that end a text or a turn in every vocabulary that has them, whatever its files call the end."""
 
 
 class Tokenizer:
@@ -48,8 +51,8 @@ class Tokenizer:
 
     Attributes:
         bos_id: Goes in front of every text, unless the config says that none does; None if there is none.
-        stop_ids: Any of them ends a generated text: end of sequence, by Gemma's name and by the config's, and, where
-            there is one, end of turn.
+        stop_ids: Any of them ends a generated text: end of sequence by the config's name, and what usually ends a
+            sequence or a turn.
         config: What stands beside the vocabulary, such as the chat template.
         left_out: In plain words, what of it is not applied.
     """
@@ -69,7 +72,7 @@ class Tokenizer:
         bos_name = self.config.tokens.get("bos_token", None if self._byte_level else _BOS)
         eos_name = self.config.tokens.get("eos_token", _EOS)
         self.bos_id: int | None = None if bos_name is None else backend.token_to_id(bos_name)
-        ends = {token for name in (eos_name, _EOS, _END_OF_TURN) if (token := backend.token_to_id(name)) is not None}
+        ends = {token for name in (eos_name, *_ENDS) if (token := backend.token_to_id(name)) is not None}
         if bos_name is not None and self.bos_id is None:
             raise TokenizerError(f"the tokenizer has no {bos_name}, which begins a text")
         if not self._byte_level and backend.token_to_id(_EOS) is None:
@@ -78,16 +81,31 @@ class Tokenizer:
         self.left_out = self.config.left_out
         if "eos_token" in self.config.tokens and backend.token_to_id(eos_name) is None:
             self.left_out += (f"the tokenizer has no {eos_name}, which its config calls the end of a text",)
-        if self.config.adds_bos is None:
-            self.config = dataclasses.replace(self.config, adds_bos=self._adds_bos())
+        if self._byte_level and (missing := missing_bytes(backend.get_vocab())):
+            self.left_out += (
+                f"the vocabulary lacks the bytes {listed(missing)}: characters with them are passed over",
+            )
+        self.config = dataclasses.replace(self.config, adds_bos=self._adds_bos())
         self._added = backend.get_added_tokens_decoder()
         self._silent = {id for id, token in self._added.items() if token.special}
 
     def _adds_bos(self) -> bool:
-        """Whether texts begin with `bos_id`, by what the library would do itself."""
-        if self.bos_id is None or self._backend.post_processor is None:
-            return self.bos_id is not None and not self._byte_level
-        return self._backend.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+        """Whether texts begin with `bos_id`: as transformers, which goes by tokenizer.json if that says anything.
+
+        Only its classes of SentencePiece's kind go by the config first, and add the token if nothing says anything.
+        """
+        flag = self.config.adds_bos
+        if self._backend.post_processor is None or not (self._byte_level or flag is None):
+            return flag if flag is not None else self.bos_id is not None and not self._byte_level
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+        first, last = (encoding.ids[: own[0]], encoding.tokens[own[-1] + 1 :]) if own else ([], [])
+        if first not in ([], [self.bos_id]):
+            names = " ".join(encoding.tokens[: len(first)])
+            bos = self.config.tokens.get("bos_token", "none")
+            raise TokenizerError(f"the tokenizer begins texts with {names}, and the bos_token of its config is {bos}")
+        self.left_out += tuple(f"{token} is not put behind a text: a prompt is there to be continued" for token in last)
+        return bool(first)
 
     @staticmethod
     def from_folder(folder: Path) -> Tokenizer:
@@ -138,15 +156,13 @@ class Tokenizer:
         try:
             if tables.words is None:
                 return Tokenizer(_build(tables.pieces, tables.scores, tables.kinds), config)
-            by_kind = {
-                kind: [piece for piece, other in zip(tables.pieces, tables.kinds, strict=True) if other == kind]
-                for kind in (_CONTROL, _USER_DEFINED)
-            }
-            backend = byte_level.build(
-                tables.pieces, tables.merges, tables.words, special=by_kind[_CONTROL], own=by_kind[_USER_DEFINED]
+            special, own = (
+                [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in kinds]
+                for kinds in ((_CONTROL, _UNKNOWN), (_USER_DEFINED,))
             )
+            backend = byte_level.build(tables.pieces, tables.merges, tables.words, special=special, own=own)
             # llama.cpp's own default for this way to cut.
-            adds = config.adds_bos if config.adds_bos is not None else tables.words == "llama-bpe"
+            adds = config.adds_bos if config.adds_bos is not None else tables.words in byte_level.WHOLE_WORDS
             return Tokenizer(backend, dataclasses.replace(config, adds_bos=adds and "bos_token" in config.tokens))
         except TokenizerError as error:
             raise TokenizerError(f"{header.path}: {error}") from error
@@ -182,6 +198,10 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what stands beside it, which `from_folder` and Hugging Face's libraries read."""
+        if self._backend.post_processor is None and self.first_id is not None:
+            # transformers goes by this, and not by the config's add_bos_token.
+            first = {"id": "bos", "ids": [self.first_id], "tokens": [self._backend.id_to_token(self.first_id)]}
+            self._backend.post_processor = tokenizers.processors.TemplateProcessing("bos $A", special_tokens=[first])
         self._backend.save(str(folder / TOKENIZER), pretty=False)
         self.config.save(folder)
 

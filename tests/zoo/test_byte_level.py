@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import pre_tokenizers, processors
 
 from transom.errors import CheckpointError, TokenizerError
 from transom.zoo.architectures import packaged
-from transom.zoo.byte_level import BYTES, WORDS
+from transom.zoo.byte_level import BYTES
 from transom.zoo.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -118,13 +119,13 @@ PAIRS: dict[str, tuple[tokenizers.Tokenizer, Tokenizer]] = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for words in WORDS:
+    for words in PUBLISHED:
         backend = trained(words)
         path = write_gguf(tmp_path_factory.mktemp("byte_level") / "model.gguf", backend, words)
         PAIRS[words] = backend, Tokenizer.from_gguf(path)
 
 
-@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("words", PUBLISHED)
 @settings(deadline=None, max_examples=150)
 @given(text=TEXTS)
 @example(text="I'll pay 12345.60 for<|im_end|> it\n\n\n  said  she\t")
@@ -170,36 +171,97 @@ def test_what_begins_a_text_in_gguf(tmp_path: Path, words: str, flag: bool | Non
     tokenizer.save(tmp_path)
     again = Tokenizer.from_folder(tmp_path)
     assert again.encode("I'll 12") == tokenizer.encode("I'll 12") and again.stop_ids == (2,)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("I'll 12")["input_ids"] == tokenizer.encode("I'll 12")
 
 
-@pytest.mark.parametrize("adds", [True, False])
-def test_what_begins_a_text_in_a_folder(tmp_path: Path, adds: bool) -> None:
-    """Without a flag, it is the library's own template that adds the token."""
+def write_folder(folder: Path, template: str | None, **config: Any) -> Path:
     backend = trained("llama-bpe")
-    if adds:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-        )
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({**tokens, "tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    if template is not None:
+        tokens = [(token, backend.token_to_id(token)) for token in SPECIAL]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | config))
+    return folder
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("template", ["<|im_start|> $A", "$A"])
+def test_what_begins_a_text_in_a_folder(tmp_path: Path, template: str, flag: bool | None) -> None:
+    """The library's own template adds the token or does not, whatever the config says."""
+    write_folder(tmp_path, template, add_bos_token=flag)
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("a text") == theirs("a text")["input_ids"]
-    assert ours.stop_ids == (2,)
+    assert ours.encode("a text", bos=False) == theirs("a text", add_special_tokens=False)["input_ids"]
+    assert (ours.first_id, ours.stop_ids) == (1 if template != "$A" else None, (2,))
+
+
+def test_first_tokens_that_are_refused(tmp_path: Path) -> None:
+    for template, words in (
+        ("<|im_start|> <|endoftext|> $A", "begins texts with <|im_start|> <|endoftext|>, and the bos_token"),
+        ("<|endoftext|> $A", "begins texts with <|endoftext|>, and the bos_token of its config is <|im_start|>"),
+    ):
+        write_folder(tmp_path, template)
+        with pytest.raises(TokenizerError, match=re.escape(words)):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_last_tokens_are_left_out(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "<|im_start|> $A <|im_end|>"))
+    assert tokenizer.left_out == ("<|im_end|> is not put behind a text: a prompt is there to be continued",)
+    assert tokenizer.encode("a") == [1, *tokenizer.encode("a", bos=False)]
+
+
+def test_the_end_of_a_turn_stops_too(tmp_path: Path) -> None:
+    assert Tokenizer.from_folder(write_folder(tmp_path, "$A", eos_token="<|endoftext|>")).stop_ids == (0, 2)
+
+
+def test_bytes_without_a_piece_are_named() -> None:
+    data = json.loads(trained("gpt-2").to_str())
+    data["model"]["merges"] = []
+    for index, char in enumerate("\u0120\u0109"):
+        # 0x20 and 0x09.
+        data["model"]["vocab"][f"unused{index}"] = data["model"]["vocab"].pop(char)
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(data)))
+    assert tokenizer.left_out == ("the vocabulary lacks the bytes 09, 20: characters with them are passed over",)
+    assert tokenizer.decode(tokenizer.encode("a b")) == "ab"
+
+
+def pieces_of(path: Path, words: str, merges: list[str], extra: list[str], text: str) -> list[str]:
+    """A text in pieces, by a file of the printed bytes, the space and some more."""
+    pieces = [*map(chr, range(0x21, 0x7F)), "\u0120", *extra]
+    changes = {"tokens": pieces, "token_type": None, "merges": merges, "bos_token_id": None, "eos_token_id": None}
+    tokenizer = Tokenizer.from_gguf(write_gguf(path / "model.gguf", trained("gpt-2"), words, **changes))
+    return [pieces[token] for token in tokenizer.encode(text, bos=False)]
+
+
+def test_llama_cpps_default(tmp_path: Path) -> None:
+    """Punctuation first, then words, then digits by threes; no pair is merged over a cut."""
+    merges = ["1 2", "4 1", "! ?", "a b", "? a"]
+    cut = pieces_of(tmp_path, "default", merges, ["12", "41", "!?", "ab", "?a"], "12412!?ab 12")
+    assert cut == ["12", "4", "12", "!?", "ab", "\u0120", "12"]
+
+
+@pytest.mark.parametrize("words", ["llama-bpe", "llama3", "llama-v3", "qwen2"])
+def test_words_that_are_pieces_without_merges(tmp_path: Path, words: str) -> None:
+    expected = ["he", *"llo"] if words == "qwen2" else ["hello"]
+    assert pieces_of(tmp_path, words, ["h e"], ["hello", "he"], "hello") == expected
 
 
 def test_a_folder_that_names_no_token(tmp_path: Path) -> None:
     trained("gpt-2").save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.stop_ids, tokenizer.left_out) == (None, (), ())
+    assert (tokenizer.bos_id, tokenizer.stop_ids, tokenizer.left_out) == (None, (2,), ())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "falcon"}, "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are gpt-2, llama-bpe"),
+        (
+            {"pre": "falcon"},
+            "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are default, gpt-2, llama-bpe",
+        ),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "tokenizer.ggml.merges is no list"),
         ({"merges": ["zz yy"]}, "its merges do not fit its pieces"),

@@ -164,7 +164,9 @@ def test_companions_of_a_tokenizer(tmp_path: Path) -> None:
         "tokenizer_config.json: add_eos_token is not applied: a prompt is there to be continued",
         "tokenizer_config.json: of the chat templates, tool_use are not kept, only the default",
     )
-    absent = Tokenizer.from_folder(write(tmp_path, {"tokenizer_config.json": {"eos_token": "<|end|>"}}))
+    absent = Tokenizer.from_folder(
+        write(tmp_path, {"tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<|end|>"}})
+    )
     assert absent.left_out == ("the tokenizer has no <|end|>, which its config calls the end of a text",)
 
 
