@@ -21,7 +21,6 @@ BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(0x100 + index): byte for i
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def missing_bytes(vocabulary: Container[str]) -> list[str]:
@@ -49,19 +48,7 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-def _punctuation_first() -> pre_tokenizers.PreTokenizer:
-    """llama.cpp's own: runs of punctuation are words, then GPT-2's words, and numbers are cut by three digits."""
-    cuts = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
-    return pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cuts),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
 WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "default": _punctuation_first,
     "gpt-2": _gpt2,
     "llama-bpe": lambda: _cut(r"\p{N}{1,3}"),
     "llama-v3": lambda: _cut(r"\p{N}{1,3}"),
