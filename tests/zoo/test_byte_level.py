@@ -253,7 +253,7 @@ def test_a_folder_that_names_no_token(tmp_path: Path) -> None:
     [
         (
             {"pre": "falcon"},
-            "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are default, gpt-2, llama-bpe",
+            "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are gpt-2, llama-bpe",
         ),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "tokenizer.ggml.merges is no list"),
