@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 ROWS = 64
-"""Positions compared at a time: 64 MiB of logits of Gemma's vocabulary."""
+"""Positions compared at a time: 64 MiB of logits of a vocabulary of 262,144."""
 
 Logits = Callable[[int, int], torch.Tensor]
 """Logits [R, V] of the positions first to last + 1."""

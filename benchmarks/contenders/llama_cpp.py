@@ -78,7 +78,7 @@ class LlamaCpp(Contender):
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         self.clear(len(ids))
-        found: list[float] = []
+        values: list[float] = []
         for low in range(0, len(ids), BATCH):
             part = ids[low : low + BATCH]
             self._step(part, wanted=len(part))
@@ -87,8 +87,8 @@ class LlamaCpp(Contender):
             for row, target in zip(logits, ids[low + 1 : low + 1 + len(part)], strict=False):
                 top = row.max()
                 total = np.exp(row - top).sum(dtype=np.float64)
-                found.append(float(row[target] - top - np.log(total)))
-        return found
+                values.append(float(row[target] - top - np.log(total)))
+        return values
 
     def cache_bytes(self) -> int | None:
         sizes = [float(size) for size in _CACHE_SIZE.findall("".join(self._log))]

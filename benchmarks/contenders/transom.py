@@ -40,8 +40,8 @@ class Transom(Contender):
         self._session.prefill(ids)
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
-        found: list[float] = self._session.log_likelihoods(ids).tolist()
-        return found
+        values: list[float] = self._session.log_likelihoods(ids).tolist()
+        return values
 
     def cache_bytes(self) -> int:
         return sum(self._session.cache_bytes().values())

@@ -1,7 +1,7 @@
 """Where two runs of one model part: the first layer and operation whose output differs while its inputs agree.
 
-    verdict = bisect("onnxruntime", "onnx", model="gemma3-270m")
-    verdict = bisect("reference", "xla@FuseAttention", model="gemma3-tiny")
+    verdict = bisect("onnxruntime", "onnx", model=MODEL)
+    verdict = bisect("reference", "xla@FuseAttention", model=MODEL)
     verdict = bisect(good_graph, faulty_graph, model=model)          # graphs that AddTaps has run on
     verdict = bisect_stages("xla", model=model)                      # the first pass that changes numbers
     verdict = bisect_stages([..., Fault(), ...], model=model)        # a pipeline of one's own

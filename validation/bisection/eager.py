@@ -68,10 +68,10 @@ class EagerSession(Session):
     def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
         self.tapped = {}
         layers = by_layer(self.states)
-        held = [tuple(self._tensors[state.name] for state in layer) for layer in layers]
+        rings = [tuple(self._tensors[state.name] for state in layer) for layer in layers]
         ids, start = torch.from_numpy(tokens)[None], torch.tensor(self.position)
         with torch.no_grad():
-            logits_BTV, written = self._module(ids, start, held)
+            logits_BTV, written = self._module(ids, start, rings)
         pairs = (
             pair for layer, tensors in zip(layers, written, strict=True) for pair in zip(layer, tensors, strict=True)
         )

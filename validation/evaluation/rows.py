@@ -22,7 +22,7 @@ from transom.zoo.companions import COMPANIONS
 from transom.zoo.model import Model
 
 CALL = 256
-"""Most positions whose logits are computed at once: 256 MiB of Gemma's vocabulary."""
+"""Most positions whose logits are computed at once: 256 MiB of a vocabulary of 262,144."""
 
 
 def evaluate_all(
