@@ -124,7 +124,7 @@ def test_an_engine_that_cannot_be_read(folder: Path, manifest: Manifest, tmp_pat
 
 def test_an_engine_that_would_copy_its_caches(folder: Path, manifest: Manifest) -> None:
     library, _ = double(folder, separate="cache.3.key.out")
-    with pytest.raises(ArtifactError, match=r"does not write the cache 'cache.3.key' in place"):
+    with pytest.raises(ArtifactError, match=r"does not write the state 'cache.3.key' in place"):
         EngineSession(folder, manifest, record(), library, device="cpu")
 
 
