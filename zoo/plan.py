@@ -14,6 +14,7 @@ from transom.errors import ConfigError
 from transom.formats.schemes import scheme
 from transom.zoo.architectures import build_empty
 from transom.zoo.config import LARGEST, DecoderConfig, LayerKind
+from transom.zoo.layers import Decoder
 
 CACHE_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes of one number in the cache."""
@@ -95,6 +96,7 @@ def plan(
         )
     if cache_dtype not in CACHE_DTYPES:
         raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
+    module = build_empty(config)
     layers, grown = [], 0
     for index, layer in enumerate(config.layers):
         slots = context if layer.window is None else min(context, layer.window)
@@ -103,10 +105,10 @@ def plan(
         grown += context * slot
     return Plan(
         model=config.name,
-        parameters=parameters(config),
+        parameters=_numbers(module),
         quant=quant,
         weight_dtype="bf16" if quant == "none" else quant,
-        weight_bytes=_weight_bytes(config, quant),
+        weight_bytes=_weight_bytes(module, quant),
         context=context,
         batch=batch,
         cache_dtype=cache_dtype,
@@ -118,13 +120,16 @@ def plan(
 
 def parameters(config: DecoderConfig) -> int:
     """Numbers in the text decoder, a tied embedding counted once."""
-    return sum(parameter.numel() for parameter in build_empty(config).parameters())
+    return _numbers(build_empty(config))
 
 
-def _weight_bytes(config: DecoderConfig, quant: str) -> int:
-    module = build_empty(config)
+def _numbers(module: Decoder) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _weight_bytes(module: Decoder, quant: str) -> int:
     if quant == "none":
-        return 2 * sum(parameter.numel() for parameter in module.parameters())
+        return 2 * _numbers(module)
     formats, total = scheme(quant), 0
     for name, parameter in module.named_parameters():
         spec = formats.of(name) if parameter.dim() == 2 else None

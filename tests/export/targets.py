@@ -120,8 +120,8 @@ def _xla(graph: Graph, folder: Path) -> Program:
 
     def run(tokens: torch.Tensor, start: int, wanted: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
         ids, count = tokens.numpy().astype(np.int32), np.int32(tokens.shape[1])
-        held = [state.numpy() for state in states]
-        logits, after, _ = program(parameters, held, ids, np.int32(start), count, wanted.numpy().astype(np.int32))
+        caches = [state.numpy() for state in states]
+        logits, after, _ = program(parameters, caches, ids, np.int32(start), count, wanted.numpy().astype(np.int32))
         return [torch.from_numpy(np.array(value)) for value in (np.asarray(logits[0], np.float32), *after)]
 
     return run

@@ -61,8 +61,8 @@ def words(model: Model) -> list[int]:
 def logits(model: Model, words: list[int]) -> NDArray[np.float32]:
     """What the plain module says of every position, [T, V]."""
     with torch.no_grad():
-        found: NDArray[np.float32] = model.eager()(torch.tensor([words]), torch.tensor(0), None)[0][0].numpy()
-    return found
+        rows: NDArray[np.float32] = model.eager()(torch.tensor([words]), torch.tensor(0), None)[0][0].numpy()
+    return rows
 
 
 def test_the_record_and_its_presets_agree(family: Architecture) -> None:
@@ -150,11 +150,11 @@ def test_every_pass_of_every_list_keeps_the_logits(
     for name, graph in stages:
         stage = dataclasses.replace(case, graph=graph)
         session = stage.session(chunk=chunk)
-        found = session.logits(words[: 3 * W + 5])
-        assert np.abs(found - logits[: 3 * W + 5]).max() < FP32_LOGITS, f"prefill after {name}"
+        actual = session.logits(words[: 3 * W + 5])
+        assert np.abs(actual - logits[: 3 * W + 5]).max() < FP32_LOGITS, f"prefill after {name}"
     for position in range(3 * W + 5, 8 * W):
-        found = session.decode(words[position])
-        assert np.abs(found - logits[position]).max() < FP32_LOGITS, f"decode at {position} after all passes"
+        actual = session.decode(words[position])
+        assert np.abs(actual - logits[position]).max() < FP32_LOGITS, f"decode at {position} after all passes"
     slot = {layer.window: 4 * layer.kv_heads * (layer.key_width + layer.value_width) for layer in model.config.layers}
     sizes = session.cache_bytes()
     local = [layer for layer in model.config.layers if layer.window is not None]
@@ -171,8 +171,8 @@ def test_one_artifact(model: Model, words: list[int], logits: NDArray[np.float32
     W = window(model)
     transom.compile(model, target="onnxruntime", context=512, chunk=W + 5, out=tmp_path / "artifact")
     session = transom.open(tmp_path / "artifact")
-    found = session.logits(words[: 3 * W + 5])
-    assert np.abs(found - logits[: 3 * W + 5]).max() < FP32_LOGITS
+    actual = session.logits(words[: 3 * W + 5])
+    assert np.abs(actual - logits[: 3 * W + 5]).max() < FP32_LOGITS
     for position in range(3 * W + 5, 5 * W):
         assert np.abs(session.decode(words[position]) - logits[position]).max() < FP32_LOGITS, position
     code, out, _ = cli("inspect", tmp_path / "artifact", "--json")
