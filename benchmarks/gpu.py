@@ -269,10 +269,10 @@ def measure(options: argparse.Namespace) -> int:
             for entry in [*entries[shift:], *entries[:shift]]:
                 entry.attempt(time_once, entry, tokens, options)
             say(f"turn {number + 1} of {options.repeats}")
-        # What was timed is on the disk before the reference takes its time.
+        # What was measured is on the disk before the next comparison takes its time.
         write(options, known, [entry.row for entry in entries])
-        check(entries, model, tokens, options)
-        write(options, known, [entry.row for entry in entries])
+        for _ in check(entries, model, tokens, options):
+            write(options, known, [entry.row for entry in entries])
     say(f"wrote {options.out}/results.md and results.json")
     return int(any(entry.row.exported and (entry.row.note or entry.row.failures) for entry in entries))
 
@@ -411,14 +411,18 @@ def _read(entry: Entry, tokens: Sequence[int], prompt: int) -> tuple[float, floa
     return middle - began, time.perf_counter() - middle
 
 
-def check(entries: Sequence[Entry], model: Model, tokens: Sequence[int], options: argparse.Namespace) -> None:
-    """Compare every position's logits, of the prompt and of the decoded tokens, with the float32 module's."""
+def check(entries: Sequence[Entry], model: Model, tokens: Sequence[int], options: argparse.Namespace) -> Iterator[None]:
+    """Compare every position's logits, of the prompt and of the decoded tokens, with the float32 module's.
+
+    Yields after each entry.
+    """
     for quant in dict.fromkeys(entry.row.quant for entry in entries if entry.runner is not None):
         say(f"reference of {quant}, float32 on the CPU")
         oracle = Oracle(model, quant, tokens)
         for entry in entries:
             if entry.runner is not None and entry.row.quant == quant:
                 entry.attempt(_check, entry, oracle, tokens, options.prompt)
+                yield
 
 
 def _check(entry: Entry, oracle: Oracle, tokens: Sequence[int], prompt: int) -> None:

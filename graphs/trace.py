@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -102,24 +103,57 @@ def trace(
         layers = by_layer(_with_dtype(state, dtype) for state in states) if task == "decode" else []
         try:
             if task == "score":
-                program = export(_Score(module), (tokens,), dynamic_shapes=({0: batch, 1: new},), strict=False)
+                program = _export(_Score(module), (tokens,), ({0: batch, 1: new},))
             else:
                 caches = [tuple(map(_zeros, layer)) for layer in layers]
                 chosen = {"batch": batch, "slots": Dim("S", min=1, max=most)}
-                program = export(
+                program = _export(
                     _Decode(module),
                     (tokens, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64), caches),
-                    dynamic_shapes=(
+                    (
                         {0: batch, 1: new},
                         None,
                         {0: Dim("P", min=0, max=most)},
                         [tuple(_open_sizes(state, chosen) for state in layer) for layer in layers],
                     ),
-                    strict=False,
                 )
+            _drop_assertions(program, most)
         except Exception as error:
             raise TraceError(f"torch.export could not trace {type(module).__name__} for {task!r}: {error}") from error
     return _graph(program, weights, task, dtype, [state for layer in layers for state in layer])
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...]) -> ExportedProgram:
+    # As guards, torch 2.11 and 2.12 refuse what holds for all sizes: `min(32 * S, 64 * S) == 32 * S`.
+    return export(module, inputs, dynamic_shapes=sizes, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+
+
+def _drop_assertions(program: ExportedProgram, most: int) -> None:
+    """Erase the assertions about sizes that torch.export leaves in a program, once they are seen to hold.
+
+    Args:
+        program: What was exported.
+        most: The largest size.
+
+    Raises:
+        ValueError: If one does not hold: then the model is right for some sizes only.
+    """
+    edges = {2**power + step for power in range(most.bit_length()) for step in (-1, 0, 1)}
+    probes = sorted(size for size in {*range(1, 17), *edges, most} if 1 <= size <= most)
+    proved: set[Any] = {True}
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten._assert_scalar.default:
+            claim = node.args[0].meta["val"].node.expr if isinstance(node.args[0], torch.fx.Node) else node.args[0]
+            if claim not in proved:
+                symbols = sorted(claim.free_symbols, key=str)
+                for index, step in itertools.product(range(len(probes)), (0, 1, 5)):  # equal sizes, and unequal ones
+                    sizes = {symbol: probes[(index + step * i) % len(probes)] for i, symbol in enumerate(symbols)}
+                    if claim.subs(sizes) != True:  # noqa: E712 (sympy's own truth)
+                        raise ValueError(f"the model works only where {claim}, so not at {sizes}")
+                proved.add(claim)
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def _with_dtype(state: State, dtype: torch.dtype) -> State:
