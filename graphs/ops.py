@@ -115,14 +115,19 @@ def _(packed: torch.Tensor, activation: str) -> torch.Tensor:
 
 @torch.library.custom_op("transom::write_cache", mutates_args=())
 @_body
-def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Write position p into slot p % S; the new tokens stand at `start`, `start + 1`, and so on."""
+def write_cache(cache_BKSH: torch.Tensor, new: torch.Tensor, start: torch.Tensor, *, heads_first: bool) -> torch.Tensor:
+    """Write position p into slot p % S; of more tokens than slots, the last ones stay.
+
+    `new` is [B, K, T, H] if `heads_first`, else [B, T, K, H]; its tokens stand at `start`, `start + 1`, and so on.
+    """
+    new_BKTH = new if heads_first else new.transpose(1, 2)
     slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
-    return cache_BKSH.index_copy(2, (start + torch.arange(tokens)) % slots, new_BKTH)
+    steps = torch.arange(max(0, tokens - slots), tokens)
+    return cache_BKSH.index_copy(2, (start + steps) % slots, new_BKTH[:, :, steps])
 
 
 @write_cache.register_fake
-def _(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def _(cache_BKSH: torch.Tensor, new: torch.Tensor, start: torch.Tensor, *, heads_first: bool) -> torch.Tensor:
     return torch.empty_like(cache_BKSH)
 
 
@@ -133,15 +138,20 @@ def attention(
     k_BKSH: torch.Tensor,
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
+    *,
     scale: float,
     window: int,
 ) -> torch.Tensor:
-    """Attend over cache slots (or, with `start` None, over the new tokens themselves). Returns [B, N, T, H]."""
+    """Attend over slots that the new tokens were written to (or, with `start` None, over the new tokens themselves).
+
+    Returns [B, N, T, H]. A local layer needs `window + T - 1` slots: the last new token overwrites what the first one
+    would see in a smaller ring.
+    """
     seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window)
-    return _attend(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale)
+    return _weighted_values(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale)
 
 
-def _attend(
+def _weighted_values(
     q_BNTH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, seen_TS: torch.Tensor, scale: float
 ) -> torch.Tensor:
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
@@ -159,28 +169,29 @@ def _(
     k_BKSH: torch.Tensor,
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
+    *,
     scale: float,
     window: int,
 ) -> torch.Tensor:
     return q_BNTH.new_empty((*q_BNTH.shape[:3], v_BKSH.shape[3]))
 
 
-@torch.library.custom_op("transom::cached_attention", mutates_args=())
+@torch.library.custom_op("transom::attend", mutates_args=())
 @_body
-def cached_attention(
+def attend(
     q_BTNH: torch.Tensor,
     k_BTKH: torch.Tensor,
     v_BTKH: torch.Tensor,
     k_cache_BKSH: torch.Tensor,
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
+    *,
     scale: float,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cache write and attention in one: returns [B, T, N, H] and both caches with the new tokens in them.
+) -> torch.Tensor:
+    """Attend over caches as they were before the new tokens, and over the new tokens. Returns [B, T, N, H].
 
-    The new tokens attend over the caches as they were and over each other; then the last of them are written. So a
-    local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees.
+    A local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees.
     """
     k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
@@ -191,16 +202,11 @@ def cached_attention(
     if window:
         seen_TJ = seen_TJ & (distance_TJ < window)
     k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
-    out_BNTH = _attend(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
-    kept = min(tokens, slots)
-    k_BKSH, v_BKSH = (
-        write_cache(old, new[:, :, tokens - kept :], start + tokens - kept)
-        for old, new in ((k_cache_BKSH, k_BKTH), (v_cache_BKSH, v_BKTH))
-    )
-    return out_BNTH.transpose(1, 2).contiguous(), k_BKSH, v_BKSH
+    out_BNTH = _weighted_values(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
+    return out_BNTH.transpose(1, 2).contiguous()
 
 
-@cached_attention.register_fake
+@attend.register_fake
 def _(
     q_BTNH: torch.Tensor,
     k_BTKH: torch.Tensor,
@@ -208,11 +214,11 @@ def _(
     k_cache_BKSH: torch.Tensor,
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
+    *,
     scale: float,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = q_BTNH.new_empty((*q_BTNH.shape[:3], v_BTKH.shape[3]))
-    return out, torch.empty_like(k_cache_BKSH), torch.empty_like(v_cache_BKSH)
+) -> torch.Tensor:
+    return q_BTNH.new_empty((*q_BTNH.shape[:3], v_BTKH.shape[3]))
 
 
 @torch.library.custom_op("transom::linear_quantized", mutates_args=())
@@ -271,7 +277,7 @@ ROTARY = torch.ops.transom.rotary.default
 GATED = torch.ops.transom.gated.default
 WRITE_CACHE = torch.ops.transom.write_cache.default
 ATTENTION = torch.ops.transom.attention.default
-CACHED_ATTENTION = torch.ops.transom.cached_attention.default
+ATTEND = torch.ops.transom.attend.default
 LINEAR_QUANTIZED = torch.ops.transom.linear_quantized.default
 EMBEDDING_QUANTIZED = torch.ops.transom.embedding_quantized.default
 ROUND_ACTIVATIONS = torch.ops.transom.round_activations.default

@@ -24,7 +24,7 @@ from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass, Rewrite
 
-FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED, ops.CACHED_ATTENTION)
+FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED, ops.ATTEND)
 """Operations that only a fusion makes."""
 _SDPA = aten.scaled_dot_product_attention.default
 _ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)

@@ -2,27 +2,42 @@
 
 Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cache is read by attention whose window is
 known.
-Rewrite: a local layer's cache gets `window + chunk - 1` slots, for good. A chunk of `chunk` new tokens overwrites
-that many slots, and its first token still sees the `window - 1` keys before it, so fewer slots would lose keys. If
-`FuseCachedAttention` has run, `window` slots are enough: the fused operation attends before it writes.
-Skips: global layers; caches that are read by something other than fused attention, with the reason.
+Rewrite: a cache that only local layers read gets as many slots as the most demanding of its readers needs, for good.
+Attention over what was written needs `window + chunk - 1`: a chunk of `chunk` new tokens overwrites that many slots,
+and its first token still sees the `window - 1` keys before it. Attention over what stood there before
+(`transom.attend`) needs `window`. Caches of one layer are read together, so they get the same number.
+Skips: caches that a global layer reads; caches that are read by something other than fused attention, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-
-import torch
+from collections.abc import Iterable
 
 from transom.errors import InvariantError
 from transom.graphs import ops
 from transom.graphs.graph import Graph, fake_mode
-from transom.graphs.match import is_call, layer_path
+from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
 from transom.graphs.state import SLOTS
 from transom.passes.base import Pass, Rewrite
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Attention over a cache.
+
+    Attributes:
+        node: The call.
+        window: Keys that a token sees; 0 for all.
+        slots: Slots that it needs; 0 if it sees all keys.
+    """
+
+    node: Node
+    window: int
+    slots: int
 
 
 class BoundLocalCaches(Pass):
@@ -44,73 +59,79 @@ class BoundLocalCaches(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Resize the caches of local layers and note every cache's window."""
-        inputs = graph.inputs
-        changes, skipped = 0, list[str]()
-        rings = {name: state for name, state in graph.states.items() if state.is_ring}
-        unknown = self._unknown_layers(graph)
-        for name, state in rings.items():
-            node = inputs[name]
-            window = self._window(node)
-            if state.layer in unknown:
-                reader = "" if window is None else " of the cache beside it"
-                skipped.append(f"{name}: not every reader{reader} is attention with a known window, so it still grows")
-                window = None
-            slots = window + self._slack(node) if window else None
-            if slots is not None and state.slots is None:
-                sizes, axis = list(node.meta["val"].shape), state.axes.index(SLOTS)
-                with fake_mode(graph):
-                    node.meta["val"] = node.meta["val"].new_empty((*sizes[:axis], slots, *sizes[axis + 1 :]))
-                node.meta["changed"] = True
-                changes += 1
-            if state.slots is None:
-                sized = state if slots is None else state.fixed(slots=slots)
-                rings[name] = dataclasses.replace(sized, window=window or None)
-        graph.states = {**graph.states, **rings}
+        changes, skipped, states = 0, list[str](), dict(graph.states)
+        readers = self._readers(graph)
+        for rings in _by_layer(graph):
+            unknown = [name for name in rings if not readers[name]]
+            windows = {reader.window for name in rings for reader in readers[name] or ()}
+            slots = max((reader.slots for name in rings for reader in readers[name] or ()), default=0)
+            if unknown:
+                for name in rings:
+                    other = "" if name in unknown else " of the cache beside it"
+                    reason = f"not every reader{other} is attention with a known window, so it still grows"
+                    skipped.append(f"{name}: {reason}")
+            elif 0 not in windows:
+                for name in rings:
+                    if states[name].slots is None:
+                        self._resize(graph, name, slots)
+                        states[name] = dataclasses.replace(states[name].fixed(slots=slots), window=max(windows))
+                        changes += 1
+        graph.states = states
         return Rewrite(changes=changes, skipped=tuple(skipped))
 
-    def _slack(self, cache: Node) -> int:
-        """Slots beside the window: those that a chunk overwrites before its first token has attended."""
-        return 0 if any(is_call(user, ops.CACHED_ATTENTION) for user in cache.users) else self.chunk - 1
+    def _resize(self, graph: Graph, name: str, slots: int) -> None:
+        node, axis = graph.inputs[name], graph.states[name].axes.index(SLOTS)
+        sizes = list(node.meta["val"].shape)
+        with fake_mode(graph):
+            node.meta["val"] = node.meta["val"].new_empty((*sizes[:axis], slots, *sizes[axis + 1 :]))
+        node.meta["changed"] = True
 
     def ensures(self, graph: Graph) -> None:
-        """No local attention reads a cache that grows unreported, or one too small for its window and chunk."""
-        unknown = self._unknown_layers(graph)
-        grow = {graph.inputs[name].name for name, state in graph.states.items() if state.layer in unknown}
-        for node in graph.calls(ops.ATTENTION, ops.CACHED_ATTENTION):
-            fused = node.target is ops.CACHED_ATTENTION
-            window = node.args[7 if fused else 5]
-            cache = node.args[3] if fused else node.args[1]
-            if not fused and is_call(cache, ops.WRITE_CACHE):
-                cache = cache.args[0]
-            if not window or cache.op != "placeholder" or cache.name in grow:
+        """No cache that only local layers read grows unreported, and none is too small for one of its readers."""
+        readers = self._readers(graph)
+        for rings in _by_layer(graph):
+            if any(not readers[name] for name in rings):
                 continue
-            slots = cache.meta["val"].shape[2]
-            if not isinstance(slots, int) or slots < window + self._slack(cache):
-                raise InvariantError(
-                    f"{layer_path(node)}: {slots} slots for a window of {window} and chunks of {self.chunk}"
-                )
+            local = all(reader.window for name in rings for reader in readers[name] or ())
+            for name in rings:
+                slots = graph.states[name].slots
+                for reader in readers[name] or ():
+                    if (slots is None and local) or (slots is not None and (slots < reader.slots or not reader.window)):
+                        raise InvariantError(
+                            f"{layer_path(reader.node)}: {slots} slots of {name} for a window of {reader.window} and "
+                            f"chunks of {self.chunk}, where it needs {reader.slots}"
+                        )
 
-    def _unknown_layers(self, graph: Graph) -> set[int]:
-        """Layers with a ring of unknown window: rings of a layer go together, so that slots mean the same in all."""
+    def _readers(self, graph: Graph) -> dict[str, list[_Reader] | None]:
+        """Attention by the name of the cache that it reads; None where something else reads it."""
         inputs = graph.inputs
-        rings = {name: state for name, state in graph.states.items() if state.is_ring}
-        return {state.layer for name, state in rings.items() if self._window(inputs[name]) is None}
+        return {name: self._readers_of(inputs[name]) for name, state in graph.states.items() if state.is_ring}
+
+    def _readers_of(self, cache: Node) -> list[_Reader] | None:
+        readers = list[_Reader]()
+        for user in cache.users:
+            if is_call(user, ops.ATTEND):
+                readers.append(self._reader(user, written_chunk=0))
+            elif is_call(user, ops.WRITE_CACHE):
+                later = [reader for reader in user.users if reader.op != "output"]
+                if not all(is_call(reader, ops.ATTENTION) for reader in later):
+                    return None
+                readers += [self._reader(reader, written_chunk=self.chunk) for reader in later]
+            elif not is_call(user, aten.sym_size.int):
+                return None
+        return readers
 
     @staticmethod
-    def _window(cache: Node) -> int | None:
-        """Window of the layer that a cache belongs to; 0 if global, None if some reader is unknown."""
-        windows = set()
-        for write in cache.users:
-            if is_call(write, torch.ops.aten.sym_size.int):
-                continue
-            if is_call(write, ops.CACHED_ATTENTION):
-                windows.add(write.args[7])
-                continue
-            if not is_call(write, ops.WRITE_CACHE):
-                return None
-            for reader in write.users:
-                if is_call(reader, ops.ATTENTION):
-                    windows.add(reader.args[5])
-                elif reader.op != "output":
-                    return None
-        return windows.pop() if len(windows) == 1 else None
+    def _reader(node: Node, *, written_chunk: int) -> _Reader:
+        """A reader, before which so many new tokens are written."""
+        window = node.kwargs["window"]
+        return _Reader(node=node, window=window, slots=window and window + max(0, written_chunk - 1))
+
+
+def _by_layer(graph: Graph) -> Iterable[list[str]]:
+    """Names of the rings, by layer."""
+    layers: dict[int, list[str]] = {}
+    for name, state in graph.states.items():
+        if state.is_ring:
+            layers.setdefault(state.layer, []).append(name)
+    return layers.values()

@@ -210,8 +210,9 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
 
 def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
     start = graph.inputs["start"] if cached else None
+    options = {"scale": site.scale, "window": window}
     with graph.fx.inserting_before(site.out):
-        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, site.scale, window), site.out)
+        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start), site.out, options)
     site.out.replace_all_uses_with(new)
     # To torch, scaled_dot_product_attention is random (it may drop out), so it would outlive its last user.
     graph.fx.erase_node(site.out)

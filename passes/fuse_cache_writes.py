@@ -1,10 +1,10 @@
 """FuseCacheWrites: writing new keys or values into their slots becomes one `transom.write_cache`.
 
-Precondition: `Canonicalize` has run; the graph has caches, and one attention reads each. Were there two, as where a
-layer attends over what another one wrote, the passes that bound caches and that fuse writes with an attention would
-lose keys of the other: such graphs are refused for every target.
+Precondition: `Canonicalize` has run.
 Rewrite: `index_copy(cache, 2, slots, new)` where the slots are found by evaluation to be `(start + i) % S`.
 Skips: any other placement of tokens in slots, with the reason.
+Afterwards: a cache that comes in is read by what writes into it, and by nothing else. Attention reads what was written,
+so any number of layers may attend over one cache.
 """
 
 from __future__ import annotations
@@ -15,30 +15,16 @@ from transom.errors import InvariantError
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.masks import depends_on_values, evaluate
-from transom.graphs.match import aten, layer_path
+from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
-from transom.passes.shared_caches import cache_readers
 
 
 class FuseCacheWrites(Pass):
     """Name the write of position p into slot p % S."""
 
     after = (Canonicalize,)
-
-    def requires(self, graph: Graph) -> None:
-        """No two attentions read one cache."""
-        shared: dict[tuple[str, ...], list[str]] = {}
-        for name, readers in cache_readers(graph).items():
-            if len(readers) > 1:
-                shared.setdefault(tuple(layer_path(node) or node.name for node in readers), []).append(name)
-        if shared:
-            lines = (f"{' and '.join(readers)} read {', '.join(names)}" for readers, names in shared.items())
-            raise InvariantError(
-                f"{'; '.join(lines)}: a cache may have one reader, as bounding it for one loses keys that another "
-                "still sees: give each layer a cache of its own"
-            )
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Replace every recognised write into a cache input."""
@@ -60,10 +46,24 @@ class FuseCacheWrites(Pass):
                 skipped.append(f"{node.name}: does not write position p into slot p % S")
                 continue
             with graph.fx.inserting_before(node):
-                fused = graph.call(ops.WRITE_CACHE, (cache, new, inputs["start"]), node)
+                fused = graph.call(ops.WRITE_CACHE, (cache, new, inputs["start"]), node, {"heads_first": True})
             node.replace_all_uses_with(fused)
             changes += 1
         return Rewrite(changes=changes, skipped=tuple(skipped))
+
+    def ensures(self, graph: Graph) -> None:
+        """No cache is read as it was before the call: runtimes write in place, so that nothing of it may be left."""
+        inputs, early = graph.inputs, list[str]()
+        for name, state in graph.states.items():
+            users = [user for user in inputs[name].users if not is_call(user, aten.sym_size.int)]
+            if state.is_ring and len(users) > 1:
+                readers = sorted({layer_path(user) or user.name for user in users})
+                early.append(f"{name} (in {', '.join(readers)})")
+        if early:
+            raise InvariantError(
+                f"{'; '.join(early)}: a cache is used besides by what writes into it, but runtimes write in place: let "
+                "attention read what was written"
+            )
 
 
 def _is_ring(graph: Graph, cache: Node, index: Node, new: Node) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transom.errors import TargetError
 from transom.formats.schemes import Scheme
+from transom.passes.attend_before_writes import AttendBeforeWrites
 from transom.passes.base import Measurement, Pass, Pipeline
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
@@ -15,7 +16,6 @@ from transom.passes.fold_constants import FoldConstants
 from transom.passes.fuse_add_norms import FuseAddNorms
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.passes.fuse_cached_attention import FuseCachedAttention
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
@@ -51,7 +51,7 @@ def _onnxruntime(chunk: int, scheme: Scheme, measure: Measure) -> Passes:
         ConvertQuantized(scheme),
         FuseGatedMLP(),
         PackProjections(),
-        FuseCachedAttention(),
+        AttendBeforeWrites(at_once=True),
         FuseAddNorms(),
         _round_activations(scheme, measure),
     ]
@@ -74,8 +74,8 @@ def _xla(chunk: int, scheme: Scheme, measure: Measure) -> Passes:
     return [
         *_recognise(measure),
         SelectLogits(),
-        # Fused first: then a window of slots is enough for chunks of any length.
-        FuseCachedAttention(),
+        # First: then a window of slots is enough for chunks of any length.
+        AttendBeforeWrites(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),
@@ -87,8 +87,8 @@ def _tvm(chunk: int, scheme: Scheme, measure: Measure) -> Passes:
     return [
         *_recognise(measure),
         SelectLogits(),
-        # Fused first: then a window of slots is enough for chunks of any length.
-        FuseCachedAttention(),
+        # First: then a window of slots is enough for chunks of any length.
+        AttendBeforeWrites(),
         BoundLocalCaches(chunk),
         FoldConstants(),
         ConvertQuantized(scheme),

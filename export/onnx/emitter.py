@@ -57,7 +57,7 @@ class Dialect:
 
     Attributes:
         name: Its target name.
-        opset: Version of the standard operators.
+        opset: Version of the standard operators, if no lowering requires a later one.
         ir_version: Version of the file format.
         domains: Further operator domains, with their versions.
         lowerings: Lowering by exact operation.
@@ -117,6 +117,8 @@ class Emitter:
         self.graph, self.dialect, self._fixed = graph, dialect, fixed or {}
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
+        self.written: dict[tuple[Node, Node], str] = {}
+        """Caches that an attention wrote, by the cache that came in and the new keys or values."""
         self._data, self._on_bytes, self._end = data, on_bytes, 0
         self._places: dict[str, _Place] = {}
         self._axes = graph.symbols()
@@ -126,6 +128,7 @@ class Emitter:
         self._memo: dict[Any, Any] = {}
         self._counts: Counter[str] = Counter()
         self._scope = ""
+        self._opset = dialect.opset
 
     def emit(self) -> onnx.ModelProto:
         """Lower the whole graph."""
@@ -153,7 +156,7 @@ class Emitter:
             outputs.append(self._describe(name, wide))
         self._write_weights()
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
-        opsets = [helper.make_opsetid("", self.dialect.opset)]
+        opsets = [helper.make_opsetid("", self._opset)]
         opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]
         return helper.make_model(
             proto, opset_imports=opsets, ir_version=self.dialect.ir_version, producer_name="transom"
@@ -189,6 +192,10 @@ class Emitter:
                 width = int(node.meta["val"].shape[2] * node.meta["val"].shape[3])
                 self.flat[node] = self.op("Reshape", self.value(node), self.constant(np.array([0, 0, width])))
         return self.flat[node]
+
+    def require_opset(self, version: int) -> None:
+        """Write the model for at least this version of the standard operators."""
+        self._opset = max(self._opset, version)
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Add a node; returns the name of its output, or the list of names if it has several."""

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter
 from transom.graphs import ops
-from transom.graphs.match import aten
+from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node
 
 SHARED = Table()
@@ -103,7 +103,7 @@ def _reshape(emitter: Emitter, node: Node) -> str | None:
     source, shape = node.args[0], node.meta["val"].shape
     if source in emitter.flat and len(shape) == 3:
         return emitter.flat[source]
-    if len(shape) == 4 and all(user.target in (ops.CACHED_ATTENTION,) for user in node.users):
+    if len(shape) == 4 and all(is_call(user, ops.ATTEND, ops.WRITE_CACHE) for user in node.users):
         emitter.flattened(node)
         return None
     old = source.meta["val"].shape

@@ -15,7 +15,8 @@ from transom.errors import TargetError
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
-from transom.export.onnx.lowerings import INT32, SHARED, add_bias, start
+from transom.export.onnx.lowerings import INT32, add_bias, start
+from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs import ops
@@ -30,7 +31,7 @@ HEAD_STEP = 8
 # Computes with int8 activations. Without it MatMulNBits falls back to paths that are 200 times slower.
 ACCURACY_LEVEL = 4
 
-TABLE = Table(SHARED)
+TABLE = Table(RINGS)
 
 
 @TABLE.lowers(aten.linear.default)
@@ -129,9 +130,11 @@ def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
     return [names[0], names[3]]
 
 
-@TABLE.lowers(ops.CACHED_ATTENTION)
-def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
-    q, k, v, k_cache, v_cache, _, scale, window = node.args
+@TABLE.lowers(ops.ATTEND)
+def _attend(emitter: Emitter, node: Node) -> None:
+    """GroupQueryAttention, which writes both caches too."""
+    q, k, v, k_cache, v_cache, _ = node.args
+    scale, window = node.kwargs["scale"], node.kwargs["window"]
     batch, tokens, heads, width = q.meta["val"].shape
     if int(width) % HEAD_STEP:
         raise TargetError(
@@ -157,10 +160,15 @@ def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
         scale=scale,
         **local,
     )
-    for user in node.users:
-        if user.args[1] == 0:
-            emitter.flat[user] = out
-    return [None, k_out, v_out]
+    emitter.flat[node] = out
+    emitter.written |= {(k_cache, k): k_out, (v_cache, v): v_out}
+
+
+@TABLE.lowers(ops.WRITE_CACHE)
+def _write_cache(emitter: Emitter, node: Node) -> str:
+    """What GroupQueryAttention returned; standard operators where several layers read the cache."""
+    cache, new, _ = node.args
+    return emitter.written.get((cache, new)) or write_cache(emitter, node)
 
 
 def _total_length(emitter: Emitter, tokens: Any) -> str:

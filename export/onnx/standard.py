@@ -1,27 +1,25 @@
 """The `onnx` dialect: standard operators of opset 24 and nothing else, for any runtime that has them.
 
-Local caches are rings: TensorScatter writes position p into slot p % S, and Attention masks by the position that each
-slot holds. The masks are built once and shared by all layers of a kind.
+Local caches are rings; see `rings`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-import numpy as np
 
 from transom.errors import QuantizationError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
-from transom.export.onnx.lowerings import SHARED, add_bias, new_positions, start
+from transom.export.onnx.lowerings import add_bias
+from transom.export.onnx.rings import OPSET, RINGS, write_cache
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 
-TABLE = Table(SHARED)
+TABLE = Table(RINGS)
+TABLE.lowers(ops.WRITE_CACHE)(write_cache)
 
 
 @TABLE.lowers(ops.RMS_NORM)
@@ -77,45 +75,4 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Transpose", numbers, perm=[1, 2, 0]))
 
 
-@TABLE.lowers(ops.WRITE_CACHE)
-def _write_cache(emitter: Emitter, node: Node) -> str:
-    cache, new, _ = node.args
-    batch, _, slots, _ = cache.meta["val"].shape
-
-    def make() -> str:
-        slot = emitter.op("Mod", start(emitter), emitter.size(slots))
-        return str(emitter.op("Expand", slot, emitter.size(batch)))
-
-    indices = emitter.once(("write_indices", str(slots)), make)
-    return str(emitter.op("TensorScatter", emitter.value(cache), emitter.value(new), indices, mode="circular"))
-
-
-@TABLE.lowers(ops.ATTENTION)
-def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, position, scale, window = node.args
-    tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
-    # Over themselves, new tokens are as far from each other wherever they stand.
-    first = emitter.constant(np.array(0)) if position is None else start(emitter)
-    mask = emitter.once(("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first))
-    inputs = [emitter.value(value) for value in (q, k, v)]
-    return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
-
-
-def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str) -> str:
-    """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
-    zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
-    positions = new_positions(emitter, tokens, first)
-    last = emitter.op("Sub", emitter.op("Add", first, emitter.size(tokens)), one)
-    slot = emitter.op("Range", zero, emitter.op("Squeeze", emitter.size(slots)), one)
-    # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
-    age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))
-    keys = emitter.op("Sub", last, age)
-    distance = emitter.op("Sub", emitter.op("Unsqueeze", positions, emitter.constant(np.array([1]))), keys)
-    seen = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
-    if window:
-        near = emitter.op("Less", distance, emitter.constant(np.array(window)))
-        seen = emitter.op("And", seen, near)
-    return str(seen)
-
-
-DIALECT = Dialect(name="onnx", opset=24, ir_version=11, domains={}, lowerings=TABLE)
+DIALECT = Dialect(name="onnx", opset=OPSET, ir_version=11, domains={}, lowerings=TABLE)

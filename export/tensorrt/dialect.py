@@ -185,12 +185,16 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
         return str(emitter.op("Reshape", slot, emitter.constant(np.array([1]))))
 
     indices = emitter.once(("write_indices", slots), make)
-    return str(emitter.op("TensorScatter", emitter.value(cache), emitter.value(new), indices, axis=-2, mode="linear"))
+    value = emitter.value(new)
+    if not node.kwargs["heads_first"]:
+        value = emitter.op("Transpose", value, perm=[0, 2, 1, 3])
+    return str(emitter.op("TensorScatter", emitter.value(cache), value, indices, axis=-2, mode="linear"))
 
 
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, position, scale, window = node.args
+    q, k, v, position = node.args
+    scale, window = node.kwargs["scale"], node.kwargs["window"]
     tokens, slots = q.meta["val"].shape[2], emitter.fixed(k.meta["val"].shape[2])
     if position is None:
         raise UnsupportedOpsError(

@@ -241,18 +241,31 @@ def _gated(emitter: Emitter, node: Node) -> Any:
     return result
 
 
-@TABLE.lowers(ops.CACHED_ATTENTION)
-def _cached_attention(emitter: Emitter, node: Node) -> list[Any]:
-    *tensors, scale, window = node.args
-    heads, h = (int(size) for size in tensors[0].meta["val"].shape[2:])
-    key_heads = int(tensors[1].meta["val"].shape[2])
-    if (value_width := int(tensors[2].meta["val"].shape[3])) != h:
+@TABLE.lowers(ops.ATTEND)
+def _attend(emitter: Emitter, node: Node) -> Any:
+    scale, window = node.kwargs["scale"], node.kwargs["window"]
+    heads, h = (int(size) for size in node.args[0].meta["val"].shape[2:])
+    key_heads = int(node.args[1].meta["val"].shape[2])
+    if (value_width := int(node.args[2].meta["val"].shape[3])) != h:
         raise emitter.refuse(node, f"values are {value_width} wide, keys {h}: choose 'onnx'")
-    single = emitter.is_single(tensors[0])
-    return emitter.call(
-        ("cached_attention", heads, key_heads, h, window, scale, single),
-        lambda: attention.cached_attention(heads, key_heads, h, window, scale, emitter.tile, single=single),
-        [emitter.value(tensor) for tensor in tensors],
-        emitter.shape(tensors[0]),
-        in_place=(3, 4),
+    single = emitter.is_single(node.args[0])
+    (attended,) = emitter.call(
+        ("attend", heads, key_heads, h, window, scale, single),
+        lambda: attention.attend(heads, key_heads, h, window, scale, emitter.tile, single=single),
+        [emitter.value(tensor) for tensor in node.args],
+        emitter.shape(node),
     )
+    return attended
+
+
+@TABLE.lowers(ops.WRITE_CACHE)
+def _write_cache(emitter: Emitter, node: Node) -> Any:
+    cache, new, start = node.args
+    if node.kwargs["heads_first"]:
+        raise emitter.refuse(node, "heads must come after tokens")
+    key_heads, h = (int(size) for size in new.meta["val"].shape[2:])
+    inputs = [emitter.value(value) for value in (new, cache, start)]
+    (written,) = emitter.call(
+        ("write_cache", key_heads, h), lambda: attention.write_cache(key_heads, h, emitter.tile), inputs, in_place=(1,)
+    )
+    return written

@@ -1,14 +1,16 @@
-"""Attention over ring caches in jax: `transom::cached_attention` for a fixed number of new tokens.
+"""Attention over ring caches in jax: `transom::attend` and `transom::write_cache` for a fixed number of new tokens.
 
 Position p of a ring of S slots stands in slot p % S. What is live is only known at run time, so each path reads the
 least that a static program can:
 
-- One new token: it is written with one `dynamic_update_slice`, which happens in place when the caches are donated, and
-  then attends over the ring, if that is long by blocks of slots.
+- One new token: it attends over the ring as it is after the write, if that is long by blocks of slots.
 - Local layers, many tokens: old and new keys are laid out by position, and each block of queries sees one slice of
   `window + block` keys.
-- Global layers, many tokens: written first, then an online softmax over blocks of slots (FlashAttention's;
+- Global layers, many tokens: an online softmax over blocks of slots of the written cache (FlashAttention's;
   arXiv 2205.14135).
+
+A write is one or two `dynamic_update_slice`, in place when the caches are donated. Where attention reads the written
+ring, it states the same write, which XLA computes once.
 
 Blocks past the last valid token and slots past the last live one are never visited: loops end at run time.
 Axis letters as in the model files, and G: query heads that share one kv head; J: keys of a block; E: keys by position.
@@ -44,7 +46,7 @@ HIDDEN = -1e30
 """Score of a key that is not seen; finite, so that a row without keys gives no NaN."""
 
 
-def cached_attention(
+def attend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -55,8 +57,8 @@ def cached_attention(
     *,
     scale: float,
     window: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attend over the caches as they were and the new tokens; then write the last of these into the caches.
+) -> jax.Array:
+    """Attend over the caches as they were, and over the new tokens. Returns [B, T, N, H].
 
     Args:
         q_BTNH: Queries; N is a multiple of K.
@@ -66,31 +68,51 @@ def cached_attention(
         v_cache_BKSH: Values.
         start: Position of the first new token, an int32 scalar.
         count: How many of the new tokens are real, an int32 scalar from 1 to T; the rest is padding, whose rows of the
-            result mean nothing and which is never written.
+            result mean nothing.
         scale: What scores are multiplied by.
         window: Keys that a token sees, itself included; 0 for all.
-
-    Returns:
-        Attention [B, T, N, H] and both caches.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_cache_BKSH.shape[1:3]
+    K = k_cache_BKSH.shape[1]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    if T == 1:
-        slot = start % S
-        k_cache_BKSH = jax.lax.dynamic_update_slice_in_dim(k_cache_BKSH, k_BKTH, slot, 2)
-        v_cache_BKSH = jax.lax.dynamic_update_slice_in_dim(v_cache_BKSH, v_BKTH, slot, 2)
-        out_BKGTH = _decode(q_BKGTH, k_cache_BKSH, v_cache_BKSH, start, scale, window)
-    elif window:
-        k_BKEH, v_BKEH = _by_position(k_cache_BKSH, k_BKTH, start), _by_position(v_cache_BKSH, v_BKTH, start)
+    pairs = (k_cache_BKSH, k_BTKH.swapaxes(1, 2)), (v_cache_BKSH, v_BTKH.swapaxes(1, 2))
+    if T > 1 and window:
+        k_BKEH, v_BKEH = (_by_position(cache, new, start) for cache, new in pairs)
         out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, count, scale, window)
-        k_cache_BKSH, v_cache_BKSH = _last(k_BKEH, S, start, count), _last(v_BKEH, S, start, count)
     else:
-        k_cache_BKSH = _write(k_cache_BKSH, k_BKTH, start, count)
-        v_cache_BKSH = _write(v_cache_BKSH, v_BKTH, start, count)
-        out_BKGTH = _causal(q_BKGTH, k_cache_BKSH, v_cache_BKSH, start, count, scale)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3]), k_cache_BKSH, v_cache_BKSH
+        k_BKSH, v_BKSH = (write(cache, new, start, count) for cache, new in pairs)
+        if T == 1:
+            out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, scale, window)
+        else:
+            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, count, scale)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3])
+
+
+def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """The ring with the first `count` new tokens in it, position p in slot p % S; of more than S, the last ones."""
+    slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
+    if tokens == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, new_BKTH, start % slots, 2)
+    if tokens > slots:
+        skipped = jnp.maximum(count - slots, 0)
+        new_BKTH, start, count = _slice(new_BKTH, skipped, slots), start + skipped, count - skipped
+    room = slots - start % slots
+    cache_BKSH = _write_run(cache_BKSH, new_BKTH, slots - room, 0, jnp.minimum(count, room))
+    # What is past the ring's end goes on at its front.
+    return _write_run(cache_BKSH, new_BKTH, -room, room, count)
+
+
+def _write_run(
+    cache_BKSH: jax.Array, new_BKTH: jax.Array, offset: jax.Array, low: jax.Array | int, high: jax.Array
+) -> jax.Array:
+    """Write token i into slot `offset + i`, for i from `low` to `high - 1`; what stands beside them there stays."""
+    slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
+    begin = jnp.clip(offset, 0, slots - tokens)
+    index_T = begin - offset + jnp.arange(tokens)
+    moved_BKTH = jnp.roll(new_BKTH, offset - begin, 2)
+    valid_T = (index_T >= low) & (index_T < high)
+    kept_BKTH = jnp.where(valid_T[:, None], moved_BKTH, _slice(cache_BKSH, begin, tokens))
+    return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, kept_BKTH, begin, 2)
 
 
 class _Softmax(NamedTuple):
@@ -166,11 +188,6 @@ def _by_position(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array) -
     return jnp.concatenate((jnp.roll(cache_BKSH, -(start % slots), 2), new_BKTH), 2)
 
 
-def _last(x_BKEH: jax.Array, slots: int, start: jax.Array, count: jax.Array) -> jax.Array:
-    """The ring after `count` new tokens, from keys by position: its last slots, each at its place."""
-    return jnp.roll(_slice(x_BKEH, count, slots), (start + count) % slots, 2)
-
-
 def _blocked(x_BKGTH: jax.Array, size: int) -> jax.Array:
     """Pad the tokens to a multiple of the block's size."""
     return jnp.pad(x_BKGTH, ((0, 0),) * 3 + ((0, -x_BKGTH.shape[3] % size), (0, 0)))
@@ -236,16 +253,3 @@ def _causal(
 
     blocks = (count + size - 1) // size
     return jax.lax.fori_loop(0, blocks, block, _zeros(q_BKGTH, v_BKSH))[:, :, :, :tokens]
-
-
-def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-    """Write the first `count` tokens into one run of slots, in place; what stood beside them there stays."""
-    slots = cache_BKSH.shape[2]
-    new_BKTH = new_BKTH[:, :, :slots]
-    tokens = new_BKTH.shape[2]
-    begin = jnp.minimum(start, slots - tokens)
-    index_T = begin - start + jnp.arange(tokens)
-    valid_T = (index_T >= 0) & (index_T < count)
-    moved_BKTH = jnp.roll(new_BKTH, start - begin, 2)
-    kept_BKTH = jnp.where(valid_T[:, None], moved_BKTH, _slice(cache_BKSH, begin, tokens))
-    return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, kept_BKTH, begin, 2)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from transom.export.lowering import Table
-from transom.export.xla.attention import HIDDEN, cached_attention
+from transom.export.xla import attention
 from transom.export.xla.narrow import embedding_quantized, linear_quantized
 from transom.formats.rounding import FLOAT8_MAX
 from transom.graphs import ops
@@ -35,7 +35,7 @@ DTYPES: dict[torch.dtype, Any] = {
 
 TABLE = Table()
 
-COUNTED = frozenset({ops.WRITE_CACHE, ops.ATTENTION, ops.CACHED_ATTENTION})
+COUNTED = frozenset({ops.WRITE_CACHE, ops.ATTENTION, ops.ATTEND})
 """Operations that must know how many of the new tokens are no padding; their lowerings take it as `count`."""
 
 
@@ -210,11 +210,28 @@ def _rotary(x: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, heads_first: boo
 
 
 @TABLE.lowers(ops.WRITE_CACHE)
-def _write_cache(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, *, count: jax.Array) -> jax.Array:
-    slots, steps_T = cache_BKSH.shape[2], jnp.arange(new_BKTH.shape[2])
-    # Padding goes to a slot that does not exist, and is dropped.
-    slots_T = jnp.where(steps_T < count, (start + steps_T) % slots, slots)
-    return cache_BKSH.at[:, :, slots_T].set(new_BKTH, mode="drop")
+def _write_cache(
+    cache_BKSH: jax.Array, new: jax.Array, start: jax.Array, *, heads_first: bool, count: jax.Array
+) -> jax.Array:
+    return attention.write(cache_BKSH, new if heads_first else new.swapaxes(1, 2), start, count)
+
+
+@TABLE.lowers(ops.ATTEND)
+def _attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_cache_BKSH: jax.Array,
+    v_cache_BKSH: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    window: int,
+    count: jax.Array,
+) -> jax.Array:
+    return attention.attend(
+        q_BTNH, k_BTKH, v_BTKH, k_cache_BKSH, v_cache_BKSH, start, count, scale=scale, window=window
+    )
 
 
 @TABLE.lowers(ops.ATTENTION)
@@ -223,9 +240,9 @@ def _attention(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     start: jax.Array | None,
+    *,
     scale: float,
     window: int,
-    *,
     count: jax.Array,
 ) -> jax.Array:
     B, N, T, H = q_BNTH.shape
@@ -239,27 +256,9 @@ def _attention(
         seen_TS &= distance_TS < window
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
     scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(seen_TS, scores, HIDDEN), -1).astype(v_BKSH.dtype)
+    weights = jax.nn.softmax(jnp.where(seen_TS, scores, attention.HIDDEN), -1).astype(v_BKSH.dtype)
     out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH, preferred_element_type=jnp.float32)
     return out.reshape(B, N, T, v_BKSH.shape[3]).astype(q_BNTH.dtype)
-
-
-@TABLE.lowers(ops.CACHED_ATTENTION)
-def _cached_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_cache_BKSH: jax.Array,
-    v_cache_BKSH: jax.Array,
-    start: jax.Array,
-    scale: float,
-    window: int,
-    *,
-    count: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return cached_attention(
-        q_BTNH, k_BTKH, v_BTKH, k_cache_BKSH, v_cache_BKSH, start, count, scale=scale, window=window
-    )
 
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)

@@ -25,7 +25,6 @@ from transom.zoo.gemma3 import Gemma3Config
 
 # Graphs of this case, LLG with a window of 13, are spoilt.
 CASE, LOCAL, GLOBAL, WINDOW = "odd_window", 1, 2, 13
-_WINDOW_ARG, _SCALE_ARG = 5, 4
 
 
 class SpoilWindow(Pass):
@@ -38,7 +37,7 @@ class SpoilWindow(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Change one number."""
-        graph.calls(ops.ATTENTION)[self.layer].update_arg(_WINDOW_ARG, self.window)
+        graph.calls(ops.ATTENTION)[self.layer].update_kwarg("window", self.window)
         return Rewrite(changes=1)
 
 
@@ -52,7 +51,7 @@ class SpoilScale(Pass):
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Change one number."""
-        graph.calls(ops.ATTENTION)[self.layer].update_arg(_SCALE_ARG, self.scale)
+        graph.calls(ops.ATTENTION)[self.layer].update_kwarg("scale", self.scale)
         return Rewrite(changes=1)
 
 

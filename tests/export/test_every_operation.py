@@ -296,13 +296,17 @@ def calls(target: str, slots: int, window: int | None) -> tuple[Call, ...]:
 
 @samples_of(ops.WRITE_CACHE)
 def _write_cache(target: str) -> Iterator[Sample]:
-    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, cache: torch.Tensor) -> Any:
-        x = look_up(self.table, tokens)
-        return x, ops.WRITE_CACHE(cache, by_heads(x).transpose(1, 2), start)
+    for slots, heads_first in ((LONG, True), (11, True), (11, False)):
 
-    for slots in (LONG, 11):
+        def rows(
+            self: Any, tokens: torch.Tensor, start: torch.Tensor, cache: torch.Tensor, first: bool = heads_first
+        ) -> Any:
+            x = look_up(self.table, tokens)
+            new = by_heads(x)
+            return x, ops.WRITE_CACHE(cache, new.transpose(1, 2) if first else new, start, heads_first=first)
+
         yield Sample(
-            name=f"{slots} slots",
+            name=f"{slots} slots, heads {'first' if heads_first else 'last'}",
             rows=rows,
             tensors={"table": normal(VOCABULARY, KEY_HEADS * HEAD)},
             tolerance=0,
@@ -310,6 +314,7 @@ def _write_cache(target: str) -> Iterator[Sample]:
             slots=slots,
             states=1,
             calls=calls(target, slots, slots),
+            refused=(UnsupportedOpsError, "may have heads before tokens") if target == "tvm" and heads_first else None,
         )
 
 
@@ -335,8 +340,10 @@ def _attention(target: str) -> Iterator[Sample]:
             q, k, v = (
                 by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values)
             )
-            k_cache, v_cache = (ops.WRITE_CACHE(*pair, start) for pair in zip(caches, (k, v), strict=True))
-            out_BNTH = ops.ATTENTION(q, k_cache, v_cache, start, SCALE, window)
+            k_cache, v_cache = (
+                ops.WRITE_CACHE(*pair, start, heads_first=True) for pair in zip(caches, (k, v), strict=True)
+            )
+            out_BNTH = ops.ATTENTION(q, k_cache, v_cache, start, scale=SCALE, window=window)
             return by_rows(out_BNTH.transpose(1, 2)), k_cache, v_cache
 
         # Written before they are read, new keys must leave room for those that the first of them sees.
@@ -354,7 +361,7 @@ def _attention(target: str) -> Iterator[Sample]:
 
     def without_cache(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
         q, k, v = (by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values))
-        return by_rows(ops.ATTENTION(q, k, v, None, SCALE, 3).transpose(1, 2))
+        return by_rows(ops.ATTENTION(q, k, v, None, scale=SCALE, window=3).transpose(1, 2))
 
     yield Sample(
         name="no cache",
@@ -365,15 +372,16 @@ def _attention(target: str) -> Iterator[Sample]:
     )
 
 
-@samples_of(ops.CACHED_ATTENTION)
-def _cached_attention(target: str) -> Iterator[Sample]:
+@samples_of(ops.ATTEND)
+def _attend(target: str) -> Iterator[Sample]:
     for heads, window in [*((HEADS, window) for window in WINDOWS), (KEY_HEADS, 9)]:
 
         def rows(
             self: Any, tokens: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor, window: int = window or 0
         ) -> Any:
             q, k, v = (by_heads(look_up(table, tokens)) for table in (self.queries, self.keys, self.values))
-            out_BTNH, *after = ops.CACHED_ATTENTION(q, k, v, *caches, start, SCALE, window)
+            out_BTNH = ops.ATTEND(q, k, v, *caches, start, scale=SCALE, window=window)
+            after = (ops.WRITE_CACHE(*pair, start, heads_first=False) for pair in zip(caches, (k, v), strict=True))
             return by_rows(out_BTNH), *after
 
         # ONNX Runtime moves a windowed cache's slots when it is full, which takes room.

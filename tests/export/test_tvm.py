@@ -130,11 +130,16 @@ TILES = [HOST.tile] if HOST.machine != "x86_64" else [HOST.tile, AVX2, NEON, SSE
 
 def run(kernel: Any, *inputs: torch.Tensor, out: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Compile a kernel and call it; returns its output, and its inputs as it left them."""
-    module = tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=HOST.target())
-    arrays = [tvm.runtime.tensor(value.contiguous().numpy()) for value in (*inputs, torch.full(tuple(out), torch.nan))]
-    module["main"](*arrays)
-    *left, found = (torch.from_numpy(array.numpy()) for array in arrays)
+    *left, found = in_place(kernel, *inputs, torch.full(tuple(out), torch.nan))
     return found, left
+
+
+def in_place(kernel: Any, *buffers: torch.Tensor) -> list[torch.Tensor]:
+    """Compile a kernel and call it; returns its buffers as it left them."""
+    module = tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=HOST.target())
+    arrays = [tvm.runtime.tensor(value.contiguous().numpy()) for value in buffers]
+    module["main"](*arrays)
+    return [torch.from_numpy(array.numpy()) for array in arrays]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -236,18 +241,20 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
         (5, 6, 2, 24, 200, 0, 195),
     ],
 )
-def test_cached_attention(
+def test_attention_and_writes(
     m: int, heads: int, key_heads: int, h: int, slots: int, window: int, start: int, tile: Tile
 ) -> None:
     q, k, v = (torch.randn(1, m, count, h) for count in (heads, key_heads, key_heads))
     caches = [torch.randn(1, key_heads, slots, h) for _ in range(2)]
     position = torch.tensor(start)
-    expected, *written = ops.cached_attention(q, k, v, *caches, position, 0.3, window)
-    kernel = attention.cached_attention(heads, key_heads, h, window, 0.3, tile, single=m == 1)
+    expected = ops.attend(q, k, v, *caches, position, scale=0.3, window=window)
+    kernel = attention.attend(heads, key_heads, h, window, 0.3, tile, single=m == 1)
     flat = [value.view(m, -1) for value in (q, k, v)]
-    found, left = run(kernel, *flat, *caches, position, out=(m, heads * h))
-    assert (found - expected.view(m, -1)).abs().max() < FP32_ATTENTION
-    assert torch.equal(left[3], written[0]) and torch.equal(left[4], written[1])
+    attended, inputs = run(kernel, *flat, *caches, position, out=(m, heads * h))
+    assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION
+    assert torch.equal(inputs[3], caches[0]) and torch.equal(inputs[4], caches[1])
+    written = ops.write_cache(caches[0], k, position, heads_first=False)
+    assert torch.equal(in_place(attention.write_cache(key_heads, h, tile), flat[1], caches[0], position)[1], written)
 
 
 def test_tiles_divide() -> None:

@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.export.toys import export_toy
 from tests.tolerances import FP32_LOGITS
-from transom.backends.artifact import DECODE, Entry, Manifest, read_manifest, write_manifest
+from transom.backends.artifact import DECODE, Entry, Manifest, read_manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.cli.export import inspect
 from transom.errors import ArtifactError, TargetError, TraceError, UnsupportedOpsError
-from transom.export.exporter import Progress, exporter
-from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.state import State, ring
@@ -129,30 +128,7 @@ def expected_bytes(layers: Layers, *, slack: int, slots: int) -> dict[str, int]:
 
 
 def export(graph: Graph, target: str, folder: Path) -> Manifest:
-    """Write an artifact of a graph that is no model of the zoo."""
-    rewritten, records = pipeline(target, chunk=CHUNK, scheme=scheme("none")).run(graph)
-    folder.mkdir()
-    lowered = exporter(target)(rewritten, folder, Options(target=target, context=CONTEXT, chunk=CHUNK), Progress())
-    return write_manifest(
-        folder,
-        Manifest(
-            target=target,
-            model={"name": "toy"},
-            source={"name": "random", "revision": "seed 0"},
-            quantization="none",
-            dtype="float32",
-            context=CONTEXT,
-            chunk=CHUNK,
-            vocab_size=VOCABULARY,
-            entries={DECODE: lowered.entry},
-            details=lowered.details,
-            stop_ids=(),
-            bos_id=None,
-            passes=[record.to_json() for record in records],
-            not_done=(),
-            libraries={},
-        ),
-    )
+    return export_toy(graph, target, folder, context=CONTEXT, chunk=CHUNK)
 
 
 @pytest.mark.parametrize("summary", [False, True], ids=["rings", "rings and a summary"])

@@ -152,7 +152,7 @@ def test_bfloat16(
 def test_intermediate_stages_can_be_lowered(traced: Graph, text: list[int], text_logits: NDArray[np.float32]) -> None:
     """As traced, with attention and cache writes apart, and with both fused but caches that still grow."""
     stages = {type(stage.ran).__name__: stage.graph for stage in stages_of(traced, "xla")}
-    graphs = {"as traced": traced, **{name: stages[name] for name in ("FuseRotary", "FuseCachedAttention")}}
+    graphs = {"as traced": traced, **{name: stages[name] for name in ("FuseRotary", "AttendBeforeWrites")}}
     for name, graph in graphs.items():
         run, parameters = jax.jit(step(graph, weights.stored_names(graph))), held_by(graph)
         caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.states]

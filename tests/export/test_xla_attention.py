@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -45,12 +44,23 @@ def _run(program: Any, arrays: list[torch.Tensor], start: int, count: int) -> li
 
 def _reference(arrays: list[torch.Tensor], start: int, count: int, window: int) -> list[NDArray[np.float32]]:
     q, k, v, *caches = arrays
-    found = ops.cached_attention(q[:, :count], k[:, :count], v[:, :count], *caches, torch.tensor(start), SCALE, window)
-    return [value.float().numpy() for value in found]
+    q, k, v, position = q[:, :count], k[:, :count], v[:, :count], torch.tensor(start)
+    out = ops.attend(q, k, v, *caches, position, scale=SCALE, window=window)
+    written = [
+        ops.write_cache(cache, new, position, heads_first=False) for cache, new in zip(caches, (k, v), strict=True)
+    ]
+    return [value.float().numpy() for value in (out, *written)]
 
 
-def _program(window: int) -> Any:
-    return jax.jit(functools.partial(attention.cached_attention, scale=SCALE, window=window))
+def _program(window: int, **options: Any) -> Any:
+    """Attention and the writes of both caches, as they stand in a step."""
+
+    def step(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, start: Any, count: Any) -> Any:
+        out = attention.attend(q, k, v, k_cache, v_cache, start, count, scale=SCALE, window=window)
+        pairs = (k_cache, k), (v_cache, v)
+        return out, *(attention.write(cache, new.swapaxes(1, 2), start, count) for cache, new in pairs)
+
+    return jax.jit(step, **options)
 
 
 def _compare(
@@ -134,7 +144,7 @@ def test_what_hidden_slots_hold_does_not_matter(tokens: int, slots: int, window:
 
 @pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
 def test_donated_caches_come_back_in_the_same_memory(tokens: int, slots: int, window: int) -> None:
-    program = jax.jit(functools.partial(attention.cached_attention, scale=SCALE, window=window), donate_argnums=(3, 4))
+    program = _program(window, donate_argnums=(3, 4))
     given = [array.numpy() for array in _arrays(tokens, slots, 0)]
     memory = program.lower(*given, np.int32(0), np.int32(tokens)).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(cache.nbytes for cache in given[3:])

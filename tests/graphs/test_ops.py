@@ -53,7 +53,7 @@ def test_attention_is_torchs(window: int) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q_BNTH, k_BKTH, v_BKTH, mask_TT, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(transom.attention(q_BNTH, k_BKTH, v_BKTH, None, 0.3, window), expected)
+    torch.testing.assert_close(transom.attention(q_BNTH, k_BKTH, v_BKTH, None, scale=0.3, window=window), expected)
 
 
 def test_fake_shapes_are_real_shapes() -> None:
@@ -69,12 +69,13 @@ def test_fake_shapes_are_real_shapes() -> None:
         (transom.rotary, (x, table_TH, table_TH, False)),
         (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True)),
         *((transom.gated, (x, activation)) for activation in ops.ACTIVATIONS),
-        (transom.write_cache, (cache, new.transpose(1, 2), start)),
-        (transom.attention, (x.transpose(1, 2), cache, cache, start, 0.5, 4)),
-        (transom.cached_attention, (x, new, new, cache, cache, start, 0.5, 4)),
+        (transom.write_cache, (cache, new.transpose(1, 2), start), {"heads_first": True}),
+        (transom.write_cache, (cache[:, :, :2], new, start), {"heads_first": False}),
+        (transom.attention, (x.transpose(1, 2), cache, cache, start), {"scale": 0.5, "window": 4}),
+        (transom.attend, (x, new, new, cache, cache, start), {"scale": 0.5, "window": 4}),
         (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, "int4")),
         (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, "int8")),
         (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, "int4")),
     )
-    for op, args in calls:
-        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+    for op, args, *options in calls:
+        torch.library.opcheck(op.default, args, *options, test_utils=("test_schema", "test_faketensor"))

@@ -225,7 +225,7 @@ def fuse(attend: Attend, *, dynamic: bool) -> Case:
 def test_a_site_is_fused_with_its_window(attend: Attend, dynamic: bool) -> None:
     case = fuse(attend, dynamic=dynamic).expect({ATTENTION: 1}).expect_skipped().settled()
     (node,) = case.graph.calls(ATTENTION)
-    assert node.args[5] == MATCHES[attend]
+    assert node.kwargs["window"] == MATCHES[attend]
     assert node.args[3] is None
     if attend in (plain, divided, sdpa, sdpa_grouped):
         assert node.args[1].meta["val"].shape[1] == K, "repeated heads are folded in"

@@ -137,7 +137,7 @@ def test_scores_may_be_too_large_before_their_scale(
     case = Case(graph=traced_float16).run(guard)
     assert case.records[0].changes == 2, "the product, and the scale that reads it"
     fused = case.run(*pipeline("xla", chunk=CHUNK, scheme=scheme("none")).passes)
-    fused.expect({ops.CACHED_ATTENTION: 6, aten.matmul.default: 0})
+    fused.expect({ops.ATTEND: 6, aten.matmul.default: 0})
     for graph in (case.graph, fused.graph):
         assert np.abs(logits(graph, text) - text_logits[:LENGTH]).max() < FLOAT16_LOGITS
 

@@ -59,7 +59,7 @@ def test_every_attention_of_hugging_faces_module_is_fused(implementation: str, d
     graph: Graph = export(module, torch.zeros(2, STATIC_LENGTH, dtype=torch.int64), dynamic_shapes=sizes)
     case = Case(graph=graph).run(ShareEmbedding(), Canonicalize(), FuseNorms(), FuseAttention())
     case.expect({ATTENTION: 6, aten.softmax.int: 0, aten.scaled_dot_product_attention.default: 0}).expect_skipped()
-    assert [node.args[5] for node in case.graph.calls(ATTENTION)] == [WINDOW] * 5 + [0]
+    assert [node.kwargs["window"] for node in case.graph.calls(ATTENTION)] == [WINDOW] * 5 + [0]
     assert {node.args[1].meta["val"].shape[1] for node in case.graph.calls(ATTENTION)} == {2}
     assert case.records[0].changes == 1, "head and embedding are tied"
     case.settled()

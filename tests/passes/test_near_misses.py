@@ -17,6 +17,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
 from transom.graphs.state import ring
+from transom.passes.attend_before_writes import AttendBeforeWrites
 from transom.passes.base import Pass
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
@@ -25,7 +26,6 @@ from transom.passes.fold_constants import FoldConstants
 from transom.passes.fuse_add_norms import FuseAddNorms
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.passes.fuse_cached_attention import FuseCachedAttention
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
@@ -249,7 +249,7 @@ def tiny_case(scored: Graph) -> Case:
 def test_a_score_graph_has_no_caches_to_fuse(tiny_case: Case) -> None:
     fused = tiny_case.run(Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(4))
     fused.expect_changes(fused.records[0].changes, 6, 0, 0)
-    fused.run(FuseCachedAttention()).expect_changes(0).expect_skipped(*["do not come from a cache"] * 6)
+    fused.run(AttendBeforeWrites()).expect_changes(0).expect_skipped(*["do not come from a cache"] * 6)
     tiny_case.run(Canonicalize(), ConvertQuantized(scheme("none"))).expect_changes(
         tiny_case.run(Canonicalize()).records[0].changes, 0
     )

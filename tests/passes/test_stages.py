@@ -45,9 +45,9 @@ EXPECTED: dict[str, tuple[int | None, Mapping[Any, int]]] = {
     "ConvertQuantized": (0, {transom.linear_quantized.default: 0}),
     "FuseGatedMLP": (6, {transom.gated.default: 6, aten.gelu.default: 0, aten.linear.default: 37}),
     "PackProjections": (6, {aten.linear.default: 25}),
-    "FuseCachedAttention": (
+    "AttendBeforeWrites": (
         6,
-        {transom.cached_attention.default: 6, transom.attention.default: 0, transom.write_cache.default: 0},
+        {transom.attend.default: 6, transom.attention.default: 0, transom.write_cache.default: 12},
     ),
     "FuseAddNorms": (12, {transom.add_rms_norm.default: 12, transom.rms_norm.default: 25}),
 }
@@ -91,9 +91,8 @@ def test_the_score_graph_keeps_its_numbers(
     pipeline("onnx", chunk=1, scheme=scheme("none")).run(
         scored, on_pass=lambda ran, graph: found.update({ran.name: graph.clone()})
     )
-    windows = [node.args[3:] for node in found[name].calls(transom.attention.default)]
-    scale = 40**-0.5
-    assert windows == [(None, scale, window) for window in (16, 16, 0, 16, 16, 0)]
+    sites = [(node.args[3], node.kwargs) for node in found[name].calls(transom.attention.default)]
+    assert sites == [(None, {"scale": 40**-0.5, "window": window}) for window in (16, 16, 0, 16, 16, 0)]
     (logits,) = run_graph(found[name], torch.tensor([text]))
     assert np.abs(logits[0].numpy() - text_logits).max() < FP32_LOGITS
 

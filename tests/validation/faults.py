@@ -49,6 +49,16 @@ def argument(index: int, value: Any) -> Edit:
     return lambda _, node: node.update_arg(index, value)
 
 
+def option(**values: Any) -> Edit:
+    """Other keyword arguments."""
+
+    def edit(_: Graph, node: Node) -> None:
+        for name, value in values.items():
+            node.update_kwarg(name, value)
+
+    return edit
+
+
 def weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
     """Other weights for a linear."""
 
@@ -172,25 +182,25 @@ def _spoil(target: Any, edit: Edit, *paths: str) -> Callable[[], list[Pass]]:
 
 FAULTS: Mapping[str, Fault] = {
     "a window that is one too long": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, WINDOW + 1), "layers.1.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=WINDOW + 1), "layers.1.self_attn"),
         behind=FuseAttention, layer=1, op="mask", cause="the window is off by one: 17 keys in place of 16",
     ),
     "a window that is one too short": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, WINDOW - 1), "layers.1.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=WINDOW - 1), "layers.1.self_attn"),
         behind=FuseAttention, layer=1, op="mask", cause="the window is off by one: 15 keys in place of 16",
     ),
     "a window that is ignored": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, 0), "layers.1.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=0), "layers.1.self_attn"),
         behind=FuseAttention, layer=1, op="mask",
         cause="the window is ignored: the local layer sees every earlier key",
     ),
     "a window that is ignored over a bounded cache": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, 0), "layers.1.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=0), "layers.1.self_attn"),
         behind=BoundLocalCaches, layer=1, op="mask",
         cause="the local layer sees every earlier key, as far as its cache holds them",
     ),
     "a window on a global layer": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, WINDOW), "layers.2.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=WINDOW), "layers.2.self_attn"),
         behind=FuseAttention, layer=2, op="mask", cause="the global layer is bounded to the window of 16 keys",
     ),
     "global angles in local layers": Fault(
@@ -210,17 +220,17 @@ FAULTS: Mapping[str, Fault] = {
         behind=FuseNorms, layer=1, op="norm", cause="multiplies by w in place of 1 + w",
     ),
     "scores without a scale": Fault(
-        plant=_spoil(ops.ATTENTION, argument(4, 1.0), "layers.2.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(scale=1.0), "layers.2.self_attn"),
         behind=FuseAttention, layer=2, op="softmax", cause="the scores are not scaled",
     ),
     "a window in a late layer only": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, WINDOW + 1), "layers.4.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=WINDOW + 1), "layers.4.self_attn"),
         behind=FuseAttention, layer=4, op="mask", cause="off by one: 17 keys in place of 16",
     ),
     "the first of two": Fault(
         plant=lambda: [
-            Spoil(ops.ATTENTION, argument(5, 0), "layers.4.self_attn"),
-            Spoil(ops.ATTENTION, argument(4, 2 * SCALE), "layers.3.self_attn"),
+            Spoil(ops.ATTENTION, option(window=0), "layers.4.self_attn"),
+            Spoil(ops.ATTENTION, option(scale=2 * SCALE), "layers.3.self_attn"),
         ],
         behind=FuseAttention, layer=3, op="softmax", cause="the softmax scale is 0.3162 in place of 0.1581",
     ),
@@ -277,7 +287,7 @@ FAULTS: Mapping[str, Fault] = {
         behind=FuseAttention, layer=None, op="logits", cause="the logits are capped at 30",
     ),
     "a window where keys are attended before they are written": Fault(
-        plant=_spoil(ops.ATTENTION, argument(5, WINDOW - 1), "layers.3.self_attn"),
+        plant=_spoil(ops.ATTENTION, option(window=WINDOW - 1), "layers.3.self_attn"),
         behind=FuseAttention, layer=3, op="mask", cause="off by one: 15 keys in place of 16", target="xla",
     ),
 }  # fmt: skip

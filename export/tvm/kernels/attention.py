@@ -109,10 +109,8 @@ def visit(  # type: ignore[no-untyped-def]
                         out[group, (wide * strip + item) * lanes + lane] = sums[group * strip + item, lane]
 
 
-def cached_attention(
-    heads: int, key_heads: int, h: int, window: int, scale: float, tile: Tile, *, single: bool = False
-) -> Any:
-    """Queries [M, N * H], keys and values [M, K * H], caches [1, K, S, H], start [] -> output [M, N * H].
+def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: Tile, *, single: bool = False) -> Any:
+    """Queries [M, N * H], new keys and values [M, K * H], caches before them [1, K, S, H], start [] -> [M, N * H].
 
     Args:
         heads: N.
@@ -132,7 +130,7 @@ def cached_attention(
     loop = T.serial if single and key_heads == 1 else T.parallel
 
     @T.prim_func(private=True, s_tir=True)
-    def cached_attention_rows(
+    def attend_rows(
         q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, o: T.handle
     ) -> None:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
@@ -208,15 +206,34 @@ def cached_attention(
                         output[row[0], (task % key_heads * groups + group) * h + step * lanes + lane] = (
                             out[group, step * lanes + lane] / total[group]
                         )
+
+    return attend_rows
+
+
+def write_cache(key_heads: int, h: int, tile: Tile) -> Any:
+    """New keys or values [M, K * H] into a cache [1, K, S, H] in place, start []; of more than S, the last ones.
+
+    Args:
+        key_heads: K.
+        h: H.
+        tile: Sizes of the innermost loops.
+    """
+    lanes = divisor(h, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def write_cache_rows(x: T.handle, c: T.handle, p: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        s = T.int64()
+        new = T.match_buffer(x, (m, key_heads * h), "float32")
+        cache = T.match_buffer(c, (1, key_heads, s, h), "float32")
+        start = T.match_buffer(p, (), "int64")
         for head in T.serial(key_heads):
             for item in T.serial(T.min(m, s)):
                 for step in T.serial(h // lanes):
                     for lane in T.vectorized(lanes):
-                        K_cache[0, head, T.truncmod(start[()] + m - 1 - item, s), step * lanes + lane] = K[
-                            m - 1 - item, head * h + step * lanes + lane
-                        ]
-                        V_cache[0, head, T.truncmod(start[()] + m - 1 - item, s), step * lanes + lane] = V[
+                        cache[0, head, T.truncmod(start[()] + m - 1 - item, s), step * lanes + lane] = new[
                             m - 1 - item, head * h + step * lanes + lane
                         ]
 
-    return cached_attention_rows
+    return write_cache_rows

@@ -1,0 +1,70 @@
+"""Caches as rings of slots in standard ONNX: for attention over slots that the new tokens were written to.
+
+TensorScatter writes position p into slot p % S, and Attention masks by the position that each slot holds. The masks are
+built once and shared by all layers of a kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from transom.export.lowering import Table
+from transom.export.onnx.emitter import Emitter
+from transom.export.onnx.lowerings import SHARED, new_positions, start
+from transom.graphs import ops
+from transom.graphs.node import Node
+
+OPSET = 24
+"""Of TensorScatter."""
+
+RINGS = Table(SHARED)
+"""Further lowerings, which have attention over rings; how caches are written is the dialect's own."""
+
+
+def write_cache(emitter: Emitter, node: Node) -> str:
+    """Lower `ops.WRITE_CACHE`. Where heads come after tokens, the new keys or values are turned round first."""
+    emitter.require_opset(OPSET)
+    cache, new, _ = node.args
+    batch, _, slots, _ = cache.meta["val"].shape
+
+    def make() -> str:
+        slot = emitter.op("Mod", start(emitter), emitter.size(slots))
+        return str(emitter.op("Expand", slot, emitter.size(batch)))
+
+    indices = emitter.once(("write_indices", str(slots)), make)
+    value = emitter.value(new)
+    if not node.kwargs["heads_first"]:
+        value = emitter.op("Transpose", value, perm=[0, 2, 1, 3])
+    return str(emitter.op("TensorScatter", emitter.value(cache), value, indices, mode="circular"))
+
+
+@RINGS.lowers(ops.ATTENTION)
+def _attention(emitter: Emitter, node: Node) -> str:
+    emitter.require_opset(OPSET)
+    q, k, v, position = node.args
+    scale, window = node.kwargs["scale"], node.kwargs["window"]
+    tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
+    # Over themselves, new tokens are as far from each other wherever they stand.
+    first = emitter.constant(np.array(0)) if position is None else start(emitter)
+    mask = emitter.once(("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first))
+    inputs = [emitter.value(value) for value in (q, k, v)]
+    return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
+
+
+def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str) -> str:
+    """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
+    zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
+    positions = new_positions(emitter, tokens, first)
+    last = emitter.op("Sub", emitter.op("Add", first, emitter.size(tokens)), one)
+    slot = emitter.op("Range", zero, emitter.op("Squeeze", emitter.size(slots)), one)
+    # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
+    age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))
+    keys = emitter.op("Sub", last, age)
+    distance = emitter.op("Sub", emitter.op("Unsqueeze", positions, emitter.constant(np.array([1]))), keys)
+    seen = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
+    if window:
+        near = emitter.op("Less", distance, emitter.constant(np.array(window)))
+        seen = emitter.op("And", seen, near)
+    return str(seen)
