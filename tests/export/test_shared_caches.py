@@ -219,13 +219,14 @@ def test_fewer_slots_lose_a_key(target: str) -> None:
     module, graph = traced(kinds)
     rewritten, _ = pipeline(target, chunk=CHUNK, scheme=scheme("none")).run(graph)
     starved = rewritten.clone()
-    for node, name in [(starved.inputs[name], name) for name in starved.states]:
-        slots = starved.states[name].slots
-        assert slots == 2 * WINDOW + (0 if target in AT_ONCE else CHUNK - 1)
+    slots = 2 * WINDOW + (0 if target in AT_ONCE else CHUNK - 1)
+    assert {state.slots for state in starved.states.values()} == {slots}
+    for name, state in list(starved.states.items()):
+        node = starved.inputs[name]
         with fake_mode(starved):
             node.meta["val"] = node.meta["val"].new_empty((node.meta["val"].shape[0], N, slots - fewer, H))
         sizes = (None, N, slots - fewer, H)
-        starved.states = {**starved.states, name: dataclasses.replace(starved.states[name], sizes=sizes)}
+        starved.states = {**starved.states, name: dataclasses.replace(state, sizes=sizes)}
     refresh(starved)
     session = ReferenceSession(starved, context=CONTEXT, chunk=CHUNK)
     assert largest_difference(session, module, kinds) > 10 * FP32_LOGITS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,19 +65,19 @@ def test_fake_shapes_are_real_shapes() -> None:
     new = torch.randn(2, 3, 2, 8)
     codes = torch.randint(0, 255, (10, 2, 4), dtype=torch.uint8)
     scales, zeros = torch.rand(10, 2), torch.randint(0, 255, (10, 1), dtype=torch.uint8)
-    calls = (
-        (transom.rms_norm, (x, weight, 1e-6)),
-        (transom.add_rms_norm, (x, x, weight, 1e-6)),
-        (transom.rotary, (x, table_TH, table_TH, False)),
-        (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True)),
-        *((transom.gated, (x, activation)) for activation in ops.ACTIVATIONS),
+    calls: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...] = (
+        (transom.rms_norm, (x, weight, 1e-6), {}),
+        (transom.add_rms_norm, (x, x, weight, 1e-6), {}),
+        (transom.rotary, (x, table_TH, table_TH, False), {}),
+        (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True), {}),
+        *((transom.gated, (x, activation), {}) for activation in ops.ACTIVATIONS),
         (transom.write_cache, (cache, new.transpose(1, 2), start), {"heads_first": True}),
         (transom.write_cache, (cache[:, :, :2], new, start), {"heads_first": False}),
         (transom.attention, (x.transpose(1, 2), cache, cache, start), {"scale": 0.5, "window": 4}),
         (transom.attend, (x, new, new, cache, cache, start), {"scale": 0.5, "window": 4}),
-        (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, "int4")),
-        (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, "int8")),
-        (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, "int4")),
+        (transom.linear_quantized, (torch.randn(3, 16), codes, scales, zeros, "int4"), {}),
+        (transom.linear_quantized, (torch.randn(3, 8), codes, scales, None, "int8"), {}),
+        (transom.embedding_quantized, (torch.tensor([[1, 9]]), codes, scales, zeros, "int4"), {}),
     )
-    for op, args, *options in calls:
-        torch.library.opcheck(op.default, args, *options, test_utils=("test_schema", "test_faketensor"))
+    for op, args, options in calls:
+        torch.library.opcheck(op.default, args, options, test_utils=("test_schema", "test_faketensor"))
