@@ -9,8 +9,8 @@ least that a static program can:
 - Global layers, many tokens: an online softmax over blocks of slots of the written cache (FlashAttention's;
   arXiv 2205.14135).
 
-A write is one or two `dynamic_update_slice`, in place when the caches are donated. Where attention reads the written
-ring, it states the same write, which XLA computes once.
+A write of one token, or into a global layer's cache, is a `dynamic_update_slice`, in place when the caches are donated.
+Where attention reads what was written, it states the same write, which XLA computes once.
 
 Blocks past the last valid token and slots past the last live one are never visited: loops end at run time.
 Axis letters as in the model files, and G: query heads that share one kv head; J: keys of a block; E: keys by position.
@@ -80,7 +80,7 @@ def attend(
         k_BKEH, v_BKEH = (_by_position(cache, new, start) for cache, new in pairs)
         out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, count, scale, window)
     else:
-        k_BKSH, v_BKSH = (write(cache, new, start, count) for cache, new in pairs)
+        k_BKSH, v_BKSH = (write(cache, new, start, count, wraps=bool(window)) for cache, new in pairs)
         if T == 1:
             out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, scale, window)
         else:
@@ -88,29 +88,30 @@ def attend(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3])
 
 
-def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-    """The ring with the first `count` new tokens in it, position p in slot p % S; of more than S, the last ones."""
+def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array, *, wraps: bool) -> jax.Array:
+    """The cache with the first `count` new tokens in it; position p stands in slot p % S.
+
+    Args:
+        cache_BKSH: Keys or values.
+        new_BKTH: Those of the new tokens.
+        start: Position of the first new token.
+        count: How many of them are real.
+        wraps: Whether it is a ring, of which every call may write the end and the front. One of a global layer has
+            slots for the whole context.
+    """
     slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
     if tokens == 1:
         return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, new_BKTH, start % slots, 2)
-    if tokens > slots:
-        skipped = jnp.maximum(count - slots, 0)
-        new_BKTH, start, count = _slice(new_BKTH, skipped, slots), start + skipped, count - skipped
-    room = slots - start % slots
-    cache_BKSH = _write_run(cache_BKSH, new_BKTH, slots - room, 0, jnp.minimum(count, room))
-    # What is past the ring's end goes on at its front.
-    return _write_run(cache_BKSH, new_BKTH, -room, room, count)
-
-
-def _write_run(
-    cache_BKSH: jax.Array, new_BKTH: jax.Array, offset: jax.Array, low: jax.Array | int, high: jax.Array
-) -> jax.Array:
-    """Write token i into slot `offset + i`, for i from `low` to `high - 1`; what stands beside them there stays."""
-    slots, tokens = cache_BKSH.shape[2], new_BKTH.shape[2]
-    begin = jnp.clip(offset, 0, slots - tokens)
-    index_T = begin - offset + jnp.arange(tokens)
-    moved_BKTH = jnp.roll(new_BKTH, offset - begin, 2)
-    valid_T = (index_T >= low) & (index_T < high)
+    if wraps:
+        # In an order that attention shares: a write into the ring that it still reads would take a copy of it.
+        last_BKSH = _slice(_by_position(cache_BKSH, new_BKTH, start), count, slots)
+        return jnp.roll(last_BKSH, (start + count) % slots, 2)
+    new_BKTH = new_BKTH[:, :, :slots]
+    tokens = new_BKTH.shape[2]
+    begin = jnp.minimum(start, slots - tokens)
+    index_T = begin - start + jnp.arange(tokens)
+    valid_T = (index_T >= 0) & (index_T < count)
+    moved_BKTH = jnp.roll(new_BKTH, start - begin, 2)
     kept_BKTH = jnp.where(valid_T[:, None], moved_BKTH, _slice(cache_BKSH, begin, tokens))
     return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, kept_BKTH, begin, 2)
 

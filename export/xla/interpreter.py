@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from torch.fx.node import map_arg
 
 from transom.export.xla.lowerings import COUNTED, TABLE
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import layer_path
 from transom.graphs.node import Node
@@ -28,7 +29,8 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
         graph: The graph; `lowerings.TABLE` has every operation of it.
         stored_names: Name of the parameter by the graph's name of a weight.
     """
-    names = graph.weight_names()
+    names, inputs = graph.weight_names(), graph.inputs
+    rings = {inputs[name] for name, state in graph.states.items() if state.window is not None}
 
     def run(
         parameters: Mapping[str, jax.Array],
@@ -40,7 +42,7 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
         given = {"tokens": tokens, "start": start, "logit_positions": logit_positions}
         given |= dict(zip(graph.states, caches, strict=True))
-        values: dict[Node, Any] = {node: given[name] for name, node in graph.inputs.items()}
+        values: dict[Node, Any] = {node: given[name] for name, node in inputs.items()}
         values |= {
             node: parameters[stored_names[names[name]]] for name, node in graph.placeholders().items() if name in names
         }
@@ -51,6 +53,8 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
                 lower = TABLE[node.target]
                 if node.target in COUNTED:
                     lower = functools.partial(lower, count=count)
+                if node.target is ops.WRITE_CACHE:
+                    lower = functools.partial(lower, wraps=node.args[0] in rings)
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 with jax.named_scope(layer_path(node) or "model"):
                     values[node] = lower(*args, **kwargs)

@@ -211,9 +211,9 @@ def _rotary(x: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, heads_first: boo
 
 @TABLE.lowers(ops.WRITE_CACHE)
 def _write_cache(
-    cache_BKSH: jax.Array, new: jax.Array, start: jax.Array, *, heads_first: bool, count: jax.Array
+    cache_BKSH: jax.Array, new: jax.Array, start: jax.Array, *, heads_first: bool, count: jax.Array, wraps: bool
 ) -> jax.Array:
-    return attention.write(cache_BKSH, new if heads_first else new.swapaxes(1, 2), start, count)
+    return attention.write(cache_BKSH, new if heads_first else new.swapaxes(1, 2), start, count, wraps=wraps)
 
 
 @TABLE.lowers(ops.ATTEND)

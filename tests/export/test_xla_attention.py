@@ -58,7 +58,9 @@ def _program(window: int, **options: Any) -> Any:
     def step(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, start: Any, count: Any) -> Any:
         out = attention.attend(q, k, v, k_cache, v_cache, start, count, scale=SCALE, window=window)
         pairs = (k_cache, k), (v_cache, v)
-        return out, *(attention.write(cache, new.swapaxes(1, 2), start, count) for cache, new in pairs)
+        return out, *(
+            attention.write(cache, new.swapaxes(1, 2), start, count, wraps=bool(window)) for cache, new in pairs
+        )
 
     return jax.jit(step, **options)
 

@@ -137,9 +137,9 @@ class LateAngles(Pass):
 class BoundEveryCache(BoundLocalCaches):
     """Global layers' caches get the slots of local ones; their masks stay."""
 
-    @staticmethod
-    def _window(cache: Node) -> int | None:
-        return WINDOW
+    def _readers_of(self, cache: Node) -> Any:
+        readers = super()._readers_of(cache) or []
+        return [dataclasses.replace(reader, window=WINDOW, slots=WINDOW + self.chunk - 1) for reader in readers]
 
     def ensures(self, graph: Graph) -> None:
         """It promises nothing."""
