@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.folder import MANIFEST
+from transom.backends.runtime import Runtime
 from transom.backends.session import Session, Tokenizer
 from transom.backends.threads import check_threads
 from transom.errors import ArtifactError, TargetError
@@ -29,28 +30,29 @@ def open_session(
     check_threads(threads)
     manifest = read_manifest(folder, verify=verify)
     try:
-        return _session(folder, manifest, tokenizer, threads)
+        runtime = _runtime(folder, manifest, threads)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(
             f"{folder / MANIFEST} lacks what the target {manifest.target!r} needs ({error!r}): export the model again"
         ) from error
+    return Session(runtime, stop_ids=manifest.stop_ids, tokenizer=tokenizer)
 
 
-def _session(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None, threads: int | None) -> Session:
+def _runtime(folder: Path, manifest: Manifest, threads: int | None) -> Runtime:
     if manifest.target in ("onnxruntime", "onnx"):
-        from transom.backends.onnxruntime.session import OnnxRuntimeSession
+        from transom.backends.onnxruntime.runtime import OnnxRuntime
 
-        return OnnxRuntimeSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+        return OnnxRuntime(folder, manifest, threads=threads)
     if manifest.target == "xla":
-        from transom.backends.xla.session import XlaSession
+        from transom.backends.xla.runtime import XlaRuntime
 
-        return XlaSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+        return XlaRuntime(folder, manifest, threads=threads)
     if manifest.target == "tvm":
-        from transom.backends.tvm.session import TvmSession
+        from transom.backends.tvm.runtime import TvmRuntime
 
-        return TvmSession(folder, manifest, tokenizer=tokenizer, threads=threads)
+        return TvmRuntime(folder, manifest, threads=threads)
     if manifest.target == "tensorrt":
         from transom.backends.tensorrt.opening import open_tensorrt
 
-        return open_tensorrt(folder, manifest, tokenizer=tokenizer, threads=threads)
+        return open_tensorrt(folder, manifest, threads=threads)
     raise TargetError(f"{folder} is for the target {manifest.target!r}, which this transom cannot run: update transom")

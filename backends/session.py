@@ -1,12 +1,10 @@
-"""A session: a model, its caches and a position. What differs between runtimes is one call; all else is here.
+"""A session: one sequence on a runtime. It owns the position, and cuts what it is given into calls.
 
 Needs no torch.
 """
 
 from __future__ import annotations
 
-import abc
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -14,19 +12,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.backends.generation import GREEDY, generate
+from transom.backends.runtime import Call, Float, Runtime
 from transom.backends.sampling import Sampling
 from transom.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
-from transom.graphs.state import State
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
-
-_MOST_SHOWN = 300
-"""Characters of a runtime's message; some list all arguments of a call."""
-
-GREEDY = Sampling()
-
-Float = NDArray[np.float32]
 
 
 class TokenStream(Protocol):
@@ -48,76 +40,46 @@ class Tokenizer(Protocol):
     def stream(self) -> TokenStream: ...
 
 
-class Session(abc.ABC):
-    """Runs a model step by step.
+class Session:
+    """Runs one sequence step by step.
 
     Args:
-        context: Most tokens that the caches can hold.
-        chunk: Most new tokens in one call of the runtime.
-        vocab_size: Width of the logits.
-        states: What is kept from call to call.
+        runtime: What runs it, with states for one sequence; they are the session's alone.
         stop_ids: Tokens that end a text.
         tokenizer: None if the model has none.
-        whole_writes: Whether the runtime writes into a ring of slots only up to its end, so that a call stops there.
 
     Attributes:
+        runtime: What runs it.
         position: Tokens that the caches hold.
         context: Most tokens that they can hold.
         chunk: Most new tokens in one call of the runtime.
+        vocab_size: Width of the logits.
+        states: What is kept from call to call.
         tokenizer: None if the model has none; then prompts are token ids.
         tapped: What the taps of the artifact said in the last call of the runtime, by name; empty without taps.
         note: What users should know of how it runs, in words; "" if it is as they expect.
         refuses_nonfinite: Whether logits that are NaN or infinite are an error; what measures them turns it off.
+        streams: Counts up whenever a stream of `generate` begins, or all are ended.
     """
 
-    def __init__(
-        self,
-        *,
-        context: int,
-        chunk: int,
-        vocab_size: int,
-        states: Sequence[State],
-        stop_ids: Sequence[int] = (),
-        tokenizer: Tokenizer | None = None,
-        whole_writes: bool = False,
-    ) -> None:
-        self.context, self.chunk, self.vocab_size = context, chunk, vocab_size
-        self.states, self.stop_ids, self.tokenizer = tuple(states), frozenset(stop_ids), tokenizer
+    def __init__(self, runtime: Runtime, *, stop_ids: Sequence[int] = (), tokenizer: Tokenizer | None = None) -> None:
+        self.runtime, self.note = runtime, runtime.note
+        self.context, self.chunk, self.vocab_size = runtime.context, runtime.chunk, runtime.vocab_size
+        self.states, self.stop_ids, self.tokenizer = runtime.states, frozenset(stop_ids), tokenizer
         rings = {state.slots for state in self.states if state.window is not None and state.slots is not None}
-        self._rings = rings if whole_writes else set()
+        self._rings = rings if runtime.whole_writes else set()
         self.position = 0
         self.tapped: dict[str, NDArray[Any]] = {}
-        self.note = ""
         self.refuses_nonfinite = True
+        self.streams = 0
         self._slots = 0
         self._intact = True
-        self._streams = 0
-
-    @abc.abstractmethod
-    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        """Run new tokens [T] at `self.position`; returns logits [P, V] of the wanted ones, counted from the first."""
-
-    @abc.abstractmethod
-    def _allocate(self, slots: int) -> None:
-        """Give growing states `slots` slots and fixed ones what they have; what they held up to now stays."""
-
-    @contextlib.contextmanager
-    def _running(self, runtime: str) -> Iterator[None]:
-        """In the block, whatever a runtime raises becomes a `SessionError`."""
-        try:
-            yield
-        except Exception as error:  # runtimes raise dozens of classes without a common base
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MOST_SHOWN]
-            raise SessionError(
-                f"{runtime} failed at position {self.position} ({line}): export the model again, or see that there is "
-                "memory enough"
-            ) from error
 
     def reset(self) -> None:
         """Forget all tokens, and end the streams of `generate`. Memory stays allocated."""
         self.position = 0
         self._intact = True
-        self._streams += 1
+        self.streams += 1
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens at once, in place of growing on the way.
@@ -135,7 +97,7 @@ class Session(abc.ABC):
             slots = max(FIRST_SLOTS, 2 ** math.ceil(math.log2(tokens)))
             slots = min(slots, self.context)
             try:
-                self._allocate(slots)
+                self.runtime.allocate(slots)
             except (MemoryError, ValueError, OverflowError) as error:
                 raise SessionError(
                     f"there is no memory for caches of {slots} tokens ({error}): export with a smaller --context"
@@ -177,7 +139,9 @@ class Session(abc.ABC):
             last = low == ids.size
             positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
             self._intact = False
-            logits = self._run(part, positions)
+            start = np.array([self.position])
+            result = self.runtime.run(Call(tokens=part[None], start=start, logit_positions=positions))
+            logits, self.tapped = result.logits[0], dict(result.taps)
             if self.refuses_nonfinite and not np.isfinite(logits).all():
                 raise _nonfinite(logits, self.position + positions)
             self.position += part.size
@@ -248,62 +212,24 @@ class Session(abc.ABC):
         keep: bool = False,
         on_chunk: Callable[[int], None] = lambda count: None,
     ) -> Iterator[int]:
-        """Yield new tokens one by one; a stop token ends the stream and is not yielded.
-
-        Args:
-            prompt: Text or token ids.
-            max_new_tokens: At most this many.
-            sampling: How to choose them.
-            stop_ids: Tokens that end the text; by default the model's own.
-            keep: Continue after the tokens that the caches hold, in place of starting afresh.
-            on_chunk: Called with the number of prompt tokens done each time.
-
-        Raises:
-            ContextLengthError: If the prompt and the new tokens do not fit into the context.
-            TokenizerError: If the prompt is empty, or is text and the model has no tokenizer.
-            SessionError: If the session was used for something else between two tokens.
-            NonFiniteError: If logits are NaN or infinite, so that no token follows from them.
-        """
-        if not keep:
-            self.reset()
-        self._streams += 1
-        stream = self._streams
-        ids = self.encode(prompt)
-        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
-        if max_new_tokens < 1:
-            return
-        # The last new token is never run, so it needs no slot.
-        self.reserve(self.position + len(ids) + max_new_tokens - 1)
-        generator = sampling.generator()
-        logits = self.prefill(ids, on_chunk=on_chunk)
-        for count in range(1, max_new_tokens + 1):
-            token = sampling.choose(logits, generator)
-            if token in stops:
-                return
-            position = self.position
-            yield token
-            if count < max_new_tokens:
-                if (stream, position) != (self._streams, self.position):
-                    raise SessionError("the session was used between two tokens of a stream: finish the stream first")
-                logits = self.decode(token)
+        """Yield new tokens one by one; see `generation.generate`."""
+        return generate(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            keep=keep,
+            on_chunk=on_chunk,
+        )
 
     def cache_bytes(self) -> dict[str, int]:
         """Bytes of the states as allocated now: {"local": ..., "global": ...}, and "summary" if there are some."""
         sizes = {"local": 0, "global": 0}
-        for state, array in self._state_arrays():
+        for state, array in self.runtime.state_arrays():
             kind = "summary" if not state.is_ring else "global" if state.window is None else "local"
             sizes[kind] = sizes.get(kind, 0) + array.nbytes
         return sizes
-
-    @abc.abstractmethod
-    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
-        """Every state with the array that holds it."""
-
-
-def grown(old: Any, new: Any) -> Any:
-    """The larger of two arrays or tensors, with what the smaller one holds in it: slots keep their positions."""
-    new[tuple(map(slice, old.shape))] = old
-    return new
 
 
 def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:

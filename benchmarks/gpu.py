@@ -36,7 +36,8 @@ if importlib.util.find_spec("transom") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "typings"))
 
 import transom
-from transom.backends.xla.session import XlaSession
+from transom.backends.session import Session
+from transom.backends.xla.runtime import XlaRuntime
 from transom.errors import ContextLengthError, TargetError, TransomError
 from transom.export.options import Options
 from transom.validation.compare import Differences, compare
@@ -76,8 +77,9 @@ class Runner(Protocol):
 class XlaRunner:
     """The session of an artifact."""
 
-    def __init__(self, session: XlaSession) -> None:
-        self.session = session
+    def __init__(self, session: Session) -> None:
+        assert isinstance(session.runtime, XlaRuntime)
+        self.session, self.runtime = session, session.runtime
         session.refuses_nonfinite = False  # the verdict says from which position on logits are no numbers
 
     def reset(self) -> None:
@@ -288,7 +290,7 @@ def start_jax(chosen: str) -> Any:
     if (names := PLATFORMS[chosen]) is not None:
         os.environ["JAX_PLATFORMS"] = names
     # Not before: jax reads its environment when it is imported.
-    from transom.backends.xla.runtime import load_jax
+    from transom.backends.xla.library import load_jax
 
     try:
         jax = load_jax()
@@ -324,7 +326,6 @@ def open_xla(model: Model, quant: str, folder: Path, options: argparse.Namespace
         )
         before = bytes_in_use(jax)
         session = transom.open(folder, verify=False)
-        assert isinstance(session, XlaSession)
         entry.runner = XlaRunner(session)
         session.reserve(options.context)
         row.weight_bytes = (folder / "weights.safetensors").stat().st_size
@@ -384,7 +385,7 @@ def warm_up(entry: Entry, tokens: Sequence[int], options: argparse.Namespace) ->
         if on_gpu:
             entry.row.scratch_bytes = torch.cuda.max_memory_allocated() - before
         elif isinstance(entry.runner, XlaRunner):
-            entry.row.scratch_bytes = entry.runner.session.scratch_bytes()
+            entry.row.scratch_bytes = entry.runner.runtime.scratch_bytes()
 
     if entry.runner is not None:
         entry.attempt(run)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import transom
 from tests.artifacts import THREADS
 from tests.tolerances import BFLOAT16_270M, FP32_LOGITS_270M, ONNX_LOGITS_270M
-from transom.backends.onnxruntime.session import OnnxRuntimeSession
+from transom.backends.onnxruntime.runtime import OnnxRuntime
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.backends.tensorrt.builder import build_engine
@@ -162,7 +162,7 @@ def test_cache_bytes_at_32k(session_270m: Session) -> None:
     """2 * K * H * 4 * (G * T + (L - G) * W), and the slack of a chunk where local layers write before they attend."""
     session_270m.reserve(32_768)
     found, row = session_270m.cache_bytes(), 2 * 256 * 4
-    slack = CHUNK - 1 if isinstance(session_270m, OnnxRuntimeSession) else 0
+    slack = CHUNK - 1 if isinstance(session_270m.runtime, OnnxRuntime) else 0
     assert found == {"local": row * 15 * (WINDOW + slack), "global": row * 3 * 32_768}
     textbook, all_global = row * (3 * 32_768 + 15 * WINDOW), row * 18 * 32_768
     assert abs(sum(found.values()) / textbook - 1) < 0.15

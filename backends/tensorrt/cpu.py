@@ -13,14 +13,14 @@ from onnx import ModelProto, TensorProto
 
 from transom.backends.artifact import MODEL_FILE, Manifest
 from transom.backends.onnxruntime.data import relocate
-from transom.backends.onnxruntime.session import OnnxRuntimeSession, load
+from transom.backends.onnxruntime.runtime import OnnxRuntime, load
 from transom.backends.tensorrt.widening import read, widened
 from transom.graphs.state import State
 
 _TYPES = {"bfloat16": (np.uint16, TensorProto.BFLOAT16), "float16": (np.float16, np.float16)}
 
 
-class CpuSession(OnnxRuntimeSession):
+class CpuRuntime(OnnxRuntime):
     """The very ONNX file that engines are built from, computed by `widening.widened`."""
 
     whole_writes = True

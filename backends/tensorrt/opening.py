@@ -1,4 +1,4 @@
-"""A session of a `tensorrt` artifact: its engine where one is for this GPU, else the CPU's check of its numbers."""
+"""The runtime of a `tensorrt` artifact: its engine where one is for this GPU, else the CPU's check of its numbers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transom.backends.artifact import Manifest
-from transom.backends.session import Session, Tokenizer
+from transom.backends.runtime import Runtime
 from transom.backends.tensorrt.engines import EngineRecord, engines
 from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library, find_library
 from transom.errors import ArtifactError, TargetError
 
 
-def open_tensorrt(
-    folder: Path, manifest: Manifest, *, tokenizer: Tokenizer | None = None, threads: int | None = None
-) -> Session:
-    """Open an artifact; `note` of the session says why no engine runs, if none does.
+def open_tensorrt(folder: Path, manifest: Manifest, *, threads: int | None = None) -> Runtime:
+    """Open an artifact; `note` of the runtime says why no engine runs, if none does.
 
     Raises:
         TargetError: If ONNX Runtime, which stands in for a GPU, is missing or too old.
@@ -25,19 +23,19 @@ def open_tensorrt(
     reason = "no engine is for this GPU and the TensorRT that is installed: transom build"
     try:
         for record, library in candidates(folder, manifest):
-            from transom.backends.tensorrt.runtime import EngineSession
+            from transom.backends.tensorrt.runtime import EngineRuntime
 
             try:
-                return EngineSession(folder, manifest, record, library, tokenizer=tokenizer)
+                return EngineRuntime(folder, manifest, record, library)
             except ArtifactError as error:
                 reason = str(error)
     except TargetError as error:
         reason = str(error)
-    from transom.backends.tensorrt.cpu import CpuSession
+    from transom.backends.tensorrt.cpu import CpuRuntime
 
-    session = CpuSession(folder, manifest, tokenizer=tokenizer, threads=threads)
-    session.note = f"its ONNX file runs on the CPU, to check numbers, not for speed: {reason}"
-    return session
+    runtime = CpuRuntime(folder, manifest, threads=threads)
+    runtime.note = f"its ONNX file runs on the CPU, to check numbers, not for speed: {reason}"
+    return runtime
 
 
 def candidates(folder: Path, manifest: Manifest) -> Iterator[tuple[EngineRecord, Library]]:

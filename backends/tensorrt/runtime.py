@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from transom.backends.artifact import Manifest
-from transom.backends.session import Float, Session, Tokenizer
+from transom.backends.runtime import Call, Result, Runtime
 from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import read_sidecar
@@ -19,7 +18,7 @@ from transom.errors import ArtifactError, SessionError
 from transom.graphs.state import State
 
 
-class EngineSession(Session):
+class EngineRuntime(Runtime):
     """A `tensorrt` artifact with an engine.
 
     Args:
@@ -28,30 +27,21 @@ class EngineSession(Session):
         record: Which engine.
         library: TensorRT of the engine's version.
         device: A GPU.
-        tokenizer: Its tokenizer.
 
     Raises:
         ArtifactError: If the library cannot read the engine, or would not keep the caches in place.
     """
 
+    title, whole_writes = "the engine", True
+
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        record: EngineRecord,
-        library: Library,
-        *,
-        device: str = "cuda",
-        tokenizer: Tokenizer | None = None,
+        self, folder: Path, manifest: Manifest, record: EngineRecord, library: Library, *, device: str = "cuda"
     ) -> None:
         super().__init__(
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
             states=manifest.decode.states,
-            stop_ids=manifest.stop_ids,
-            tokenizer=tokenizer,
-            whole_writes=True,
         )
         self._device, self._sidecar, trt = torch.device(device), read_sidecar(folder), library.module
         self._logger = trt.Logger(trt.Logger.ERROR)
@@ -78,16 +68,18 @@ class EngineSession(Session):
         self._profiles = {profile.name: index for index, profile in enumerate(self._sidecar.profiles)}
         self._profile: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
+        self._position = 0
         self._taps = [tap.name for tap in manifest.decode.taps]
 
-    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
+    def _run(self, call: Call) -> Result:
+        self._position = int(call.start[0])
         # An engine wants at least one position; what nobody asked for is not read.
-        wanted = logit_positions if logit_positions.size else np.zeros(1, np.int64)
+        wanted = call.logit_positions if call.logit_positions.size else np.zeros(1, np.int64)
         handle = 0 if self._stream is None else self._stream.cuda_stream
-        self._choose_profile("decode" if tokens.size == 1 else "prefill", handle)
+        self._choose_profile("decode" if call.tokens.shape[1] == 1 else "prefill", handle)
         inputs = {
-            "tokens": torch.from_numpy(tokens)[None].contiguous().to(self._device),
-            "start": torch.tensor(self.position, device=self._device),
+            "tokens": torch.from_numpy(call.tokens).contiguous().to(self._device),
+            "start": torch.tensor(self._position, device=self._device),
             "logit_positions": torch.from_numpy(wanted).to(self._device),
         }
         for name, tensor in inputs.items():
@@ -100,9 +92,10 @@ class EngineSession(Session):
         self._must(self._context.execute_async_v3(handle), "could not run")
         if self._stream is not None:
             self._stream.synchronize()
-        self.tapped = {name: outputs[name].cpu().numpy() for name in self._taps}
-        logits: Float = outputs["logits"][0, : logit_positions.size].cpu().numpy()
-        return logits
+        logits_BPV, taps = outputs.pop("logits")[:, : call.logit_positions.size], outputs
+        return Result(
+            logits=logits_BPV.cpu().numpy(), taps={name: tensor.cpu().numpy() for name, tensor in taps.items()}
+        )
 
     def _choose_profile(self, name: str, handle: int) -> None:
         index = self._profiles[name]
@@ -122,15 +115,15 @@ class EngineSession(Session):
 
     def _must(self, done: bool, what: str) -> None:
         if not done:
-            raise SessionError(f"the engine {what}, at position {self.position}: see TensorRT's messages above")
+            raise SessionError(f"the engine {what}, at position {self._position}: see TensorRT's messages above")
 
-    def _allocate(self, slots: int) -> None:
+    def allocate(self, slots: int) -> None:
         """Caches are static, so they are made once, and both names of each are bound to one address."""
         if self._tensors:
             return
         for state in self.states:
-            tensor = torch.zeros(state.shape(slots), dtype=getattr(torch, state.dtype), device=self._device)
-            self._tensors[state.name] = tensor
+            shape, dtype = state.shape(slots, batch=self.rows), getattr(torch, state.dtype)
+            self._tensors[state.name] = torch.zeros(shape, dtype=dtype, device=self._device)
         self._bind_caches()
 
     def _bind_caches(self) -> None:
@@ -138,7 +131,7 @@ class EngineSession(Session):
             for name in (given, output):
                 self._bind(name, self._tensors[given])
 
-    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
         for state in self.states:
             if state.name in self._tensors:
                 yield state, self._tensors[state.name]

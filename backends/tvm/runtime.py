@@ -1,118 +1,86 @@
-"""TVM's runtime without its compiler: two libraries of the apache-tvm wheel, loaded by path."""
+"""Artifacts of the target "tvm": machine code and weights, run by TVM's runtime alone. Needs no torch, no compiler."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import importlib.util
-import os
-import sys
-import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transom.backends.tvm.versions import INSTALL, require
-from transom.errors import ArtifactError, TargetError
+import numpy as np
+from numpy.typing import NDArray
 
-FOLDER_VARIABLE = "TRANSOM_TVM_RUNTIME"
-"""Environment variable with the folder of the two libraries; by default that of the installed apache-tvm."""
-
-BIND_VARIABLE = "TVM_BIND_THREADS"
-"""Environment variable by which TVM is told to pin threads to cores. Left to itself it pins the calling thread too, to
-the first core and for good, so that whatever else runs in the process shares that core; here it does if asked to."""
-
-CPU, POOLED = 1, 2
-"""TVM's numbers for a kind of device, and for an allocator that keeps memory for the next call."""
+from transom.backends.artifact import Manifest
+from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.backends.safetensors import reading, zeros
+from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
+from transom.backends.tvm.library import load_machine, runtime, use_threads
+from transom.backends.tvm.machine import require_machine
+from transom.graphs.state import State
 
 
-@functools.cache
-def runtime() -> Any:
-    """The module `tvm_ffi`, with the runtime's functions registered.
+class TvmRuntime(Runtime):
+    """A `tvm` artifact.
 
-    Raises:
-        TargetError: If a part is missing, or of another version than the exporter's.
-    """
-    folder = os.environ.get(FOLDER_VARIABLE)
-    require("apache-tvm-ffi", *(() if folder else ("apache-tvm",)))
-    os.environ.setdefault(BIND_VARIABLE, "0")
-    try:
-        with _without_torch():
-            import tvm_ffi
-    except ImportError as error:
-        raise TargetError(f"running this artifact needs TVM's runtime ({error}): {INSTALL}") from None
-    if "tvm" not in sys.modules:
-        for path in _libraries(Path(folder) if folder else _installed()):
-            try:
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            except OSError as error:
-                raise TargetError(f"TVM's runtime cannot be loaded ({error}): {INSTALL}") from None
-    return tvm_ffi
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """Hide torch from imports: tvm_ffi loads it wherever it is installed, which takes seconds and 200 MB."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-def _installed() -> Path:
-    spec = importlib.util.find_spec("tvm")
-    if spec is None or not spec.submodule_search_locations:
-        raise TargetError(f"running this artifact needs TVM's runtime, which is missing: {INSTALL}")
-    return Path(spec.submodule_search_locations[0]) / "lib"
-
-
-def _libraries(folder: Path) -> list[Path]:
-    ending = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    paths = [folder / f"libtvm_runtime{part}{ending}" for part in ("", "_extra")]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise TargetError(f"{folder} holds no {' and no '.join(missing)}: {INSTALL}, or mend {FOLDER_VARIABLE}")
-    return paths
-
-
-def load_machine(library: Path) -> Any:
-    """A virtual machine with the functions of a library.
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        threads: Threads of the runtime; by default its own choice, one a core, or what TVM_NUM_THREADS says.
 
     Raises:
-        TargetError: If the runtime is missing.
-        ArtifactError: If the library cannot be loaded.
+        TargetError: If the runtime is missing or of another version, or the code was made for another processor.
+        ArtifactError: If the library or the weights cannot be loaded.
     """
-    ffi = runtime()
-    try:
-        with _path_of_its_own(library) as path:
-            machine = ffi.load_module(str(path))["vm_load_executable"]()
-        machine["vm_initialization"](CPU, 0, POOLED, CPU, 0, POOLED)
-    except Exception as error:  # the runtime raises whatever class the failing part chose
-        raise ArtifactError(f"TVM cannot load {library}: {str(error).strip().splitlines()[0]}") from error
-    return machine
 
+    title = "TVM"
 
-@contextlib.contextmanager
-def _path_of_its_own(library: Path) -> Iterator[Path]:
-    """A path that no library was loaded from: the loader takes equal paths for the same library, replaced or not."""
-    with tempfile.TemporaryDirectory(prefix="transom-") as folder:
-        path = Path(folder) / library.name
-        path.symlink_to(library.resolve())
-        yield path
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            states=manifest.decode.states,
+        )
+        require_machine(manifest.details)
+        self._tensor = runtime().from_dlpack
+        machine = load_machine(folder / LIBRARY)
+        self._decode, self._prefill = machine[DECODE], machine[PREFILL]
+        with reading(folder / PARAMETERS) as file:
+            self._weights = [self._tensor(file.read(name)) for name in manifest.details["parameters"]]
+        self._threads = threads
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._bound: list[Any] = []
+        self._taps: list[tuple[str, list[int]]] = [
+            (tap.name, manifest.details["tap_shapes"][tap.name]) for tap in manifest.decode.taps
+        ]
+        self._tokens, self._positions = zeros((self.chunk,), np.int64), zeros((self.chunk,), np.int64)
+        self._start = zeros((), np.int64)
 
+    def _run(self, call: Call) -> Result:
+        use_threads(self._threads)
+        (tokens,), positions = call.tokens, call.logit_positions
+        self._tokens[: tokens.size], self._positions[: positions.size] = tokens, positions
+        self._start[...] = call.start[0]
+        run = self._decode if tokens.size == positions.size == 1 else self._prefill
+        given = (self._tokens[: tokens.size], self._start, self._positions[: positions.size])
+        logits, *rest = run(*map(self._tensor, given), *self._bound, *self._weights)
+        logits_PV: Any = np.from_dlpack(logits)
+        taps = zip(self._taps, rest[len(self.states) :], strict=True)
+        return Result(
+            logits=np.asarray(logits_PV, np.float32)[None],
+            taps={name: np.from_dlpack(value).reshape(shape) for (name, shape), value in taps},
+        )
 
-_pools = threading.local()
+    def allocate(self, slots: int) -> None:
+        arrays = dict(self._arrays)
+        for state in self.states:
+            old = arrays.get(state.name)
+            if old is None or state.grows:
+                new = zeros(state.shape(slots, batch=self.rows), state.dtype)
+                arrays[state.name] = new if old is None else grown(old, new)
+        # The library writes new keys and values into these arrays.
+        self._arrays, self._bound = arrays, [self._tensor(arrays[state.name]) for state in self.states]
 
-
-def use_threads(count: int | None) -> None:
-    """Make the calling thread's pool one of `count` threads (by default TVM's own choice)."""
-    if getattr(_pools, "count", None) == (count or 0):
-        return
-    mode_any = 0
-    runtime().get_global_func("runtime.config_threadpool")(mode_any, count or 0)
-    _pools.count = count or 0
+    def state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
+        for state in self.states:
+            if state.name in self._arrays:
+                yield state, self._arrays[state.name]

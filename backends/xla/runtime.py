@@ -1,79 +1,140 @@
-"""jax, made ready: which device, how many threads, and what to do if it is missing. Needs no torch."""
+"""StableHLO programs on XLA, through jax. Needs no torch.
+
+Caches are static: those of global layers have the whole context from the start. Every call gives them up and gets them
+back, so XLA writes into the same memory.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from transom.errors import TargetError
+import numpy as np
+from numpy.typing import NDArray
 
-CACHES = 1
-"""Index of the programs' argument that holds the caches, which every call gives up."""
-
-GPUS = ("rocm", "cuda")
-"""jax's names of the platforms of GPUs; a device of either calls itself "gpu". ROCm stands first: jax raises where its
-plugin is missing, while it passes over CUDA without a card and takes the next platform."""
-
-THREADS = "PJRT_NPROC"
-"""Environment variable in which XLA's CPU client looks for the number of its threads, when it is made."""
+from transom.backends.artifact import Manifest
+from transom.backends.runtime import Call, Float, Result, Runtime
+from transom.backends.xla.library import CACHES, load_jax, require_platform
+from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
+from transom.errors import ArtifactError
+from transom.graphs.state import State
 
 
-def load_jax(threads: int | None = None) -> Any:
-    """The `jax` module. It runs on a GPU if jax has one, else on the CPU, unless JAX_PLATFORMS or jax's configuration
-    says otherwise. A TPU is used only where they name it: libtpu without a TPU waits for one.
+class XlaRuntime(Runtime):
+    """An `xla` artifact, on jax's first device: a GPU if jax has one, else a CPU, unless JAX_PLATFORMS says otherwise.
 
     Args:
-        threads: Threads of the CPU client; by default one a core. A process has one client, made at first use, so the
-            first session decides for all.
+        folder: The artifact.
+        manifest: Its manifest.
+        threads: Threads of XLA on a CPU; see `library.load_jax`.
 
     Raises:
-        TargetError: If jax is not installed, or has no device of the platform that was chosen.
+        TargetError: If jax is not installed, or runs on a platform that the programs are not for.
+        ArtifactError: If jax cannot read the programs, or the weights are damaged.
     """
-    try:
-        import jax
-    except ImportError as error:
-        raise TargetError(f"the target 'xla' needs jax ({error}): pip install 'transom[xla]'") from None
-    before = os.environ.get(THREADS)
-    if threads is not None:
-        os.environ[THREADS] = str(threads)
-    try:
-        if jax.config.jax_platforms is None:
-            _choose_platform(jax)
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # which one depends on the platform
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise TargetError(f"jax finds no device of JAX_PLATFORMS ({reason}): set JAX_PLATFORMS=cpu") from error
-    finally:
-        if threads is not None:
-            os.environ.pop(THREADS)
-            if before is not None:
-                os.environ[THREADS] = before
-    return jax
 
+    title = "XLA"
 
-def require_platform(jax: Any, platforms: Sequence[str]) -> None:
-    """Compare where jax runs with the platforms that an artifact's programs were exported for.
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            states=manifest.decode.states,
+        )
+        self._jax = load_jax(threads)
+        details = manifest.details
+        require_platform(self._jax, details["platforms"])
+        self._exporter = f"jax {details['jax']} on {details['date']}"
+        self._programs = {
+            entry["tokens"]: self._program(folder / Path(entry["file"]).name) for entry in details["programs"].values()
+        }
+        self._tap_axes: dict[str, dict[str, int]] = {
+            tap.name: details["tap_axes"][tap.name] for tap in manifest.decode.taps
+        }
+        parameters = {
+            name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
+            for name, entry in details["parameters"].items()
+        }
+        self._parameters = read_parameters(folder / WEIGHTS_FILE, parameters, self._jax.device_put)
+        self._compiled: dict[tuple[int, int], Any] = {}
+        self._arrays: list[Any] = []
 
-    Raises:
-        TargetError: If the programs are for other platforms.
-    """
-    platform = jax.default_backend()
-    names = GPUS if platform == "gpu" else (platform,)
-    if not set(names) & set(platforms):
-        raise TargetError(
-            f"the programs are for {', '.join(platforms)}, and jax runs on {platform}: export the model again, or set "
-            f"JAX_PLATFORMS={platforms[0]}"
+    def _program(self, path: Path) -> Any:
+        import jax.export
+
+        try:
+            return jax.export.deserialize(bytearray(path.read_bytes()))
+        except Exception as error:  # of several classes, by what is wrong
+            raise self._unreadable(path.name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"jax {self._jax.__version__} cannot read {name}, made by {self._exporter} ({_first_line(error)}): "
+            "export the model again"
         )
 
+    def _run(self, call: Call) -> Result:
+        rows, count = call.tokens.shape
+        length = min(length for length in self._programs if length >= count)
+        # Only these two numbers of positions, so that no more programs need compiling.
+        wanted = 1 if call.logit_positions.size <= 1 else length
+        padded, positions = np.zeros((rows, length), np.int32), np.zeros(wanted, np.int32)
+        padded[:, :count], positions[: call.logit_positions.size] = call.tokens, call.logit_positions
+        if not self._arrays:
+            self._arrays = self._zeros()
+        arguments = (padded, np.int32(call.start[0]), np.int32(count), positions)
+        run = self._executable(length, wanted, arguments)
+        # A call that is cut short takes the caches with it.
+        caches, self._arrays = self._arrays, []
+        logits, self._arrays, taps = run(self._parameters, caches, *arguments)
+        return Result(
+            logits=np.asarray(logits)[:, : call.logit_positions.size].astype(np.float32),
+            taps={
+                name: self._cut(np.asarray(tap), axes, count, call.logit_positions.size)
+                for (name, axes), tap in zip(self._tap_axes.items(), taps, strict=True)
+            },
+        )
 
-def _choose_platform(jax: Any) -> None:
-    """Name a GPU's platform if jax can start it, else the CPU. The CPU stays beside a GPU, for what runs there."""
-    for platform in GPUS:
-        jax.config.update("jax_platforms", f"{platform},cpu")
-        try:
-            jax.devices()
-            return
-        except (RuntimeError, AssertionError):  # no plugin, or no card
-            continue
-    jax.config.update("jax_platforms", "cpu")
+    def _executable(self, length: int, wanted: int, arguments: tuple[Any, ...]) -> Any:
+        """The program for so many tokens and positions, compiled when it is first needed."""
+        if (length, wanted) not in self._compiled:
+            # Only the caller's donation lets XLA reuse the memory of the caches.
+            try:
+                program = self._jax.jit(self._programs[length].call, donate_argnums=(CACHES,))
+                self._compiled[length, wanted] = program.lower(self._parameters, self._arrays, *arguments).compile()
+            except Exception as error:  # the compiler's errors have no common base
+                raise ArtifactError(
+                    f"XLA cannot compile the program for {length} tokens, made by {self._exporter} "
+                    f"({_first_line(error)}): run it where its platforms are and memory is enough, or export the model "
+                    "again"
+                ) from error
+        return self._compiled[length, wanted]
+
+    def scratch_bytes(self) -> int:
+        """Most that a program that ran takes beside weights and caches, as XLA plans it; 0 where XLA does not tell."""
+        plans = [program.memory_analysis() for program in self._compiled.values()]
+        return max((plan.temp_size_in_bytes for plan in plans if plan is not None), default=0)
+
+    def _cut(self, tap: NDArray[Any], axes: dict[str, int], tokens: int, positions: int) -> Float:
+        """A tap without its padding."""
+        for kind, count in (("tokens", tokens), ("positions", positions)):
+            if kind in axes:
+                tap = np.take(tap, np.arange(count), axes[kind])
+        return tap.astype(np.float32)
+
+    def allocate(self, slots: int) -> None:
+        if not self._arrays:
+            self._arrays = self._zeros()
+
+    def _zeros(self) -> list[Any]:
+        zeros, numpy = self._jax.numpy.zeros, self._jax.numpy
+        return [zeros(state.shape(self.context, batch=self.rows), getattr(numpy, state.dtype)) for state in self.states]
+
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from zip(self.states, self._arrays, strict=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -76,7 +76,7 @@ class Emitter:
         weight_names = self.graph.weight_names()
         stored = stored_names(self.graph.weights)
         given, returned = self.graph.inputs, self.graph.outputs
-        # The library takes and returns by position; see `backends.tvm.session`.
+        # The library takes and returns by position; see `backends.tvm.runtime`.
         inputs = [self._input(given[name]) for name in ("tokens", "start", "logit_positions", *self.graph.states)]
         weights: dict[str, Any] = {}
         for placeholder, node in self.graph.placeholders().items():

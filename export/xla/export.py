@@ -16,8 +16,8 @@ import jax.export
 import jax.numpy as jnp
 
 from transom.backends.artifact import Entry
+from transom.backends.xla.library import CACHES, load_jax
 from transom.backends.xla.parameters import WEIGHTS_FILE
-from transom.backends.xla.runtime import CACHES, load_jax
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.lowering import require_supported
 from transom.export.options import Options

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto
 
 from transom.backends.artifact import MODEL_FILE
-from transom.backends.onnxruntime.session import load
+from transom.backends.onnxruntime.runtime import load
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
 from transom.backends.tensorrt.widening import read, widened

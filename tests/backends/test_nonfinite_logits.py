@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from tests.artifacts import CHUNK, Export
 from tests.conftest import Cli, Stage
 from transom.backends.reference.session import ReferenceSession
+from transom.backends.runtime import Call, Result
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
 from transom.errors import NonFiniteError, SessionError
@@ -30,14 +31,15 @@ def session(request: pytest.FixtureRequest, exported: Export, stages: list[Stage
 
 def spoil(session: Session, monkeypatch: pytest.MonkeyPatch, value: float, position: int = BROKEN) -> None:
     """Replace one logit of a position."""
-    honest = session._run
+    honest = session.runtime.run
 
-    def run(tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        logits = honest(tokens, positions).copy()
-        logits[session.position + positions == position, 7] = value
-        return logits
+    def run(call: Call) -> Result:
+        result = honest(call)
+        logits = result.logits.copy()
+        logits[:, call.start[0] + call.logit_positions == position, 7] = value
+        return dataclasses.replace(result, logits=logits)
 
-    monkeypatch.setattr(session, "_run", run)
+    monkeypatch.setattr(session.runtime, "run", run)
 
 
 CALLS: dict[str, Callable[[Session, list[int]], Any]] = {

@@ -16,6 +16,7 @@ from tests.conftest import WINDOW, Stage
 from tests.tolerances import FP32_LOGITS
 from transom.backends import session as session_module
 from transom.backends.reference.session import ReferenceSession
+from transom.backends.runtime import Runtime
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
 from transom.errors import ContextLengthError, SessionError, TokenizerError
@@ -203,7 +204,7 @@ def test_log_likelihoods_are_log_softmax(session: Session, text: list[int]) -> N
 
 @pytest.mark.parametrize(
     "module",
-    ["transom", "transom.backends.onnxruntime.session", "transom.backends.artifact", "transom.backends.opening"],
+    ["transom", "transom.backends.onnxruntime.runtime", "transom.backends.artifact", "transom.backends.opening"],
 )
 def test_running_an_artifact_needs_no_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
@@ -228,14 +229,14 @@ def test_a_call_cut_short_must_be_followed_by_a_reset(
 ) -> None:
     session = exported("onnxruntime", "none").session()
     expected = session.prefill(text[:9])
-    run = type(session)._run
+    run = type(session.runtime)._run
 
-    def interrupted(self: Session, *args: Any) -> Any:
+    def interrupted(self: Runtime, *args: Any) -> Any:
         run(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(session), "_run", interrupted)
+        patch.setattr(type(session.runtime), "_run", interrupted)
         session.decode(text[9])
     with pytest.raises(SessionError, match="reset"):
         session.decode(text[9])

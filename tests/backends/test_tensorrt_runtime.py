@@ -21,10 +21,10 @@ from transom.backends.artifact import Manifest, read_manifest, update_details
 from transom.backends.session import Session
 from transom.backends.tensorrt import opening
 from transom.backends.tensorrt.builder import build_engine
-from transom.backends.tensorrt.cpu import CpuSession
+from transom.backends.tensorrt.cpu import CpuRuntime
 from transom.backends.tensorrt.engines import EngineRecord, note_engine
 from transom.backends.tensorrt.library import find_library
-from transom.backends.tensorrt.runtime import EngineSession
+from transom.backends.tensorrt.runtime import EngineRuntime
 from transom.errors import ArtifactError, ContextLengthError, SessionError, TargetError
 from transom.zoo.model import Model
 
@@ -55,9 +55,9 @@ def manifest(folder: Path) -> Manifest:
     return read_manifest(folder)
 
 
-def opened(folder: Path, manifest: Manifest, **changes: Any) -> tuple[EngineSession, tensorrt_double.Calls]:
+def opened(folder: Path, manifest: Manifest, **changes: Any) -> tuple[Session, tensorrt_double.Calls]:
     library, calls = double(folder)
-    return EngineSession(folder, manifest, record(**changes), library, device="cpu"), calls
+    return Session(EngineRuntime(folder, manifest, record(**changes), library, device="cpu")), calls
 
 
 def test_the_numbers_are_those_of_the_file(folder: Path, manifest: Manifest) -> None:
@@ -76,13 +76,13 @@ def test_the_numbers_are_those_of_the_file(folder: Path, manifest: Manifest) -> 
 def test_caches_are_bound_in_place_once_and_kept(folder: Path, manifest: Manifest) -> None:
     session, calls = opened(folder, manifest)
     session.prefill(TEXT[:CHUNK])
-    tensors = {state.name: array for state, array in session._state_arrays()}
+    tensors = {state.name: array for state, array in session.runtime.state_arrays()}
     for name, tensor in tensors.items():
         addresses = {memory for given, memory in calls.of("set_tensor_address") if given in (name, f"{name}.out")}
         assert addresses == {tensor.data_ptr()}
     held = {name: tensor.clone() for name, tensor in tensors.items()}
     session.decode(TEXT[CHUNK])
-    again = {state.name: array for state, array in session._state_arrays()}
+    again = {state.name: array for state, array in session.runtime.state_arrays()}
     assert all(again[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
     assert all(not torch.equal(again[name], held[name]) for name in held), "every layer wrote its token"
     slot = 2 * 2 * 32 * 2
@@ -119,13 +119,13 @@ def test_an_engine_that_cannot_be_read(folder: Path, manifest: Manifest, tmp_pat
     library, _ = double(folder)
     (folder / "other.engine").write_bytes(b"of another version")
     with pytest.raises(ArtifactError, match=r"cannot read other.engine, which TensorRT .* built: build it again"):
-        EngineSession(folder, manifest, record(file="other.engine"), library, device="cpu")
+        EngineRuntime(folder, manifest, record(file="other.engine"), library, device="cpu")
 
 
 def test_an_engine_that_would_copy_its_caches(folder: Path, manifest: Manifest) -> None:
     library, _ = double(folder, separate="cache.3.key.out")
     with pytest.raises(ArtifactError, match=r"does not write the state 'cache.3.key' in place"):
-        EngineSession(folder, manifest, record(), library, device="cpu")
+        EngineRuntime(folder, manifest, record(), library, device="cpu")
 
 
 def test_a_call_that_the_engine_refuses(folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +139,12 @@ def test_a_call_that_the_engine_refuses(folder: Path, manifest: Manifest, monkey
 
 
 def test_streamed_weights(folder: Path, manifest: Manifest) -> None:
-    session, _ = opened(folder, manifest, weight_streaming=True)
-    assert session._engine.weight_streaming_budget_v2 == 12345
-    session, _ = opened(folder, manifest)
-    assert session._engine.weight_streaming_budget_v2 == 0
+    for streams, budget in ((True, 12345), (False, 0)):
+        runtime: Any = opened(folder, manifest, weight_streaming=streams)[0].runtime
+        assert runtime._engine.weight_streaming_budget_v2 == budget
 
 
-# Which session opens.
+# Which runtime opens.
 
 
 def listed(folder: Path, *records: EngineRecord) -> Manifest:
@@ -168,7 +167,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_the_file_runs_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     session = transom.open(folder, threads=1)
-    assert isinstance(session, CpuSession) and "torch finds no GPU" in session.note
+    assert isinstance(session.runtime, CpuRuntime) and "torch finds no GPU" in session.note
 
 
 RTX = {"file": "rtx.engine", "library": "tensorrt_rtx", "gpu": ""}
@@ -192,7 +191,7 @@ def test_without_a_fitting_engine(
     monkeypatch.setattr(opening, "find_library", lambda *, rtx: double(folder)[0])
     listed(folder, *records)
     session = transom.open(folder, threads=1)
-    assert isinstance(session, CpuSession) and reason in session.note
+    assert isinstance(session.runtime, CpuRuntime) and reason in session.note
 
 
 def test_the_engines_that_fit(folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +214,7 @@ def test_an_engine_that_cannot_be_read_gives_way_to_the_next(
     listed(folder, bad)
     (folder / "own.engine").write_bytes(spoilt)
     session = transom.open(folder, threads=1)
-    assert isinstance(session, CpuSession) and "cannot read own.engine" in session.note
+    assert isinstance(session.runtime, CpuRuntime) and "cannot read own.engine" in session.note
 
 
 def test_which_gpus_an_engine_is_for() -> None:
@@ -290,8 +289,8 @@ def test_on_a_gpu(tiny: Model, tmp_path: Path) -> None:
     out = tmp_path / "model"
     transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
     build_engine(out, library)
-    wanted = CpuSession(out, read_manifest(out), threads=1).logits(TEXT)
+    wanted = Session(CpuRuntime(out, read_manifest(out), threads=1)).logits(TEXT)
     session: Session = transom.open(out)
-    assert isinstance(session, EngineSession)
+    assert isinstance(session.runtime, EngineRuntime)
     found = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
     assert np.sqrt(np.square(np.array(found) - wanted[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT

@@ -21,9 +21,10 @@ from tests.tolerances import FP32_LOGITS
 from transom.backends import session as session_module
 from transom.backends.artifact import read_manifest
 from transom.backends.reference.session import ReferenceSession
-from transom.backends.tvm import machine, runtime
+from transom.backends.session import Session
+from transom.backends.tvm import library, machine
 from transom.backends.tvm.artifact import LIBRARY, PARAMETERS
-from transom.backends.tvm.session import TvmSession
+from transom.backends.tvm.runtime import TvmRuntime
 from transom.errors import ArtifactError, ContextLengthError, TargetError
 from transom.formats.schemes import scheme
 from transom.passes.add_taps import AddTaps
@@ -132,7 +133,7 @@ def test_generating_needs_neither_torch_nor_a_compiler(artifact: Exported) -> No
 
 def test_the_runtime_can_stand_elsewhere(artifact: Exported, tmp_path: Path) -> None:
     """With the folder named, two libraries are enough; without them, one line says so."""
-    for path in runtime._libraries(runtime._installed()):
+    for path in library._libraries(library._installed()):
         shutil.copy(path, tmp_path)
     program = (
         "import sys, importlib.util, transom\nfrom transom.errors import TransomError\n"
@@ -157,9 +158,10 @@ def test_the_runtime_can_stand_elsewhere(artifact: Exported, tmp_path: Path) -> 
     assert "libtvm_runtime_extra" in said and "pip install 'transom[tvm]'" in said and said.count("\n") == 1
 
 
-def opened_with(artifact: Exported, **details: Any) -> TvmSession:
+def opened_with(artifact: Exported, **details: Any) -> Session:
     manifest = read_manifest(artifact.folder)
-    return TvmSession(artifact.folder, dataclasses.replace(manifest, details={**manifest.details, **details}))
+    changed = dataclasses.replace(manifest, details={**manifest.details, **details})
+    return Session(TvmRuntime(artifact.folder, changed))
 
 
 def test_code_for_another_processor_is_refused(artifact: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_damaged_files(name: str, damage: Any, message: str, artifact: Exported,
     with pytest.raises(ArtifactError, match="export the model again"):
         read_manifest(folder)
     with pytest.raises(ArtifactError, match=message):
-        TvmSession(folder, manifest)
+        TvmRuntime(folder, manifest)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells which cores a thread may use")

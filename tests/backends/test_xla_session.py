@@ -93,11 +93,11 @@ def test_caches_are_updated_in_place(session: Session, text: list[int]) -> None:
     """What a call is given is gone after it, and the same memory comes back."""
     session.prefill(text[:CHUNK])
     for tokens in (text[:1], text[:CHUNK], text[:5]):
-        before = [array for _, array in session._state_arrays()]
+        before = [array for _, array in session.runtime.state_arrays()]
         addresses = {array.unsafe_buffer_pointer() for array in before}
         session.prefill(tokens)
         assert all(array.is_deleted() for array in before)
-        assert {array.unsafe_buffer_pointer() for _, array in session._state_arrays()} == addresses
+        assert {array.unsafe_buffer_pointer() for _, array in session.runtime.state_arrays()} == addresses
 
 
 def test_greedy_text_is_the_references_far_past_the_window(
@@ -143,19 +143,20 @@ def test_a_call_cut_short_must_be_followed_by_a_reset(
     artifact: Exported, text: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call had been given the caches, and they are gone."""
-    session: Any = artifact.session()
+    session = artifact.session()
+    runtime: Any = session.runtime
     expected = session.prefill(text[:9])
-    compiled = dict(session._compiled)
+    compiled = dict(runtime._compiled)
 
     def interrupted(*args: Any) -> Any:
         run(*args)
         raise KeyboardInterrupt
 
     (key, run), *_ = compiled.items()
-    session._compiled[key] = interrupted
+    runtime._compiled[key] = interrupted
     with pytest.raises(KeyboardInterrupt):
         session.prefill(text[9:18])
-    session._compiled[key] = run
+    runtime._compiled[key] = run
     with pytest.raises(SessionError, match="reset"):
         session.prefill(text[9:18])
     session.reset()
@@ -254,12 +255,12 @@ def test_programs_of_another_time(artifact: Exported, monkeypatch: pytest.Monkey
 
 
 def test_programs_that_cannot_be_compiled(artifact: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    session: Any = artifact.session()
+    session = artifact.session()
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no such custom call")
 
-    monkeypatch.setattr(session._jax, "jit", refuse)
+    monkeypatch.setattr(jax, "jit", refuse)
     with pytest.raises(ArtifactError, match="no such custom call"):
         session.prefill([1])
 

@@ -45,7 +45,7 @@ class SessionAdapter:
 
     def cache_slots(self) -> Mapping[int, int]:
         # The arrays themselves: what a session says of its caches may be wrong.
-        return {state.layer: int(array.shape[2]) for state, array in self.session._state_arrays()}
+        return {state.layer: int(array.shape[2]) for state, array in self.session.runtime.state_arrays()}
 
     def cache_bytes(self) -> int:
         # The suite counts in float32.

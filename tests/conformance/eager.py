@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from tests.conformance.adapters import SessionAdapter, cut_between_images
 from tests.conformance.reference import TEXT
 from tests.gemma import gemma_config, gemma_module
-from transom.backends.session import Float, Session, grown
+from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.backends.session import Session
 from transom.graphs.state import State
 from transom.zoo import gemma3, layers, rope
 from transom.zoo.gemma3 import Gemma3Config
@@ -68,7 +69,7 @@ _OUTPUTS = (
 )  # fmt: skip
 
 
-class EagerSession(Session):
+class Eager(Runtime):
     """The plain module with ring caches, every site tapped.
 
     Args:
@@ -78,12 +79,15 @@ class EagerSession(Session):
         visible: Which keys are seen.
     """
 
+    title = "the zoo's module"
+
     def __init__(self, model: Model, *, chunk: int, context: int, visible: Visible = visible_with_images) -> None:
         config = gemma_config(model.config)
         super().__init__(chunk=chunk, context=context, vocab_size=config.vocab_size, states=_states(config, chunk))
         self.blocks = torch.full((context,), TEXT)
         self._visible = visible
         self._tensors: list[torch.Tensor] = []
+        self._tapped: dict[str, NDArray[Any]] = {}
         self._module = gemma_module(model.eager())
         for index, layer in enumerate(self._module.layers):
             for path in _OUTPUTS:
@@ -96,24 +100,24 @@ class EagerSession(Session):
 
     def _keep_output(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, given: Any, result: Any) -> None:
-            self.tapped[name] = (result[0] if isinstance(result, tuple) else result).numpy()
+            self._tapped[name] = (result[0] if isinstance(result, tuple) else result).numpy()
 
         return hook
 
     def _keep_input(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, given: Any) -> None:
-            self.tapped[name] = given[0].numpy()
+            self._tapped[name] = given[0].numpy()
 
         return hook
 
-    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        self.tapped = {}
+    def _run(self, call: Call) -> Result:
+        self._tapped = {}
         ropes = (f"tap.layers.{i}.self_attn.{x}_rope" for i in range(len(self._module.layers)) for x in "qk")
         rotate = rope.rotate
 
         def rotate_and_keep(x_BNTH: torch.Tensor, *cos_sin: torch.Tensor) -> torch.Tensor:
             out_BNTH = rotate(x_BNTH, *cos_sin)
-            self.tapped[next(ropes)] = out_BNTH.numpy()
+            self._tapped[next(ropes)] = out_BNTH.numpy()
             return out_BNTH
 
         with (
@@ -122,18 +126,17 @@ class EagerSession(Session):
             mock.patch.object(gemma3, "rotate", rotate_and_keep),
         ):
             pairs = list(zip(self._tensors[::2], self._tensors[1::2], strict=True))
-            logits_BTV, written = self._module(torch.from_numpy(tokens)[None], torch.tensor(self.position), pairs)
+            logits_BTV, written = self._module(torch.from_numpy(call.tokens), torch.tensor(call.start[0]), pairs)
         self._tensors = [tensor for pair in written for tensor in pair]
-        found: Float = logits_BTV[0].numpy()[logit_positions]
-        return found
+        return Result(logits=logits_BTV.numpy()[:, call.logit_positions], taps=self._tapped)
 
-    def _allocate(self, slots: int) -> None:
+    def allocate(self, slots: int) -> None:
         old = self._tensors
         self._tensors = [torch.zeros(state.shape(slots)) for state in self.states]
         for before, after in zip(old, self._tensors, strict=False):
             grown(before, after)
 
-    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
         yield from zip(self.states, self._tensors, strict=False)
 
 
@@ -152,20 +155,18 @@ class ImageAdapter(SessionAdapter):
     """Tells the session which tokens are images, and cuts between them.
 
     Args:
-        session: An empty one.
+        runtime: An empty one.
         cut: How to cut a feed into chunks.
     """
 
-    session: EagerSession
-
-    def __init__(self, session: EagerSession, cut: Cut) -> None:
-        super().__init__(session)
-        self._cut = cut
+    def __init__(self, runtime: Eager, cut: Cut) -> None:
+        super().__init__(Session(runtime))
+        self._blocks, self._cut = runtime.blocks, cut
 
     def feed(self, tokens: Sequence[int], blocks: Sequence[int]) -> NDArray[Any]:
         start = self.session.position
-        self.session.blocks[start:] = TEXT
-        self.session.blocks[start : start + len(blocks)] = torch.tensor(blocks)
+        self._blocks[start:] = TEXT
+        self._blocks[start : start + len(blocks)] = torch.tensor(blocks)
         found, low = [], 0
         for size in self._cut(blocks, self.session.chunk):
             found.append(super().feed(tokens[low : low + size], blocks[low : low + size]))
@@ -198,4 +199,4 @@ class EagerRuntime:
     def open(self, folder: Path, *, chunk: int, context: int) -> ImageAdapter:
         model = load(folder)
         changed = dataclasses.replace(model, config=self._config(gemma_config(model.config)))
-        return ImageAdapter(EagerSession(changed, chunk=chunk, context=context, visible=self._visible), self._cut)
+        return ImageAdapter(Eager(changed, chunk=chunk, context=context, visible=self._visible), self._cut)

@@ -11,7 +11,7 @@ import torch
 
 from tests.conformance.adapters import StageRuntime, model_of
 from tests.conformance.cases import CASES
-from tests.conformance.eager import EagerRuntime, EagerSession
+from tests.conformance.eager import Eager, EagerRuntime
 from tests.conformance.faults import (
     CASE,
     CONFIG_FAULTS,
@@ -22,6 +22,7 @@ from tests.conformance.faults import (
 )
 from tests.conformance.runner import Report, run_suite
 from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
+from transom.backends.session import Session
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pipeline
@@ -111,13 +112,13 @@ def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path]) -> N
     assert loud(report, "image_blocks"), str(report)
 
 
-def images_recorded(suite: dict[str, Path], session: EagerSession, sizes: Sequence[int], context: Context) -> Recording:
+def images_recorded(suite: dict[str, Path], runtime: Eager, sizes: Sequence[int], context: Context) -> Recording:
     """Taps of the case with images, cut as given."""
     inputs = np.load(suite["image_blocks"] / "inputs.npz")
-    session.blocks = torch.from_numpy(inputs["blocks"])
+    runtime.blocks = torch.from_numpy(inputs["blocks"])
     starts = np.cumsum([0, *sizes[:-1]])
     calls = [Call(start=int(start), count=size) for start, size in zip(starts, sizes, strict=True)]
-    return record(session, calls, context)
+    return record(Session(runtime), calls, context)
 
 
 @pytest.mark.parametrize("name", [name for name, fault in IMAGE_FAULTS.items() if fault.layer is not None])
@@ -129,7 +130,7 @@ def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite
     graph, _ = Pipeline([AddTaps()]).run(model.trace())
     context = Context(graph=graph, tokens=inputs["tokens"].tolist(), blocks=images[0])
     right, wrong = (
-        images_recorded(suite, EagerSession(model, chunk=21, context=inputs["tokens"].size, **rule), sizes, context)
+        images_recorded(suite, Eager(model, chunk=21, context=inputs["tokens"].size, **rule), sizes, context)
         for rule in ({}, {"visible": fault.visible})
     )
     assert not compare(right, right, context).diverged

@@ -131,7 +131,7 @@ def _tvm(graph: Graph, folder: Path) -> Program:
     pytest.importorskip("tvm")
     from transom.backends.safetensors import reading, zeros
     from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
-    from transom.backends.tvm.runtime import load_machine, runtime
+    from transom.backends.tvm.library import load_machine, runtime
 
     options = Options(target="tvm", context=LONGEST_CALL, chunk=LONGEST_CALL)
     lowered = exporter("tvm")(graph, folder, options, Progress())

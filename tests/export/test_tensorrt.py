@@ -99,7 +99,7 @@ def test_float16(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
     session = transom.open(compiled(dtype="float16"), threads=1)
     wanted = reference(tiny, "none", "float32").logits(long_text)
     assert np.abs(session.logits(long_text) - wanted).max() < FLOAT16_LOGITS
-    assert {array.dtype for _, array in session._state_arrays()} == {np.dtype(np.float16)}
+    assert {array.dtype for _, array in session.runtime.state_arrays()} == {np.dtype(np.float16)}
 
 
 def test_activations_of_8_bit_floats(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:

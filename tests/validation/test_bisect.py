@@ -23,6 +23,7 @@ from tests.validation.faults import FAULTS, Spoil, argument
 from transom.backends.artifact import read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
 from transom.cli import main
 from transom.errors import ArtifactError, ContextLengthError, InvariantError, TargetError
 from transom.export.options import Options
@@ -40,7 +41,7 @@ from transom.validation.bisection import sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import Difference, compare, describe_positions
-from transom.validation.bisection.eager import EagerSession
+from transom.validation.bisection.eager import Eager
 from transom.validation.bisection.recording import Call, Recording, plan_calls, positions_of, record
 from transom.validation.bisection.verdict import Verdict
 from transom.zoo.model import Model
@@ -113,7 +114,7 @@ def test_all_passes_of_a_target_agree_with_the_traced_graph(target: str, find: F
 
 
 def test_the_module_agrees_with_the_graph_as_traced(tiny: Model, context: Context, right: Recording) -> None:
-    eager = record(EagerSession(tiny, context.graph, "none", context=512, chunk=CHUNK), CALLS, context)
+    eager = record(Session(Eager(tiny, context.graph, "none", context=512, chunk=CHUNK)), CALLS, context)
     assert list(eager.values) == list(right.values)
     assert not compare(eager, right, context).diverged
 

@@ -8,6 +8,7 @@ import torch
 from tests.case import Case
 from tests.validation.faults import Edit, Spoil, result, weight
 from transom.backends.reference.session import ReferenceSession
+from transom.backends.session import Session
 from transom.formats.schemes import SPECS
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -17,7 +18,7 @@ from transom.passes.base import Pass
 from transom.validation.bisection.bisect import bisect
 from transom.validation.bisection.context import Context, rounded
 from transom.validation.bisection.divergence import compare
-from transom.validation.bisection.eager import EagerSession
+from transom.validation.bisection.eager import Eager
 from transom.validation.bisection.recording import Recording, plan_calls, record
 from transom.zoo.model import Model, load
 
@@ -146,7 +147,7 @@ def test_a_fault_of_a_llama_is_placed_and_named(name: str, context: Context, rig
 
 
 def test_the_module_of_a_llama_agrees_with_its_graph(llama: Model, context: Context, right: Recording) -> None:
-    eager = record(EagerSession(llama, context.graph, "none", context=256, chunk=CHUNK), CALLS, context)
+    eager = record(Session(Eager(llama, context.graph, "none", context=256, chunk=CHUNK)), CALLS, context)
     assert list(eager.values) == list(right.values)
     assert not compare(eager, right, context).diverged
 

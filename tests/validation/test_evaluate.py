@@ -22,7 +22,8 @@ from tests.artifacts import Export
 from tests.conftest import WINDOW, Cli
 from tests.tolerances import FP32_LOGITS
 from tests.validation.conftest import parsed
-from transom.backends.onnxruntime.session import OnnxRuntimeSession
+from transom.backends.onnxruntime.runtime import OnnxRuntime
+from transom.backends.runtime import Call, Result
 from transom.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
 from transom.validation.evaluation import rows
 from transom.validation.evaluation.evaluate import evaluate_sources
@@ -149,10 +150,10 @@ def test_a_text_of_its_own_is_worth_a_known_perplexity(
 ) -> None:
     """A target that knows nothing has the vocabulary for its perplexity, and the oracle's loss less log V from it."""
 
-    def run(self: OnnxRuntimeSession, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.zeros((len(positions), self.vocab_size), dtype=np.float32)
+    def run(self: OnnxRuntime, call: Call) -> Result:
+        return Result(logits=np.zeros((1, len(call.logit_positions), self.vocab_size), dtype=np.float32))
 
-    monkeypatch.setattr(OnnxRuntimeSession, "_run", run)
+    monkeypatch.setattr(OnnxRuntime, "_run", run)
     found = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
     (row,) = found.measured
     assert row.perplexity == pytest.approx(tiny.config.vocab_size, rel=1e-6) and row.loss.error < 1e-6
@@ -162,14 +163,15 @@ def test_a_text_of_its_own_is_worth_a_known_perplexity(
 
 @pytest.mark.usefixtures("traced_once")
 def test_logits_that_are_no_numbers(tiny: Model, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = OnnxRuntimeSession._run
+    honest = OnnxRuntime._run
 
-    def run(self: OnnxRuntimeSession, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        logits = honest(self, tokens, positions).copy()
-        logits[self.position + positions == 3] = np.nan
-        return logits
+    def run(self: OnnxRuntime, call: Call) -> Result:
+        result = honest(self, call)
+        logits = result.logits.copy()
+        logits[:, call.start[0] + call.logit_positions == 3] = np.nan
+        return dataclasses.replace(result, logits=logits)
 
-    monkeypatch.setattr(OnnxRuntimeSession, "_run", run)
+    monkeypatch.setattr(OnnxRuntime, "_run", run)
     found = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
     assert math.isnan(found.measured[0].perplexity) and found.measured[0].top1_agreement < 1
     assert found.front("bytes") == () and found.front("decode") == ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from tests.case import Case
 from tests.conftest import WINDOW, Cli
 from tests.tolerances import FP32_LOGITS
-from transom.backends.reference.session import ReferenceSession
-from transom.graphs.graph import Graph
+from transom.backends.reference.runtime import Reference
+from transom.backends.session import Session
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
@@ -36,12 +35,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class WholeWrites(ReferenceSession):
+class WholeWrites(Reference):
     """Writes into its rings only up to their ends, as TensorRT does, so that some calls are taken in two."""
 
-    def __init__(self, graph: Graph, **options: Any) -> None:
-        super().__init__(graph, **options)
-        self._rings = {state.slots for state in self.states if state.window is not None and state.slots is not None}
+    whole_writes = True
 
 
 @pytest.mark.parametrize(("chunk", "length"), [(24, 200), (37, 83), (WINDOW, 3 * WINDOW), (1, 2 * WINDOW + 1)])
@@ -51,11 +48,11 @@ def test_a_ring_that_ends_within_a_call_changes_no_score(tiny: Model, words: Pat
     reading = Reading(tiny.eager(), tokens)
     counts: list[int] = []
 
-    def run(kind: type[ReferenceSession], on_tokens: Callable[[int], None]) -> Differences:
-        session = kind(bounded, context=256, chunk=chunk)
+    def run(kind: type[Reference], on_tokens: Callable[[int], None]) -> Differences:
+        session = Session(kind(bounded, context=256, chunk=chunk))
         return measure(session, tokens, reading.logits, step=chunk, on_tokens=on_tokens).differences
 
-    cut, whole = run(WholeWrites, counts.append), run(ReferenceSession, lambda count: None)
+    cut, whole = run(WholeWrites, counts.append), run(Reference, lambda count: None)
     assert sum(counts) == length and max(counts) <= chunk
     assert len(counts) > -(-length // chunk) or chunk == 1, "no ring ended within a call"
     assert (cut.gap == 0).all() and cut.kl.max() < FP32_LOGITS and len(cut.kl) == length

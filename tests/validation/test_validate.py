@@ -10,16 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import transom
 from tests.artifacts import CHUNK, Export
 from tests.conftest import WINDOW, Cli
 from tests.validation.conftest import TARGETS
 from transom.backends.folder import CERTIFICATE
-from transom.backends.onnxruntime.session import OnnxRuntimeSession
+from transom.backends.onnxruntime.runtime import OnnxRuntime
+from transom.backends.runtime import Call, Result
 from transom.backends.session import Session
 from transom.errors import TargetError
 from transom.export.exporter import exporter
@@ -111,14 +110,15 @@ def test_the_json_contract(cli: Cli, tmp_path: Path) -> None:
 
 def perturbed(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Let ONNX Runtime's logits be wrong from the first position whose window has left position 0."""
-    honest = OnnxRuntimeSession._run
+    honest = OnnxRuntime._run
 
-    def run(self: OnnxRuntimeSession, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        logits = honest(self, tokens, positions).copy()
-        logits[self.position + positions >= WINDOW, 7] += value
-        return logits
+    def run(self: OnnxRuntime, call: Call) -> Result:
+        result = honest(self, call)
+        logits = result.logits.copy()
+        logits[:, call.start[0] + call.logit_positions >= WINDOW, 7] += value
+        return dataclasses.replace(result, logits=logits)
 
-    monkeypatch.setattr(OnnxRuntimeSession, "_run", run)
+    monkeypatch.setattr(OnnxRuntime, "_run", run)
 
 
 def test_all_targets_are_proved(cli: Cli, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_cache_that_is_larger_than_its_manifest_says(
     def grown(self: Session) -> dict[str, int]:
         return {**honest(self), "local": honest(self)["local"] + 4 * self.position}
 
-    monkeypatch.setattr(OnnxRuntimeSession, "cache_bytes", grown)
+    monkeypatch.setattr(Session, "cache_bytes", grown)
     code, out, _ = cli("validate", artifact, *JSON)
     (line,) = json.loads(out)["targets"]["onnxruntime"]["failures"]
     assert code == 1 and "caches of local layers take" in line and f"{4 * RING * PER_SLOT:,}" in line
@@ -212,7 +212,7 @@ def test_a_wrong_greedy_token(cli: Cli, artifact: Path, monkeypatch: pytest.Monk
         for index, token in enumerate(honest(self, prompt, **options)):
             yield (token + 1) % self.vocab_size if index == 5 else token
 
-    monkeypatch.setattr(OnnxRuntimeSession, "generate", generate)
+    monkeypatch.setattr(Session, "generate", generate)
     code, out, _ = cli("validate", artifact, *JSON)
     target = json.loads(out)["targets"]["onnxruntime"]
     (line,) = target["failures"]
@@ -352,7 +352,7 @@ def test_a_runtime_that_breaks_fails_alone(
     def breaks(*args: Any, **options: Any) -> Any:
         raise RuntimeError("illegal\ninstruction")
 
-    monkeypatch.setattr(OnnxRuntimeSession, {"run": "_run", "open": "__init__"}[broken], breaks)
+    monkeypatch.setattr(OnnxRuntime, {"run": "run", "open": "__init__"}[broken], breaks)
     files = ("--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
     code, out, err = cli("validate", artifact, "--targets", "reference", "--threads", 1, *files)
     assert code == 1, err

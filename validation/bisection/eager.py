@@ -1,4 +1,4 @@
-"""The plain module as a session, its intermediate values taken by hooks: nothing is rewritten.
+"""The plain module as a runtime, its intermediate values taken by hooks: nothing is rewritten.
 
 The graph says where each tap stands in the module: it is what some submodule returns, or what one is given. A value
 that passes no submodule's border, such as a rotation's, is computed once more from those before it, by the graph.
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.session import Float, Session, grown
+from transom.backends.runtime import Call, Result, Runtime, grown
 from transom.graphs.graph import Graph, run_nodes
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
@@ -23,7 +22,7 @@ from transom.validation.oracle import round_weights
 from transom.zoo.model import Model
 
 
-class EagerSession(Session):
+class Eager(Runtime):
     """The model file run as it stands, with caches that grow.
 
     Args:
@@ -34,6 +33,8 @@ class EagerSession(Session):
         chunk: Most new tokens in one call.
     """
 
+    title = "the plain model"
+
     def __init__(self, model: Model, graph: Graph, quant: str, *, context: int, chunk: int) -> None:
         vocab_size = int(graph.outputs["logits"].meta["val"].shape[-1])
         states = tuple(graph.states.values())
@@ -42,6 +43,7 @@ class EagerSession(Session):
         if quant != "none":
             round_weights(self._module, graph, quant)
         self._tensors: dict[str, torch.Tensor] = {}
+        self._tapped: dict[str, NDArray[Any]] = {}
         self._taps = {name: node for name, (_, node) in Context(graph=graph, tokens=()).taps.items() if name != LOGITS}
         for name, node in self._taps.items():
             self._watch(name, node)
@@ -63,13 +65,13 @@ class EagerSession(Session):
 
     def _keep(self, name: str, value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        self.tapped[name] = tensor.numpy()
+        self._tapped[name] = tensor.numpy()
 
-    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        self.tapped = {}
+    def _run(self, call: Call) -> Result:
+        self._tapped = {}
         layers = by_layer(self.states)
         rings = [tuple(self._tensors[state.name] for state in layer) for layer in layers]
-        ids, start = torch.from_numpy(tokens)[None], torch.tensor(self.position)
+        ids, start = torch.from_numpy(call.tokens), torch.tensor(call.start[0])
         with torch.no_grad():
             logits_BTV, written = self._module(ids, start, rings)
         pairs = (
@@ -77,24 +79,23 @@ class EagerSession(Session):
         )
         self._tensors = {state.name: tensor for state, tensor in pairs}
         self._complete(ids, start)
-        logits: Float = logits_BTV[0, torch.from_numpy(logit_positions)].numpy()
-        return logits
+        logits_BPV = logits_BTV[:, torch.from_numpy(call.logit_positions)]
+        return Result(logits=logits_BPV.numpy(), taps={name: self._tapped[name] for name in self._taps})
 
     def _complete(self, ids: torch.Tensor, start: torch.Tensor) -> None:
         """Compute the taps that no hook saw."""
-        known: dict[Node, Any] = {self._taps[name]: torch.from_numpy(value) for name, value in self.tapped.items()}
+        known: dict[Node, Any] = {self._taps[name]: torch.from_numpy(value) for name, value in self._tapped.items()}
         given = {"tokens": ids, "start": start, **self._tensors}
         known |= {node: given[name] for name, node in self._graph.inputs.items() if name in given}
-        missing = [name for name in self._taps if name not in self.tapped]
+        missing = [name for name in self._taps if name not in self._tapped]
         values = run_nodes([self._taps[name] for name in missing], known)
-        self.tapped |= {name: values[self._taps[name]].numpy() for name in missing}
-        self.tapped = {name: self.tapped[name] for name in self._taps}
+        self._tapped |= {name: values[self._taps[name]].numpy() for name in missing}
 
-    def _allocate(self, slots: int) -> None:
+    def allocate(self, slots: int) -> None:
         new = {state.name: torch.zeros(state.shape(slots)) for state in self.states}
         self._tensors = new | {name: grown(old, new[name]) for name, old in self._tensors.items()}
 
-    def _state_arrays(self) -> Iterator[tuple[State, Any]]:
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
         yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
 
 

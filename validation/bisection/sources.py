@@ -25,7 +25,7 @@ from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.share_embedding import ShareEmbedding
 from transom.passes.targets import TARGETS
-from transom.validation.bisection.eager import EagerSession
+from transom.validation.bisection.eager import Eager
 from transom.zoo.model import Model
 
 Source = str | Path | Graph | Session
@@ -75,7 +75,7 @@ def open_source(source: Source, model: Model, *, quant: str, context: int, chunk
             raise InvariantError("a graph without taps cannot be compared: run AddTaps on it before all other passes")
         yield ReferenceSession(source, context=context, chunk=chunk)
     elif source == EAGER:
-        yield EagerSession(model, tapped(model.trace()), quant, context=context, chunk=chunk)
+        yield Session(Eager(model, tapped(model.trace()), quant, context=context, chunk=chunk))
     elif source == REFERENCE:
         yield ReferenceSession(reference_graph(tapped(model.trace()), quant), context=context, chunk=chunk)
     elif isinstance(source, str) and source in PIPELINES:

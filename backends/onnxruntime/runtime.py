@@ -14,68 +14,64 @@ from transom.backends.artifact import MODEL_FILE, Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
-from transom.backends.session import Float, Session, Tokenizer, grown
+from transom.backends.runtime import Call, Result, Runtime, grown
 from transom.errors import ArtifactError, TargetError
 from transom.graphs.state import State
 
 MINIMUM = (1, 29)
 
 
-class OnnxRuntimeSession(Session):
+class OnnxRuntime(Runtime):
     """An `onnxruntime` or `onnx` artifact.
 
     Args:
         folder: The artifact.
         manifest: Its manifest.
-        tokenizer: Its tokenizer.
         threads: Threads of the runtime; by default its own choice, one a core.
+        rows: Sequences in every call; only `onnx` artifacts take more than one.
 
     Raises:
-        TargetError: If ONNX Runtime is missing or too old.
+        TargetError: If ONNX Runtime is missing or too old, or the target takes no more than one row.
         ArtifactError: If it cannot load the model.
     """
 
-    whole_writes = False
+    title = "ONNX Runtime"
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, tokenizer: Tokenizer | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, rows: int = 1) -> None:
         super().__init__(
             context=manifest.context,
             chunk=manifest.chunk,
             vocab_size=manifest.vocab_size,
             states=manifest.decode.states,
-            stop_ids=manifest.stop_ids,
-            tokenizer=tokenizer,
-            whole_writes=self.whole_writes,
+            rows=rows,
         )
-        self._runtime = self._load(folder, manifest, threads)
-        if reason := mismatch(self._runtime, manifest):
+        # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
+        if rows > 1 and manifest.target == "onnxruntime":
+            raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")
+        self._model = self._load(folder, manifest, threads)
+        if reason := mismatch(self._model, manifest):
             raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
-        self._binding = self._runtime.io_binding()
+        self._binding = self._model.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._taps = [tap.name for tap in manifest.decode.taps]
 
-    def _run(self, tokens: NDArray[np.int64], logit_positions: NDArray[np.int64]) -> Float:
-        with self._running("ONNX Runtime"):
-            self._binding.bind_cpu_input("tokens", tokens[None])
-            self._binding.bind_cpu_input("start", np.array(self.position))
-            self._binding.bind_cpu_input("logit_positions", logit_positions)
-            for name in ("logits", *self._taps):
-                self._binding.bind_output(name, "cpu")
-            self._runtime.run_with_iobinding(self._binding)
+    def _run(self, call: Call) -> Result:
+        self._binding.bind_cpu_input("tokens", call.tokens)
+        self._binding.bind_cpu_input("start", np.array(call.start[0]))
+        self._binding.bind_cpu_input("logit_positions", call.logit_positions)
+        for name in ("logits", *self._taps):
+            self._binding.bind_output(name, "cpu")
+        self._model.run_with_iobinding(self._binding)
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
-        self.tapped = dict(zip(self._taps, taps, strict=True))
-        rows: Float = logits[0]
-        return rows
+        return Result(logits=logits, taps=dict(zip(self._taps, taps, strict=True)))
 
-    def _allocate(self, slots: int) -> None:
+    def allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)
         for state in self.states:
             old = arrays.get(state.name)
             if old is None or state.grows:
                 # Pages of zeros take no memory until they are written.
-                new = np.zeros(state.shape(slots), self._dtypes(state)[0])
+                new = np.zeros(state.shape(slots, batch=self.rows), self._dtypes(state)[0])
                 arrays[state.name] = new if old is None else grown(old, new)
         self._binding.clear_binding_outputs()
         self._arrays = arrays
@@ -110,7 +106,7 @@ class OnnxRuntimeSession(Session):
         data = relocate(model, folder)
         return load(model.SerializeToString(), threads, folded=folded, data=data)
 
-    def _state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
+    def state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
         for state in self.states:
             if state.name in self._arrays:
                 yield state, self._arrays[state.name]

@@ -1,0 +1,76 @@
+"""The reference: a graph interpreted in PyTorch. Every other backend is held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.graphs import ops  # noqa: F401 (registers the fused operations)
+from transom.graphs.graph import Graph
+from transom.graphs.state import State
+from transom.graphs.weight import read_all
+
+
+class Reference(Runtime):
+    """A `decode` graph, at any stage of the passes, run node by node.
+
+    Args:
+        graph: The graph; its weights are read into memory here.
+        context: Longest sequence, in tokens.
+        chunk: Most new tokens in one call; bounded caches must have been made for at least as many.
+        rows: Sequences in every call.
+    """
+
+    title = "the reference"
+
+    def __init__(self, graph: Graph, *, context: int, chunk: int, rows: int = 1) -> None:
+        super().__init__(
+            context=context,
+            chunk=chunk,
+            vocab_size=int(graph.outputs["logits"].meta["val"].shape[-1]),
+            states=tuple(graph.states.values()),
+            rows=rows,
+        )
+        self._interpreter = torch.fx.Interpreter(graph.module)
+        weights = read_all(graph.weights)
+        names, passed = graph.weight_names(), {node.name: name for name, node in graph.inputs.items()}
+        self._inputs: list[str | torch.Tensor] = [
+            weights[names[placeholder]] if placeholder in names else passed[placeholder]
+            for placeholder in graph.placeholders()
+        ]
+        self._outputs = graph.output_names
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._taps = [tap.name for tap in graph.taps]
+
+    def _run(self, call: Call) -> Result:
+        given = {
+            "tokens": torch.from_numpy(call.tokens),
+            "start": torch.tensor(call.start[0]),
+            "logit_positions": torch.from_numpy(call.logit_positions),
+            **self._tensors,
+        }
+        inputs = [given[value] if isinstance(value, str) else value for value in self._inputs]
+        with torch.no_grad():
+            returned = dict(zip(self._outputs, self._interpreter.run(*inputs), strict=True))
+        self._tensors = {name: returned[name] for name in self._tensors}
+        taps = {name: _array(returned[name]) for name in self._taps}
+        return Result(logits=returned["logits"].float().numpy(), taps=taps)
+
+    def allocate(self, slots: int) -> None:
+        new = {
+            state.name: torch.zeros(state.shape(slots, batch=self.rows), dtype=getattr(torch, state.dtype))
+            for state in self.states
+        }
+        self._tensors = new | {name: grown(old, new[name]) for name, old in self._tensors.items()}
+
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
+        yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
+
+
+def _array(value: torch.Tensor) -> NDArray[Any]:
+    """As numpy knows it: what is narrower than float32 is widened; statistics are float64 and stay so."""
+    return (value if value.dtype == torch.float64 else value.float()).numpy()

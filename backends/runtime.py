@@ -1,0 +1,124 @@
+"""A runtime: runs one entry of an artifact and holds its states. One a target; what is not its own stands in sessions.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.errors import SessionError, TransomError
+from transom.graphs.state import State
+
+_MOST_SHOWN = 300
+"""Characters of a runtime's message; some list all arguments of a call."""
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """New tokens of some sequences, each after those that the states hold of it.
+
+    Attributes:
+        tokens: int64 [B, T].
+        start: Position of each row's first new token, int64 [B].
+        logit_positions: Tokens whose logits are wanted, int64 [P], counted from the first new one; the same for all
+            rows.
+    """
+
+    tokens: NDArray[np.int64]
+    start: NDArray[np.int64]
+    logit_positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a call gives back.
+
+    Attributes:
+        logits: float32 [B, P, V].
+        taps: What the taps of the artifact said, by name; empty without taps.
+    """
+
+    logits: Float
+    taps: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class Runtime(abc.ABC):
+    """Runs calls, and holds the states between them.
+
+    Args:
+        context: Most tokens that the states can hold of a sequence.
+        chunk: Most new tokens of a sequence in one call.
+        vocab_size: Width of the logits.
+        states: What is kept from call to call.
+        rows: Sequences in every call; the states hold as many.
+
+    Attributes:
+        title: What users call it.
+        takes_unequal_starts: Whether the rows of a call may start at different positions.
+        whole_writes: Whether it writes into a ring of slots only up to its end, so that a call must stop there.
+        note: What users should know of how it runs, in words; "" if it is as they expect.
+    """
+
+    title: str
+    takes_unequal_starts = False
+    whole_writes = False
+
+    def __init__(self, *, context: int, chunk: int, vocab_size: int, states: Sequence[State], rows: int = 1) -> None:
+        self.context, self.chunk, self.vocab_size, self.states = context, chunk, vocab_size, tuple(states)
+        self.rows = rows
+        self.note = ""
+
+    def run(self, call: Call) -> Result:
+        """Run a call; the states then hold its tokens.
+
+        Raises:
+            SessionError: If it has another number of rows than the states, if its rows start where they may not, or if
+                the target's runtime fails.
+        """
+        rows = len(call.tokens)
+        if rows != self.rows:
+            raise SessionError(
+                f"{self.title} was given {rows} sequences in one call and has room for {self.rows}: give {self.rows}"
+            )
+        if len(call.start) != rows or (len(set(call.start.tolist())) > 1 and not self.takes_unequal_starts):
+            raise SessionError(
+                f"{self.title} was given {rows} sequences that start at {call.start.tolist()}, and takes one position "
+                "for all: give them in calls of their own"
+            )
+        try:
+            return self._run(call)
+        except TransomError:
+            raise
+        except Exception as error:  # runtimes raise dozens of classes without a common base
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MOST_SHOWN]
+            raise SessionError(
+                f"{self.title} failed at position {call.start[0]} ({line}): export the model again, or see that there "
+                "is memory enough"
+            ) from error
+
+    @abc.abstractmethod
+    def _run(self, call: Call) -> Result:
+        """Run a call that was checked."""
+
+    @abc.abstractmethod
+    def allocate(self, slots: int) -> None:
+        """Give growing states `slots` slots and fixed ones what they have; what they held up to now stays."""
+
+    @abc.abstractmethod
+    def state_arrays(self) -> Iterator[tuple[State, Any]]:
+        """Every allocated state with the array that holds it."""
+
+
+def grown(old: Any, new: Any) -> Any:
+    """The larger of two arrays or tensors, with what the smaller one holds in it: slots keep their positions."""
+    new[tuple(map(slice, old.shape))] = old
+    return new
