@@ -145,6 +145,27 @@ def test_an_export_that_is_ended_leaves_nothing(number: signal.Signals, code: in
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_that_comes_in_a_finaliser_is_not_lost(name: str, code: int) -> None:
+    """Python drops what is raised there."""
+    script = f"""if True:
+        import signal, sys, time
+        from transom.cli.signals import orderly_end
+        class Finalised:
+            def __del__(self):
+                signal.raise_signal(signal.{name})
+        try:
+            with orderly_end():
+                Finalised()
+                time.sleep(60)
+        except KeyboardInterrupt:
+            sys.exit(130)
+    """
+    listen = functools.partial(signal.signal, getattr(signal, name), signal.SIG_DFL)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, preexec_fn=listen, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, b"", b"")
+
+
 def test_an_ignored_signal_stays_ignored(artifact: Path) -> None:
     line = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from transom.cli import main; main()"
     hang_up = (
