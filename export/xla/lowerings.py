@@ -216,22 +216,7 @@ def _write_cache(
     return attention.write(cache_BKSH, new if heads_first else new.swapaxes(1, 2), start, count, wraps=wraps)
 
 
-@TABLE.lowers(ops.ATTEND)
-def _attend(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_cache_BKSH: jax.Array,
-    v_cache_BKSH: jax.Array,
-    start: jax.Array,
-    *,
-    scale: float,
-    window: int,
-    count: jax.Array,
-) -> jax.Array:
-    return attention.attend(
-        q_BTNH, k_BTKH, v_BTKH, k_cache_BKSH, v_cache_BKSH, start, count, scale=scale, window=window
-    )
+TABLE.lowers(ops.ATTEND)(attention.attend)
 
 
 @TABLE.lowers(ops.ATTENTION)
