@@ -63,7 +63,7 @@ class Block(nn.Module):
     Args:
         window: Keys that it sees; None for all.
         reads: "own": a cache of its own; "twice": likewise, with two attentions over it; "written": what the last
-            layer with a cache wrote; "held": what stood there before the call.
+            layer with a cache wrote; "before": what stood there before the call.
         hide: Takes hidden scores out.
     """
 
@@ -75,14 +75,14 @@ class Block(nn.Module):
         self.out = nn.Linear(N * H, D, bias=False)
 
     def forward(
-        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, held: LayerCache, written: LayerCache | None
+        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cache: LayerCache, written: LayerCache | None
     ) -> tuple[torch.Tensor, LayerCache]:
         B, T, _ = x_BTD.shape
         q, k, v = (layer(x_BTD).view(B, T, N, H).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if written is None:
-            written = write_cache(held[0], k, positions_T), write_cache(held[1], v, positions_T)
+            written = write_cache(cache[0], k, positions_T), write_cache(cache[1], v, positions_T)
         # Before anything is written, the slots hold what came before the first new token.
-        read, last = (held, positions_T[:1]) if self.reads == "held" else (written, positions_T)
+        read, last = (cache, positions_T[:1]) if self.reads == "before" else (written, positions_T)
         seen = visible_keys(last, read[0].shape[2], self.window).expand(T, -1)
         attended = attend(q, read, seen, self.hide)
         if self.reads == "twice":
@@ -101,12 +101,12 @@ class Sharing(nn.Module):
     def forward(self, tokens: torch.Tensor, start: torch.Tensor, caches: list[LayerCache]) -> tuple[torch.Tensor, Any]:
         positions = start + torch.arange(tokens.shape[1])
         x, written, left = self.embed(tokens), [], list(caches)
-        held, last = left[0], None
+        cache, last = left[0], None
         for layer in self.layers:
             owns = layer.reads in OWNERS
             if owns:
-                held, last = left.pop(0), None
-            x, last = layer(x, positions, held, last)
+                cache, last = left.pop(0), None
+            x, last = layer(x, positions, cache, last)
             if owns:
                 written.append(last)
         return nn.functional.linear(x, self.embed.weight), written
@@ -257,19 +257,19 @@ def test_a_reader_before_the_write_beside_one_after_it() -> None:
         assert largest_difference(session, module, kinds) < FP32_LOGITS
 
 
-HELD: dict[str, tuple[Kinds, str]] = {
-    "before the write": (((WINDOW, "own"), (WINDOW, "held")), "cache.0.key (in layers.0, layers.1)"),
+EARLY: dict[str, tuple[Kinds, str]] = {
+    "before the write": (((WINDOW, "own"), (WINDOW, "before")), "cache.0.key (in layers.0, layers.1)"),
     "before and after the write": (
-        ((WINDOW, "own"), (WINDOW, "held"), (WINDOW, "written")),
+        ((WINDOW, "own"), (WINDOW, "before"), (WINDOW, "written")),
         "cache.0.key (in layers.0, layers.1); cache.0.value (in layers.0, layers.1): a cache is used besides by what",
     ),
 }
 
 
 @pytest.mark.parametrize("hide", [hide_scores, cap_scores], ids=["fused", "unfused"])
-@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("case", EARLY)
 def test_what_runtimes_would_overwrite_is_not_read(case: str, hide: Callable[..., torch.Tensor]) -> None:
-    kinds, words = HELD[case]
+    kinds, words = EARLY[case]
     _, graph = traced(kinds, hide)
     for target in PIPELINES:
         with pytest.raises(InvariantError) as caught:
