@@ -25,11 +25,12 @@ from typing import Any, NotRequired, TypedDict
 from transom.backends.folder import MANIFEST, is_plain, replace_file
 from transom.backends.records import checked, record
 from transom.errors import ArtifactError
+from transom.graphs.images import Images
 from transom.graphs.state import BATCH, SLOTS, Port, State
 from transom.json_object import read_object
 
 VERSION = 3
-DECODE = "decode"
+DECODE, ENCODE_IMAGE = "decode", "encode_image"
 _AGAIN = "export the model again"
 MODEL_FILE = "model.onnx"
 _READ_BYTES = 4 * 2**20
@@ -89,6 +90,7 @@ class Manifest:
         conversions: What became of every weight that is quantised: number, block, format of the checkpoint, whether
             its codes were kept to the bit, and the error if not.
         not_done: In plain words, what was left undone.
+        images: What an image is among its tokens; None if it takes none. Its entry "encode_image" then takes pixels.
         libraries: Versions that made it.
         files: sha256 and size of every other file; engines, which are built later, have theirs in the details.
     """
@@ -110,12 +112,18 @@ class Manifest:
     libraries: Mapping[str, str]
     tpu: Mapping[str, Any] | None = None
     conversions: Sequence[Mapping[str, Any]] = ()
+    images: Images | None = None
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def decode(self) -> Entry:
         """The entry that sessions run."""
         return self.entries[DECODE]
+
+    @property
+    def soft_width(self) -> int:
+        """Width of the soft tokens that it takes in the place of an image; 0 if it takes none."""
+        return (self.decode.inputs["soft"].sizes[-1] or 0) if self.images is not None else 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the version of the format in front."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,15 @@ class Call:
         start: Position of each row's first new token, int64 [B].
         logit_positions: Tokens whose logits are wanted, int64 [P], counted from the first new one; the same for all
             rows.
+        until: Last position that each new token sees, int64 [T]: the end of its image; None for its own.
+        soft: What stands in the place of negative tokens, float32 [B, T, D]; None where there are none.
     """
 
     tokens: NDArray[np.int64]
     start: NDArray[np.int64]
     logit_positions: NDArray[np.int64]
+    until: NDArray[np.int64] | None = None
+    soft: Float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,7 @@ class Runtime(abc.ABC):
         vocab_size: Width of the logits.
         states: What is kept from call to call.
         rows: Sequences in every call; the states hold as many.
+        width: Width of soft tokens; 0 if it takes no images.
 
     Attributes:
         title: What users call it.
@@ -72,9 +77,11 @@ class Runtime(abc.ABC):
     takes_unequal_starts = False
     whole_writes = False
 
-    def __init__(self, *, context: int, chunk: int, vocab_size: int, states: Sequence[State], rows: int = 1) -> None:
+    def __init__(
+        self, *, context: int, chunk: int, vocab_size: int, states: Sequence[State], rows: int = 1, width: int = 0
+    ) -> None:
         self.context, self.chunk, self.vocab_size, self.states = context, chunk, vocab_size, tuple(states)
-        self.rows = rows
+        self.rows, self.width = rows, width
         self.note = ""
 
     def run(self, call: Call) -> Result:
@@ -94,6 +101,10 @@ class Runtime(abc.ABC):
                 f"{self.title} was given {rows} sequences that start at {call.start.tolist()}, and takes one position "
                 "for all: give them in calls of their own"
             )
+        if self.width:
+            call = self._with_images(call)
+        elif call.soft is not None:
+            raise SessionError(f"{self.title} was given an image, and the model takes none: export one that does")
         try:
             return self._run(call)
         except TransomError:
@@ -104,6 +115,23 @@ class Runtime(abc.ABC):
                 f"{self.title} failed at position {call.start[0]} ({line}): export the model again, or see that there "
                 "is memory enough"
             ) from error
+
+    def _with_images(self, call: Call) -> Call:
+        """The call with all that a model of images takes."""
+        rows, tokens = call.tokens.shape
+        return replace(
+            call,
+            until=call.start[0] + np.arange(tokens) if call.until is None else call.until,
+            soft=np.zeros((rows, tokens, self.width), np.float32) if call.soft is None else call.soft,
+        )
+
+    def encode_image(self, pixels: Float) -> Float:
+        """Soft tokens [Q, D] of an image's pixels [1, 3, S, S], float32 between -1 and 1.
+
+        Raises:
+            SessionError: If the artifact has no encoder of images.
+        """
+        raise SessionError(f"{self.title} has no encoder of images here: export a model that has one")
 
     @abc.abstractmethod
     def _run(self, call: Call) -> Result:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transom.backends.artifact import Entry, TapRecord
@@ -68,6 +69,9 @@ def entry(graph: Graph, payload: str, **sizes: int) -> Entry:
 Exporter = Callable[[Graph, Path, Options, Progress], Lowered]
 """Writes a graph that the target's passes have rewritten into a folder that exists."""
 
+EncoderExporter = Callable[[Graph, Path, Options, Progress], Entry]
+"""The same of a graph without states, whose task is the name of its entry."""
+
 EXPORTERS: dict[str, str] = {
     "onnxruntime": "transom.export.onnx.export",
     "onnx": "transom.export.onnx.export",
@@ -75,7 +79,7 @@ EXPORTERS: dict[str, str] = {
     "tvm": "transom.export.tvm.export",
     "tensorrt": "transom.export.tensorrt.export",
 }
-"""Module whose `export` is the target's exporter."""
+"""Module whose `export` is the target's exporter, and `export_encoder` that of encoders of images, if it has one."""
 
 
 def exporter(target: str) -> Exporter:
@@ -84,12 +88,22 @@ def exporter(target: str) -> Exporter:
     Raises:
         TargetError: If the target is unknown, or a library that it needs is not installed.
     """
+    export_function: Exporter = _module(target).export
+    return export_function
+
+
+def encoder_exporter(target: str) -> EncoderExporter:
+    """Look up what exports encoders to a target, which `TARGETS` says takes images; see `exporter`."""
+    export_function: EncoderExporter = _module(target).export_encoder
+    return export_function
+
+
+def _module(target: str) -> ModuleType:
     if target not in EXPORTERS:
         raise TargetError(f"no target named {target!r}: choose one of {', '.join(EXPORTERS)}")
     try:
-        export_function: Exporter = importlib.import_module(EXPORTERS[target]).export
+        return importlib.import_module(EXPORTERS[target])
     except ImportError as error:
         extra = TARGETS[target].extra
         wanted = f"pip install 'transom[{extra}]'" if extra else "install it"
         raise TargetError(f"the target {target!r} needs a library that is missing ({error}): {wanted}") from error
-    return export_function

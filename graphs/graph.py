@@ -145,7 +145,8 @@ class Graph:
     def port(self, name: str) -> Port:
         """What an input or output looks like to a caller."""
         value = {**self.inputs, **self.outputs}[name].meta["val"]
-        return Port(axes=self.axes[name], dtype=dtype_name(value.dtype))
+        sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+        return Port(axes=self.axes[name], dtype=dtype_name(value.dtype), sizes=sizes)
 
     def weight_names(self) -> dict[str, str]:
         """Weight name by the placeholder that holds it."""

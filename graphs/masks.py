@@ -30,9 +30,16 @@ _SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_d
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskReading:
-    """What was found: a window in keys (0: every earlier key), or the reason why nothing can be said."""
+    """What a mask means, or the reason why nothing can be said.
+
+    Attributes:
+        window: In keys; 0 for every earlier key, None if the mask was not recognised.
+        until: The input that says how far each query sees; None if as far as its own position.
+        reason: Why the mask was not recognised.
+    """
 
     window: int | None
+    until: Node | None = None
     reason: str = ""
 
 
@@ -41,6 +48,16 @@ class _Point:
     start: int
     tokens: int
     slots: int
+    block: int = 0
+    """Length of the blocks whose tokens see each other; 0 if there are none."""
+
+    @property
+    def until_T(self) -> torch.Tensor:
+        """Last position that each token sees: two blocks stand in the new tokens, one of them at their end."""
+        until = self.start + torch.arange(self.tokens)
+        for stop in {self.tokens, max(1, self.tokens - self.block - 1)} if self.block else ():
+            until[max(0, stop - self.block) : stop] = self.start + stop - 1
+        return until
 
 
 def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool) -> MaskReading:
@@ -53,21 +70,26 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
         slots: S as the graph knows it.
         cached: Whether keys stand in a cache's slots (position p in slot p % S) or in their own order (S is T).
     """
-    inputs = _value_inputs(mask)
-    if unknown := sorted(node.name for node in inputs if node is not graph.inputs.get("start")):
+    inputs, until = _value_inputs(mask), graph.inputs.get("until")
+    if unknown := sorted(node.name for node in inputs if node not in (graph.inputs.get("start"), until)):
         return MaskReading(window=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
+    if until not in inputs:
+        until = None
     reach = _reach(mask)
     try:
         telling = _telling_point(reach, tokens, slots, cached=cached)
         window = _candidate(_evaluate(graph, mask, telling, tokens, slots), telling)
-        for point in (telling, *_grid(reach, window, tokens, slots, cached=cached)):
+        points = [telling, *_grid(reach, window, tokens, slots, cached=cached)]
+        if until is not None:
+            points += [with_block for point in points for with_block in _with_blocks(point, window)]
+        for point in points:
             seen = _evaluate(graph, mask, point, tokens, slots)
-            if not torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, window)):
+            if not torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, window, point.until_T)):
                 reason = f"the mask is neither causal nor a causal window: see {point}"
                 return MaskReading(window=None, reason=reason)
     except _UnreadableMaskError as error:
         return MaskReading(window=None, reason=str(error))
-    return MaskReading(window=window)
+    return MaskReading(window=window, until=until)
 
 
 class _UnreadableMaskError(Exception):
@@ -107,6 +129,13 @@ def _grid(reach: int, window: int, tokens: Any, slots: Any, *, cached: bool) -> 
         for start in (0, *edges, width - 2, width, width + 3, 3 * width + 1):
             for count in (1, 5, edges[-1]):
                 yield _Point(start=start, tokens=fixed_tokens or min(count, width), slots=width)
+
+
+def _with_blocks(point: _Point, window: int) -> Iterator[_Point]:
+    """The point with blocks of tokens that see each other: shorter than the window, longer, and all of the tokens."""
+    for block in sorted({2, max(2, window // 2), window + 1, point.tokens}):
+        if 1 < block <= point.tokens:
+            yield dataclasses.replace(point, block=block)
 
 
 def _reach(mask: Node) -> int:
@@ -165,7 +194,8 @@ def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) 
     if point.tokens * point.slots > LARGEST_AREA:
         raise _UnreadableMaskError(f"the mask is too large to be evaluated at {point}")
     try:
-        value = evaluate(graph, mask, {str(tokens): point.tokens, str(slots): point.slots}, point.start)
+        sizes = {str(tokens): point.tokens, str(slots): point.slots}
+        value = evaluate(graph, mask, sizes, point.start, until=point.until_T)
     except Exception as error:  # whatever an op raises on sizes it was not traced for
         raise _UnreadableMaskError(f"the mask cannot be evaluated by itself: {error}") from error
     if value.dtype != torch.bool:
@@ -183,29 +213,34 @@ def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) 
     return value.reshape(value.shape[-2:]).expand(point.tokens, point.slots)
 
 
-def evaluate(graph: Graph, node: Node, sizes: Mapping[str, int], start: int) -> torch.Tensor:
-    """Evaluate a node that depends on sizes and on the start position only.
+def evaluate(
+    graph: Graph, node: Node, sizes: Mapping[str, int], start: int, *, until: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Evaluate a node that depends on sizes and positions only.
 
     Args:
         graph: The graph that the node stands in.
         node: What to evaluate.
         sizes: Numbers for the symbols of the inputs' shapes; any other symbol is 1.
         start: Position of the first new token.
+        until: Last position that each new token sees, where the node depends on it.
     """
-    needed = set(_upstream(node))
-    known = {used: _stand_in(used, name, sizes, start) for name, used in graph.inputs.items() if used in needed}
+    needed, positions = set(_upstream(node)), {"start": torch.tensor(start), "until": until}
+    known = {
+        used: _stand_in(used, sizes) if positions.get(name) is None else positions[name]
+        for name, used in graph.inputs.items()
+        if used in needed
+    }
     value = run_nodes([node], known)[node]
     assert isinstance(value, torch.Tensor)
     return value
 
 
-def _stand_in(node: Node, name: str, sizes: Mapping[str, int], start: int) -> Any:
+def _stand_in(node: Node, sizes: Mapping[str, int]) -> Any:
     """A value for an input: the right shape without any memory behind it."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return value
-    if name == "start":
-        return torch.tensor(start)
     shape = [size if isinstance(size, int) else sizes.get(str(size), 1) for size in value.shape]
     return torch.zeros((), dtype=value.dtype).expand(shape)
 

@@ -38,12 +38,27 @@ def slot_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.
     return last - (last - torch.arange(slots)) % slots
 
 
-def visible(start: torch.Tensor | int, tokens: int, slots: int, window: int) -> torch.Tensor:
-    """Which slots each new token sees, bool [T, S]: `0 <= key <= position`, and `position - key < window` if local."""
-    keys_S = slot_positions(start, tokens, slots)
-    distance_TS = (start + torch.arange(tokens))[:, None] - keys_S
-    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
-    return seen_TS & (distance_TS < window) if window else seen_TS
+def visible(
+    start: torch.Tensor | int, tokens: int, slots: int, window: int, until_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which slots each new token sees, bool [T, S]; see `seen`."""
+    return seen(slot_positions(start, tokens, slots), start + torch.arange(tokens), window, until_T)
+
+
+def seen(
+    keys_S: torch.Tensor, positions_T: torch.Tensor, window: int, until_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which keys each query sees, bool [T, S]: `0 <= key <= until`, and `position - key < window` if local.
+
+    Args:
+        keys_S: Positions of the keys; negative means empty.
+        positions_T: Positions of the queries.
+        window: Keys that a query sees, itself included; 0 for every earlier one.
+        until_T: Last position that each query sees: the end of the image that it belongs to; None for its own.
+    """
+    last_T = positions_T if until_T is None else until_T
+    seen_TS = (keys_S >= 0) & (keys_S <= last_T[:, None])
+    return seen_TS & (positions_T[:, None] - keys_S < window) if window else seen_TS
 
 
 @torch.library.custom_op("transom::rms_norm", mutates_args=())
@@ -138,6 +153,7 @@ def attention(
     k_BKSH: torch.Tensor,
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
+    until: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
@@ -145,22 +161,23 @@ def attention(
     """Attend over slots that the new tokens were written to (or, with `start` None, over the new tokens themselves).
 
     Returns [B, N, T, H]. A local layer needs `window + T - 1` slots: the last new token overwrites what the first one
-    would see in a smaller ring.
+    would see in a smaller ring. `until` [T] is the last position that each token sees, a new one; None for its own.
     """
-    seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window)
+    seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window, until)
     return _weighted_values(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale)
 
 
 def _weighted_values(
-    q_BNTH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, seen_TS: torch.Tensor, scale: float
+    q_BNTH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, seen_TS: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, 1), v_BKSH.repeat_interleave(groups, 1)
     if q_BNTH.dtype == torch.float16:  # which may not hold a product of queries and keys before its scale
         q_BNTH, k_BNSH = q_BNTH.float(), k_BNSH.float()
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3) * scale).float()
-    weights_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(v_BNSH.dtype)
-    return weights_BNTS @ v_BNSH
+    if seen_TS is not None:
+        scores_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf"))
+    return scores_BNTS.softmax(-1).to(v_BNSH.dtype) @ v_BNSH
 
 
 @attention.register_fake
@@ -169,11 +186,24 @@ def _(
     k_BKSH: torch.Tensor,
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
+    until: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
 ) -> torch.Tensor:
     return q_BNTH.new_empty((*q_BNTH.shape[:3], v_BKSH.shape[3]))
+
+
+@torch.library.custom_op("transom::full_attention", mutates_args=())
+@_body
+def full_attention(q_BNTH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Attend over all keys, without caches or a mask, as encoders of images do. Returns [B, N, T, H]."""
+    return _weighted_values(q_BNTH, k_BNSH, v_BNSH, None, scale)
+
+
+@full_attention.register_fake
+def _(q_BNTH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor, *, scale: float) -> torch.Tensor:
+    return q_BNTH.new_empty((*q_BNTH.shape[:3], v_BNSH.shape[3]))
 
 
 @torch.library.custom_op("transom::attend", mutates_args=())
@@ -185,22 +215,21 @@ def attend(
     k_cache_BKSH: torch.Tensor,
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
+    until: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
 ) -> torch.Tensor:
     """Attend over caches as they were before the new tokens, and over the new tokens. Returns [B, T, N, H].
 
-    A local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees.
+    A local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees. `until`
+    [T] is the last position that each token sees, a new one; None for its own.
     """
     k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
     positions_T = start + torch.arange(tokens)
     keys_J = torch.cat((slot_positions(start, 0, slots), positions_T))
-    distance_TJ = positions_T[:, None] - keys_J
-    seen_TJ = (keys_J >= 0) & (distance_TJ >= 0)
-    if window:
-        seen_TJ = seen_TJ & (distance_TJ < window)
+    seen_TJ = seen(keys_J, positions_T, window, until)
     k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
     out_BNTH = _weighted_values(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
     return out_BNTH.transpose(1, 2).contiguous()
@@ -214,6 +243,7 @@ def _(
     k_cache_BKSH: torch.Tensor,
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
+    until: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
@@ -277,6 +307,7 @@ ROTARY = torch.ops.transom.rotary.default
 GATED = torch.ops.transom.gated.default
 WRITE_CACHE = torch.ops.transom.write_cache.default
 ATTENTION = torch.ops.transom.attention.default
+FULL_ATTENTION = torch.ops.transom.full_attention.default
 ATTEND = torch.ops.transom.attend.default
 LINEAR_QUANTIZED = torch.ops.transom.linear_quantized.default
 EMBEDDING_QUANTIZED = torch.ops.transom.embedding_quantized.default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 BATCH, SLOTS = "batch", "slots"
 
@@ -91,7 +91,22 @@ class Port:
     Attributes:
         axes: Name of every axis.
         dtype: "float32" and so on.
+        sizes: Size of every axis; None where the caller chooses it. Empty where none is fixed.
     """
 
     axes: tuple[str, ...]
     dtype: str
+    sizes: tuple[int | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What an entry without states takes and gives, such as an encoder of images.
+
+    Attributes:
+        inputs: By name; all sizes are fixed.
+        outputs: Names of the axes of every output, by its name.
+    """
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, tuple[str, ...]]

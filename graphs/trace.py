@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,10 @@ from torch.export import Dim, ExportedProgram, export
 
 from transom.errors import TraceError
 from transom.graphs.graph import Graph, dtype_name
-from transom.graphs.state import State, by_layer
+from transom.graphs.state import Port, Signature, State, by_layer
 from transom.graphs.weight import Weight
 
-Task = Literal["decode", "score"]
+DECODE, SCORE = "decode", "score"
 
 MAX_BATCH = 256
 
@@ -28,7 +28,7 @@ LEAST_BOUND = 64
 
 
 _PORTS: Mapping[str, tuple[str, ...]] = {"tokens": ("batch", "tokens"), "start": (), "logit_positions": ("positions",)}
-"""What a caller passes beside states, in order, and its axes."""
+"""What a caller passes to every decoder beside states, and its axes."""
 
 
 class _Decode(nn.Module):
@@ -43,9 +43,10 @@ class _Decode(nn.Module):
         tokens: torch.Tensor,
         start: torch.Tensor,
         logit_positions: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
         caches: list[tuple[torch.Tensor, ...]],
     ) -> Any:
-        logits_BTV, written = self.model(tokens, start, caches)
+        logits_BTV, written = self.model(tokens, start, caches, **inputs)
         return logits_BTV.index_select(1, logit_positions), written
 
 
@@ -60,16 +61,29 @@ class _Score(nn.Module):
         return self.model(tokens, torch.zeros((), dtype=torch.int64), None)[0]
 
 
+class _Encode(nn.Module):
+    """Another method of the model, without states."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        return getattr(self.model, self.method)(**inputs)
+
+
 def trace(
     build: Callable[[], nn.Module],
     weights: Mapping[str, Weight],
     *,
     context: int,
     states: Sequence[State] = (),
-    task: Task = "decode",
+    inputs: Mapping[str, Port] | None = None,
+    encoders: Mapping[str, Signature] | None = None,
+    task: str = DECODE,
     dtype: torch.dtype = torch.float32,
 ) -> Graph:
-    """Trace a decoder.
+    """Trace a decoder, or an encoder beside it.
 
     The model is built and traced on fake tensors. Batch B, new tokens T, slots S and wanted positions P are all
     symbolic, and all rings that are declared to grow with the context have the same S.
@@ -80,8 +94,11 @@ def trace(
         weights: Recipe of every parameter, by the module's own names.
         context: Longest sequence, in tokens.
         states: What the model keeps from call to call; those without a dtype have that of the computation.
-        task: "decode": inputs tokens [B, T], start [], logit_positions [P] and the states; outputs logits [B, P, V] and
-            the states. "score": input tokens [B, T]; output logits [B, T, V].
+        inputs: What the module's `forward` takes besides, by keyword.
+        encoders: Other methods of the module that can be traced, by name.
+        task: "decode": inputs tokens [B, T], start [], logit_positions [P], `inputs` and the states; outputs logits
+            [B, P, V] and the states. "score": input tokens [B, T]; output logits [B, T, V]. Or the name of an encoder,
+            whose inputs and outputs are those of its signature.
         dtype: Dtype to compute in.
 
     Raises:
@@ -100,30 +117,43 @@ def trace(
         # A bound of sizes only: sessions hold to the context itself.
         most = max(context, LEAST_BOUND)
         batch, new = Dim("B", min=1, max=MAX_BATCH), Dim("T", min=1, max=most)
-        layers = by_layer(_with_dtype(state, dtype) for state in states) if task == "decode" else []
+        layers = by_layer(_with_dtype(state, dtype) for state in states) if task == DECODE else []
+        inputs = dict(inputs or {}) if task == DECODE else {}
+        chosen = {"batch": batch, "tokens": new, "slots": Dim("S", min=1, max=most)}
+        ports: Mapping[str, tuple[str, ...]] = {"tokens": _PORTS["tokens"]}
+        outputs: Mapping[str, tuple[str, ...]] = {"logits": ("batch", "tokens", "vocabulary")}
         try:
-            if task == "score":
+            if task == SCORE:
                 program = _export(_Score(module), (tokens,), ({0: batch, 1: new},))
-            else:
+            elif task == DECODE:
+                ports = {**_PORTS, **{name: port.axes for name, port in inputs.items()}}
+                outputs = {"logits": ("batch", "positions", "vocabulary")}
                 caches = [tuple(map(_zeros, layer)) for layer in layers]
-                chosen = {"batch": batch, "slots": Dim("S", min=1, max=most)}
+                more = {name: _example(port, {"batch": 2, "tokens": 7}) for name, port in inputs.items()}
                 program = _export(
                     _Decode(module),
-                    (tokens, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64), caches),
+                    (tokens, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64), more, caches),
                     (
                         {0: batch, 1: new},
                         None,
                         {0: Dim("P", min=0, max=most)},
+                        {name: _open_sizes(port, chosen) for name, port in inputs.items()},
                         [tuple(_open_sizes(state, chosen) for state in layer) for layer in layers],
                     ),
                 )
+            else:
+                signature = (encoders or {})[task]
+                ports = {name: port.axes for name, port in signature.inputs.items()}
+                outputs = signature.outputs
+                examples = {name: _example(port, {}) for name, port in signature.inputs.items()}
+                program = _export(_Encode(module, task), (examples,), None)
             _drop_assertions(program, most)
         except Exception as error:
             raise TraceError(f"torch.export could not trace {type(module).__name__} for {task!r}: {error}") from error
-    return _graph(program, weights, task, dtype, [state for layer in layers for state in layer])
+    return _graph(program, weights, task, dtype, ports, outputs, [state for layer in layers for state in layer])
 
 
-def _export(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...]) -> ExportedProgram:
+def _export(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...] | None) -> ExportedProgram:
     # As guards, torch 2.11 and 2.12 refuse what holds for all sizes: `min(32 * S, 64 * S) == 32 * S`.
     return export(module, inputs, dynamic_shapes=sizes, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
 
@@ -164,7 +194,12 @@ def _zeros(state: State) -> torch.Tensor:
     return torch.zeros(state.shape(40, batch=2), dtype=getattr(torch, state.dtype))
 
 
-def _open_sizes(state: State, chosen: Mapping[str, Any]) -> dict[int, Any]:
+def _example(port: Port, chosen: Mapping[str, int]) -> torch.Tensor:
+    sizes = [chosen[axis] if size is None else size for axis, size in zip(port.axes, port.sizes, strict=True)]
+    return torch.zeros(sizes, dtype=getattr(torch, port.dtype))
+
+
+def _open_sizes(state: State | Port, chosen: Mapping[str, Any]) -> dict[int, Any]:
     """What torch.export must know of the sizes that callers choose, by axis."""
     sizes = zip(state.axes, state.sizes, strict=True)
     return {index: chosen[axis] for index, (axis, size) in enumerate(sizes) if size is None}
@@ -181,8 +216,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _graph(
-    program: ExportedProgram, weights: Mapping[str, Weight], task: Task, dtype: torch.dtype, states: Sequence[State]
+    program: ExportedProgram,
+    weights: Mapping[str, Weight],
+    task: str,
+    dtype: torch.dtype,
+    ports: Mapping[str, tuple[str, ...]],
+    outputs: Mapping[str, tuple[str, ...]],
+    states: Sequence[State],
 ) -> Graph:
+    # An encoder reads a part of the module's parameters.
+    used = {spec.target for spec in program.graph_signature.input_specs}
+    for name in program.state_dict.keys() - used:
+        del program.state_dict[name]
     names = [name.removeprefix("model.") for name in program.state_dict]
     if missing := sorted(set(names) - set(weights)):
         raise TraceError(f"the model has parameters that no weight was given for: {', '.join(missing)}")
@@ -192,16 +237,16 @@ def _graph(
         if spec.target is not None:
             spec.target = spec.target.removeprefix("model.")
     kept = tuple(state.name for state in states)
-    inputs, outputs = ((*_PORTS, *kept) if task == "decode" else ("tokens",)), ("logits", *kept)
-    if (count := len(program.graph_signature.output_specs)) != len(outputs):
+    returned_names = (*outputs, *kept)
+    if (count := len(program.graph_signature.output_specs)) != len(returned_names):
         raise TraceError(f"the model returns {count - 1} states where {len(kept)} are declared: {', '.join(kept)}")
     graph = Graph(
         program=program,
         weights={name: weights[name].to(dtype) for name in names},
         task=task,
-        input_names=inputs,
-        output_names=outputs,
-        axes={**_PORTS, "logits": ("batch", "positions" if task == "decode" else "tokens", "vocabulary")},
+        input_names=(*ports, *kept),
+        output_names=returned_names,
+        axes={**ports, **outputs},
         states={state.name: state for state in states},
     )
     given, values = graph.inputs, graph.outputs

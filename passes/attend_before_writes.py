@@ -45,11 +45,11 @@ class AttendBeforeWrites(Pass):
         heads_last = dict[Node, Node]()
         last_readers = dict[Node, Node]()
         for node in [node for node in sites if node not in reasons]:
-            q, k_write, v_write, start = node.args
+            q, k_write, v_write, *positions = node.args
             with graph.fx.inserting_before(node):
                 new = [_heads_last(graph, value, heads_last) for value in (q, k_write.args[1], v_write.args[1])]
                 caches = k_write.args[0], v_write.args[0]
-                attended = graph.call(ops.ATTEND, (*new, *caches, start), node, node.kwargs)
+                attended = graph.call(ops.ATTEND, (*new, *caches, *positions), node, node.kwargs)
                 heads_first = graph.call(aten.transpose.int, (attended, 1, 2), node)
             for old in [user for user in node.users if is_transpose(user, 1, 2)]:
                 old.replace_all_uses_with(attended)
@@ -76,7 +76,7 @@ class AttendBeforeWrites(Pass):
 
 def _writes(node: Node) -> set[Node]:
     """The writes of the keys and of the values that an attention reads; empty if it reads something else."""
-    _, k, v, start = node.args
+    _, k, v, start, *_ = node.args
     return {k, v} if start is not None and is_call(k, ops.WRITE_CACHE) and is_call(v, ops.WRITE_CACHE) else set()
 
 

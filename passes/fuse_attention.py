@@ -1,8 +1,10 @@
-"""FuseAttention: scores, mask, softmax and values become one `transom.attention`.
+"""FuseAttention: scores, mask, softmax and values become one `transom.attention`, or `transom.full_attention`.
 
 Precondition: `Canonicalize` has run.
 Rewrite: a softmax over masked scores `q @ k.T * scale`, or `scaled_dot_product_attention` with a mask, whose mask is
-found *by evaluation* to be causal or a causal window. Repeated kv heads are folded in.
+found *by evaluation* to be causal or a causal window; `until` may open it as far as the end of each token's image.
+Repeated kv heads are folded in. In a graph without positions, such as an image encoder's, a softmax without a mask is
+attention over all keys.
 Skips: any other mask, soft-capped scores, dropout, sinks: the site stays as it is and is reported, as is every softmax
 that is left before a product with values, whatever stands between. A window is never guessed.
 """
@@ -36,6 +38,8 @@ class _Site:
     hidden: bool
     """Whether a bool mask is True where a key is hidden."""
     scale: float
+    full: bool = False
+    """Whether every key is seen."""
 
 
 class FuseAttention(Pass):
@@ -55,6 +59,10 @@ class FuseAttention(Pass):
                 reported.add(node)
             if not isinstance(site, _Site):
                 continue
+            if site.full and "start" not in graph.input_names:
+                _fuse_full(graph, site)
+                changes += 1
+                continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
             cached = "start" in graph.input_names and str(tokens) != str(slots)
             key = (site.mask, site.hidden, str(tokens), str(slots), cached)
@@ -65,7 +73,7 @@ class FuseAttention(Pass):
                 skipped.append(_where(node, reading.reason))
                 reported.add(node)
                 continue
-            _fuse(graph, site, reading.window, cached)
+            _fuse(graph, site, reading, cached)
             changes += 1
         skipped += [_where(node, reason) for node, reason in left_softmaxes(graph, reported)]
         return Rewrite(changes=changes, skipped=tuple(skipped))
@@ -91,16 +99,16 @@ def _match(node: Node) -> _Site | str | None:
         return "the softmax is not over the keys"
     masked = skip_casts(weights.args[0])
     parts = _split_mask(masked)
-    if parts is None:
-        return "the softmax has no mask that could be recognised"
     if isinstance(parts, str):
         return parts
-    scores, mask, hidden = parts
+    scores, mask, hidden = parts or (masked, None, False)
     scores, scale = skip_casts(scores), 1.0
     while (scaled := split_scalar(scores, aten.mul.Tensor, aten.div.Tensor)) is not None:
         scale *= scaled[1] if scores.target is aten.mul.Tensor else 1 / scaled[1]
         scores = skip_casts(scaled[0])
     if not is_call(scores, aten.matmul.default):
+        if parts is None:
+            return "the softmax has no mask that could be recognised"
         return f"the scores come from {getattr(scores, 'target', scores)}, not from a product of queries and keys"
     # The fused operation computes float16's scores in float32 itself.
     q, k_transposed = (_before_widening(side) for side in scores.args)
@@ -109,7 +117,7 @@ def _match(node: Node) -> _Site | str | None:
     k, v = _unrepeat_both(k_transposed.args[0], node.args[1], q)
     if len({side.meta["val"].dtype for side in (q, k, v, node)}) > 1:
         return "queries, keys, values and the result are not of one dtype"
-    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale)
+    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale, full=parts is None)
 
 
 def _before_widening(value: Any) -> Any:
@@ -127,14 +135,13 @@ def _match_sdpa(node: Node) -> _Site | str:
     q, k, v, mask, scale = (given.get(name) for name in ("query", "key", "value", "attn_mask", "scale"))
     if given.get("dropout_p"):
         return "attention dropout"
-    if mask is None and not given.get("is_causal"):
-        return "attention without a mask sees later keys"
     assert q is not None
     if q.meta["val"].dim() != 4:
         return "queries without axes for batch and heads"
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     k, v = _unrepeat_both(k, v, q)
-    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=False, scale=float(scale))
+    full = mask is None and not given.get("is_causal")
+    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=False, scale=float(scale), full=full)
 
 
 def _split_mask(masked: Any) -> tuple[Any, Node, bool] | str | None:
@@ -190,6 +197,8 @@ def _unrepeat(node: Node, q: Node) -> Node:
 
 
 def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> MaskReading:
+    if site.full:
+        return MaskReading(window=None, reason="attention without a mask sees later keys")
     if site.mask is None:
         # The is_causal flag lines queries and keys up at the first position.
         if cached or str(tokens) != str(slots):
@@ -208,11 +217,22 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
         graph.fx.erase_node(seen)
 
 
-def _fuse(graph: Graph, site: _Site, window: int, cached: bool) -> None:
+def _fuse(graph: Graph, site: _Site, reading: MaskReading, cached: bool) -> None:
     start = graph.inputs["start"] if cached else None
-    options = {"scale": site.scale, "window": window}
+    until = () if reading.until is None else (reading.until,)
+    options = {"scale": site.scale, "window": reading.window}
     with graph.fx.inserting_before(site.out):
-        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start), site.out, options)
-    site.out.replace_all_uses_with(new)
+        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, *until), site.out, options)
+    _replace(graph, site.out, new)
+
+
+def _fuse_full(graph: Graph, site: _Site) -> None:
+    with graph.fx.inserting_before(site.out):
+        new = graph.call(ops.FULL_ATTENTION, (site.q, site.k, site.v), site.out, {"scale": site.scale})
+    _replace(graph, site.out, new)
+
+
+def _replace(graph: Graph, old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
     # To torch, scaled_dot_product_attention is random (it may drop out), so it would outlive its last user.
-    graph.fx.erase_node(site.out)
+    graph.fx.erase_node(old)

@@ -19,6 +19,7 @@ class Target:
         numbers: What quantised weights may be made of; see `formats.schemes.Number`.
         refuses: Why it cannot hold weights of a spec of these numbers; None if it can.
         activations: What activations may be rounded to.
+        images: Whether it takes models that see images.
         options: Export options that only some targets take: "topology", "cpu".
     """
 
@@ -28,6 +29,7 @@ class Target:
     numbers: frozenset[str] = frozenset(BITS)
     refuses: Callable[[QuantSpec], str | None] = lambda spec: None
     activations: frozenset[str] = frozenset()
+    images: bool = False
     options: frozenset[str] = frozenset()
 
 
@@ -45,9 +47,9 @@ _FLOAT8 = frozenset({"float8_e4m3fn"})
 
 TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
-        text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)", activations=_FLOAT8
+        text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)", activations=_FLOAT8, images=True
     ),
-    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8),
+    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8, images=True),
     "xla": Target(
         text="StableHLO for XLA on CPUs, GPUs and TPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",

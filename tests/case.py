@@ -17,7 +17,7 @@ from tests.tolerances import FP32_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.graphs.check import check
 from transom.graphs.graph import Graph
-from transom.graphs.trace import Task
+from transom.graphs.trace import DECODE
 from transom.graphs.weight import read_all
 from transom.passes.base import Pass, PassRecord, Pipeline
 from transom.zoo.model import Model
@@ -42,7 +42,7 @@ class Case:
     chunk: int = 1
 
     @staticmethod
-    def of(model: Model, task: Task = "decode") -> Case:
+    def of(model: Model, task: str = DECODE) -> Case:
         """The graph of a model of the zoo."""
         return Case(graph=model.trace(task=task), model=model)
 

@@ -43,7 +43,8 @@ class HuggingFaceFormat:
         not_applied_inside: The same, where the decoder is described by an inner object.
         keys: Other keys that `read` reads.
         ignored: Keys that bear on no number, beside those that every family has.
-        read: The inner object's keys and whether they stand inside -> fields of the configuration, less its name.
+        read: Keys that describe the text decoder, and the whole config's, which may be the same -> fields of the
+            configuration, less its name.
         write: A configuration -> a `config.json` that `read` and transformers read alike.
         buffer: A configuration and the name of a buffer that checkpoints may hold, in the module's terms -> what it
             must hold, float64; None for a name that is none.
@@ -57,7 +58,7 @@ class HuggingFaceFormat:
     not_applied_inside: tuple[str, ...] = ()
     keys: frozenset[str]
     ignored: frozenset[str] = frozenset()
-    read: Callable[[Any, bool], dict[str, Any]]
+    read: Callable[[Any, Any], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     buffer: Callable[[Any, str], torch.Tensor | None]
 
@@ -97,6 +98,7 @@ class Architecture:
         presets: Configurations that go by a name.
         sampling: How text is sampled where the checkpoint does not say.
         chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
+        text: Family of its text decoder, which the same checkpoints hold; None if it is a text decoder itself.
     """
 
     name: str
@@ -107,3 +109,4 @@ class Architecture:
     presets: tuple[Preset, ...]
     sampling: Mapping[str, Any]
     chat: str | None = None
+    text: str | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from transom.errors import ConfigError
-from transom.graphs.state import State, ring
+from transom.graphs.images import Images
+from transom.graphs.state import Port, Signature, State, ring
 from transom.zoo.config_keys import is_positive
 
 LayerKind = Literal["local", "global"]
@@ -64,6 +65,7 @@ class DecoderConfig:
         head_dim: Width of one head.
         norm_eps: Epsilon of every norm.
         context: Longest sequence the model was made for, in tokens.
+        images: What an image is to a model that sees them; None for a text model.
 
     Raises:
         ConfigError: If a size is no whole number within bounds, a number is not positive and finite, or heads do not
@@ -88,6 +90,7 @@ class DecoderConfig:
     head_dim: int
     norm_eps: float = 1e-6
     context: int
+    images: Images | None = None
 
     def __post_init__(self) -> None:
         for name in self.SIZES:
@@ -125,6 +128,21 @@ class DecoderConfig:
             for index, layer in enumerate(self.layers)
             for kind, width in (("key", layer.key_width), ("value", layer.value_width))
         )
+
+    @property
+    def text(self) -> DecoderConfig:
+        """The text decoder alone: itself, if it sees no images."""
+        return self
+
+    @property
+    def inputs(self) -> Mapping[str, Port]:
+        """What the module's `hidden` takes beside tokens, their start and caches, by keyword."""
+        return {}
+
+    @property
+    def encoders(self) -> Mapping[str, Signature]:
+        """Other methods of the module that are entries of an artifact, by name."""
+        return {}
 
     @property
     def num_layers(self) -> int:

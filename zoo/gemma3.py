@@ -101,14 +101,16 @@ class Attention(nn.Module):
         positions_T: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cache: LayerCache | None,
+        until_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor, LayerCache]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         q_BNTH = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, N, H)).transpose(1, 2), *cos_sin)
         k_BKTH = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, K, H)).transpose(1, 2), *cos_sin)
         v_BKTH = self.v_proj(x_BTD).view(B, T, K, H).transpose(1, 2)
+        scale, window = self.config.attention_scale, self.window
         attended_BTNH, cache = attend(
-            q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=self.config.attention_scale, window=self.window
+            q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=scale, window=window, until_T=until_T
         )
         return self.o_proj(attended_BTNH), cache
 
@@ -132,8 +134,9 @@ class Layer(nn.Module):
         positions_T: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cache: LayerCache | None,
+        until_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor, LayerCache]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache)
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache, until_T)
         x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
         return x_BTD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTD))), cache
 
@@ -148,20 +151,35 @@ class Gemma3(Decoder):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = _Norm(config.hidden_size, config.norm_eps)
 
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets of tokens, [B, T, D]."""
+        # The factor is rounded to the dtype of the weights, as the released implementations do.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype).item()
+        x_BTD: torch.Tensor = self.embed_tokens(tokens_BT) * scale
+        return x_BTD
+
     def hidden(
-        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[LayerCache]]:
-        positions_T = start + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return self.run_layers(self.embed(tokens_BT), start, caches)
+
+    def run_layers(
+        self,
+        x_BTD: torch.Tensor,
+        start: torch.Tensor,
+        caches: list[LayerCache] | None,
+        until_T: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """From embeddings to normed states; `until_T` is the last position that each new token sees, or its own."""
+        positions_T = start + torch.arange(x_BTD.shape[1], device=x_BTD.device)
         rotations = {
             "local": rotation(positions_T, self.config.rope_local, self.config.head_dim),
             "global": rotation(positions_T, self.config.rope_global, self.config.head_dim),
         }
-        # The factor is rounded to the dtype of the weights, as the released implementations do.
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype).item()
-        x_BTD = self.embed_tokens(tokens_BT) * scale
         written: list[LayerCache] = []
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_kinds, strict=True)):
-            x_BTD, cache = layer(x_BTD, positions_T, rotations[kind], None if caches is None else caches[index])
+            cache = None if caches is None else caches[index]
+            x_BTD, cache = layer(x_BTD, positions_T, rotations[kind], cache, until_T)
             written.append(cache)
         return self.norm(x_BTD), written
 
@@ -193,7 +211,8 @@ _THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_lo
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
-def _read(text: Keys, inside: bool) -> dict[str, Any]:
+def read_text(text: Keys, outer: Keys) -> dict[str, Any]:
+    """Fields of a text decoder's configuration, less its name."""
     layer_types = read_layer_types(text, count=_SIZES["num_hidden_layers"], pattern=_PATTERN)
     if "sliding_attention" in layer_types and text.values.get("sliding_window", "") is None:
         text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
@@ -207,7 +226,7 @@ def _read(text: Keys, inside: bool) -> dict[str, Any]:
         text.number("attn_logit_softcapping", 0)
     softcap = None
     # Only the text-only class applies it.
-    if not inside and text.get("final_logit_softcapping") is not None:
+    if text is outer and text.get("final_logit_softcapping") is not None:
         softcap = text.number("final_logit_softcapping", 0)
     return {
         **sizes,
@@ -287,7 +306,7 @@ _HUGGINGFACE = HuggingFaceFormat(
             "boi_token_id", "eoi_token_id", "image_token_id", "_sliding_window_pattern",
         }
     ),
-    read=_read,
+    read=read_text,
     write=_write,
     buffer=_buffer,
 )  # fmt: skip

@@ -48,27 +48,35 @@ _IGNORED = {
 }  # fmt: skip
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path, *, images: bool = False) -> DecoderConfig:
     """Read the text decoder of a checkpoint folder's `config.json`; the name is the folder's.
+
+    Args:
+        folder: Of the checkpoint.
+        images: Whether the encoder of images is wanted too, if there is one.
 
     Raises:
         ConfigError: If the file is missing or corrupt, or describes a model that the zoo does not hold.
     """
-    family, outer, text = _open(folder)
+    family, outer, text = _open(folder, images=images)
     for keys in dict.fromkeys((outer, text)):
         _refuse_packed(keys)
         _refuse_unsupported(keys, family.huggingface)
-    fields = family.huggingface.read(text, text is not outer)
+    fields = family.huggingface.read(text, outer)
     return read_decoder(text.path, family.config, name=folder.resolve().name, architecture=family.name, **fields)
 
 
-def left_out(folder: Path) -> tuple[str, ...]:
+def left_out(folder: Path, *, images: bool = False) -> tuple[str, ...]:
     """What stands in a folder's `config.json` and is not applied, in plain words.
+
+    Args:
+        folder: Of the checkpoint.
+        images: As `read_config` takes it.
 
     Raises:
         ConfigError: If the file cannot be read.
     """
-    family, outer, text = _open(folder)
+    family, outer, text = _open(folder, images=images)
     form = family.huggingface
     not_applied = [*form.not_applied, *([] if text is outer else form.not_applied_inside)]
     lines = [
@@ -271,18 +279,23 @@ def _refuse_unsupported(keys: Keys, form: HuggingFaceFormat) -> None:
             keys.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
 
 
-def _open(folder: Path) -> tuple[Architecture, Keys, Keys]:
+def _open(folder: Path, *, images: bool) -> tuple[Architecture, Keys, Keys]:
     """The family, the whole config, and its text part: the same object where the config is of text only."""
     path = folder / CONFIG
     if (values := read_object(path)) is None:
         raise ConfigError(explain_missing(folder, CONFIG))
     outer = Keys(path, values)
     model_type = outer.get("model_type")
-    families = {kind: family for family in architectures() for kind in family.huggingface.model_types}
+    texts = [family for family in architectures() if family.text is None]
+    families = {kind: family for family in texts for kind in family.huggingface.model_types}
     if not isinstance(model_type, str) or model_type not in families:
         raise ConfigError(f"{path}: unknown model_type {short(model_type)}: known are {', '.join(families)}")
     family = families[model_type]
     form = family.huggingface
+    if images and form.model_types[model_type] is not None and outer.get("vision_config") is not None:
+        seeing = [other for other in architectures() if other.text == family.name]
+        family = seeing[0] if seeing else family
+        form = family.huggingface
     if (classes := outer.get("architectures")) is not None:
         if not isinstance(classes, list) or any(name not in form.classes for name in classes):
             outer.refuse("architectures", f"expected a language model, one of {', '.join(form.classes)}")

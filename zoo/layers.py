@@ -31,7 +31,7 @@ class Decoder(nn.Module):
     """`cap * tanh(logits / cap)` on the logits, or None."""
 
     def hidden(
-        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """Run the new tokens as far as the last norm.
 
@@ -39,6 +39,7 @@ class Decoder(nn.Module):
             tokens_BT: int64 token ids.
             start: int64 scalar, the position of the first new token.
             caches: One pair a layer, or None to attend among the new tokens only (then `start` is 0).
+            inputs: What the configuration's `inputs` name.
 
         Returns:
             States [B, T, D], and the caches with the new tokens written into them.
@@ -51,10 +52,10 @@ class Decoder(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def forward(
-        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """Run the new tokens: logits [B, T, V] and the caches; arguments as `hidden` takes them."""
-        x_BTD, written = self.hidden(tokens_BT, start, caches)
+        x_BTD, written = self.hidden(tokens_BT, start, caches, **inputs)
         return self.head(x_BTD), written
 
 
@@ -97,16 +98,18 @@ def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: t
     return cache_BKSH.index_copy(2, positions_T % cache_BKSH.shape[2], new_BKTH)
 
 
-def visible_keys(positions_T: torch.Tensor, slots: int, window: int | None) -> torch.Tensor:
+def visible_keys(
+    positions_T: torch.Tensor, slots: int, window: int | None, until_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which slots each new token may see, bool [T, S].
 
-    Slot j holds the latest position that was written to it, `last - (last - j) % S`; negative means empty.
+    Slot j holds the latest position that was written to it, `last - (last - j) % S`; negative means empty. A token sees
+    keys as far as `until_T` says, or as its own position, and a window bounds how far back it sees.
     """
     last = positions_T[-1]
     keys_S = last - (last - torch.arange(slots, device=positions_T.device)) % slots
-    distance_TS = positions_T[:, None] - keys_S
-    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
-    return seen_TS if window is None else seen_TS & (distance_TS < window)
+    seen_TS = (keys_S >= 0) & (keys_S <= (positions_T if until_T is None else until_T)[:, None])
+    return seen_TS if window is None else seen_TS & (positions_T[:, None] - keys_S < window)
 
 
 def attend(
@@ -118,6 +121,7 @@ def attend(
     *,
     scale: float,
     window: int | None,
+    until_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LayerCache]:
     """Grouped-query attention: write the new keys and values, then softmax over the keys that each token sees.
 
@@ -129,6 +133,7 @@ def attend(
         positions_T: Of the new tokens.
         scale: Factor on the scores.
         window: Keys that each token sees, itself included; None for all.
+        until_T: Last position that each token sees, a new one; None for its own.
 
     Returns:
         The values' means [B, T, N * H], and the cache with the new tokens in it.
@@ -140,7 +145,7 @@ def attend(
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (x.repeat_interleave(groups, dim=1) for x in (k_BKSH, v_BKSH))
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * scale
-    seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window)
+    seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window, until_T)
     weights_BNTS = scores_BNTS.float().masked_fill(~seen_TS, float("-inf")).softmax(-1).type_as(v_BNSH)
     out_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
     B, T, N, H = out_BTNH.shape

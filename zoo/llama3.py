@@ -125,7 +125,7 @@ class Llama3(Decoder):
             self.head_weight = "lm_head.weight"
 
     def hidden(
-        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         positions_T = start + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         cos_sin = rotation(positions_T, self.config.rope, self.config.head_dim)
@@ -156,7 +156,7 @@ _FIELDS = {
 _EPS = 1e-6
 
 
-def _read(text: Keys, inside: bool) -> dict[str, Any]:
+def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     sizes = read_sizes(text, _FIELDS, _SIZES)
     optional = {"num_kv_heads": ("num_key_value_heads", sizes["num_heads"])}
     optional["head_dim"] = ("head_dim", sizes["hidden_size"] // sizes["num_heads"])

@@ -15,11 +15,11 @@ import torch
 
 from transom.errors import CheckpointError, ConfigError, TokenizerError
 from transom.graphs.graph import Graph
-from transom.graphs.trace import Task, trace
+from transom.graphs.trace import DECODE, trace
 from transom.graphs.weight import Weight
 from transom.json_object import is_file
 from transom.wording import shortened
-from transom.zoo.architectures import architecture, build_empty, preset, presets
+from transom.zoo.architectures import architecture, build_empty, preset, presets, tensor_shapes
 from transom.zoo.checkpoints import codes, gguf, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
@@ -58,7 +58,7 @@ class Model:
     quant: str = "none"
     generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
-    _traces: dict[tuple[Task, torch.dtype], Graph] = dataclasses.field(
+    _traces: dict[tuple[str, torch.dtype], Graph] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -67,6 +67,14 @@ class Model:
         """How many numbers the weights hold."""
         return sum(math.prod(weight.shape) for weight in self.weights.values())
 
+    def text(self) -> Model:
+        """The text decoder alone; itself, if it sees no images."""
+        if self.config.text is self.config:
+            return self
+        names = tensor_shapes(self.config.text)
+        weights = {name: self.weights[name] for name in names}
+        return dataclasses.replace(self, config=self.config.text, weights=weights)
+
     def eager(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The plain PyTorch module with all weights in memory, for inference."""
         module = build_empty(self.config)
@@ -74,7 +82,7 @@ class Model:
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
-    def trace(self, *, task: Task = "decode", dtype: torch.dtype = torch.float32) -> Graph:
+    def trace(self, *, task: str = DECODE, dtype: torch.dtype = torch.float32) -> Graph:
         """The model as a graph, traced when it is first asked for; see `graphs.trace.trace`.
 
         All callers get the same graph, which pipelines leave as it is: clone it before editing it.
@@ -88,6 +96,8 @@ class Model:
                 functools.partial(build, self.config),
                 self.weights,
                 states=self.config.states,
+                inputs=self.config.inputs,
+                encoders=self.config.encoders,
                 context=self.config.context,
                 task=task,
                 dtype=dtype,
@@ -95,7 +105,13 @@ class Model:
         return self._traces[task, dtype]
 
 
-def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
+def load(
+    name_or_path: str | Path,
+    *,
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    seed: int = 0,
+    images: bool = False,
+) -> Model:
     """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
 
     Whoever reads rows of a checkpoint that are NaN or infinite meets a `CheckpointError` that names them.
@@ -106,6 +122,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
             always have random weights, and a tokenizer of bytes.
         weights: "random" takes the configuration (and tokenizer) of `name_or_path`, and draws weights.
         seed: Of random weights.
+        images: Whether to open the encoder of images too, if there is one.
 
     Raises:
         ConfigError: If there is no such model, or it is one that the zoo does not hold.
@@ -113,7 +130,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
         TokenizerError: If its tokenizer is malformed.
     """
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
-    config, source = _locate(name_or_path, patterns)
+    config, source = _locate(name_or_path, patterns, images=images)
     named = presets()[config.name] if source is None else None
     if named is not None and named.packaged is not None and weights == "checkpoint":
         source = read_header(named.packaged())
@@ -145,7 +162,7 @@ def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] =
     if isinstance(source, Path):
         opened, revision = safetensors.open_safetensors(source, config), safetensors.revision(source)
         opened_weights, quant = codes.attach(source, _checked(opened.weights))
-        beside = (*left_out(source), *beside)
+        beside = (*left_out(source, images=images), *beside)
     else:
         (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
         opened_weights, quant = _checked(opened.weights), "none"
@@ -172,26 +189,29 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
         ConfigError: If there is no such model, or it is one that the zoo does not hold.
         CheckpointError: If the file is damaged or cannot be downloaded.
     """
-    return _locate(name_or_path, patterns=["config.json"])[0]
+    return _locate(name_or_path, patterns=["config.json"], images=True)[0]
 
 
-def _locate(name_or_path: str | Path, patterns: list[str]) -> tuple[DecoderConfig, Path | Header | None]:
+def _locate(
+    name_or_path: str | Path, patterns: list[str], *, images: bool
+) -> tuple[DecoderConfig, Path | Header | None]:
     """Configuration, and the folder or the head of the GGUF file that holds the weights; None for a preset."""
     if str(name_or_path) in presets():
-        return preset(str(name_or_path)), None
+        config = preset(str(name_or_path))
+        return config if images else config.text, None
     path = Path(name_or_path)
     try:
         is_folder = path.is_dir()
     except OSError as error:
         raise ConfigError(f"cannot look at {shortened(str(path))} ({error.strerror}): give another name") from error
     if is_folder:
-        return read_config(path), path
+        return read_config(path, images=images), path
     if path.is_file() or path.suffix == ".gguf":
         header = read_header(path)
         return read_metadata(header)[0], header
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
         folder = _download(name_or_path, patterns)
-        return dataclasses.replace(read_config(folder), name=name_or_path.split("/")[1]), folder
+        return dataclasses.replace(read_config(folder, images=images), name=name_or_path.split("/")[1]), folder
     return preset(str(name_or_path)), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import MODEL_FILE, Manifest
+from transom.backends.artifact import ENCODE_IMAGE, MODEL_FILE, Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
-from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.backends.runtime import Call, Float, Result, Runtime, grown
 from transom.errors import ArtifactError, TargetError
 from transom.graphs.state import State
 
@@ -44,10 +45,14 @@ class OnnxRuntime(Runtime):
             vocab_size=manifest.vocab_size,
             states=manifest.decode.states,
             rows=rows,
+            width=manifest.soft_width,
         )
         # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
         if rows > 1 and manifest.target == "onnxruntime":
             raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")
+        self._load_encoder = functools.partial(self._load, folder, manifest, threads, file=f"{ENCODE_IMAGE}.onnx")
+        self._encoder: Any = None
+        self._has_encoder = ENCODE_IMAGE in manifest.entries
         self._model = self._load(folder, manifest, threads)
         if reason := mismatch(self._model, manifest):
             raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
@@ -59,11 +64,22 @@ class OnnxRuntime(Runtime):
         self._binding.bind_cpu_input("tokens", call.tokens)
         self._binding.bind_cpu_input("start", np.array(call.start[0]))
         self._binding.bind_cpu_input("logit_positions", call.logit_positions)
+        if call.until is not None and call.soft is not None:
+            self._binding.bind_cpu_input("until", call.until)
+            self._binding.bind_cpu_input("soft", call.soft)
         for name in ("logits", *self._taps):
             self._binding.bind_output(name, "cpu")
         self._model.run_with_iobinding(self._binding)
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
         return Result(logits=logits, taps=dict(zip(self._taps, taps, strict=True)))
+
+    def encode_image(self, pixels: Float) -> Float:
+        if not self._has_encoder:
+            return super().encode_image(pixels)
+        # Most sessions see no image, and the encoder takes memory.
+        self._encoder = self._encoder or self._load_encoder()
+        soft: Float = self._encoder.run(["soft"], {"pixels": pixels})[0][0]
+        return soft
 
     def allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)
@@ -91,13 +107,13 @@ class OnnxRuntime(Runtime):
         """What numpy and the runtime call the dtype of a state."""
         return state.dtype, np.dtype(state.dtype).type
 
-    def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
-        """Open the model."""
+    def _load(self, folder: Path, manifest: Manifest, threads: int | None, *, file: str = MODEL_FILE) -> Any:
+        """Open a model."""
         floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
         # Weights of 8-bit floats become float32 now, or they would at every call. Of other models the shared embedding
         # would be folded into a second copy for its other reader.
         folded = 2**40 if floats else 2**20
-        path = folder / MODEL_FILE
+        path = folder / file
         if not lies_elsewhere(path, manifest.files):
             return load(str(path), threads, folded=folded)
         import onnx

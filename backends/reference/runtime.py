@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.backends.runtime import Call, Float, Result, Runtime, grown
 from transom.graphs import ops  # noqa: F401 (registers the fused operations)
 from transom.graphs.graph import Graph
 from transom.graphs.state import State
@@ -23,26 +23,22 @@ class Reference(Runtime):
         context: Longest sequence, in tokens.
         chunk: Most new tokens in one call; bounded caches must have been made for at least as many.
         rows: Sequences in every call.
+        encoder: Makes soft tokens [1, Q, D] of pixels, for a graph that takes them.
     """
 
     title = "the reference"
 
-    def __init__(self, graph: Graph, *, context: int, chunk: int, rows: int = 1) -> None:
+    def __init__(self, graph: Graph, *, context: int, chunk: int, rows: int = 1, encoder: Graph | None = None) -> None:
         super().__init__(
             context=context,
             chunk=chunk,
             vocab_size=int(graph.outputs["logits"].meta["val"].shape[-1]),
             states=tuple(graph.states.values()),
             rows=rows,
+            width=int(graph.inputs["soft"].meta["val"].shape[-1]) if "soft" in graph.input_names else 0,
         )
-        self._interpreter = torch.fx.Interpreter(graph.module)
-        weights = read_all(graph.weights)
-        names, passed = graph.weight_names(), {node.name: name for name, node in graph.inputs.items()}
-        self._inputs: list[str | torch.Tensor] = [
-            weights[names[placeholder]] if placeholder in names else passed[placeholder]
-            for placeholder in graph.placeholders()
-        ]
-        self._outputs = graph.output_names
+        self._decoder = _Interpreter(graph)
+        self._encoder = None if encoder is None else _Interpreter(encoder)
         self._tensors: dict[str, torch.Tensor] = {}
         self._taps = [tap.name for tap in graph.taps]
 
@@ -53,12 +49,18 @@ class Reference(Runtime):
             "logit_positions": torch.from_numpy(call.logit_positions),
             **self._tensors,
         }
-        inputs = [given[value] if isinstance(value, str) else value for value in self._inputs]
-        with torch.no_grad():
-            returned = dict(zip(self._outputs, self._interpreter.run(*inputs), strict=True))
+        if call.until is not None and call.soft is not None:
+            given |= {"until": torch.from_numpy(call.until), "soft": torch.from_numpy(call.soft)}
+        returned = self._decoder.run(given)
         self._tensors = {name: returned[name] for name in self._tensors}
         taps = {name: _array(returned[name]) for name in self._taps}
         return Result(logits=returned["logits"].float().numpy(), taps=taps)
+
+    def encode_image(self, pixels: Float) -> Float:
+        if self._encoder is None:
+            return super().encode_image(pixels)
+        soft: Float = self._encoder.run({"pixels": torch.from_numpy(pixels)})["soft"][0].numpy()
+        return soft
 
     def allocate(self, slots: int) -> None:
         new = {
@@ -69,6 +71,26 @@ class Reference(Runtime):
 
     def state_arrays(self) -> Iterator[tuple[State, Any]]:
         yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
+
+
+class _Interpreter:
+    """A graph with its weights in memory."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._interpreter = torch.fx.Interpreter(graph.module)
+        weights = read_all(graph.weights)
+        names, passed = graph.weight_names(), {node.name: name for name, node in graph.inputs.items()}
+        self._inputs: list[str | torch.Tensor] = [
+            weights[names[placeholder]] if placeholder in names else passed[placeholder]
+            for placeholder in graph.placeholders()
+        ]
+        self._outputs = graph.output_names
+
+    def run(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is returned by name, of inputs by name."""
+        inputs = [given[value] if isinstance(value, str) else value for value in self._inputs]
+        with torch.no_grad():
+            return dict(zip(self._outputs, self._interpreter.run(*inputs), strict=True))
 
 
 def _array(value: torch.Tensor) -> NDArray[Any]:

@@ -28,8 +28,8 @@ class CpuRuntime(OnnxRuntime):
     def _dtypes(self, state: State) -> tuple[Any, Any]:
         return _TYPES[state.dtype]
 
-    def _load(self, folder: Path, manifest: Manifest, threads: int | None) -> Any:
-        model: ModelProto = widened(read(str(folder / MODEL_FILE)))
+    def _load(self, folder: Path, manifest: Manifest, threads: int | None, *, file: str = MODEL_FILE) -> Any:
+        model: ModelProto = widened(read(str(folder / file)))
         data = relocate(model, folder)
         # All weights are widened once, when the model is loaded.
         return load(model.SerializeToString(), threads, folded=2**40, data=data, as_it_stands=True)

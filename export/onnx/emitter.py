@@ -33,7 +33,6 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the model file."""
 
-DATA_FILE = f"{MODEL_FILE}.data"
 
 ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -103,6 +102,7 @@ class Emitter:
         data: Where weights go.
         on_bytes: Called with the number of weight bytes written each time.
         fixed: Sizes that symbols of the graph have for good, by symbol.
+        location: Name of the file of `data`.
     """
 
     def __init__(
@@ -113,13 +113,14 @@ class Emitter:
         *,
         on_bytes: Callable[[int], None],
         fixed: Mapping[str, int] | None = None,
+        location: str,
     ) -> None:
         self.graph, self.dialect, self._fixed = graph, dialect, fixed or {}
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
         self.written: dict[tuple[Node, Node], str] = {}
         """Caches that an attention wrote, by the cache that came in and the new keys or values."""
-        self._data, self._on_bytes, self._end = data, on_bytes, 0
+        self._data, self._location, self._on_bytes, self._end = data, location, on_bytes, 0
         self._places: dict[str, _Place] = {}
         self._axes = graph.symbols()
         self._names: dict[Node, Any] = {}
@@ -205,6 +206,24 @@ class Emitter:
         self._nodes.append(helper.make_node(kind, list(inputs), names, name=stem, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
 
+    def branch(self, make: Callable[[], str], dtype: torch.dtype, *, rank: int) -> onnx.GraphProto:
+        """A graph for `If`, which may use all that stands before it, and whose own values nothing else sees.
+
+        Args:
+            make: Adds its nodes and returns the name of its result.
+            dtype: Of the result.
+            rank: Number of its axes.
+        """
+        outer = self._nodes, dict(self._names), dict(self.flat), dict(self._memo)
+        self._nodes = []
+        result = make()
+        self._counts["branch"] += 1
+        name = f"branch_{self._counts['branch']}"
+        nodes = [*self._nodes, helper.make_node("Identity", [result], [name], name=name)]
+        self._nodes, self._names, self.flat, self._memo = outer
+        value = helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], [None] * rank)
+        return helper.make_graph(nodes, name, [], [value])
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The result of `make`, made the first time that `key` is asked for and shared from then on."""
         if key not in self._memo:
@@ -268,7 +287,7 @@ class Emitter:
             offset = self._end + -self._end % ALIGNMENT
             place, self._end = dataclasses.replace(place, offset=offset), offset + place.size
             proto.data_location = TensorProto.EXTERNAL
-            for key, entry in (("location", DATA_FILE), ("offset", offset), ("length", place.size)):
+            for key, entry in (("location", self._location), ("offset", offset), ("length", place.size)):
                 proto.external_data.add(key=key, value=str(entry))
         self._initializers[name], self._places[name] = proto, place
         return name
@@ -331,6 +350,11 @@ class Emitter:
             node.output[:] = [new if name == old else name for name in node.output]
 
 
+def data_file(model_file: str) -> str:
+    """The file that holds a model's weights."""
+    return f"{model_file}.data"
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -342,8 +366,9 @@ def write(
     *,
     on_bytes: Callable[[int], None] = lambda count: None,
     fixed: Mapping[str, int] | None = None,
+    file: str = MODEL_FILE,
 ) -> onnx.ModelProto:
-    """Write `model.onnx` and `model.onnx.data`.
+    """Write a model and its data, `model.onnx` and `model.onnx.data`.
 
     Peak memory is a few row blocks, however large the model is.
 
@@ -353,6 +378,7 @@ def write(
         folder: Where; it exists.
         on_bytes: Called with the number of weight bytes written each time.
         fixed: Sizes that symbols of the graph have for good, by symbol.
+        file: Name of the model.
 
     Returns:
         The model, without its data.
@@ -361,7 +387,7 @@ def write(
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
     require_supported(graph, dialect.lowerings, dialect.name)
-    with open(folder / DATA_FILE, "wb") as data:
-        model = Emitter(graph, dialect, data, on_bytes=on_bytes, fixed=fixed).emit()
-    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    with open(folder / data_file(file), "wb") as data:
+        model = Emitter(graph, dialect, data, on_bytes=on_bytes, fixed=fixed, location=data_file(file)).emit()
+    (folder / file).write_bytes(model.SerializeToString())
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE
+from transom.backends.artifact import MODEL_FILE, Entry
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.options import Options
@@ -17,3 +17,10 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     """Write `model.onnx` and its data; see `emitter.write`."""
     emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes)
     return Lowered(entry=entry(graph, MODEL_FILE), libraries=("onnx",))
+
+
+def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Entry:
+    """Write a model and its data, called after the graph's task."""
+    file = f"{graph.task}.onnx"
+    emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes, file=file)
+    return entry(graph, file)

@@ -14,13 +14,15 @@ import torch
 from transom.errors import TargetError
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.encoders import attend_in_blocks
 from transom.export.onnx.floats import FLOATS, looked_up
+from transom.export.onnx.images import any_ahead, attend_until
 from transom.export.onnx.lowerings import INT32, add_bias, start
 from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs import ops
-from transom.graphs.match import aten
+from transom.graphs.match import aten, is_transpose
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -132,8 +134,12 @@ def _add_rms_norm(emitter: Emitter, node: Node) -> list[str]:
 
 @TABLE.lowers(ops.ATTEND)
 def _attend(emitter: Emitter, node: Node) -> None:
-    """GroupQueryAttention, which writes both caches too."""
-    q, k, v, k_cache, v_cache, _ = node.args
+    """GroupQueryAttention, which writes both caches too.
+
+    It sees no later key. Where an image's tokens see each other, a branch attends in its place, and takes its turn
+    first, as its result is what the operator gets for queries: by then the caches are as they were.
+    """
+    q, k, v, k_cache, v_cache, _, *until = node.args
     scale, window = node.kwargs["scale"], node.kwargs["window"]
     batch, tokens, heads, width = q.meta["val"].shape
     if int(width) % HEAD_STEP:
@@ -146,9 +152,13 @@ def _attend(emitter: Emitter, node: Node) -> None:
             "'onnx'"
         )
     local: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
+    queries, *new = (emitter.flattened(value) for value in (q, k, v))
+    if until:
+        queries = attend_until(emitter, node)
     out, k_out, v_out = emitter.op(
         "GroupQueryAttention",
-        *(emitter.flattened(value) for value in (q, k, v)),
+        queries,
+        *new,
         emitter.value(k_cache),
         emitter.value(v_cache),
         _last_positions(emitter, batch, tokens),
@@ -160,8 +170,29 @@ def _attend(emitter: Emitter, node: Node) -> None:
         scale=scale,
         **local,
     )
-    emitter.flat[node] = out
+    emitter.flat[node] = emitter.op("Where", any_ahead(emitter, until[0]), queries, out) if until else out
     emitter.written |= {(k_cache, k): k_out, (v_cache, v): v_out}
+
+
+@TABLE.replaces(ops.FULL_ATTENTION)
+def _full_attention(emitter: Emitter, node: Node) -> str:
+    """MultiHeadAttention, which holds no scores of all queries at once."""
+    q, k, v = node.args
+    if int(q.meta["val"].shape[1]) != int(k.meta["val"].shape[1]):
+        return attend_in_blocks(emitter, node)
+    queries, keys, values = (_tokens_first(emitter, value) for value in (q, k, v))
+    heads, width = int(q.meta["val"].shape[1]), int(v.meta["val"].shape[3])
+    out = emitter.op(
+        "MultiHeadAttention",
+        queries,
+        keys,
+        values,
+        domain=MICROSOFT,
+        num_heads=heads,
+        scale=node.kwargs["scale"],
+    )
+    split = emitter.op("Reshape", out, emitter.constant(np.array([0, 0, heads, width])))
+    return str(emitter.op("Transpose", split, perm=[0, 2, 1, 3]))
 
 
 @TABLE.lowers(ops.WRITE_CACHE)
@@ -169,6 +200,15 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
     """What GroupQueryAttention returned; standard operators where several layers read the cache."""
     cache, new, _ = node.args
     return emitter.written.get((cache, new)) or write_cache(emitter, node)
+
+
+def _tokens_first(emitter: Emitter, value: Node) -> str:
+    """A value [B, N, T, H] as [B, T, N * H]."""
+    if is_transpose(value, 1, 2):
+        return emitter.flattened(value.args[0])
+    turned = emitter.op("Transpose", emitter.value(value), perm=[0, 2, 1, 3])
+    width = int(value.meta["val"].shape[1] * value.meta["val"].shape[3])
+    return str(emitter.op("Reshape", turned, emitter.constant(np.array([0, 0, width]))))
 
 
 def _total_length(emitter: Emitter, tokens: Any) -> str:

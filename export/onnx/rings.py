@@ -12,14 +12,15 @@ import numpy as np
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Emitter
-from transom.export.onnx.lowerings import SHARED, new_positions, start
+from transom.export.onnx.encoders import ENCODERS
+from transom.export.onnx.lowerings import new_positions, start
 from transom.graphs import ops
 from transom.graphs.node import Node
 
 OPSET = 24
 """Of TensorScatter."""
 
-RINGS = Table(SHARED)
+RINGS = Table(ENCODERS)
 """Further lowerings, which have attention over rings; how caches are written is the dialect's own."""
 
 
@@ -43,17 +44,20 @@ def write_cache(emitter: Emitter, node: Node) -> str:
 @RINGS.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
     emitter.require_opset(OPSET)
-    q, k, v, position = node.args
+    q, k, v, position, *until = node.args
     scale, window = node.kwargs["scale"], node.kwargs["window"]
     tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
     # Over themselves, new tokens are as far from each other wherever they stand.
     first = emitter.constant(np.array(0)) if position is None else start(emitter)
-    mask = emitter.once(("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first))
+    last_seen = emitter.value(until[0]) if until else None
+    mask = emitter.once(
+        ("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first, last_seen)
+    )
     inputs = [emitter.value(value) for value in (q, k, v)]
     return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
 
 
-def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str) -> str:
+def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str, until: str | None) -> str:
     """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
     zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
     positions = new_positions(emitter, tokens, first)
@@ -62,9 +66,16 @@ def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str) ->
     # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))
     keys = emitter.op("Sub", last, age)
-    distance = emitter.op("Sub", emitter.op("Unsqueeze", positions, emitter.constant(np.array([1]))), keys)
-    seen = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
+    return seen(emitter, keys, positions, window, until)
+
+
+def seen(emitter: Emitter, keys: str, positions: str, window: int, until: str | None) -> str:
+    """Which keys each query sees, bool [T, S], given the positions of both; see `graphs.ops.seen`."""
+    zero, column = emitter.constant(np.array(0)), emitter.constant(np.array([1]))
+    queries = emitter.op("Unsqueeze", positions, column)
+    last = queries if until is None else emitter.op("Unsqueeze", until, column)
+    result = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("LessOrEqual", keys, last))
     if window:
-        near = emitter.op("Less", distance, emitter.constant(np.array(window)))
-        seen = emitter.op("And", seen, near)
-    return str(seen)
+        edge = emitter.op("Sub", queries, emitter.constant(np.array(window)))
+        result = emitter.op("And", result, emitter.op("Greater", keys, edge))
+    return str(result)

@@ -30,11 +30,17 @@ __all__ = ["bisect", "compile", "evaluate", "load", "open", "ranges", "trace", "
 __version__ = "0.1.0"
 
 
-def load(name_or_path: str | Path, *, weights: Literal["checkpoint", "random"] = "checkpoint", seed: int = 0) -> Model:
+def load(
+    name_or_path: str | Path,
+    *,
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    seed: int = 0,
+    images: bool = False,
+) -> Model:
     """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
     from transom.zoo.model import load as load_model
 
-    return load_model(name_or_path, weights=weights, seed=seed)
+    return load_model(name_or_path, weights=weights, seed=seed, images=images)
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:

@@ -13,7 +13,7 @@ import torch
 from transom.backends.artifact import DECODE, Manifest, write_manifest
 from transom.backends.folder import new_folder
 from transom.errors import TokenizerError
-from transom.export.exporter import Progress, exporter
+from transom.export.exporter import Progress, encoder_exporter, exporter
 from transom.export.options import Options
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
 from transom.formats.number_format import float_format
@@ -23,6 +23,7 @@ from transom.graphs.threads import one_thread
 from transom.passes.base import Pass, Pipeline, rewrites
 from transom.passes.convert_quantized import Converted
 from transom.passes.pipelines import Measure, pipeline
+from transom.passes.targets import TARGETS
 from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -95,14 +96,20 @@ def compile_model(
         UnsupportedOpsError: If the target cannot lower an operation.
         RangeError: If numbers leave float16's range where float32 islands do not help.
     """
-    config, write = model.config, exporter(options.target)
+    write, left_out = exporter(options.target), list(model.left_out)
+    if model.config.images is not None and not TARGETS[options.target].images:
+        able = ", ".join(name for name, target in TARGETS.items() if target.images)
+        left_out.append(f"images: the target {options.target!r} takes none yet, only {able}: the text decoder alone")
+        model = model.text()
+    config = model.config
     measure = measure_on_text(model, options, on_progress=on_progress)
     listed = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant), measure=measure)
     passes = Pipeline([*before, *listed.passes])
+    dtype = getattr(torch, options.dtype)
     with new_folder(out, overwrite=overwrite) as folder:
         on_progress("trace", 0, 1)
         if traced is None:
-            traced = model.trace(dtype=getattr(torch, options.dtype))
+            traced = model.trace(dtype=dtype)
         on_progress("trace", 1, 1)
         done = 0
 
@@ -120,9 +127,14 @@ def compile_model(
             on_progress("weights", min(written, total), total)
 
         progress = Progress(on_bytes=on_bytes, on_program=lambda done, count: on_progress("programs", done, count))
+        encoders = {name: listed.run(model.trace(task=name, dtype=dtype))[0] for name in config.encoders}
+        total += sum(encoder.weight_bytes() for encoder in encoders.values())
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():
             lowered = write(graph, folder, options, progress)
+            entries = {DECODE: lowered.entry}
+            for name, encoder in encoders.items():
+                entries[name] = encoder_exporter(options.target)(encoder, folder, options, progress)
         write_companions(model, folder)
         manifest = write_manifest(
             folder,
@@ -135,7 +147,8 @@ def compile_model(
                 context=options.context,
                 chunk=options.chunk,
                 vocab_size=config.vocab_size,
-                entries={DECODE: lowered.entry},
+                entries=entries,
+                images=config.images,
                 details=lowered.details,
                 tpu=lowered.tpu,
                 stop_ids=model.generation.stop_ids,
@@ -147,7 +160,7 @@ def compile_model(
                     for conversion in converted.conversions
                 ],
                 not_done=[
-                    *model.left_out,
+                    *left_out,
                     *_without_template(model),
                     *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
                     *lowered.not_done,

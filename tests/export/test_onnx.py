@@ -26,7 +26,7 @@ from transom.backends.artifact import MODEL_FILE
 from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx import emitter, onnxruntime, standard
-from transom.export.onnx.emitter import ALIGNMENT, DATA_FILE
+from transom.export.onnx.emitter import ALIGNMENT, data_file
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -165,14 +165,14 @@ def test_files(target: str, quant: str, exported: Export) -> None:
     """One copy of the embedding; every tensor on a page of its own; nothing past the end, nothing twice."""
     pair = exported(target, quant)
     model = onnx.load(pair.folder / MODEL_FILE, load_external_data=False)
-    size, ends = (pair.folder / DATA_FILE).stat().st_size, [0]
+    size, ends = (pair.folder / data_file(MODEL_FILE)).stat().st_size, [0]
     tables = [tensor.name for tensor in model.graph.initializer if np.prod(tensor.dims) == 512 * 64]
     assert len(tables) == 1 and tables[0].startswith("embed_tokens.weight")
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             entries = {entry.key: entry.value for entry in tensor.external_data}
             offset, length = int(entries["offset"]), int(entries["length"])
-            assert offset % ALIGNMENT == 0 and offset >= ends[-1] and entries["location"] == DATA_FILE
+            assert offset % ALIGNMENT == 0 and offset >= ends[-1] and entries["location"] == data_file(MODEL_FILE)
             ends.append(offset + length)
         else:
             assert len(tensor.raw_data) <= emitter.INLINE_BYTES

@@ -43,7 +43,7 @@ graph, _ = Pipeline([ConvertQuantized(scheme(sys.argv[2]))]).run(graph)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with tempfile.TemporaryDirectory() as folder:
     emitter.write(graph, DIALECT, pathlib.Path(folder))
-    size = (pathlib.Path(folder) / emitter.DATA_FILE).stat().st_size
+    size = (pathlib.Path(folder) / emitter.data_file(emitter.MODEL_FILE)).stat().st_size
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(size, (after - before) * 1024)
 """

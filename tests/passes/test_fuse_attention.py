@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.case import Case, export, run_graph
 from tests.tolerances import FP32_ATTENTION
-from transom.graphs.ops import ATTENTION
+from transom.graphs.ops import ATTENTION, FULL_ATTENTION
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
@@ -184,8 +184,6 @@ MISSES: dict[Attend, str] = {
     where_computed: "fill",
     subtracted: "no mask",
     soft_capped: "scores come from",
-    unmasked: "no mask",
-    sdpa_unmasked: "sees later keys",
     biased: "adds a bias",
     chunked: "neither causal nor a causal window",
     masked_by_values: "depends on the values of k",
@@ -234,6 +232,12 @@ def test_a_site_is_fused_with_its_window(attend: Attend, dynamic: bool) -> None:
 @pytest.mark.parametrize("attend", MISSES, ids=lambda attend: attend.__name__)
 def test_a_near_miss_stays_and_is_reported(attend: Attend) -> None:
     fuse(attend, dynamic=True).expect({ATTENTION: 0}).expect_skipped(MISSES[attend])
+
+
+@pytest.mark.parametrize("attend", (unmasked, sdpa_unmasked), ids=lambda attend: attend.__name__)
+def test_without_a_mask_every_key_is_seen(attend: Attend) -> None:
+    case = fuse(attend, dynamic=True).expect({ATTENTION: 0, FULL_ATTENTION: 1}).expect_skipped().settled()
+    assert case.graph.calls(FULL_ATTENTION)[0].args[1].meta["val"].shape[1] == K, "repeated heads are folded in"
 
 
 @pytest.mark.parametrize("attend", EITHER, ids=lambda attend: attend.__name__)

@@ -76,6 +76,12 @@ class Layout:
         heads = [name for name in _HEADS if name in files]
         prefix = _prefix(folder, files, heads)
         sources = {name: files[prefix + name] for name in wanted if prefix + name in files}
+        parts_wanted = {_part(name) for name in wanted} - {None}
+        for name in files:
+            if _part(name) in parts_wanted and (inner := _in_part(name)) in wanted:
+                if inner in sources:
+                    raise CheckpointError(f"{folder}: {sources[inner]} and {files[name]} are one tensor: remove one")
+                sources[inner] = files[name]
         copies: dict[str, tuple[str, ...]] = {}
         if HEAD in wanted and heads:
             sources[HEAD] = files[heads.pop(0)]
@@ -96,7 +102,7 @@ class Layout:
             if in_file in used:
                 continue
             inner = name.removeprefix(prefix)
-            if (part := _OTHER_PARTS.get(name.removeprefix("model.").split(".")[0])) is not None:
+            if (part := _part(name)) is not None and part not in parts_wanted:
                 parts.setdefault(part, []).append(in_file)
             elif name.startswith(prefix) and _is_redundant(inner, wanted):
                 redundant[in_file] = inner
@@ -112,9 +118,21 @@ class Layout:
         )
 
 
-def in_file(name: str) -> str:
-    """What a text checkpoint calls a tensor of the module."""
-    return name if name == HEAD else _PREFIXES[0] + name
+def in_file(name: str, *, images: bool = False) -> str:
+    """What a checkpoint calls a tensor of the module; `images` says whether its model sees them."""
+    if _part(name) is not None:
+        return "model." + name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name if name == HEAD else ("model.language_model." if images else _PREFIXES[0]) + name
+
+
+def _part(name: str) -> str | None:
+    """The part beside the language model that a tensor belongs to, in words; None if it is of the language model."""
+    return _OTHER_PARTS.get(name.removeprefix("model.").split(".")[0])
+
+
+def _in_part(name: str) -> str:
+    """What modules call a tensor of such a part: files of three generations differ in what stands before it."""
+    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def _without_wrappers(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -39,9 +39,8 @@ def random_weights(config: DecoderConfig, seed: int) -> dict[str, Weight]:
     """
     weights = {}
     for path, module in build_empty(config).named_modules():
-        neutral = 1.0 - module.offset if isinstance(module, RMSNorm) else 0.0
         for name, parameter in module.named_parameters(path, recurse=False):
-            weights[name] = _weight(name, tuple(parameter.shape), neutral, seed)
+            weights[name] = _weight(name, tuple(parameter.shape), _neutral(module, name), seed)
     return {name: weights[name] for name in tensor_shapes(config)}
 
 
@@ -53,7 +52,7 @@ def write_checkpoint(
     dtype: torch.dtype | None = torch.bfloat16,
     shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Write a text-only Hugging Face checkpoint, a block of rows at a time.
+    """Write a Hugging Face checkpoint, a block of rows at a time.
 
     Args:
         folder: Created if need be.
@@ -67,7 +66,10 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
-    state = {in_file(name): weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
+    images = config.images is not None
+    state = {
+        in_file(name, images=images): weight if dtype is None else weight.to(dtype) for name, weight in weights.items()
+    }
     shards: list[dict[str, Weight]] = [{}]
     for name, weight in state.items():
         filled = sum(other.bytes for other in shards[-1].values())
@@ -87,13 +89,20 @@ def write_checkpoint(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _neutral(module: torch.nn.Module, name: str) -> float:
+    """The value of a norm's weight that changes nothing; 0 for any other parameter."""
+    if isinstance(module, RMSNorm):
+        return 1.0 - module.offset
+    return 1.0 if isinstance(module, torch.nn.LayerNorm) and name.endswith(".weight") else 0.0
+
+
 def _weight(name: str, shape: tuple[int, ...], neutral: float, seed: int) -> Weight:
-    width = shape[-1]
+    fan_in = math.prod(shape[1:])
     mean, deviation = neutral, 0.1
     if name == "norm.weight":
         mean += 4.0
     elif len(shape) > 1:
-        deviation = (0.5 if name in (TABLE, HEAD) else 1.0) * width**-0.5
+        deviation = (0.5 if name in (TABLE, HEAD) else 1.0) * fan_in**-0.5
     return Weight(
         shape=shape,
         dtype=torch.float32,

@@ -1,0 +1,92 @@
+"""Lowerings that encoders of images need, and the few that put soft tokens among the tokens of text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from transom.export.lowering import Table
+from transom.export.onnx.emitter import Emitter
+from transom.export.onnx.lowerings import SHARED
+from transom.graphs import ops
+from transom.graphs.match import aten
+from transom.graphs.node import Node
+
+ENCODERS = Table(SHARED)
+
+
+@ENCODERS.lowers(aten.layer_norm.default)
+def _layer_norm(emitter: Emitter, node: Node) -> str:
+    x, shape, weight, bias, *rest = node.args
+    inputs = [emitter.value(value) for value in (x, weight, bias)]
+    epsilon = rest[0] if rest else 1e-5
+    return str(emitter.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=epsilon))
+
+
+@ENCODERS.lowers(aten.permute.default)
+def _permute(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Transpose", emitter.value(node.args[0]), perm=[int(axis) for axis in node.args[1]]))
+
+
+@ENCODERS.lowers(aten.flatten.using_ints)
+def _flatten(emitter: Emitter, node: Node) -> str:
+    shape = np.array([int(size) for size in node.meta["val"].shape])
+    return str(emitter.op("Reshape", emitter.value(node.args[0]), emitter.constant(shape)))
+
+
+@ENCODERS.lowers(aten.mean.dim)
+def _mean(emitter: Emitter, node: Node) -> str:
+    x, axes, *keep = node.args
+    return str(emitter.op("ReduceMean", emitter.value(x), emitter.constant(np.array(axes)), keepdims=int(any(keep))))
+
+
+@ENCODERS.lowers(aten.matmul.default)
+def _matmul(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("MatMul", *(emitter.value(value) for value in node.args)))
+
+
+@ENCODERS.lowers(aten.clamp.default)
+def _clamp(emitter: Emitter, node: Node) -> str:
+    x, *bounds = node.args
+    named = dict(zip(("min", "max"), bounds, strict=False)) | node.kwargs
+    dtype = node.meta["val"].dtype
+    limits = [emitter.number(named[name], dtype) if named.get(name) is not None else "" for name in ("min", "max")]
+    return str(emitter.op("Clip", emitter.value(x), *limits))
+
+
+@ENCODERS.lowers(aten.lt.Scalar)
+def _less(emitter: Emitter, node: Node) -> str:
+    x, limit = node.args
+    return str(emitter.op("Less", emitter.value(x), emitter.number(limit, x.meta["val"].dtype)))
+
+
+@ENCODERS.lowers(aten.where.self)
+def _where(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Where", *(emitter.value(value) for value in node.args)))
+
+
+@ENCODERS.lowers(ops.FULL_ATTENTION)
+def _full_attention(emitter: Emitter, node: Node) -> str:
+    return attend_in_blocks(emitter, node)
+
+
+LARGEST_SCORES = 2**24
+"""Scores of one block of queries: 64 MB in float32."""
+
+
+def attend_in_blocks(emitter: Emitter, node: Node) -> str:
+    """Standard Attention holds all scores at once, so queries are given to it in blocks."""
+    q, k, v = node.args
+    keys, values = emitter.value(k), emitter.value(v)
+    heads, tokens = (int(size) for size in q.meta["val"].shape[1:3])
+    blocks = min(tokens, math.ceil(heads * tokens * int(k.meta["val"].shape[2]) / LARGEST_SCORES))
+    scale = node.kwargs["scale"]
+    if blocks == 1:
+        return str(emitter.op("Attention", emitter.value(q), keys, values, scale=scale, is_causal=0))
+    sizes = torch.arange(tokens).tensor_split(blocks)
+    split = emitter.constant(np.array([len(block) for block in sizes]))
+    queries = emitter.op("Split", emitter.value(q), split, axis=2, outputs=blocks)
+    parts = [emitter.op("Attention", block, keys, values, scale=scale, is_causal=0) for block in queries]
+    return str(emitter.op("Concat", *parts, axis=2))
