@@ -36,6 +36,10 @@ class TokenizerError(TransomError):
     """Tokenizer files are missing or malformed, or a conversation breaks the chat template's rules."""
 
 
+class ImageError(TransomError):
+    """An image cannot be read, is larger than any that are taken, or what reads images is not installed."""
+
+
 class TraceError(TransomError):
     """A model could not be traced to a graph."""
 
