@@ -1,6 +1,8 @@
 """The artifact: a folder that explains itself. Needs no torch.
 
     model.onnx, model.onnx.data     the payload, of an ONNX target
+    encode_image.onnx, .data        its encoder of images, if it has one
+    preprocess.onnx                 what makes its pixels of an image
     manifest.json                   what it is, and a hash of every file
     tokenizer.json                  if the source had a tokenizer
     tokenizer_config.json           its special tokens by role
@@ -32,7 +34,7 @@ from transom.json_object import read_object
 VERSION = 3
 DECODE, ENCODE_IMAGE = "decode", "encode_image"
 _AGAIN = "export the model again"
-MODEL_FILE = "model.onnx"
+MODEL_FILE, PREPROCESS_FILE = "model.onnx", "preprocess.onnx"
 _READ_BYTES = 4 * 2**20
 
 _MOST_ALTERED = 64 * 2**20

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from transom.backends.prompt import Prompt
 from transom.backends.sampling import Sampling
 from transom.errors import SessionError
 
@@ -16,7 +17,7 @@ GREEDY = Sampling()
 
 def generate(
     session: Session,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[Any] | Prompt,
     *,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
@@ -28,7 +29,7 @@ def generate(
 
     Args:
         session: What runs them.
-        prompt: Text or token ids.
+        prompt: What `session.prompt` takes.
         max_new_tokens: At most this many.
         sampling: How to choose them.
         stop_ids: Tokens that end the text; by default the model's own.
@@ -38,6 +39,7 @@ def generate(
     Raises:
         ContextLengthError: If the prompt and the new tokens do not fit into the context.
         TokenizerError: If the prompt is empty, or is text and the model has no tokenizer.
+        ImageError: If an image cannot be read, or the model takes none.
         SessionError: If the session was used for something else between two tokens.
         NonFiniteError: If logits are NaN or infinite, so that no token follows from them.
     """
@@ -45,7 +47,7 @@ def generate(
         session.reset()
     session.streams += 1
     stream = session.streams
-    ids = session.encode(prompt)
+    ids = session.prompt(prompt)
     stops = session.stop_ids if stop_ids is None else frozenset(stop_ids)
     if max_new_tokens < 1:
         return

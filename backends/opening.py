@@ -35,7 +35,7 @@ def open_session(
         raise ArtifactError(
             f"{folder / MANIFEST} lacks what the target {manifest.target!r} needs ({error!r}): export the model again"
         ) from error
-    return Session(runtime, stop_ids=manifest.stop_ids, tokenizer=tokenizer)
+    return Session(runtime, stop_ids=manifest.stop_ids, tokenizer=tokenizer, images=manifest.images)
 
 
 def _runtime(folder: Path, manifest: Manifest, threads: int | None) -> Runtime:

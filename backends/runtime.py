@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from transom.errors import SessionError, TransomError
 from transom.graphs.state import State
+from transom.images.resize import Box, PixelSpec, pixels
 
 _MOST_SHOWN = 300
 """Characters of a runtime's message; some list all arguments of a call."""
@@ -124,6 +125,10 @@ class Runtime(abc.ABC):
             until=call.start[0] + np.arange(tokens) if call.until is None else call.until,
             soft=np.zeros((rows, tokens, self.width), np.float32) if call.soft is None else call.soft,
         )
+
+    def pixels(self, image: NDArray[np.uint8], box: Box, spec: PixelSpec) -> Float:
+        """What the encoder takes of a part of an image uint8 [H, W, 3]: float32 [1, 3, S, S]."""
+        return pixels(image, box, spec)
 
     def encode_image(self, pixels: Float) -> Float:
         """Soft tokens [Q, D] of an image's pixels [1, 3, S, S], float32 between -1 and 1.

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.generation import GREEDY, generate
-from transom.backends.runtime import Call, Float, Runtime
+from transom.backends.prompt import ImageReader, Prompt, join
+from transom.backends.runtime import Float, Runtime
 from transom.backends.sampling import Sampling
-from transom.errors import ContextLengthError, NonFiniteError, SessionError, TokenizerError
+from transom.errors import ContextLengthError, ImageError, NonFiniteError, SessionError, TokenizerError
+from transom.graphs.images import Images
+from transom.images.pan_and_scan import PanAndScan
 
 FIRST_SLOTS = 512
 """Slots that a growing cache starts with; it then doubles, up to the context."""
@@ -35,6 +39,7 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
     def encode(self, text: str, bos: bool = True) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> list[int]: ...
+    def chat_text(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str: ...
     def check_template(self) -> None: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def stream(self) -> TokenStream: ...
@@ -47,6 +52,7 @@ class Session:
         runtime: What runs it, with states for one sequence; they are the session's alone.
         stop_ids: Tokens that end a text.
         tokenizer: None if the model has none.
+        images: What an image is among tokens; None if the model takes none.
 
     Attributes:
         runtime: What runs it.
@@ -56,18 +62,28 @@ class Session:
         vocab_size: Width of the logits.
         states: What is kept from call to call.
         tokenizer: None if the model has none; then prompts are token ids.
+        images: What an image is among tokens; None if the model takes none.
         tapped: What the taps of the artifact said in the last call of the runtime, by name; empty without taps.
         note: What users should know of how it runs, in words; "" if it is as they expect.
         refuses_nonfinite: Whether logits that are NaN or infinite are an error; what measures them turns it off.
         streams: Counts up whenever a stream of `generate` begins, or all are ended.
     """
 
-    def __init__(self, runtime: Runtime, *, stop_ids: Sequence[int] = (), tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        stop_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+        images: Images | None = None,
+    ) -> None:
         self.runtime, self.note = runtime, runtime.note
         self.context, self.chunk, self.vocab_size = runtime.context, runtime.chunk, runtime.vocab_size
         self.states, self.stop_ids, self.tokenizer = runtime.states, frozenset(stop_ids), tokenizer
         rings = {state.slots for state in self.states if state.window is not None and state.slots is not None}
         self._rings = rings if runtime.whole_writes else set()
+        self.images = images
+        self._reader = None if images is None else ImageReader(runtime=runtime, images=images)
         self.position = 0
         self.tapped: dict[str, NDArray[Any]] = {}
         self.refuses_nonfinite = True
@@ -106,15 +122,15 @@ class Session:
 
     def feed(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | Prompt,
         *,
         wanted: Literal["last", "all"] = "last",
         on_chunk: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Float]:
-        """Run tokens after those that the caches hold, chunk by chunk.
+        """Run tokens after those that the caches hold, chunk by chunk. The soft tokens of an image go into one chunk.
 
         Args:
-            tokens: Ids, at least one.
+            tokens: Ids, at least one, or a prompt with images.
             wanted: "last": yields the logits [1, V] of the last token; "all": those of each chunk [T, V].
             on_chunk: Called with the number of tokens done each time.
 
@@ -126,27 +142,34 @@ class Session:
         """
         if not self._intact:
             raise SessionError("an earlier call was interrupted and left the caches unsettled: call reset() first")
-        ids = np.asarray(tokens, dtype=np.int64)
+        prompt = Prompt.of(tokens)
+        ids = prompt.tokens
         if ids.ndim != 1 or ids.size == 0:
             raise TokenizerError("a prompt must hold at least one token: give it some text")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
+        if ids.max() >= self.vocab_size or (ids.min() < 0 and prompt.soft is None):
             raise TokenizerError(f"token ids must lie in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}")
+        blocks = prompt.blocks()
+        if (longest := max((end - first for first, end in blocks), default=0)) > self.chunk:
+            raise SessionError(
+                f"an image of {longest} tokens does not fit into a call of {self.chunk}, and is not to be cut: export "
+                f"with --chunk {longest} or more"
+            )
         self.reserve(self.position + ids.size)
         low = 0
         while low < ids.size:
-            part = ids[low : low + self._room()]
-            low += part.size
-            last = low == ids.size
-            positions = np.arange(part.size) if wanted == "all" else np.arange(part.size - 1, part.size)[: int(last)]
+            high = _before_block(blocks, low, min(ids.size, low + self._room()))
+            part, last = prompt.part(low, high, self.position), high == ids.size
+            low = high
+            size = part.tokens.shape[1]
+            positions = np.arange(size) if wanted == "all" else np.arange(size - 1, size)[: int(last)]
             self._intact = False
-            start = np.array([self.position])
-            result = self.runtime.run(Call(tokens=part[None], start=start, logit_positions=positions))
+            result = self.runtime.run(replace(part, logit_positions=positions))
             logits, self.tapped = result.logits[0], dict(result.taps)
             if self.refuses_nonfinite and not np.isfinite(logits).all():
                 raise _nonfinite(logits, self.position + positions)
-            self.position += part.size
+            self.position += size
             self._intact = True
-            on_chunk(part.size)
+            on_chunk(size)
             if wanted == "all" or last:
                 yield logits
 
@@ -154,7 +177,7 @@ class Session:
         """Most new tokens of the next call."""
         return min([self.chunk, *(slots - self.position % slots for slots in self._rings)])
 
-    def prefill(self, tokens: Sequence[int], *, on_chunk: Callable[[int], None] = lambda count: None) -> Float:
+    def prefill(self, tokens: Sequence[int] | Prompt, *, on_chunk: Callable[[int], None] = lambda count: None) -> Float:
         """Run tokens after those that the caches hold; returns the logits [V] of the last one.
 
         Raises:
@@ -191,20 +214,49 @@ class Session:
         return np.concatenate(log_probs)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt.
+        """Token ids of a prompt of text.
 
         Raises:
             TokenizerError: If it is text and the model has no tokenizer.
         """
-        if not isinstance(prompt, str):
-            return list(prompt)
+        return [int(token) for token in self.prompt(prompt).tokens]
+
+    def prompt(
+        self,
+        parts: str | Sequence[Any] | Prompt,
+        *,
+        pan_and_scan: PanAndScan | None = None,
+        bos: bool = True,
+        on_image: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Prompt:
+        """Tokens of a prompt; images are encoded here, each once a session.
+
+        Args:
+            parts: Text, token ids, or texts and images in their order; an image is its file, or uint8 [H, W, 3].
+            pan_and_scan: How images are cut into parts that are seen too; None leaves them whole.
+            bos: Whether a text begins with the token that begins texts.
+            on_image: Called with (done, total) as the parts of an image are encoded.
+
+        Raises:
+            TokenizerError: If there is text and the model has no tokenizer.
+            ImageError: If an image cannot be read, or the model takes none.
+        """
+        if isinstance(parts, Prompt):
+            return parts
+        pieces: list[Any] = [parts] if isinstance(parts, str) else list(parts)
+        if all(isinstance(piece, int | np.integer) for piece in pieces):
+            return Prompt.of(pieces)
         if self.tokenizer is None:
             raise TokenizerError("this model has no tokenizer: give token ids in place of text")
-        return self.tokenizer.encode(prompt)
+        if all(isinstance(piece, str) for piece in pieces):
+            return Prompt.of(self.tokenizer.encode("".join(pieces), bos=bos))
+        if self._reader is None:
+            raise ImageError("this model takes no images: export one that does, and its encoder with it")
+        return join(pieces, self._reader, self.tokenizer, setting=pan_and_scan, bos=bos, on_image=on_image)
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[Any] | Prompt,
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
@@ -230,6 +282,11 @@ class Session:
             kind = "summary" if not state.is_ring else "global" if state.window is None else "local"
             sizes[kind] = sizes.get(kind, 0) + array.nbytes
         return sizes
+
+
+def _before_block(blocks: Sequence[tuple[int, int]], low: int, high: int) -> int:
+    """`high`, or the first token of the block that a call from `low` to `high` would cut."""
+    return next((first for first, end in blocks if low < first < high < end), high)
 
 
 def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:

@@ -53,10 +53,10 @@ class _Point:
 
     @property
     def until_T(self) -> torch.Tensor:
-        """Last position that each token sees: two blocks stand in the new tokens, one of them at their end."""
+        """Last position that each token sees: a block is at the end of the new tokens, and one before if it fits."""
         until = self.start + torch.arange(self.tokens)
-        for stop in {self.tokens, max(1, self.tokens - self.block - 1)} if self.block else ():
-            until[max(0, stop - self.block) : stop] = self.start + stop - 1
+        for stop in (self.tokens, self.tokens - self.block - 1) if self.block else ():
+            until[max(0, stop - self.block) : max(0, stop)] = self.start + stop - 1
         return until
 
 

@@ -20,7 +20,7 @@ from transom.graphs.weight import Weight
 from transom.json_object import is_file
 from transom.wording import shortened
 from transom.zoo.architectures import architecture, build_empty, preset, presets, tensor_shapes
-from transom.zoo.checkpoints import codes, gguf, safetensors
+from transom.zoo.checkpoints import codes, gguf, layout, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
@@ -132,6 +132,11 @@ def load(
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
     config, source = _locate(name_or_path, patterns, images=images)
     named = presets()[config.name] if source is None else None
+    encoder_missing: tuple[str, ...] = ()
+    if config.images is not None and isinstance(source, Path) and weights == "checkpoint":
+        if not layout.holds_encoder(safetensors.tensor_names(source)):
+            config, images = config.text, False
+            encoder_missing = ("images: config.json describes their encoder, and the checkpoint holds no tensor of it",)
     if named is not None and named.packaged is not None and weights == "checkpoint":
         source = read_header(named.packaged())
     tokenizer, generation = _tokenizer(config, source), _generation(config, source)
@@ -139,6 +144,7 @@ def load(
         stop_ids = tuple(sorted({*generation.stop_ids, *tokenizer.stop_ids}))
         generation = dataclasses.replace(generation, stop_ids=stop_ids)
     beside = (
+        *encoder_missing,
         *generation.left_out,
         *(tokenizer.left_out if tokenizer else ()),
         *_vocabulary_lines(config, tokenizer),

@@ -229,7 +229,11 @@ class Tokenizer:
         return ids if first is None or ids[:1] == [first] else [first, *ids]
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation: by the checkpoint's own template, or its family's if it has none.
+        """Token ids of a conversation; see `chat_text`."""
+        return self.encode(self.chat_text(messages, add_generation_prompt), bos=False)
+
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as text: by the checkpoint's own template, or its family's if it has none.
 
         A template writes the beginning-of-sequence token itself, if there is to be one.
 
@@ -242,8 +246,7 @@ class Tokenizer:
         """
         if self.config.template is None:
             raise TokenizerError("the model has no chat template: it was not tuned for conversations, so use run")
-        text = render_template(self.config.template, self._special_tokens(), messages, add_generation_prompt)
-        return self.encode(text, bos=False)
+        return render_template(self.config.template, self._special_tokens(), messages, add_generation_prompt)
 
     def check_template(self) -> None:
         """Raise `TokenizerError` if the checkpoint's own chat template is not valid."""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import ENCODE_IMAGE, MODEL_FILE, Manifest
+from transom.backends.artifact import ENCODE_IMAGE, MODEL_FILE, PREPROCESS_FILE, Manifest
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
 from transom.backends.runtime import Call, Float, Result, Runtime, grown
 from transom.errors import ArtifactError, TargetError
 from transom.graphs.state import State
+from transom.images.resize import Box, PixelSpec
 
 MINIMUM = (1, 29)
 
@@ -50,9 +51,9 @@ class OnnxRuntime(Runtime):
         # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
         if rows > 1 and manifest.target == "onnxruntime":
             raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")
-        self._load_encoder = functools.partial(self._load, folder, manifest, threads, file=f"{ENCODE_IMAGE}.onnx")
-        self._encoder: Any = None
-        self._has_encoder = ENCODE_IMAGE in manifest.entries
+        # Most sessions see no image, and the encoder takes memory.
+        self._opened = functools.cache(functools.partial(self._load, folder, manifest, threads))
+        self._files = manifest.files.keys()
         self._model = self._load(folder, manifest, threads)
         if reason := mismatch(self._model, manifest):
             raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
@@ -74,12 +75,17 @@ class OnnxRuntime(Runtime):
         return Result(logits=logits, taps=dict(zip(self._taps, taps, strict=True)))
 
     def encode_image(self, pixels: Float) -> Float:
-        if not self._has_encoder:
+        if (file := f"{ENCODE_IMAGE}.onnx") not in self._files:
             return super().encode_image(pixels)
-        # Most sessions see no image, and the encoder takes memory.
-        self._encoder = self._encoder or self._load_encoder()
-        soft: Float = self._encoder.run(["soft"], {"pixels": pixels})[0][0]
+        soft: Float = self._opened(file=file).run(["soft"], {"pixels": pixels})[0][0]
         return soft
+
+    def pixels(self, image: NDArray[np.uint8], box: Box, spec: PixelSpec) -> Float:
+        if PREPROCESS_FILE not in self._files:
+            return super().pixels(image, box, spec)
+        given = {"image": np.ascontiguousarray(image), "box": np.array(box, np.int64)}
+        pixels: Float = self._opened(file=PREPROCESS_FILE).run(["pixels"], given)[0]
+        return pixels
 
     def allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

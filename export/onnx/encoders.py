@@ -77,16 +77,16 @@ LARGEST_SCORES = 2**24
 
 
 def attend_in_blocks(emitter: Emitter, node: Node) -> str:
-    """Standard Attention holds all scores at once, so queries are given to it in blocks."""
+    """Standard Attention holds all scores at once, so queries of a fixed number are given to it in blocks."""
     q, k, v = node.args
-    keys, values = emitter.value(k), emitter.value(v)
-    heads, tokens = (int(size) for size in q.meta["val"].shape[1:3])
-    blocks = min(tokens, math.ceil(heads * tokens * int(k.meta["val"].shape[2]) / LARGEST_SCORES))
-    scale = node.kwargs["scale"]
+    keys, values, scale = emitter.value(k), emitter.value(v), node.kwargs["scale"]
+    _, heads, tokens, _ = q.meta["val"].shape
+    blocks = 1
+    if isinstance(tokens, int):
+        blocks = min(tokens, math.ceil(int(heads) * tokens * int(k.meta["val"].shape[2]) / LARGEST_SCORES))
     if blocks == 1:
         return str(emitter.op("Attention", emitter.value(q), keys, values, scale=scale, is_causal=0))
-    sizes = torch.arange(tokens).tensor_split(blocks)
-    split = emitter.constant(np.array([len(block) for block in sizes]))
-    queries = emitter.op("Split", emitter.value(q), split, axis=2, outputs=blocks)
+    sizes = [len(block) for block in torch.arange(tokens).tensor_split(blocks)]
+    queries = emitter.op("Split", emitter.value(q), emitter.constant(np.array(sizes)), axis=2, outputs=blocks)
     parts = [emitter.op("Attention", block, keys, values, scale=scale, is_causal=0) for block in queries]
     return str(emitter.op("Concat", *parts, axis=2))

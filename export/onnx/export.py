@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE, Entry
+from transom.backends.artifact import MODEL_FILE, PREPROCESS_FILE, Entry
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.preprocess import preprocessing_model
 from transom.export.options import Options
 from transom.graphs.graph import Graph
+from transom.images.resize import PixelSpec
 
 DIALECTS = {dialect.name: dialect for dialect in (onnxruntime.DIALECT, standard.DIALECT)}
 
@@ -20,7 +22,9 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
 
 
 def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Entry:
-    """Write a model and its data, called after the graph's task."""
+    """Write a model and its data, called after the graph's task, and one that makes its pixels of an image."""
     file = f"{graph.task}.onnx"
+    size = int(graph.inputs["pixels"].meta["val"].shape[-1])
+    (folder / PREPROCESS_FILE).write_bytes(preprocessing_model(PixelSpec(size=size)).SerializeToString())
     emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes, file=file)
     return entry(graph, file)

@@ -12,7 +12,7 @@ import torch
 
 from transom.backends.artifact import DECODE, Manifest, write_manifest
 from transom.backends.folder import new_folder
-from transom.errors import TokenizerError
+from transom.errors import ContextLengthError, TokenizerError
 from transom.export.exporter import Progress, encoder_exporter, exporter
 from transom.export.options import Options
 from transom.export.ranges import TOKENS, activation_scales, trace_ranges
@@ -94,6 +94,7 @@ def compile_model(
         QuantizationError: If the scheme cannot hold a tensor.
         ArtifactError: If `out` exists.
         UnsupportedOpsError: If the target cannot lower an operation.
+        ContextLengthError: If the chunk does not hold an image.
         RangeError: If numbers leave float16's range where float32 islands do not help.
     """
     write, left_out = exporter(options.target), list(model.left_out)
@@ -102,6 +103,11 @@ def compile_model(
         left_out.append(f"images: the target {options.target!r} takes none yet, only {able}: the text decoder alone")
         model = model.text()
     config = model.config
+    if config.images is not None and options.chunk < config.images.soft_tokens:
+        raise ContextLengthError(
+            f"calls of {options.chunk} tokens cannot hold the {config.images.soft_tokens} of an image, which is not to "
+            f"be cut: export with --chunk {config.images.soft_tokens} or more, or without images (--no-vision)"
+        )
     measure = measure_on_text(model, options, on_progress=on_progress)
     listed = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant), measure=measure)
     passes = Pipeline([*before, *listed.passes])

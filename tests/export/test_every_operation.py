@@ -31,6 +31,7 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.pipelines import Measure, pipeline
 from transom.passes.targets import TARGETS
+from transom.zoo.model import load
 
 VOCABULARY, LONG = 50, 6
 HEADS, KEY_HEADS, HEAD = 4, 2, 8
@@ -372,6 +373,24 @@ def _attention(target: str) -> Iterator[Sample]:
     )
 
 
+@samples_of(ops.FULL_ATTENTION)
+def _full_attention(target: str) -> Iterator[Sample]:
+    for heads in (HEADS, KEY_HEADS):
+
+        def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+            q, k, v = (
+                by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values)
+            )
+            return by_rows(ops.FULL_ATTENTION(q, k, v, scale=SCALE).transpose(1, 2))
+
+        yield Sample(
+            name=f"{heads} heads",
+            rows=rows,
+            tensors=_tables(heads),
+            tolerance=FP32_ATTENTION,
+        )
+
+
 @samples_of(ops.ATTEND)
 def _attend(target: str) -> Iterator[Sample]:
     for heads, window in [*((HEADS, window) for window in WINDOWS), (KEY_HEADS, 9)]:
@@ -459,12 +478,14 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
         operations.update(node.target for node in graph.calls_all())
 
     measure = Measure(scales=lambda graph: {f"layers.{layer}.mlp.down_proj.input": 1.0 for layer in range(6)})
+    encoder = load("gemma3-vision-tiny", images=True).trace(task="encode_image")
     for target, able in TARGETS.items():
         spec: QuantSpec = next(iter(specs(target).values()))
         activations: Any = next(iter(able.activations), None)
         everything = Scheme(name="sample", linears=(spec,), table=spec, activations=activations)
         passes = pipeline(target, chunk=CHUNK, scheme=everything, measure=measure)
-        graph, _ = passes.run(traced, on_pass=note)
-        if target in TABLES:
-            assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target
+        for whole in (traced, *([encoder] if able.images else [])):
+            graph, _ = passes.run(whole, on_pass=note)
+            if target in TABLES:
+                assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target
     assert operations >= OPERATIONS

@@ -236,3 +236,45 @@ def test_large_windows_need_little_memory(window: int) -> None:
         expect(read_plain(graph, 0), window)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 2**29
+
+
+# With the last position that each token sees: (query positions [T, 1], keys [S], until [T, 1]) -> mask.
+Ahead = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+AHEAD: dict[str, tuple[Ahead, Expected]] = {
+    "causal or image": (lambda i, k, u: (k >= 0) & (k <= u), 0),
+    "window, or ahead in the image": (lambda i, k, u: (k >= 0) & (k <= u) & (i - k < W), W),
+    "additive": (lambda i, k, u: additive((k >= 0) & (k <= u) & (k > i - W)), W),
+    "window on both sides": (lambda i, k, u: (k >= 0) & (k <= u) & ((i - k).abs() < W), NEITHER),
+    "images see past the window": (lambda i, k, u: (k >= 0) & (k <= u) & ((i - k < W) | (u > i)), NEITHER),
+    "not the end of the image": (lambda i, k, u: (k >= 0) & ((k <= i) | (k < u)) & (i - k < W), NEITHER),
+    "one further": (lambda i, k, u: (k >= 0) & (k <= u + 1), NEITHER),
+    "behind the image nothing": (lambda i, k, u: (k >= 0) & (k <= i) & (k <= u), NEITHER),
+}
+
+
+class AheadMasks(nn.Module):
+    def forward(
+        self, x: torch.Tensor, start: torch.Tensor, until: torch.Tensor, cache: torch.Tensor
+    ) -> list[torch.Tensor]:
+        slots, last = cache.shape[2], start + x.shape[1] - 1
+        positions, keys = start + torch.arange(x.shape[1]), last - (last - torch.arange(slots)) % slots
+        return [mask(positions[:, None], keys, until[:, None]) for mask, _ in AHEAD.values()]
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Graph:
+    tokens = Dim("T", max=4096)
+    inputs = torch.ones(2, 7, dtype=torch.int64), torch.tensor(0), torch.arange(7), torch.zeros(2, 2, 90, 8)
+    return export(AheadMasks(), *inputs, dynamic_shapes=({1: tokens}, None, {0: tokens}, {2: Dim("S", max=4096)}))
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_tokens_of_an_image_see_each_other(ahead: Graph, name: str) -> None:
+    mask, expected = ahead.outputs[f"output.{list(AHEAD).index(name)}"], AHEAD[name][1]
+    tokens, slots = ahead.inputs["x"].meta["val"].shape[1], ahead.inputs["cache"].meta["val"].shape[2]
+    reading = read_mask(ahead, mask, tokens, slots, cached=True)
+    if isinstance(expected, int):
+        assert reading == MaskReading(window=expected, until=ahead.inputs["until"]), reading
+    else:
+        expect(reading, expected)

@@ -34,7 +34,11 @@ WITHOUT_WINDOW = 16
 """Stands for the window of a family without one, where lengths are chosen."""
 
 
-@pytest.fixture(scope="module", params=architectures(), ids=lambda family: family.name)
+TEXT = [family for family in architectures() if family.text is None]
+"""Those that see images are shown in `test_gemma3_vision.py`, beside what is their own."""
+
+
+@pytest.fixture(scope="module", params=TEXT, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Architecture:
     record: Architecture = request.param
     return record

@@ -10,7 +10,7 @@ import transformers
 
 from tests.gemma import gemma, gemma_config
 from transom.errors import ConfigError
-from transom.zoo.architectures import presets
+from transom.zoo.architectures import preset, presets
 from transom.zoo.config import tile
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.huggingface import left_out, read_config, write_config
@@ -76,7 +76,7 @@ def test_published_forms(tmp_path: Path, data: dict[str, Any], name: str) -> Non
     assert read(tmp_path, data) == named(gemma(name), tmp_path.name)
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("gemma3")])
+@pytest.mark.parametrize("name", [name for name in presets() if preset(name).architecture == "gemma3"])
 def test_what_we_write_both_read(tmp_path: Path, name: str) -> None:
     config = gemma(name)
     write_config(config, tmp_path)

@@ -125,6 +125,11 @@ def in_file(name: str, *, images: bool = False) -> str:
     return name if name == HEAD else ("model.language_model." if images else _PREFIXES[0]) + name
 
 
+def holds_encoder(names: Iterable[str]) -> bool:
+    """Whether tensors of an encoder of images are among those of a checkpoint."""
+    return any(_part(name) == _OTHER_PARTS["vision_tower"] for name in names)
+
+
 def _part(name: str) -> str | None:
     """The part beside the language model that a tensor belongs to, in words; None if it is of the language model."""
     return _OTHER_PARTS.get(name.removeprefix("model.").split(".")[0])

@@ -78,6 +78,15 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     return Checkpoint(weights=weights, copies=copies, left_out=lines)
 
 
+def tensor_names(folder: Path) -> tuple[str, ...]:
+    """What a folder's tensors are called in the files.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or corrupt.
+    """
+    return tuple(_entries(folder))
+
+
 def _entries(folder: Path) -> dict[str, Entry]:
     """Where every tensor of a folder stands, by its name in the files."""
     entries: dict[str, Entry] = {}

@@ -55,6 +55,9 @@ def export(
     cpu: Annotated[
         str | None, typer.Option(help="For tvm: processor to make code for, such as aarch64; by default this one.")
     ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision/--no-vision", help="Export the encoder of images too, if there is one.")
+    ] = True,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     taps: Annotated[bool, typer.Option("--taps", help="Return intermediate values too, for transom bisect.")] = False,
@@ -69,7 +72,7 @@ def export(
 
     # What can be refused at once should not wait for the weights.
     check_absent(out, overwrite=overwrite)
-    loaded = load_model(model, weights, seed)
+    loaded = load_model(model, weights, seed, images=vision)
     options = Options.of(
         loaded, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
     )
@@ -168,6 +171,9 @@ def inspect(
     facts.add_row("revision", escape(manifest.source["revision"]))
     facts.add_row("target", escape(f"{manifest.target}, {manifest.quantization}, {manifest.dtype}"))
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
+    if manifest.images is not None:
+        images = manifest.images
+        facts.add_row("images", f"{images.size} x {images.size} pixels become {images.soft_tokens} tokens")
     facts.add_row("validation", escape(certificate.describe()))
     for name, entry in manifest.files.items():
         facts.add_row(escape(name), escape(f"{size(entry['bytes'])}, sha256 {entry['sha256'][:16]}"))

@@ -26,8 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
 
 
-def load_model(name: str, weights: str, seed: int) -> Any:
-    """Load a model, with the words that users type.
+def load_model(name: str, weights: str, seed: int, *, images: bool = False) -> Any:
+    """Load a model, with the words that users type; with its encoder of images, if that is wanted and there is one.
 
     Raises:
         CheckpointError: If `weights` is neither "checkpoint" nor "random".
@@ -35,7 +35,7 @@ def load_model(name: str, weights: str, seed: int) -> Any:
     import transom
 
     check_weights(weights)
-    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed)
+    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed, images=images)
 
 
 def check_weights(weights: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +19,12 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from transom.backends.prompt import Part, Prompt, split_at
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
 from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
-from transom.errors import ContextLengthError, TokenizerError
+from transom.errors import ContextLengthError, ImageError, TokenizerError, TransomError
+from transom.images.pan_and_scan import SETTINGS
 from transom.zoo.text import argument_text, check_text, decode_text, read_text
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
@@ -29,6 +32,21 @@ TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keep
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that add up to this probability.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
 SampleSeed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+MARKER = "<image>"
+
+
+class PanAndScanName(enum.StrEnum):
+    """Keys of `images.pan_and_scan.SETTINGS`."""
+
+    off = "off"
+    hf = "hf"
+    google = "google"
+
+
+PanAndScanOption = Annotated[
+    PanAndScanName,
+    typer.Option(help="Show a long image in parts too: from a ratio of sides of 1.2 (hf) or of 1.5 (google) on."),
+]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.", min=1)]
 
 
@@ -45,6 +63,13 @@ def run(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - reads standard input.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An image; several are given by several options. They stand at <image> in the text, or before it."
+        ),
+    ] = None,
+    pan_and_scan: PanAndScanOption = PanAndScanName.off,
     max_new_tokens: MaxNew = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -54,12 +79,12 @@ def run(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text, which may show images."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     text = _prompt(prompt, prompt_file)
     session, load_s = _open(folder, threads)
     decoder = _stream(folder, session)
-    ids = session.encode(text)
+    ids = _read(session, split_at(text, MARKER, image or []) if image or session.images else [text], pan_and_scan, json)
     session.reserve(len(ids) + max_new_tokens - 1)
     meter = _Meter()
     with _prefill_bar(len(ids), json) as on_chunk:
@@ -135,6 +160,7 @@ def bench(
 def chat(
     folder: Folder,
     system: Annotated[str | None, typer.Option(help="Instructions for the whole conversation.")] = None,
+    pan_and_scan: PanAndScanOption = PanAndScanName.off,
     max_new_tokens: MaxNew = 512,
     temperature: Annotated[float | None, typer.Option(help="By default what the artifact says.")] = None,
     top_k: Annotated[int | None, typer.Option(help="By default what the artifact says.")] = None,
@@ -143,7 +169,10 @@ def chat(
     seed: SampleSeed = None,
     threads: Threads = None,
 ) -> None:
-    """Talk with an instruction-tuned model. An empty line, or end of input, ends the conversation."""
+    """Talk with an instruction-tuned model. An empty line, or end of input, ends the conversation.
+
+    A line "/image FILE" shows an image with the next line.
+    """
     from transom.zoo.chat import Message
     from transom.zoo.generation import read_sampling
 
@@ -155,23 +184,34 @@ def chat(
     session.tokenizer.check_template()
     messages: list[Message] = [Message(role="system", content=system)] if system else []
     cached_ids: list[int] = []
+    images: list[Path] = []
+    shown = 0
     while (line := _ask()) is not None:
-        messages.append(Message(role="user", content=line))
+        if line.split()[0] == "/image":
+            shown += _show(session, line, images, pan_and_scan)
+            continue
+        content = _IMAGE * shown + line.replace(_IMAGE, "")
+        messages.append(Message(role="user", content=content))
         try:
             check_text(line, "the line")
-            ids = session.tokenizer.encode_chat(messages)
-            _check_room(session, len(ids))
-        except (ContextLengthError, TokenizerError) as error:
+            text = session.tokenizer.chat_text(messages)
+            parts = split_at(text, _IMAGE, images) if images else [text]
+            prompt = session.prompt(parts, pan_and_scan=SETTINGS[pan_and_scan], bos=False)
+            _check_room(session, len(prompt))
+        except (ContextLengthError, ImageError, TokenizerError) as error:
             # The conversation is as it was before the line.
             messages.pop()
+            del images[len(images) - shown :]
+            shown = 0
             progress_console.print(f"[yellow]left out:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
             continue
+        shown, ids = 0, prompt.tokens.tolist()
         same = next(
             (i for i, (a, b) in enumerate(zip(cached_ids, ids, strict=False)) if a != b), min(len(cached_ids), len(ids))
         )
         # Caches of local layers cannot be rewound, so they are kept only if nothing in them changed.
         keep = same == len(cached_ids) and len(ids) > same
-        new = ids[same:] if keep else ids
+        new = prompt.after(same) if keep else prompt
         decoder, answer = _stream(folder, session), []
         # A conversation may fill the context; only when not one token more fits is it over.
         room = max(1, min(max_new_tokens, session.context - len(ids) + 1))
@@ -181,6 +221,22 @@ def chat(
         _say(decoder.finish() + "\n", quiet=False)
         cached_ids = [*ids, *answer][: session.position]
         messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
+
+
+_IMAGE = "\ufffc"
+"""Where an image stands in the text of a conversation: Unicode's own character for an object among letters."""
+
+
+def _show(session: Session, line: str, images: list[Path], pan_and_scan: PanAndScanName) -> int:
+    """Read the image of a line "/image FILE" and put it to the others; returns how many images that are more."""
+    path = Path(line.removeprefix("/image").strip())
+    try:
+        session.prompt([path], pan_and_scan=SETTINGS[pan_and_scan], bos=False)
+    except TransomError as error:
+        progress_console.print(f"[yellow]left out:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 0
+    images.append(path)
+    return 1
 
 
 def _sampling(
@@ -233,6 +289,17 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if str(prompt_file) == "-" and sys.stdin is not None:
         return decode_text(sys.stdin.buffer.read(), "standard input")
     return read_text(prompt_file)
+
+
+def _read(session: Session, parts: Sequence[Part], pan_and_scan: PanAndScanName, quiet: bool) -> Prompt:
+    """A prompt, with a bar while images are encoded."""
+    with Progress(console=progress_console, transient=True, disable=quiet or not progress_console.is_terminal) as bars:
+        task = bars.add_task("image", total=None, visible=False)
+
+        def on_image(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, visible=True)
+
+        return session.prompt(parts, pan_and_scan=SETTINGS[pan_and_scan], on_image=on_image)
 
 
 def _open(folder: Path, threads: int | None) -> tuple[Session, float]:

@@ -1,0 +1,144 @@
+"""Models that see images on the ONNX targets: logits of every position, whatever the calls; bytes of the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import transom
+from tests.images.sequences import Sequence, sequence
+from tests.tolerances import FP32_LOGITS
+from transom.backends.artifact import read_manifest
+from transom.backends.prompt import Prompt
+from transom.backends.session import Session
+from transom.errors import ContextLengthError
+from transom.export.onnx import onnxruntime
+from transom.export.onnx.emitter import Emitter
+from transom.graphs import ops
+from transom.graphs.node import Node
+from transom.zoo.model import Model, load
+
+CHUNK = 20
+"""Holds an image of 16 tokens, and not two."""
+TARGETS = ("onnxruntime", "onnx")
+
+
+@pytest.fixture(scope="module", params=["gemma3-vision-tiny", "gemma3-vision-tiny-wide"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return load(request.param, images=True)
+
+
+@pytest.fixture(scope="module")
+def text(model: Model) -> Sequence:
+    """Images behind texts and behind each other, and text far past the wide window."""
+    return sequence(model, "tit" + "t" * 9 + "iit" + "t" * 12)
+
+
+@pytest.fixture(scope="module")
+def logits(model: Model, text: Sequence) -> NDArray[np.float32]:
+    with torch.no_grad():
+        inputs = {"until": text.until, "soft": text.soft[None]}
+        rows = model.eager()(text.tokens[None], torch.tensor(0), None, **inputs)[0][0]
+    return rows.numpy()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def opened(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Session]:
+    root = tmp_path_factory.mktemp("images")
+
+    def make(target: str) -> Session:
+        if not (root / target).exists():
+            transom.compile(model, target=target, out=root / target, chunk=CHUNK, context=256)
+        return transom.open(root / target, threads=1)
+
+    return make
+
+
+def prompt(text: Sequence) -> Prompt:
+    return Prompt(tokens=text.tokens.numpy(), soft=text.soft[text.tokens < 0].numpy())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_position_whatever_the_calls(
+    model: Model, text: Sequence, logits: NDArray[np.float32], opened: Callable[[str], Session], target: str
+) -> None:
+    session, whole = opened(target), prompt(text)
+    rows = list(session.feed(whole, wanted="all"))
+    assert np.abs(np.concatenate(rows) - logits).max() < FP32_LOGITS
+    assert max(map(len, rows)) <= CHUNK and len(rows) > 4
+    # One token a call, but for images.
+    session.reset()
+    low = 0
+    while low < len(whole):
+        high = next((end for first, end in whole.blocks() if first == low), low + 1)
+        (row,) = session.feed(whole.after(low) if high == len(whole) else _cut(whole, low, high), wanted="all")
+        assert np.abs(row - logits[low:high]).max() < FP32_LOGITS, low
+        low = high
+
+
+def _cut(whole: Prompt, low: int, high: int) -> Prompt:
+    assert whole.soft is not None
+    before, count = int((whole.tokens[:low] < 0).sum()), int((whole.tokens[low:high] < 0).sum())
+    return Prompt(tokens=whole.tokens[low:high], soft=whole.soft[before : before + count] if count else None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_caches_stay_bounded(model: Model, opened: Callable[[str], Session], target: str) -> None:
+    session = opened(target)
+    session.reserve(200)
+    window = model.config.longest_window
+    assert window is not None
+    token = 4 * 2 * model.config.num_kv_heads * model.config.head_dim
+    assert session.cache_bytes() == {"local": 4 * token * (window + CHUNK - 1), "global": 2 * token * 256}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_soft_tokens(model: Model, text: Sequence, opened: Callable[[str], Session], target: str) -> None:
+    session = opened(target)
+    expected = text.soft[text.tokens < 0].reshape(len(text.pixels), -1, text.soft.shape[1])
+    for image, soft in zip(text.pixels, expected, strict=True):
+        actual = session.runtime.encode_image(image[None].numpy())
+        assert actual.dtype == np.float32 and np.abs(actual - soft.numpy()).max() < FP32_LOGITS
+
+
+def test_images_seen_as_text_are_noticed(
+    model: Model,
+    text: Sequence,
+    logits: NDArray[np.float32],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lower = onnxruntime.TABLE[ops.ATTEND]
+
+    def without_until(emitter: Emitter, node: Node) -> Any:
+        node.args = node.args[:6]
+        return lower(emitter, node)
+
+    monkeypatch.setitem(onnxruntime.TABLE, ops.ATTEND, without_until)
+    transom.compile(model, out=tmp_path / "a", chunk=CHUNK, context=256)
+    rows = np.concatenate(list(transom.open(tmp_path / "a").feed(prompt(text), wanted="all")))
+    first = int((text.tokens < 0).nonzero()[0])
+    assert np.abs(rows[:first] - logits[:first]).max() < FP32_LOGITS < np.abs(rows[first] - logits[first]).max()
+
+
+def test_a_chunk_that_cuts_an_image_is_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ContextLengthError, match=r"cannot hold the 16 of an image.*--chunk 16 or more"):
+        transom.compile(model, out=tmp_path / "a", chunk=15)
+    assert not (tmp_path / "a").exists()
+    manifest = transom.compile(model.text(), out=tmp_path / "a", chunk=15).manifest
+    assert manifest.images is None and set(manifest.entries) == {"decode"} and "soft" not in manifest.decode.inputs
+
+
+def test_what_the_manifest_says(model: Model, opened: Callable[[str], Session], tmp_path: Path) -> None:
+    transom.compile(model, out=tmp_path / "a", chunk=CHUNK)
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest.images == model.config.images and set(manifest.entries) == {"decode", "encode_image"}
+    port = manifest.entries["encode_image"].inputs["pixels"]
+    assert port.sizes == (1, 3, 64, 64) and port.dtype == "float32"
+    assert manifest.decode.inputs["soft"].sizes == (None, None, 64) and manifest.soft_width == 64
