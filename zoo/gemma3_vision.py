@@ -190,6 +190,23 @@ _HUGGINGFACE = dataclasses.replace(
 )
 
 
+def _released(name: str, **sizes: Any) -> Preset:
+    """A released size, all of which have one encoder."""
+    text = gemma3.released(name, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0, **sizes)
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    images = Images(
+        size=SiglipConfig.image_size,
+        soft_tokens=_SOFT_TOKENS,
+        begin_id=_IDS["boi"],
+        end_id=_IDS["eoi"],
+        text_before=_TEXT_AROUND,
+        text_after=_TEXT_AROUND,
+    )
+    changed = {"architecture": "gemma3_vision", "vision": SiglipConfig(), "images": images}
+    hub = f"google/gemma-3-{name.removeprefix('gemma3-')}-it"
+    return Preset(config=Gemma3VisionConfig(**{**fields, **changed}), hub=hub)
+
+
 def _tiny(name: str, window: int) -> Gemma3VisionConfig:
     return Gemma3VisionConfig(
         name=name,
@@ -214,6 +231,16 @@ def _tiny(name: str, window: int) -> Gemma3VisionConfig:
     )
 
 
+_PRESETS = (
+    # A window shorter than an image's 16 tokens, and a longer one.
+    Preset(config=_tiny("gemma3-vision-tiny", 8)),
+    Preset(config=_tiny("gemma3-vision-tiny-wide", 24)),
+    _released("gemma3-4b", hidden_size=2560, num_layers=34, num_heads=8, num_kv_heads=4, intermediate_size=10_240),
+    _released("gemma3-12b", hidden_size=3840, num_layers=48, num_heads=16, num_kv_heads=8, intermediate_size=15_360),
+    _released("gemma3-27b", hidden_size=5376, num_layers=62, num_heads=32, num_kv_heads=16, head_dim=128,
+              intermediate_size=21_504, query_scalar=5376 / 32),
+)  # fmt: skip
+
 ARCHITECTURE = Architecture(
     name="gemma3_vision",
     config=Gemma3VisionConfig,
@@ -221,8 +248,7 @@ ARCHITECTURE = Architecture(
     huggingface=_HUGGINGFACE,
     gguf=gemma3.ARCHITECTURE.gguf,
     text="gemma3",
-    # A window shorter than an image's 16 tokens, and a longer one.
-    presets=(Preset(config=_tiny("gemma3-vision-tiny", 8)), Preset(config=_tiny("gemma3-vision-tiny-wide", 24))),
+    presets=_PRESETS,
     sampling=gemma3.ARCHITECTURE.sampling,
     chat=gemma3.ARCHITECTURE.chat,
 )

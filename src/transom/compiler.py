@@ -133,8 +133,13 @@ def compile_model(
             on_progress("weights", min(written, total), total)
 
         progress = Progress(on_bytes=on_bytes, on_program=lambda done, count: on_progress("programs", done, count))
-        encoders = {name: listed.run(model.trace(task=name, dtype=dtype))[0] for name in config.encoders}
-        total += sum(encoder.weight_bytes() for encoder in encoders.values())
+        encoders, all_records = {}, list(records)
+        for name in config.encoders:
+            # What is measured on text says nothing of images.
+            unmeasured = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant))
+            encoders[name], more = unmeasured.run(model.trace(task=name, dtype=dtype))
+            total += encoders[name].weight_bytes()
+            all_records += more
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():
             lowered = write(graph, folder, options, progress)
@@ -162,13 +167,13 @@ def compile_model(
                 passes=[record.to_json() for record in records],
                 conversions=[
                     conversion.to_json()
-                    for converted in rewrites(records, Converted)
+                    for converted in rewrites(all_records, Converted)
                     for conversion in converted.conversions
                 ],
                 not_done=[
                     *left_out,
                     *_without_template(model),
-                    *(f"{record.name}: {reason}" for record in records for reason in record.skipped),
+                    *(f"{record.name}: {reason}" for record in all_records for reason in record.skipped),
                     *lowered.not_done,
                 ],
                 libraries=versions(lowered.libraries),

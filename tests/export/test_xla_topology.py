@@ -233,7 +233,7 @@ def test_27b_in_4_bits_fits_four_chips_of_16_gb() -> None:
     found = topology.compile_programs(
         programs("gemma3-27b", "int4", "bfloat16", tokens=(1, 2_048), context=32_768), "v5e:2x2"
     )
-    wanted = plan(preset("gemma3-27b"), context=32_768, quant="int4")
+    wanted = plan(preset("gemma3-27b").text, context=32_768, quant="int4")
     for program in found["programs"].values():
         assert program["alias_bytes"] == program["cache_bytes"] == wanted.cache_bytes_bounded // 4
         assert program["peak_bytes"] < 16e9

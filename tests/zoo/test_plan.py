@@ -26,7 +26,7 @@ def test_parameters_are_those_of_the_module(name: str) -> None:
     ],
 )
 def test_parameters_are_those_of_the_report(name: str, non_embedding: int) -> None:
-    config = preset(name)
+    config = preset(name).text
     assert parameters(config) - config.vocab_size * config.hidden_size == non_embedding
 
 
