@@ -45,7 +45,8 @@ class Plan:
 
     Attributes:
         model: Name of the configuration.
-        parameters: Numbers in the text decoder; the embedding counts once, as it is also the head.
+        parameters: Numbers in the model; a tied embedding counts once.
+        encoder_parameters: Those of them that only images need.
         quant: Name of a scheme; without one, weights stay in bfloat16, as released.
         weight_dtype: What the bulk of the weights is stored as.
         weight_bytes: All weights.
@@ -59,6 +60,7 @@ class Plan:
 
     model: str
     parameters: int
+    encoder_parameters: int
     quant: str
     weight_dtype: str
     weight_bytes: int
@@ -106,6 +108,7 @@ def plan(
     return Plan(
         model=config.name,
         parameters=_numbers(module),
+        encoder_parameters=0 if config.images is None else _numbers(module) - parameters(config.text),
         quant=quant,
         weight_dtype="bf16" if quant == "none" else quant,
         weight_bytes=_weight_bytes(module, quant),
@@ -119,7 +122,7 @@ def plan(
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Numbers in the text decoder, a tied embedding counted once."""
+    """Numbers in the model, a tied embedding counted once."""
     return _numbers(build_empty(config))
 
 

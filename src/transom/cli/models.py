@@ -96,8 +96,10 @@ def plan(
     if json:
         print_json(model_plan.to_json())
         return
+    more = model_plan.encoder_parameters
+    encoder = f" ({more:,} of them to encode images)" if more else ""
     console.print(
-        f"[bold]{escape(config.name)}[/bold]: {model_plan.parameters:,} parameters, "
+        f"[bold]{escape(config.name)}[/bold]: {model_plan.parameters:,} parameters{encoder}, "
         f"{size(model_plan.weight_bytes)} ({quant})"
     )
     table = Table("context", "bounded", "global-only", "share", title=f"Cache bytes, {cache_dtype}, batch {batch}")
