@@ -200,3 +200,18 @@ def test_chat(cli: Cli, folder: Path, file: Path, monkeypatch: pytest.MonkeyPatc
     turns = [int((made.tokens < 0).sum()) for made in prompts if made.tokens[0] == 2]
     # Every turn is asked for as a whole, and what follows what the caches hold is run.
     assert [count for count in turns if count] == [COUNT] * sum(1 for count in turns if count) and 0 in turns
+
+
+def test_export_with_its_encoder_and_without(cli: Cli, tmp_path: Path) -> None:
+    common = ("export", "gemma3-vision-tiny", "--chunk", 20, "--overwrite", "-o", tmp_path / "a")
+    code, _, err = cli(*common)
+    assert code == 0, err
+    assert "64 x 64 pixels become 16 tokens" in cli("inspect", tmp_path / "a")[1]
+    assert (tmp_path / "a" / "encode_image.onnx").is_file()
+    code, _, err = cli(*common, "--no-vision")
+    assert code == 0 and not (tmp_path / "a" / "encode_image.onnx").exists(), err
+    assert "pixels become" not in cli("inspect", tmp_path / "a")[1]
+    code, _, err = cli("run", tmp_path / "a", "--prompt", "a", "--image", tmp_path / "a.png")
+    assert code == 2 and "takes no images" in err
+    code, _, err = cli(*common, "--chunk", 8)
+    assert code == 2 and "--chunk 16 or more" in err

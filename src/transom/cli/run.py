@@ -182,7 +182,7 @@ def chat(
     _stream(folder, session)
     assert session.tokenizer is not None
     session.tokenizer.check_template()
-    messages: list[Message] = [Message(role="system", content=system)] if system else []
+    messages: list[Message] = [Message(role="system", content=system.replace(_IMAGE, ""))] if system else []
     cached_ids: list[int] = []
     images: list[Path] = []
     shown = 0
@@ -220,7 +220,7 @@ def chat(
             _say(decoder.add(token), quiet=False)
         _say(decoder.finish() + "\n", quiet=False)
         cached_ids = [*ids, *answer][: session.position]
-        messages.append(Message(role="assistant", content=session.tokenizer.decode(answer)))
+        messages.append(Message(role="assistant", content=session.tokenizer.decode(answer).replace(_IMAGE, "")))
 
 
 _IMAGE = "\ufffc"
