@@ -10,7 +10,7 @@ import numpy as np
 
 from transom.passes.add_taps import AddTaps
 from transom.validation.bisection.context import LOGITS, Context
-from transom.validation.bisection.recording import Call, steps
+from transom.validation.bisection.recording import steps
 from transom.validation.bisection.sources import tapped
 from transom.validation.candidates import REFERENCE, Candidate, OnProgress, Opener
 from transom.validation.lengths import SPAN
@@ -36,8 +36,7 @@ def compare_layers(
     """
     options, config = candidate.options, opener.model.config
     length = min(3 * (config.longest_window or SPAN) + 5, options.context, len(text))
-    starts = range(0, length, options.chunk)
-    calls = [Call(start=start, count=min(options.chunk, length - start)) for start in starts]
+    calls = [range(low, min(low + options.chunk, length)) for low in range(0, length, options.chunk)]
     reference = dataclasses.replace(candidate, name=REFERENCE, folder=None, exported=False)
     reference = dataclasses.replace(reference, options=dataclasses.replace(options, target=REFERENCE))
     graph = Context(graph=tapped(opener.model.trace()), tokens=text)
@@ -48,14 +47,14 @@ def compare_layers(
 
     with ExitStack() as stack:
         pair = [stack.enter_context(opener.open(part, progress, [AddTaps()])) for part in (reference, candidate)]
-        runs = [steps(session, calls, text, graph.axes()) for session in pair]
+        runs = [steps(session, calls, graph) for session in pair]
         for call, expected, actual in zip(calls, *runs, strict=True):
             for name, value in expected.items():
                 before, largest = worst.get(name, (0.0, SMALLEST))
                 # numpy's maximum keeps a NaN.
                 difference = np.maximum(before, np.abs(actual[name] - value).max())
                 worst[name] = float(difference), float(np.maximum(largest, np.abs(value).max()))
-            progress("positions", call.start + call.count, length)
+            progress("positions", call.stop, length)
     return tuple(
         LayerResult(
             name=name.removeprefix("tap."),

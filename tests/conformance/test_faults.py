@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
 from transom.validation.bisection.bisect import Context, bisect, bisect_stages, compare
-from transom.validation.bisection.recording import Call, Recording, record
+from transom.validation.bisection.recording import Recording, record
 
 LONG = ("decode_far", "mixed_chunks")
 CHUNK = 2 * WINDOW + 5
@@ -116,8 +117,7 @@ def images_recorded(suite: dict[str, Path], runtime: Eager, sizes: Sequence[int]
     """Taps of the case with images, cut as given."""
     inputs = np.load(suite["image_blocks"] / "inputs.npz")
     runtime.blocks = torch.from_numpy(inputs["blocks"])
-    starts = np.cumsum([0, *sizes[:-1]])
-    calls = [Call(start=int(start), count=size) for start, size in zip(starts, sizes, strict=True)]
+    calls = [range(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
     return record(Session(runtime), calls, context)
 
 

@@ -42,7 +42,7 @@ from transom.validation.bisection.bisect import bisect, bisect_stages
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import Difference, compare, describe_positions
 from transom.validation.bisection.eager import Eager
-from transom.validation.bisection.recording import Call, Recording, plan_calls, positions_of, record
+from transom.validation.bisection.recording import Recording, plan_calls, positions_of, record
 from transom.validation.bisection.verdict import Verdict
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -60,7 +60,7 @@ def tapped(traced: Graph) -> Graph:
 
 @pytest.fixture(scope="module")
 def context(tiny: Model, tapped: Graph) -> Context:
-    total = CALLS[-1].start + CALLS[-1].count
+    total = CALLS[-1].stop
     return Context(graph=tapped, tokens=make_prompt(tiny, total, None).ids[:total])
 
 
@@ -90,18 +90,18 @@ def test_single_steps_pass_the_wraps_of_both_rings(window: int, chunk: int | Non
     """Of `window` slots, where a runtime attends first, and of `window + chunk - 1`, where it writes first."""
     chunk = chunk or min(2 * window, window + 128) + 5
     calls = plan_calls(window=window, chunk=chunk)
-    assert [call.count for call in calls[:2]] == [chunk, chunk], "two whole chunks"
-    assert any(1 < call.count < chunk for call in calls), "a part of one"
+    assert [len(call) for call in calls[:2]] == [chunk, chunk], "two whole chunks"
+    assert any(1 < len(call) < chunk for call in calls), "a part of one"
     assert len(calls) <= 40
     assert positions_of("tap.norm", calls).tolist() == list(range(calls[-1].start + 1))
-    single = {call.start for call in calls if call.count == 1}
+    single = {call.start for call in calls if len(call) == 1}
     for ring in (window, window + chunk - 1):
         assert any({wrap - 1, wrap} <= single for wrap in range(ring, calls[-1].start, ring)), ring
 
 
 def test_a_prompt_that_is_asked_for_is_cut_into_whole_chunks() -> None:
     calls = plan_calls(window=WINDOW, chunk=CHUNK, length=2 * CHUNK + 3, decode=2)
-    assert [call.count for call in calls] == [CHUNK, CHUNK, 3, 1, 1]
+    assert [len(call) for call in calls] == [CHUNK, CHUNK, 3, 1, 1]
     assert positions_of("logits", calls).tolist() == [CHUNK - 1, 2 * CHUNK - 1, *range(2 * CHUNK + 2, 2 * CHUNK + 5)]
 
 
@@ -143,7 +143,7 @@ def test_the_run_at_fault_is_the_one_that_is_blamed(tapped: Graph, context: Cont
 def test_a_fault_while_decoding_only_is_told_as_such(tiny: Model, context: Context, right: Recording) -> None:
     """Numbers that are right in a prompt and wrong in single steps: the cause holds there alone."""
     tap = "tap.layers.2.pre_feedforward_layernorm"
-    single = [call.start for call in CALLS if call.count == 1]
+    single = [call.start for call in CALLS if len(call) == 1]
     first = single[0]
     value = right.values[tap].copy()
     plain = tiny.weights["layers.2.pre_feedforward_layernorm.weight"].read().numpy()
@@ -198,7 +198,7 @@ def test_equal_infinities_are_no_difference() -> None:
     ],
 )
 def test_where_runs_differ_in_words(positions: Sequence[int], words: str) -> None:
-    calls = [Call(start=0, count=10), Call(start=10, count=6), *(Call(start=at, count=1) for at in range(16, 20))]
+    calls = [range(10), range(10, 16), *(range(at, at + 1) for at in range(16, 20))]
     assert describe_positions(np.array(positions), np.arange(20), calls, 8) == words
 
 

@@ -5,9 +5,10 @@ A mask is what a softmax's input becomes where the scores are zeros, however the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from operator import methodcaller
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +16,7 @@ from transom.graphs.masks import MASKED
 from transom.graphs.match import LAYOUT, aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
 from transom.validation.bisection.context import Context, Site
-from transom.validation.bisection.hypothesis import RIGHT, Hypothesis
-from transom.validation.bisection.replay import Change, Replay
+from transom.validation.bisection.replay import RIGHT, Change, Changes, Hypothesis, Replay, from_node
 
 SCANNED = 256
 """Up to this many positions, every number of slots and every window is tried; beyond, the likely ones."""
@@ -31,96 +31,93 @@ class Masking(NamedTuple):
 
 
 def masking(site: Site) -> Masking | None:
-    """Find it; None if the site has no softmax over scores and a mask."""
-    for softmax in site.nodes:
-        if is_call(softmax, aten.softmax.int, aten._softmax.default):
-            masked = skip_casts(softmax.args[0])
-            scores = [side for side in masked.args if is_node(side) and side in site.moving]
-            if len(scores) == 1 and len(masked.all_input_nodes) > 1:
-                return Masking(softmax, masked, scores[0])
+    """Where a site hides scores; None if it has no softmax over scores and a mask."""
+    for softmax in site.calls(aten.softmax.int, aten._softmax.default):
+        masked = skip_casts(softmax.args[0])
+        scores = [side for side in masked.args if is_node(side) and side in site.moving]
+        if len(scores) == 1 and len(masked.all_input_nodes) > 1:
+            return Masking(softmax, masked, scores[0])
     return None
 
 
 def seen_keys(replay: Replay, place: Masking) -> torch.Tensor:
     """Which keys each token sees, bool [T, S], as the graph says."""
-    shape = (1, 1, len(replay.output), len(replay.positions))
-    masked = replay.value(place.masked, {place.scores: lambda _: torch.zeros(shape)})
-    return masked.flatten(0, -3)[0].expand(shape[2:]) > MASKED  # type: ignore[no-any-return]
+    total = len(replay.positions)
+    slots = total if replay.slots is None else replay.slots
+    masked = replay.value(place.masked, {place.scores: lambda _: torch.zeros(1, 1, total, slots)})
+    return masked.flatten(0, -3)[0].expand(total, slots) > MASKED  # type: ignore[no-any-return]
 
 
-def windows(context: Context, total: int) -> dict[int | None, int | None]:
-    """Window of every layer that attends: what the last of `total` tokens sees; None if that is every earlier key."""
-    layers = {}
+def windows(context: Context) -> dict[int | None, int | None]:
+    """Window of every layer that attends: what the last token sees; None if that is every earlier key."""
+    layers, total = {}, len(context.tokens)
+    last = (range(total - 1, total),)
     for site in context.sites("attention"):
         if (place := masking(site)) is not None:
-            last = Replay(
-                site=site, context=context, inputs={}, output=torch.empty(1), calls=((total - 1, 1),), slots=total
-            )
-            masked = last.value(place.masked, {place.scores: lambda _: torch.zeros(1, 1, 1, total)})
-            count = int((masked.flatten(0, -3)[0] > MASKED).sum())
-            layers[site.layer] = None if count >= total else count
+            replay = Replay(site=site, context=context, inputs={}, output=torch.empty(1), calls=last, slots=total)
+            count = int(seen_keys(replay, place).sum())
+            layers[site.tap.layer] = None if count >= total else count
     return layers
 
 
 class _Keys(NamedTuple):
-    """Which keys each token may see, [T, T] each, positions of queries first."""
+    """Which keys each token may see, [T, T] each, positions of queries first.
+
+    Attributes:
+        distance: How far back a key is; negative for later ones.
+        same_call: Whether it is written by the token's own call.
+        lost: How many newer keys have been written when the token attends: its call's last position less the key's.
+        before: The same, counted before the call writes; negative in the call.
+    """
 
     distance: torch.Tensor
-    """How far back a key is; negative for later ones."""
     same_call: torch.Tensor
     lost: torch.Tensor
-    """How many newer keys have been written when the token attends: its call's last position less the key's."""
     before: torch.Tensor
-    """The same, counted before the call writes: its first position less 1 less the key's; negative in the call."""
 
 
 def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     """First that it is right; then masks, overwritten keys, displaced keys, and heads."""
     place = masking(replay.site)
     if place is None:
-        yield Hypothesis(op="softmax", cause=RIGHT, predict=replay.run)
+        yield Hypothesis(RIGHT)
         return
-    at, counts = replay.positions, torch.tensor([count for _, count in replay.calls])
-    starts = torch.tensor([start for start, _ in replay.calls]).repeat_interleave(counts)
-    lasts = starts + counts.repeat_interleave(counts) - 1
+    at = replay.positions
+    starts = torch.tensor([call.start for call in replay.calls for _ in call])
+    lasts = torch.tensor([call[-1] for call in replay.calls for _ in call])
     keys = _Keys(
         distance=at[:, None] - at,
         same_call=starts[:, None] == starts,
         lost=lasts[:, None] - at,
         before=starts[:, None] - 1 - at,
     )
-    chunk, layers = int(counts.max()), windows(replay.context, len(at))
-    window = layers.pop(replay.site.layer, None)
+    chunk, layers = max(map(len, replay.calls)), windows(replay.context)
+    window = layers.pop(replay.site.tap.layer, None)
     local = window or min((other for other in layers.values() if other is not None), default=chunk)
     causal, blocks = keys.distance >= 0, _blocks(replay)
     seen = seen_keys(replay, place)
     if blocks.any():
         seen = causal | blocks if window is None else (causal | blocks) & (keys.distance < window)
 
-    def guess(op: str, cause: str, seen: torch.Tensor, changes: dict[Node, Change] | None = None) -> Hypothesis:
-        def hide(value_of: Callable[[Node], Any]) -> torch.Tensor:
-            scores: torch.Tensor = value_of(place.scores)
-            return scores.masked_fill(~seen, float("-inf"))
+    def guess(op: str, cause: str, seen: torch.Tensor, changes: Changes | None = None) -> Hypothesis:
+        hide = from_node(place.scores, lambda scores: scores.masked_fill(~seen, float("-inf")))
+        return Hypothesis(cause, {place.masked: hide, **(changes or {})}, op=op)
 
-        return Hypothesis(op=op, cause=cause, predict=lambda: replay.run({place.masked: hide, **(changes or {})}))
-
-    yield guess("mask", RIGHT, seen) if blocks.any() else Hypothesis(op="mask", cause=RIGHT, predict=replay.run)
+    yield guess("mask", RIGHT, seen) if blocks.any() else Hypothesis(RIGHT, op="mask")
     for cause, changed in _masks(keys, window, local, blocks):
         yield guess("mask", cause, changed)
         for cached in _cached_keys(keys, window, chunk):
             if not torch.equal(changed & cached, changed):
                 yield guess("mask", f"{cause}, as far as its cache holds them", changed & cached)
     yield from (guess("cache write", cause, kept) for cause, kept in _losses(keys, seen, window, local, chunk))
-    written = [node for node in replay.site.nodes if is_call(node, aten.index_copy.default)]
+    written = replay.site.calls(aten.index_copy.default)
     for shift, words in ((1, "before"), (-1, "after")) if written else ():
-        moved: dict[Node, Change] = {
-            node: lambda value_of, node=node, shift=shift: value_of(node).roll(shift, 2)  # type: ignore[misc]
-            for node in written
-        }
+        moved = {node: from_node(node, partial(torch.roll, shifts=shift, dims=2)) for node in written}
         cause = f"keys and values stand one slot off: every token reads those of the position {words}"
         yield guess("cache write", cause, seen, moved)
-    empty = partial(_with_empty_slots, place.softmax, seen, window or int(lasts.max()) + 1)
-    yield guess("mask", "slots that were never written are seen as keys of zeros", seen, {place.softmax: empty})
+    empty = partial(_with_empty_slots, seen, window or int(lasts.max()) + 1)
+    cause = "slots that were never written are seen as keys of zeros"
+    yield guess("mask", cause, seen, {place.softmax: from_node(place.softmax.args[0], empty)})
     if tiled := dict(_tiled(replay.site)):
         cause = "query heads read the wrong key/value heads: they are tiled, not repeated"
         yield guess("mask", cause, seen, tiled)
@@ -139,22 +136,23 @@ def _blocks(replay: Replay) -> torch.Tensor:
 def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Masks that are not the layer's."""
     causal = keys.distance >= 0
+    scanned = range(1, len(causal) if len(causal) <= SCANNED else 0)
+
+    def bounded(words: str, wrong: int) -> tuple[str, torch.Tensor]:
+        return words, (causal | blocks) & (keys.distance < wrong)
+
     if window is not None:
         for wrong in (window - 1, window + 1):
-            words = f"the window is off by one: {wrong} keys in place of {window}"
-            yield words, (causal | blocks) & (keys.distance < wrong)
+            yield bounded(f"the window is off by one: {wrong} keys in place of {window}", wrong)
         yield "the window is ignored: the local layer sees every earlier key", causal | blocks
-        reach = len(causal) if len(causal) <= SCANNED else 0
-        for wrong in sorted({window // 2, 2 * window, *range(1, reach)} - {window - 1, window, window + 1}):
-            words = f"the window is {wrong} keys in place of {window}"
-            yield words, (causal | blocks) & (keys.distance < wrong)
+        for wrong in sorted({window // 2, 2 * window, *scanned} - {window - 1, window, window + 1}):
+            yield bounded(f"the window is {wrong} keys in place of {window}", wrong)
         in_window = keys.distance < window
     else:
         words = f"the global layer is bounded to the window of {local} keys: its mask is a local layer's"
-        yield words, (causal | blocks) & (keys.distance < local)
-        for wrong in range(1, len(causal) if len(causal) <= SCANNED else 0):
-            words = f"the global layer is bounded to a window of {wrong} keys"
-            yield words, (causal | blocks) & (keys.distance < wrong)
+        yield bounded(words, local)
+        for wrong in scanned:
+            yield bounded(f"the global layer is bounded to a window of {wrong} keys", wrong)
         in_window = torch.ones_like(causal)
     yield "attention is not causal: tokens see later ones of their call", (causal | keys.same_call) & in_window
     yield "tokens see one key too late a position", (keys.distance >= -1) & (causal | keys.same_call) & in_window
@@ -178,26 +176,21 @@ def _losses(
     needed = f"{local + chunk - 1} are needed for a window of {local} and chunks of {chunk}"
     needed = needed if window is not None else "it must grow with the context"
     likely = [local, local - 1, local + 1, local + chunk - 2, local + chunk - 1, chunk]
-    scanned = range(1, local + 2 * chunk) if len(seen) <= SCANNED else ()
-    for slots in dict.fromkeys((*likely, *scanned)):
+    tried = dict.fromkeys((*likely, *(range(1, local + 2 * chunk) if len(seen) <= SCANNED else ())))
+    for slots in tried:
         words = f"the {kind} layer's cache has {slots} slots, {needed}: keys were overwritten before they were read"
         yield words, seen & (keys.lost < slots)
-    for slots in dict.fromkeys((*likely, *scanned)):
+    for slots in tried:
         if window is None or slots < window:
             words = f"the {kind} layer's cache keeps {slots} keys between calls: those before them are missing"
             yield words, seen & (keys.same_call | (keys.before < slots))
     yield "keys of earlier calls are missing: the cache is not kept, or not read", seen & keys.same_call
-    yield (
-        "keys of the same call are missing: they are written after attention",
-        seen & (~keys.same_call | (keys.distance == 0)),
-    )
+    own = ~keys.same_call | (keys.distance == 0)
+    yield "keys of the same call are missing: they are written after attention", seen & own
 
 
-def _with_empty_slots(
-    softmax: Node, seen_TS: torch.Tensor, least: int, value_of: Callable[[Node], Any]
-) -> torch.Tensor:
+def _with_empty_slots(seen_TS: torch.Tensor, least: int, masked: torch.Tensor) -> torch.Tensor:
     """Weights of keys where each token sees at least so many: those that are missing are zeros."""
-    masked: torch.Tensor = value_of(softmax.args[0])
     zeros_T = (least - seen_TS.sum(1)).clamp_min(0).float().log()
     zeros = zeros_T[:, None].expand(*masked.shape[:-1], 1)
     return torch.cat((masked, zeros), -1).softmax(-1)[..., :-1]
@@ -213,6 +206,5 @@ def _tiled(site: Site) -> Iterator[tuple[Node, Change]]:
             if len(shape) == len(repeated) == 4 and shape[1] != repeated[1] and shape[3] == repeated[3]:
                 groups = repeated[1] // shape[1] if isinstance(shape[1], int) and isinstance(repeated[1], int) else 1
                 if groups > 1:
-                    change: Change = lambda value_of, x=source, n=groups: value_of(x).repeat(1, n, 1, 1)  # type: ignore[misc]  # noqa: E731
-                    yield node, change
+                    yield node, from_node(source, methodcaller("repeat", 1, groups, 1, 1))
                 break

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transom.backends.artifact import Manifest
@@ -24,24 +24,24 @@ from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.errors import ArtifactError, ContextLengthError, TargetError
 from transom.formats.schemes import scheme
+from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.passes.add_taps import AddTaps
-from transom.passes.base import Pass, Pipeline
+from transom.passes.base import Pass
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.targets import TARGETS
 from transom.validation.bisection.context import Context
-from transom.validation.bisection.divergence import agreement, compare, differences, explain, first_divergent
-from transom.validation.bisection.recording import Call, plan_calls, record, steps
+from transom.validation.bisection.divergence import compare, compare_runs, differences, first_divergent
+from transom.validation.bisection.recording import Float, Recording, plan_calls, record, steps
 from transom.validation.bisection.sources import (
     EAGER,
     Source,
-    is_quantized,
     manifest_of,
     open_source,
     rebuilt,
     reference_graph,
-    stage_graph,
+    stages_of,
     tapped,
+    until,
 )
 from transom.validation.bisection.verdict import Verdict
 from transom.validation.inputs import check_same, model_of
@@ -50,7 +50,7 @@ from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
 from transom.zoo.prompt import make_prompt
 
-__all__ = ["Context", "Verdict", "bisect", "bisect_stages", "compare", "explain"]
+__all__ = ["Context", "Verdict", "bisect", "bisect_stages", "compare"]
 
 SURPLUS = 128
 """Tokens that a chunk has beyond the window, at most: the taps of a large model take a megabyte a token."""
@@ -89,25 +89,18 @@ def bisect(
         ConfigError: If a folder is not of the model that is given, or its own is not found.
         ContextLengthError: If the prompt and the decoded tokens do not fit into the context.
     """
-    manifests = [manifest_of(source) for source in (a, b)]
-    folders = [
-        (Path(source), manifest)
-        for source, manifest in zip((a, b), manifests, strict=True)
-        if manifest is not None and isinstance(source, (str, Path))
-    ]
+    pairs = [(source, manifest_of(source)) for source in (a, b)]
+    folders = [(Path(str(source)), manifest) for source, manifest in pairs if manifest is not None]
     quant = _quant(quant, folders)
-    loaded = _model(model, folders)
-    bounded: list[Manifest | Session] = [manifest for _, manifest in folders]
-    bounded += [source for source in (a, b) if isinstance(source, Session)]
-    plan = _plan(loaded, quant, bounded, length, chunk, decode)
-    shares = [_share(source, manifest, quant) for source, manifest in zip((a, b), manifests, strict=True)]
-    context = dataclasses.replace(plan.context, tolerance=max(shares) if share is None else share)
-    bare = [manifest is not None and not manifest.decode.taps for manifest in manifests]
+    bounded = [*(manifest for _, manifest in folders), *(source for source in (a, b) if isinstance(source, Session))]
+    plan = _plan(_model(model, folders), quant, bounded, length, chunk, decode)
+    allowed = max(_share(source, manifest, quant) for source, manifest in pairs) if share is None else share
+    context = dataclasses.replace(plan.context, tolerance=allowed)
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(plan.open(source)) for source in (a, b))
-        verdict = _bisect(first, second, plan.calls, context)
-        if verdict.diverged and any(bare):
-            verdict = _with_taps(verdict, (a, b), manifests, plan, context)
+        verdict = plan.bisect(first, second, context)
+        if verdict.diverged and any(_is_bare(manifest) for _, manifest in pairs):
+            verdict = _with_taps(verdict, pairs, plan, context)
         if not verdict.diverged or verdict.side is None:
             return verdict
         blamed, other = (a, second) if verdict.side == "a" else (b, first)
@@ -116,8 +109,8 @@ def bisect(
             cause = f"the graph as traced is not what the module computes; if it were right, {verdict.cause}"
             return dataclasses.replace(verdict, side="b" if verdict.side == "a" else "a", cause=cause)
         # What is interpreted in float32 agrees as closely as taps do, however far a runtime may be off.
-        within = TAPS if share is None else share
-        return dataclasses.replace(verdict, stage=_stage(blamed, other, plan, context, within))
+        stage = _stage(blamed, other, plan, context, TAPS if share is None else share)
+        return dataclasses.replace(verdict, stage=stage)
 
 
 def bisect_stages(
@@ -147,23 +140,11 @@ def bisect_stages(
     Raises:
         TargetError: If the target is unknown.
     """
-    loaded = _model(model, [])
-    plan = _plan(loaded, quant, [], length, chunk, decode)
+    plan = _plan(_model(model, []), quant, [], length, chunk, decode)
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(quant)).passes if isinstance(target, str) else target
-    context = dataclasses.replace(plan.context, tolerance=TAPS if share is None else share)
-    traced, verdict = context.graph, None
-    stages: list[tuple[str, Graph]] = []
-
-    def on_pass(ran: Pass, graph: Graph) -> None:
-        stages.append((ran.name, graph.clone()))
-
-    _, records = Pipeline([ran for ran in passes if not isinstance(ran, AddTaps)]).run(traced, on_pass=on_pass)
-    for (name, graph), done in zip(stages, records, strict=True):
-        if not done.changes:
-            continue
-        means = quant if is_quantized(graph) else "none"
-        right, quantized_context = reference_graph(traced, means), dataclasses.replace(context, quant=means)
-        verdict = _bisect(plan.interpret(right), plan.interpret(graph), plan.calls, quantized_context)
+    verdict = None
+    for name, graph in stages_of(passes, plan.context.graph):
+        verdict = plan.bisect(*plan.stage(graph, TAPS if share is None else share))
         if verdict.diverged:
             return dataclasses.replace(verdict, stage=name)
     if verdict is None:
@@ -173,23 +154,42 @@ def bisect_stages(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is run."""
+    """What is run, and on what."""
 
     model: Model
     chunk: int
-    calls: tuple[Call, ...]
+    calls: tuple[range, ...]
     context: Context
 
-    @property
-    def total(self) -> int:
-        return self.calls[-1].start + self.calls[-1].count
+    @functools.cached_property
+    def right(self) -> Graph:
+        """The graph as traced, with the numbers that the codes of the scheme mean."""
+        return reference_graph(self.context.graph, self.context.quant)
 
     def open(self, source: Source) -> contextlib.AbstractContextManager[Session]:
-        quant = self.context.quant
-        return open_source(source, self.model, quant=quant, context=self.total, chunk=self.chunk)
+        return open_source(source, self.model, quant=self.context.quant, context=self.calls[-1].stop, chunk=self.chunk)
 
     def interpret(self, graph: Graph) -> Session:
-        return ReferenceSession(graph, context=self.total, chunk=self.chunk)
+        return ReferenceSession(graph, context=self.calls[-1].stop, chunk=self.chunk)
+
+    def stage(self, graph: Graph, share: float) -> tuple[Session, Session, Context]:
+        """What a stage should give, what it gives, and in which scheme: codes may not stand in it yet."""
+        is_exact = not graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED)
+        right = self.context.graph if is_exact else self.right
+        context = dataclasses.replace(self.context, tolerance=share, quant="none" if is_exact else self.context.quant)
+        return self.interpret(right), self.interpret(graph), context
+
+    def bisect(self, a: Session, b: Session, context: Context) -> Verdict:
+        def recordings(taps: set[str]) -> tuple[Recording, Recording]:
+            return record(a, self.calls, context, taps), record(b, self.calls, context, taps)
+
+        return compare_runs(self._runs(a, b, context), context, recordings)
+
+    def agree(self, a: Session, b: Session, context: Context) -> bool:
+        return first_divergent(differences(self._runs(a, b, context)), context.tolerance) is None
+
+    def _runs(self, a: Session, b: Session, context: Context) -> Iterator[tuple[Mapping[str, Float], ...]]:
+        return zip(steps(a, self.calls, context), steps(b, self.calls, context), strict=True)
 
 
 def _quant(quant: str, folders: Sequence[tuple[Path, Manifest]]) -> str:
@@ -198,8 +198,10 @@ def _quant(quant: str, folders: Sequence[tuple[Path, Manifest]]) -> str:
         return quant
     folder, manifest = folders[0]
     for other_folder, other in folders[1:]:
-        ours, theirs = ({**each.model, "revision": each.source["revision"]} for each in (manifest, other))
-        ours["quantization"], theirs["quantization"] = manifest.quantization, other.quantization
+        ours, theirs = (
+            {**each.model, "revision": each.source["revision"], "quantization": each.quantization}
+            for each in (manifest, other)
+        )
         differing = sorted(key for key in ours | theirs if key != "name" and ours.get(key) != theirs.get(key))
         if differing:
             raise ArtifactError(
@@ -242,7 +244,7 @@ def _plan(
     wanted = min(2 * window, window + SURPLUS) + 5 if chunk is None else chunk
     chunk = min([wanted, model.config.context, *(each.chunk for each in bounded)])
     calls = plan_calls(window=window, chunk=chunk, length=length, decode=decode)
-    total = calls[-1].start + calls[-1].count
+    total = calls[-1].stop
     if total > (room := min([model.config.context, *(each.context for each in bounded)])):
         raise ContextLengthError(f"{total} tokens do not fit into a context of {room}: give a shorter --length")
     tokens = make_prompt(model, total, None).ids[:total]
@@ -261,30 +263,21 @@ def _share(source: Source, manifest: Manifest | None, quant: str) -> float:
     return TAPS if allowed is FLOAT32 else allowed.relative
 
 
-def _bisect(a: Session, b: Session, calls: Sequence[Call], context: Context) -> Verdict:
-    runs = zip(*(steps(session, calls, context.tokens, context.axes()) for session in (a, b)), strict=True)
-    tap_differences = differences(runs)
-    first = first_divergent(tap_differences, context.tolerance)
-    if first is None:
-        return agreement(tap_differences, context.tolerance)
-    where = context.site(first.tap)
-    names = {where.tap, *where.inputs}
-    again_a, again_b = (record(session, calls, context, names) for session in (a, b))
-    return dataclasses.replace(explain(where, first, again_a, again_b, context), compared=len(tap_differences))
+def _is_bare(manifest: Manifest | None) -> bool:
+    """Whether it is an artifact that was exported without taps."""
+    return manifest is not None and not manifest.decode.taps
 
 
 def _with_taps(
-    verdict: Verdict, sources: Sequence[Source], manifests: Sequence[Manifest | None], plan: _Plan, context: Context
+    verdict: Verdict, pairs: Sequence[tuple[Source, Manifest | None]], plan: _Plan, context: Context
 ) -> Verdict:
     """Logits of artifacts without taps differ: look into them by making them again with taps."""
     with contextlib.ExitStack() as stack:
-
-        def opened(source: Source, manifest: Manifest | None) -> Session:
-            is_bare = manifest is not None and not manifest.decode.taps
-            return stack.enter_context(rebuilt(manifest, plan.model) if is_bare and manifest else plan.open(source))
-
-        first, second = (opened(source, manifest) for source, manifest in zip(sources, manifests, strict=True))
-        again = _bisect(first, second, plan.calls, context)
+        first, second = (
+            stack.enter_context(rebuilt(manifest, plan.model) if manifest and _is_bare(manifest) else plan.open(source))
+            for source, manifest in pairs
+        )
+        again = plan.bisect(first, second, context)
     if again.diverged:
         return again
     cause = (
@@ -297,33 +290,16 @@ def _with_taps(
 def _stage(blamed: Source, other: Session, plan: _Plan, context: Context, share: float) -> str | None:
     """The first pass after which a target's graph, interpreted, no longer says what the model means.
 
-    Every stage is compared with the graph as traced, from the pass on that quantises with the numbers that the codes
-    mean. That graph is compared with the other run first: if it differs, no pass can be told to be at fault.
+    The graph as traced is compared with the other run first: if it differs, no pass can be told to be at fault.
     """
     if not isinstance(blamed, str) or blamed.partition("@")[0] not in PIPELINES:
         return None
     target, _, last = blamed.partition("@")
-    passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
-    names = [current.name for current in passes]
-    names = names[: names.index(last) + 1] if last else names
-    traced = context.graph
-
-    def agree(a: Session, b: Session, within: float) -> bool:
-        runs = zip(*(steps(session, plan.calls, context.tokens, context.axes()) for session in (a, b)), strict=True)
-        return first_divergent(differences(runs), within) is None
-
-    @functools.cache
-    def right(quant: str) -> Session:
-        return plan.interpret(reference_graph(traced, quant))
-
-    if not agree(other, right(context.quant), context.tolerance):
+    if not plan.agree(other, plan.interpret(plan.right), context):
         return None
-    guilty = None
-    for name in reversed(names):
-        graph = stage_graph(traced, passes, name, target)
-        means = context.quant if is_quantized(graph) else "none"
-        if agree(right(means), plan.interpret(graph), share):
-            break
-        guilty = name
-    # A stage is never lowered: what is wrong with one has been brought in by a pass.
-    return guilty or (None if last else LOWERING)
+    passes = pipeline(target, chunk=plan.chunk, scheme=scheme(context.quant)).passes
+    stages = stages_of(until(passes, last, target) if last else passes, context.graph)
+    if not stages or plan.agree(*plan.stage(stages[-1][1], share)):
+        # A stage is never lowered: what is wrong with one has been brought in by a pass.
+        return None if last else LOWERING
+    return next(name for name, graph in stages if not plan.agree(*plan.stage(graph, share)))

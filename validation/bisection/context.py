@@ -49,32 +49,27 @@ class Site:
     """A tap, and the part of the graph between it and its nearest tapped ancestors.
 
     Attributes:
-        tap: Its name.
-        layer: Index of the layer; None before the first and after the last.
-        op: What computes the value.
-        node: The node that is tapped; None for a tap that the graph does not have.
-        inputs: Tapped ancestors by the taps' names.
+        tap: The tap: its layer, and the operation that computes the value.
+        node: The node that is tapped.
+        inputs: Tapped ancestors, and the names of their taps.
         nodes: All nodes from the inputs on, in order of execution; weights and other placeholders among them.
         moving: Those whose numbers depend on an input, or on the tokens.
     """
 
-    tap: str
-    layer: int | None = None
-    op: str = "unknown"
-    node: Node | None = None
-    inputs: Mapping[str, Node] = dataclasses.field(default_factory=dict)
-    nodes: tuple[Node, ...] = ()
-    moving: frozenset[Node] = frozenset()
+    tap: Tap
+    node: Node
+    inputs: Mapping[Node, str]
+    nodes: tuple[Node, ...]
+    moving: frozenset[Node]
 
-    def constants(self) -> list[Node]:
-        """Values that depend on positions and weights alone, where they meet those that depend on the inputs."""
-        return [
-            node
-            for node in self.nodes
-            if node.op == "call_function"
-            and node not in self.moving
-            and any(user in self.moving for user in node.users)
-        ]
+    @property
+    def op(self) -> str:
+        """What a verdict calls the operation, as long as nothing closer is known."""
+        return "softmax" if self.tap.op == "attention" else self.tap.op
+
+    def calls(self, *targets: object) -> list[Node]:
+        """Calls of some operations."""
+        return [node for node in self.nodes if node.op == "call_function" and node.target in targets]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +93,8 @@ class Context:
     @functools.cached_property
     def taps(self) -> dict[str, tuple[Tap, Node]]:
         """Every tap and its node; the logits last."""
-        returned = self.graph.outputs
-        taps = {tap.name: (tap, returned[tap.name]) for tap in self.graph.taps}
-        return {**taps, LOGITS: (Tap(name=LOGITS, layer=None, op=LOGITS), returned["logits"])}
+        logits = Tap(name=LOGITS, layer=None, op=LOGITS)
+        return {tap.name: (tap, self.graph.outputs[tap.name]) for tap in (*self.graph.taps, logits)}
 
     @functools.cached_property
     def weight_names(self) -> dict[str, str]:
@@ -109,8 +103,6 @@ class Context:
 
     def site(self, tap: str) -> Site:
         """Cut the graph at a tap and at those before it."""
-        if tap not in self.taps:
-            return Site(tap=tap)
         record, node = self.taps[tap]
         others = {other: name for name, (_, other) in self.taps.items() if other is not node}
         upstream, stack = {node}, [node]
@@ -122,34 +114,30 @@ class Context:
                         stack.append(used)
         nodes = [each for each in self.graph.fx.nodes if each in upstream]
         # The ids are the input of what comes before the first tap.
-        tokens = self.graph.inputs["tokens"]
-        moving: set[Node] = set()
+        moving = {self.graph.inputs["tokens"], *others}
         for each in nodes:
-            if each in others or each is tokens or any(used in moving for used in each.all_input_nodes):
-                if "sym_size" not in str(each.target):
-                    moving.add(each)
+            if "sym_size" not in str(each.target) and any(used in moving for used in each.all_input_nodes):
+                moving.add(each)
         return Site(
-            tap=tap,
-            layer=record.layer,
-            op=record.op,
+            tap=record,
             node=node,
-            inputs={others[each]: each for each in nodes if each in others},
+            inputs={each: others[each] for each in nodes if each in others},
             nodes=tuple(nodes),
-            moving=frozenset(moving),
+            moving=frozenset(moving.intersection(nodes)),
         )
 
     def sites(self, op: str) -> list[Site]:
         """Every site of one operation."""
         return [self.site(name) for name, (tap, _) in self.taps.items() if tap.op == op]
 
+    def weights(self, site: Site) -> dict[Node, str]:
+        """Names of the weights that a site reads."""
+        return {node: self.weight_names[node.name] for node in site.nodes if node.name in self.weight_names}
+
     def axis(self, tap: str) -> int:
         """Axis of the positions of a tap's value, without the batch."""
         shape = self.taps[tap][1].meta["val"].shape[1:]
         return next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
-
-    def axes(self) -> dict[str, int]:
-        """The axis of positions of every tap that does not have it first."""
-        return {name: axis for name in self.taps if (axis := self.axis(name))}
 
     def spec(self, name: str) -> QuantSpec | None:
         """How the scheme of the runs holds a matrix; None as it is."""

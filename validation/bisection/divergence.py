@@ -6,8 +6,8 @@ Needs no runtime: recordings may come from anywhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from transom.errors import ArtifactError
 from transom.validation.bisection.attention import windows
 from transom.validation.bisection.context import LOGITS, Context, Site
-from transom.validation.bisection.hypothesis import Hypothesis
 from transom.validation.bisection.mutations import hypotheses
-from transom.validation.bisection.recording import Call, Float, Recording, positions_of
-from transom.validation.bisection.replay import Replay
+from transom.validation.bisection.recording import Float, Recording, positions_of
+from transom.validation.bisection.replay import Hypothesis, Replay
 from transom.validation.bisection.verdict import Verdict
 
 UNEXPLAINED = 0.1
@@ -91,22 +90,6 @@ def first_divergent(tap_differences: Sequence[Difference], tolerance: float) -> 
     return next((difference for difference in tap_differences if difference.relative.max() > tolerance), None)
 
 
-def agreement(tap_differences: Sequence[Difference], tolerance: float) -> Verdict:
-    """The verdict on two runs that do not part."""
-    logits = [difference for difference in tap_differences if difference.tap == LOGITS]
-    agreeing = "no value differs beyond the tolerance"
-    return Verdict(
-        diverged=False,
-        max_abs=max((float(difference.absolute.max()) for difference in logits), default=0.0),
-        relative=max(float(difference.relative.max()) for difference in tap_differences),
-        cause=agreeing
-        if len(tap_differences) > len(logits)
-        else f"{agreeing}, but without taps only logits were compared",
-        compared=len(tap_differences),
-        tolerance=tolerance,
-    )
-
-
 def compare(a: Recording, b: Recording, context: Context) -> Verdict:
     """Find the first site where two recordings differ, and the cause that reproduces it.
 
@@ -120,51 +103,62 @@ def compare(a: Recording, b: Recording, context: Context) -> Verdict:
     """
     if a.calls != b.calls:
         raise ArtifactError("the two runs were not made of the same calls: record both with one plan")
-    tap_differences = differences([(a.values, b.values)])
+    return compare_runs([(a.values, b.values)], context, lambda taps: (a, b))
+
+
+def compare_runs(
+    runs: Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]],
+    context: Context,
+    recordings: Callable[[set[str]], tuple[Recording, Recording]],
+) -> Verdict:
+    """Like `compare`, of runs that go side by side; `recordings` gives some taps of both, if they part."""
+    tap_differences = differences(runs)
     first = first_divergent(tap_differences, context.tolerance)
-    if first is None:
-        return agreement(tap_differences, context.tolerance)
-    verdict = explain(context.site(first.tap), first, a, b, context)
-    return dataclasses.replace(verdict, compared=len(tap_differences))
+    if first is not None:
+        where = context.site(first.tap)
+        verdict = _explain(where, first, *recordings({first.tap, *where.inputs.values()}), context)
+        return dataclasses.replace(verdict, compared=len(tap_differences))
+    logits = [difference for difference in tap_differences if difference.tap == LOGITS]
+    bare = ", but without taps only logits were compared" if len(logits) == len(tap_differences) else ""
+    return Verdict(
+        diverged=False,
+        max_abs=max((float(difference.absolute.max()) for difference in logits), default=0.0),
+        relative=max(float(difference.relative.max()) for difference in tap_differences),
+        cause=f"no value differs beyond the tolerance{bare}",
+        compared=len(tap_differences),
+        tolerance=context.tolerance,
+    )
 
 
-def explain(where: Site, difference: Difference, a: Recording, b: Recording, context: Context) -> Verdict:
-    """Test every known cause on the numbers of a site.
-
-    Args:
-        where: The first site that differs.
-        difference: By how much.
-        a: A run: the taps of the site and of its inputs, at least.
-        b: The other run.
-        context: The model.
-    """
+def _explain(where: Site, difference: Difference, a: Recording, b: Recording, context: Context) -> Verdict:
+    """Test every known cause on the numbers of the first site that differs."""
     broken = int((~np.isfinite(difference.absolute)).sum())
     share = _largest(difference.relative)
     differs = difference.relative > context.tolerance
     side, tried = _test(where, {"a": a, "b": b}, differs, context)
-    positions = positions_of(where.tap, a.calls)[differs]
-    every = positions_of(where.tap, a.calls)
-    longest = max((window for window in windows(context, len(context.tokens)).values() if window), default=None)
+    every = positions_of(where.tap.name, a.calls)
+    positions = every[differs]
+    longest = max((window for window in windows(context).values() if window), default=None)
     pattern = describe_positions(positions, every, a.calls, longest)
     accepted = [trial for trial in tried if trial.error < UNEXPLAINED * share]
     if accepted:
         best = min(accepted, key=lambda trial: (not trial.everywhere, max(trial.error, EXACT)))
-        op, cause = best.hypothesis.op, best.hypothesis.cause
+        op, cause = best.hypothesis.op or where.op, best.hypothesis.cause
         cause = cause if best.everywhere else f"{cause}, but {pattern}"
     else:
-        op = where.op if where.op != "attention" else "softmax" if len(positions) > 0.9 * len(differs) else "mask"
+        op = where.op if where.op != "softmax" or len(positions) > 0.9 * len(differs) else "mask"
         cause = f"none of {len(tried)} known causes reproduces the difference, which shows {pattern}"
     if broken:
         cause += f"; {broken} positions hold values that are no numbers"
     ranked = sorted(tried, key=lambda trial: trial.error)[:5]
     return Verdict(
         diverged=True,
-        layer=where.layer,
+        layer=where.tap.layer,
         op=op,
         max_abs=None if broken else float(difference.absolute.max()),
         relative=None if broken else share,
         cause=cause,
-        tap=where.tap,
+        tap=where.tap.name,
         side=side,
         position=int(positions.min()),
         positions=len(positions),
@@ -179,8 +173,7 @@ def _largest(values: NDArray[np.float64]) -> float:
     return float(finite.max(initial=0.0)) or float(np.finfo(np.float32).max)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Trial:
+class _Trial(NamedTuple):
     hypothesis: Hypothesis
     error: float
     """Largest error of the prediction, as a share, at the rows that differ."""
@@ -192,25 +185,26 @@ def _test(
     where: Site, runs: Mapping[Side, Recording], differs: NDArray[np.bool_], context: Context
 ) -> tuple[Side | None, list[_Trial]]:
     """Which run is at fault, and how well every hypothesis predicts its numbers."""
-    replays = {side: _replay(where, run, context) for side, run in runs.items()}
-    known = {side: replay for side, replay in replays.items() if replay is not None}
-    if not known:
+    # A site whose inputs were not recorded cannot be run again.
+    recorded = {side: run for side, run in runs.items() if {*where.inputs.values()} <= {*run.values}}
+    replays = {side: _replay(where, run, context) for side, run in recorded.items()}
+    if not replays:
         return None, []
-    candidates = {side: hypotheses(replay) for side, replay in known.items()}
-    errors = {side: _errors(next(candidates[side]), known[side], differs)[0] for side in known}
-    side = max(known, key=lambda name: (errors[name], name))
-    blamed = side if len(known) > 1 and errors[side] > 5 * min(errors.values()) else None
+    candidates = {side: hypotheses(replay) for side, replay in replays.items()}
+    errors = {side: _errors(next(candidates[side]), replay, differs)[0] for side, replay in replays.items()}
+    side = max(replays, key=lambda name: (errors[name], name))
+    blamed = side if len(replays) > 1 and errors[side] > 5 * min(errors.values()) else None
     trials = []
     for hypothesis in candidates[side]:
-        error, elsewhere = _errors(hypothesis, known[side], differs)
-        trials.append(_Trial(hypothesis=hypothesis, error=error, everywhere=elsewhere <= 2 * context.tolerance))
+        error, elsewhere = _errors(hypothesis, replays[side], differs)
+        trials.append(_Trial(hypothesis, error, elsewhere <= 2 * context.tolerance))
     return blamed, trials
 
 
 def _errors(hypothesis: Hypothesis, replay: Replay, differs: NDArray[np.bool_]) -> tuple[float, float]:
     """Largest error of a prediction where the runs differ, and elsewhere."""
-    output, predicted = replay.output.numpy(), hypothesis.predict().numpy()
-    relative = Difference.between(replay.site.tap, output, predicted).relative
+    predicted = hypothesis.predict(replay).numpy()
+    relative = Difference.between(replay.site.tap.name, replay.output.numpy(), predicted).relative
     # A token that sees no key at all may give anything.
     defined = np.isfinite(predicted).reshape(len(predicted), -1).all(1)
     if not (differs & defined).any():
@@ -218,23 +212,22 @@ def _errors(hypothesis: Hypothesis, replay: Replay, differs: NDArray[np.bool_]) 
     return float(relative[differs & defined].max()), float(relative[~differs & defined].max(initial=0.0))
 
 
-def _replay(where: Site, run: Recording, context: Context) -> Replay | None:
-    """The site on a run's numbers; None if a value that it is computed from was not recorded."""
-    if where.node is None or any(name not in run.values for name in where.inputs):
-        return None
+def _replay(where: Site, run: Recording, context: Context) -> Replay:
+    """The site on a run's numbers."""
+    tap = where.tap.name
     # Logits are computed of the last token of every call.
-    rows = run.positions(LOGITS) if where.tap == LOGITS else slice(None)
+    rows = positions_of(LOGITS, run.calls) if tap == LOGITS else slice(None)
     return Replay(
         site=where,
         context=context,
-        inputs={node: torch.from_numpy(run.values[name][rows]) for name, node in where.inputs.items()},
-        output=torch.from_numpy(run.values[where.tap]),
-        calls=tuple((call.start, call.count) for call in run.calls),
+        inputs={node: torch.from_numpy(run.values[name][rows]) for node, name in where.inputs.items()},
+        output=torch.from_numpy(run.values[tap]),
+        calls=run.calls,
     )
 
 
 def describe_positions(
-    differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[Call], window: int | None
+    differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[range], window: int | None
 ) -> str:
     """In words, where two runs differ.
 
@@ -247,13 +240,11 @@ def describe_positions(
     first = int(differing.min())
     if len(differing) > 0.9 * len(every):
         return f"from position {first} on"
-    holding = [
-        next(call for call in calls if call.start <= position < call.start + call.count) for position in differing
-    ]
-    if all(call.count == 1 for call in holding):
+    spoilt = [next(call for call in calls if position in call) for position in differing]
+    if all(len(call) == 1 for call in spoilt):
         return f"only where tokens are decoded one by one, from position {first} on"
-    offsets = [int(position) - call.start for position, call in zip(differing, holding, strict=True)]
-    if all(call.start for call in holding) and window is not None and max(offsets) < window:
+    offsets = [int(position) - call.start for position, call in zip(differing, spoilt, strict=True)]
+    if all(call.start for call in spoilt) and window is not None and max(offsets) < window:
         return f"only at the first tokens of a later call, from position {first} on"
     if window is not None and first >= window - 1:
         return f"only past the window of {window} keys, from position {first} on"

@@ -1,27 +1,70 @@
-"""A site run again on recorded values: as the graph says, or with some of its nodes changed."""
+"""A site run again on recorded values: as the graph says, or as a hypothesis says."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx.node import map_arg
 
 from transom.graphs.match import aten, is_call
-from transom.graphs.node import Node, is_node
+from transom.graphs.node import Node
 from transom.validation.bisection.context import Context, Rows, Site
 
 KEPT = 2**26
 """Bytes of the largest value that is kept from one run of a site to the next; larger ones are computed again."""
+
+RIGHT = "it does what the model says"
 
 Change = Callable[[Callable[[Node], Any]], Any]
 """Gets a function that returns the value of any node (of the changed node itself, as the graph says)."""
 
 Changes = Mapping[Node, Change | Rows]
 """What takes the place of nodes; `Rows` that of weights."""
+
+
+def identity(value: torch.Tensor) -> torch.Tensor:
+    """The value itself."""
+    return value
+
+
+def from_node(node: Node, function: Callable[[Any], Any] = identity) -> Change:
+    """A function of a node's value."""
+    return lambda value_of: function(value_of(node))
+
+
+def with_argument(node: Node, index: int, number: float) -> Change:
+    """The same call with another number."""
+
+    def change(value_of: Callable[[Node], Any]) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), value_of)
+        return node.target(*args[:index], number, *args[index + 1 :], **kwargs)
+
+    return change
+
+
+class Hypothesis(NamedTuple):
+    """A possible cause, and what would be different at the site if it were true.
+
+    Attributes:
+        cause: In words.
+        changes: What would take the place of nodes.
+        output: What would become of the output, float32 [rows, ...].
+        op: The word for the verdict; "" is the site's own.
+    """
+
+    cause: str
+    changes: Changes = MappingProxyType({})
+    output: Callable[[torch.Tensor], torch.Tensor] = identity
+    op: str = ""
+
+    def predict(self, replay: Replay) -> torch.Tensor:
+        """What the site would give, float32 [rows, ...]."""
+        return self.output(replay.run(self.changes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +76,7 @@ class Replay:
         context: The model.
         inputs: Recorded values of the site's inputs, float32 [rows, ...] each.
         output: What the run gave, float32 [rows, ...].
-        calls: (start, count) of every call.
+        calls: Positions of every call.
         slots: Of the caches; by default as many as there are rows.
     """
 
@@ -41,42 +84,34 @@ class Replay:
     context: Context
     inputs: Mapping[Node, torch.Tensor]
     output: torch.Tensor
-    calls: tuple[tuple[int, int], ...]
+    calls: tuple[range, ...]
     slots: int | None = None
+    _kept: dict[Node, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def positions(self) -> torch.Tensor:
         """Position of every token, int64 [T]."""
-        return torch.cat([torch.arange(start, start + count) for start, count in self.calls])
+        return torch.tensor([*itertools.chain(*self.calls)])
 
     def weights(self) -> dict[Node, str]:
         """Names of the weights that the site reads."""
-        names = self.context.weight_names
-        return {node: names[node.name] for node in self.site.nodes if node.op == "placeholder" and node.name in names}
+        return self.context.weights(self.site)
 
     def first(self, count: int) -> Replay:
         """The first rows alone, which no later row bears on."""
-        calls = tuple((start, min(size, count - start)) for start, size in self.calls if start < count)
+        calls = tuple(range(call.start, min(call.stop, count)) for call in self.calls if call.start < count)
         inputs = {node: value[:count] for node, value in self.inputs.items()}
         return dataclasses.replace(self, inputs=inputs, output=self.output[:count], calls=calls)
 
-    def run(self, changes: Changes | None = None, inputs: Mapping[Node, torch.Tensor] | None = None) -> torch.Tensor:
-        """The output, float32 [rows, ...].
+    def run(self, changes: Changes | None = None) -> torch.Tensor:
+        """The output, float32 [rows, ...]."""
+        value = self.value(self.site.node, changes)[0]
+        return value.movedim(self.context.axis(self.site.tap.name), 0).float().reshape(self.output.shape)  # type: ignore[no-any-return]
 
-        Args:
-            changes: What takes the place of nodes.
-            inputs: What takes the place of inputs, [rows, ...].
-        """
-        given: dict[Node, Change | Rows] = dict(changes or {})
-        for node, value in (inputs or {}).items():
-            given[node] = lambda _, node=node, value=value: self._graph_layout(node, value)  # type: ignore[misc]
-        value = self.value(self.site.node, given)[0]
-        return value.movedim(self.context.axis(self.site.tap), 0).float().reshape(self.output.shape)  # type: ignore[no-any-return]
-
-    def value(self, wanted: Node, given: Changes | None = None) -> Any:
+    def value(self, wanted: Node, changes: Changes | None = None) -> Any:
         """The value of any node of the site, in the graph's layout."""
-        given = given or {}
-        stale = set(given)
+        changes = changes or {}
+        stale = set(changes)
         for node in self.site.nodes:
             if any(used in stale for used in node.all_input_nodes):
                 stale.add(node)
@@ -88,13 +123,13 @@ class Replay:
                 return known[node]
             if node in fresh:
                 return fresh[node]
-            change = given.get(node)
+            change = changes.get(node)
             if change is None:
-                value = self._compute(node, value_of, given)
+                value = self._compute(node, value_of, changes)
             elif isinstance(change, Rows):
                 value = change.read()
             else:
-                value = change(lambda used: self._compute(used, value_of, given) if used is node else value_of(used))
+                value = change(lambda used: self._compute(used, value_of, changes) if used is node else value_of(used))
             is_large = isinstance(value, torch.Tensor) and value.numel() * value.element_size() > KEPT
             (fresh if is_large else known)[node] = value
             return value
@@ -102,19 +137,21 @@ class Replay:
         with torch.no_grad():
             return value_of(wanted)
 
-    @functools.cached_property
-    def _kept(self) -> dict[Node, Any]:
-        return {}
+    def in_graph(self, node: Node, value: torch.Tensor) -> torch.Tensor:
+        """A value [rows, ...] in the layout that a tapped node has in the graph."""
+        shape = node.meta["val"].shape[1:]
+        axis = next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
+        return value.reshape(len(value), *(size for size in shape if isinstance(size, int))).movedim(0, axis)[None]
 
-    def _compute(self, node: Node, value_of: Callable[[Node], Any], given: Changes) -> Any:
+    def _compute(self, node: Node, value_of: Callable[[Node], Any], changes: Changes) -> Any:
         if node in self.inputs:
-            return self._graph_layout(node, self.inputs[node])
+            return self.in_graph(node, self.inputs[node])
         if node.op == "placeholder":
             name = self.context.weight_names.get(node.name)
             return self._stand_in(node) if name is None else self.context.rows(name).read()
         if is_call(node, aten.embedding.default, aten.linear.default):
             table, x = node.args[:2] if node.target is aten.embedding.default else node.args[1::-1]
-            change, name = given.get(table), self.context.weight_names.get(table.name)
+            change, name = changes.get(table), self.context.weight_names.get(table.name)
             rows = change if isinstance(change, Rows) else None if name is None else self.context.rows(name)
             if rows is not None and node.target is aten.embedding.default:
                 return rows.look_up(value_of(x))
@@ -133,28 +170,3 @@ class Replay:
         if name == "start":
             return self.positions[0]
         return torch.arange(rows) if name == "logit_positions" else torch.tensor([list(self.context.tokens[:rows])])
-
-    def _graph_layout(self, node: Node, value: torch.Tensor) -> torch.Tensor:
-        shape = node.meta["val"].shape[1:]
-        axis = next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
-        wanted = [size for size in shape if isinstance(size, int)]
-        return value.reshape(len(value), *wanted).movedim(0, axis)[None]
-
-
-def scalars(node: Node) -> dict[int, float]:
-    """Numbers among a call's arguments, by index."""
-    return {
-        index: float(value)
-        for index, value in enumerate(node.args)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_node(value)
-    }
-
-
-def with_argument(node: Node, index: int, number: float) -> Change:
-    """The same call with another number."""
-
-    def change(value_of: Callable[[Node], Any]) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), value_of)
-        return node.target(*args[:index], number, *args[index + 1 :], **kwargs)
-
-    return change

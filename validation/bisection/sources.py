@@ -16,7 +16,6 @@ from transom.compiler import compile_model
 from transom.errors import InvariantError, TargetError
 from transom.export.options import Options
 from transom.formats.schemes import scheme
-from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
@@ -85,7 +84,7 @@ def open_source(source: Source, model: Model, *, quant: str, context: int, chunk
     elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
         target, _, stage = source.partition("@")
         passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph = stage_graph(tapped(model.trace()), passes, stage, target)
+        graph, _ = Pipeline(until(passes, stage, target)).run(tapped(model.trace()))
         yield ReferenceSession(graph, context=context, chunk=chunk)
     else:
         yield open_session(Path(source), verify=False)
@@ -129,13 +128,8 @@ def reference_graph(traced: Graph, quant: str) -> Graph:
     return Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))]).run(traced)[0]
 
 
-def is_quantized(graph: Graph) -> bool:
-    """Whether weights are codes already."""
-    return bool(graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
-
-
-def stage_graph(traced: Graph, passes: Sequence[Pass], stage: str, target: str) -> Graph:
-    """The graph after one pass of a list.
+def until(passes: Sequence[Pass], stage: str, target: str) -> Sequence[Pass]:
+    """The passes of a target up to one of them.
 
     Raises:
         TargetError: If the list has no such pass.
@@ -143,4 +137,12 @@ def stage_graph(traced: Graph, passes: Sequence[Pass], stage: str, target: str) 
     names = [current.name for current in passes]
     if stage not in names:
         raise TargetError(f"{target} has no pass {stage!r}: choose one of {', '.join(names)}")
-    return Pipeline(passes[: names.index(stage) + 1]).run(traced)[0]
+    return passes[: names.index(stage) + 1]
+
+
+def stages_of(passes: Sequence[Pass], traced: Graph) -> list[tuple[str, Graph]]:
+    """The name of every pass that changes the graph as traced with taps, and the graph after it."""
+    stages: list[tuple[str, Graph]] = []
+    after = Pipeline([each for each in passes if not isinstance(each, AddTaps)])
+    _, records = after.run(traced, on_pass=lambda ran, graph: stages.append((ran.name, graph.clone())))
+    return [stage for stage, done in zip(stages, records, strict=True) if done.changes]

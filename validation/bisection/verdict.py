@@ -48,4 +48,4 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         tried = [{"cause": cause, "error": error} for cause, error in self.hypotheses]
-        return {**dataclasses.asdict(self), "hypotheses": tried}
+        return {**vars(self), "hypotheses": tried}
