@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/report.css")
+DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/templates/report.css")
 """What the wheel holds beside modules: the text that validation reads, and the style of its report."""
 
 

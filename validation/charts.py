@@ -20,7 +20,7 @@ from transom.errors import PlotError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLE = Path(__file__).parent / "report.css"
+STYLE = Path(__file__).parent / "templates" / "report.css"
 """Styles of a page, and the colours of all plots by name."""
 
 Draw = Callable[["Axes"], None]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import Literal
 
 from transom.validation.charts import Draw, Point, embed, scatter_plot, write
 from transom.validation.evaluation.result import Axis, Evaluation, Row
-from transom.validation.report import not_run, number, page, provenance, share, table
+from transom.validation.report import number, page, share
 
 HEADER = (
     "scheme", "MB", "B/weight", "perplexity", "loss difference", "KL", "top-1", "prefill", "decode", "front",
@@ -17,36 +16,14 @@ HEADER = (
 
 def render(evaluation: Evaluation) -> str:
     """A whole page."""
-    text, speed = evaluation.text, evaluation.speed
-    cut = f"{text['sequences']} x {text['length']:,} tokens" if text["sequences"] > 1 else f"{text['length']:,} tokens"
-    facts = {
-        "text": f"{cut} of {text['source']}, of which {text['scored']:,} are scored, sha256 {text['sha256']}",
-        "speeds": f"prefill of {speed['prefill_tokens']:,} tokens, then {speed['decode_tokens']:,} one by one; the "
-        f"middle of {speed['repeats']} runs, {speed['threads']} threads, {speed['machine']}",
-    }
-    best = ", ".join(escape(row.name) for row in evaluation.front("bytes"))
-    body = [
-        f"<header><h1>{escape(evaluation.model)}</h1>",
-        '<p class="verdict">Schemes weighed against size and speed</p>',
-        f"<p>Held against {escape(evaluation.oracle)}. On the front of bytes and perplexity: {best or 'none'}.</p>"
-        "</header>",
-        "<main>",
-        "<section><h2>Schemes</h2>",
-        "<p>Perplexity with its standard error. Loss is the negative log-likelihood of a token, in nats; its "
-        "difference from the unquantised model is taken token by token, so that its error tells schemes apart. KL is "
-        "from the unquantised model, in nats. Speeds are in tokens a second.</p>",
-        table("Schemes", HEADER, [[escape(cell) for cell in cells(evaluation, row)] for row in evaluation.rows]),
-        not_run(evaluation.not_run),
-        "</section>",
-        "<section><h2>Fronts</h2>",
-        "<p>Filled points are on the front: no other scheme is better in both. Bars are the standard error of the "
-        "difference from the unquantised model.</p>",
-        *(f"<figure>{embed(title, draw)}</figure>" for title, draw in plots(evaluation).items()),
-        "</section>",
-        provenance(evaluation, facts, weights=f"; {evaluation.parameters:,} numbers"),
-        "</main>",
-    ]
-    return page(f"{evaluation.model}: schemes", body)
+    return page(
+        "evaluation.html",
+        f"{evaluation.model}: schemes",
+        evaluation,
+        header=HEADER,
+        rows=[cells(evaluation, row) for row in evaluation.rows],
+        plots=[embed(title, draw) for title, draw in plots(evaluation).items()],
+    )
 
 
 def render_plot(evaluation: Evaluation, kind: Literal["svg", "png"]) -> bytes:
