@@ -1,21 +1,26 @@
-"""What is validated: the reference, a model compiled for a target, or an artifact that somebody exported."""
+"""What is validated: the reference, a model compiled for a target, or artifacts that somebody exported of one model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.folder import MANIFEST, check_absent
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
+from transom.backends.threads import check_threads
 from transom.compiler import compile_model, measure_on_text
-from transom.errors import TargetError
+from transom.errors import ConfigError, TargetError
 from transom.export.exporter import exporter
 from transom.export.options import Options, check_options
 from transom.formats.schemes import scheme
@@ -23,7 +28,8 @@ from transom.graphs.graph import Graph
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import Measure, pipeline
 from transom.passes.targets import TARGETS
-from transom.zoo.model import Model
+from transom.validation.certificate import check_writable
+from transom.zoo.model import Model, load
 
 REFERENCE = "reference"
 REFERENCE_PIPELINE = "onnx"
@@ -31,18 +37,17 @@ REFERENCE_PIPELINE = "onnx"
 
 OnProgress = Callable[[str, int, int], None]
 
+_SEED = re.compile(r"seed (\d+)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """Something to validate.
 
     Attributes:
-        name: What to call it in the results.
         options: What it is, or will be, compiled with; their target may be "reference" too.
         folder: The artifact, if it exists or will be kept.
-        exported: Whether the artifact exists already.
-        overwrite: Whether what is compiled may replace an artifact of that name.
-        threads: Of the runtime; by default its own choice.
+        exported: Whether the artifact exists already; if not, it may `overwrite` one of its name.
     """
 
     name: str
@@ -96,10 +101,7 @@ class Opener:
     ) -> Iterator[Session]:
         """A session, compiled first if need be; what was compiled for it alone is removed at the end.
 
-        Args:
-            candidate: What to open.
-            on_progress: Told of the steps of compiling.
-            before: Passes to run before the target's own; an artifact that exists is left aside for a new one.
+        With passes to run `before` the target's own, an artifact that exists is left aside for a new one.
         """
         if candidate.target == REFERENCE:
             yield self._reference(candidate, before or (), on_progress)
@@ -140,16 +142,86 @@ class Opener:
         return ReferenceSession(graph, context=options.context, chunk=options.chunk)
 
 
-def artifact_candidate(folder: Path, threads: int | None) -> tuple[Candidate, Manifest]:
-    """An artifact as it stands.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What to validate.
+
+    Attributes:
+        compiles: Whether a model was named, to be compiled for the targets.
+    """
+
+    model: Model
+    artifacts: tuple[Candidate, ...]
+    compiles: bool
+
+
+def read_inputs(
+    named: str | Path | Model | Sequence[str | Path | Model],
+    *,
+    model: str | Path | Model | None,
+    weights: Literal["checkpoint", "random"],
+    seed: int,
+    threads: int | None,
+    same_weights: bool = True,
+) -> Inputs:
+    """Tell models and artifacts apart, and load the model.
+
+    `model` is the model if it is not named and not where the artifacts' manifests say. Without `same_weights`,
+    artifacts may be of other weights than a model that was named, such as those that were trained on from it.
 
     Raises:
-        ArtifactError: If the folder is no artifact, or is damaged.
+        ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
+        ArtifactError: If an artifact is damaged.
+        TargetError: If threads are far more than cores.
     """
-    manifest = read_manifest(folder)
-    options = Options.of_artifact(manifest)
-    candidate = Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
-    return candidate, manifest
+    check_threads(threads)
+    parts = [named] if isinstance(named, (str, Path, Model)) else list(named)
+    models = [part for part in parts if isinstance(part, Model) or not (Path(part) / MANIFEST).is_file()]
+    folders = list(
+        dict.fromkeys(Path(part) for part in parts if not isinstance(part, Model) and (Path(part) / MANIFEST).is_file())
+    )
+    if not parts or len(models) + (model is not None) > 1:
+        raise ConfigError("give one model, or artifacts, or one model and artifacts of it")
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    chosen = models[0] if models else model
+    if chosen is not None:
+        loaded = chosen if isinstance(chosen, Model) else load(str(chosen), weights=weights, seed=seed)
+    else:
+        loaded = model_of(manifests[folders[0]], folders[0])
+    artifacts = []
+    for folder, manifest in manifests.items():
+        check_same(loaded, manifest, folder, weights=same_weights or chosen is None)
+        options = Options.of_artifact(manifest)
+        artifacts.append(
+            Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
+        )
+    return Inputs(model=loaded, artifacts=tuple(artifacts), compiles=bool(models))
+
+
+def refuse_idle(verb: str, remedy: str, **options: bool) -> None:
+    """Raise `ConfigError` if an option is given that does nothing, because artifacts alone are named."""
+    if idle := ", ".join(f"--{name}" for name, is_given in options.items() if is_given):
+        raise ConfigError(f"artifacts are {verb} as they stand: leave out {idle}, or name {remedy} to compile")
+
+
+def to_compile(
+    options: Mapping[str, Options], out: str | Path | None, *, overwrite: bool, threads: int | None
+) -> list[Candidate]:
+    """Candidates by their names, to be compiled into folders of `out` if there is one.
+
+    Raises:
+        ArtifactError: If a folder in `out` exists already or cannot be written.
+    """
+    candidates = []
+    for name, each in options.items():
+        folder = None
+        if out is not None and each.target != REFERENCE:
+            # What schemes are called may hold characters that folders should not.
+            folder = Path(out) / re.sub(r"[^A-Za-z0-9_.-]+", "+", name.replace(" ", "-", 1))
+            check_absent(folder, overwrite=overwrite)
+            check_writable(next(parent for parent in folder.resolve().parents if parent.exists()))
+        candidates.append(Candidate(name=name, options=each, folder=folder, overwrite=overwrite, threads=threads))
+    return candidates
 
 
 def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -161,3 +233,31 @@ def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
         else candidate
         for candidate in candidates
     ]
+
+
+def model_of(manifest: Manifest, folder: Path) -> Model:
+    """Load the model that an artifact was made from, by the name in its manifest."""
+    source, revision = manifest.source["name"], manifest.source["revision"]
+    try:
+        if source == "random" and (match := _SEED.fullmatch(revision)):
+            return load(manifest.model["name"], weights="random", seed=int(match[1]))
+        return load(source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} was made from {source!r}, which is not found ({error}): name it with --model"
+        ) from None
+
+
+def check_same(model: Model, manifest: Manifest, folder: Path, *, weights: bool = True) -> None:
+    """Raise `ConfigError` if an artifact is not of the model, or, with `weights`, not of its very numbers."""
+    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(model.config)))
+    theirs = dict(manifest.model)
+    if differing := sorted(key for key in config if key != "name" and config[key] != theirs.get(key)):
+        raise ConfigError(
+            f"{folder} is not of {model.config.name}: {', '.join(differing)} differ; name its model with --model"
+        )
+    if weights and model.revision != manifest.source["revision"]:
+        raise ConfigError(
+            f"{folder} was made from revision {manifest.source['revision']} of {manifest.source['name']}, the model "
+            f"at hand is {model.revision}: export it again, or name its model with --model"
+        )

@@ -62,9 +62,7 @@ def check_writable(folder: Path) -> None:
 def write_certificate(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a certificate for an artifact as it is now; a reader sees the old one or the new one, never a part.
 
-    Args:
-        folder: The artifact.
-        content: Plain data; needs "passed" and "date".
+    The content is plain data, with "passed" and "date".
 
     Raises:
         ArtifactError: If the folder cannot be written.

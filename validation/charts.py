@@ -62,7 +62,6 @@ class Series:
     """One line.
 
     Attributes:
-        name: For the legend.
         points: (x, y) with rising x; a y that is not finite is drawn at the top edge.
         style: Number of its colour and dashes: a name has the same one in every plot of a page.
     """
@@ -78,8 +77,6 @@ class Point:
 
     Attributes:
         name: Written beside it.
-        x: Its cost.
-        y: Its perplexity.
         error: Length of the bar to each side of `y`.
         style: Number of its colour.
         on_front: Whether it is filled, and the line of the front goes through it.
@@ -148,16 +145,7 @@ def line_plot(
     limits: Sequence[tuple[float, str]] = (),
     ticks: Sequence[tuple[float, str]] = (),
 ) -> Draw:
-    """Lines over a logarithmic axis.
-
-    Args:
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical one.
-        series: The lines.
-        columns: (x, label) to mark.
-        limits: (y, label) to mark.
-        ticks: (x, label) of the horizontal axis; round numbers if there are none.
-    """
+    """Lines over a logarithmic axis; `columns` (x, label) and `limits` (y, label) are marked."""
     heights = [*(y for line in series for _, y in line.points), *(y for y, _ in limits)]
     heights = [max(y, SMALLEST) for y in heights if math.isfinite(y)]
     low = 10.0 ** math.floor(math.log10(min(heights, default=SMALLEST)))
@@ -204,15 +192,9 @@ def scatter_plot(
     level: tuple[float, str],
     legend: Sequence[tuple[str, int]] = (),
 ) -> Draw:
-    """Perplexity against a cost, with the front that no other point beats.
+    """Perplexity against a cost, with the front that no other point beats; points without a number are left out.
 
-    Args:
-        title: Above the plot.
-        x_label: Of the horizontal axis.
-        better: Which way that gets better.
-        points: Those with a number that is not finite are left out.
-        level: (y, label) of a line across.
-        legend: (name, style) of the colours, if there is more than one.
+    `level` is (y, label) of a line across, `legend` (name, style) of the colours if there is more than one.
     """
     points = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
 

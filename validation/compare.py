@@ -26,7 +26,6 @@ class Differences:
     """One number a position, [T] each but for the last two; NaN where logits are not finite.
 
     Attributes:
-        first: The first position.
         max_abs: Largest difference of any logit.
         magnitude: Largest logit of the oracle, by absolute value.
         kl: KL(oracle || target), in nats.
@@ -70,14 +69,9 @@ def compare(
     following: Sequence[int] = (),
     unquantized: Logits | None = None,
 ) -> Differences:
-    """Compare a target's logits with the oracle's, a few positions at a time.
+    """Compare a target's logits [T, V] with the oracle's, a few positions at a time.
 
-    Args:
-        logits: Logits [T, V] of a target.
-        expected: The oracle.
-        first: Position of the first row.
-        following: The token after each position, [T], or [T - 1] at the end of a text.
-        unquantized: The unquantised oracle, to be compared with as well.
+    `first` is the position of the first row; `following` the token after each one, [T], or [T - 1] at a text's end.
     """
     parts = []
     for low in range(0, len(logits), ROWS):

@@ -17,13 +17,7 @@ PLAN_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": 
 
 
 def judge(kind: str, differences: Differences, bound: Tolerance) -> list[str]:
-    """Why a run fails; empty if it passes. What is not a number fails.
-
-    Args:
-        kind: "prefill" or "decode".
-        differences: All its positions.
-        bound: How large they may be.
-    """
+    """Why a run ("prefill" or "decode") fails; empty if it passes. What is not a number fails."""
     length = differences.first + len(differences.kl)
     where = f"a prompt of {length}" if kind == "prefill" else f"decoding {differences.first} to {length - 1}"
     failures = []
@@ -61,10 +55,7 @@ def _beyond(values: Array, limit: float, first: int) -> tuple[int, float, int] |
 def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheResult, list[str]]:
     """Bytes of the caches as allocated against the slots that the artifact promises and those that a window needs.
 
-    Args:
-        session: With `tokens` tokens in its caches, or with more before.
-        config: The model's configuration.
-        tokens: Length of the longest prompt.
+    The session has `tokens` tokens in its caches, the longest prompt, or has had more.
     """
     cache_bytes, failures = session.cache_bytes(), []
     windows = [layer.window for layer in config.layers]

@@ -25,12 +25,6 @@ def compare_layers(
 ) -> tuple[LayerResult, ...]:
     """Compile a target again with taps, and run it beside the reference, call by call, on a prompt of 3W+5.
 
-    Args:
-        candidate: The target; also an exported artifact is compiled again, with its own options.
-        opener: Of its model.
-        text: Token ids.
-        on_progress: Told of the steps of compiling, and of positions.
-
     Returns:
         One record a tap, in the order of execution.
     """

@@ -23,8 +23,6 @@ class Schedule:
     """What a target is run on.
 
     Attributes:
-        prompts: Lengths to prefill from empty caches, rising. Every position of the longest is compared, and of the
-            others those of their last call.
         decodes: Spans (first, last + 1) of positions that are decoded one by one after a prefill of `first` tokens.
         continued: Length of the prompt whose greedy continuation is compared.
         new_tokens: Tokens of that continuation.
@@ -76,11 +74,7 @@ def text_length(*, window: int | None, context: int, chunk: int) -> int:
 def schedule(*, window: int | None, context: int, chunk: int, states: Sequence[State]) -> Schedule:
     """Choose lengths: W-1, W, W+1, 2W, 3W+5 and 4W+3, as far as the context holds them.
 
-    Args:
-        window: Keys that a local layer sees; None where all layers are global.
-        context: Most tokens that the target takes.
-        chunk: Most new tokens in one call.
-        states: Its states, whose rings wrap at their numbers of slots.
+    The window is None where all layers are global; rings among the states wrap at their numbers of slots.
 
     Raises:
         ContextLengthError: If the context is too short for any comparison.

@@ -34,16 +34,10 @@ def measure(
     unquantized: Logits | None = None,
     on_tokens: Callable[[int], None],
 ) -> Measurement:
-    """Run a text from empty caches.
+    """Run a text from empty caches, `step` tokens at once, whose logits stand in memory together.
 
-    Args:
-        session: The target. From now on its logits may be NaN: the differences say where they are.
-        tokens: Ids, which the context holds.
-        expected: Of the oracle, which has read them.
-        step: Tokens to give to the session at once. Their logits stand in memory together.
-        first: Position of the first logits to compare.
-        unquantized: Of the unquantised oracle, to be compared with as well.
-        on_tokens: Called with the number of tokens done each time.
+    From position `first` on, its logits are compared with those of the oracle, which has read the tokens, and with
+    those of the unquantised oracle if that is given. The target's may be NaN: the differences say where they are.
     """
     session.refuses_nonfinite = False
     session.reset()

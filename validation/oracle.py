@@ -38,13 +38,7 @@ class Reading:
 
 
 class Oracle:
-    """The eager module, and its reading of the text that all targets read.
-
-    Args:
-        model: The model.
-        quant: Name of the scheme whose numbers the weights are rounded to.
-        tokens: The longest prompt.
-    """
+    """The eager module, with the numbers that a scheme's codes mean, and its reading of the text of all targets."""
 
     def __init__(self, model: Model, quant: str, tokens: Sequence[int]) -> None:
         self.quant = quant

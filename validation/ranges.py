@@ -25,12 +25,8 @@ def ranges_of(
 ) -> Ranges:
     """Trace ranges on a text: `ranges.overflowing(float_format("float16"))` tells what leaves float16's range.
 
-    Args:
-        model: Its weights are read into memory; it computes in float32.
-        text: File to read; by default the shipped text.
-        tokens: How many of it, a shorter text is repeated; by default 1,024, or the context if that is shorter.
-        seed: Of random tokens, for a model without a tokenizer.
-        on_progress: Called with (stage, done, total).
+    The model's weights are read into memory; it computes in float32. It reads the shipped text by default, 1,024
+    tokens or the context if that is shorter; a shorter text is repeated.
 
     Raises:
         ContextLengthError: If these are more tokens than the model's context holds.

@@ -96,9 +96,7 @@ def _by_layer(targets: Mapping[str, TargetResult]) -> str:
             series.append(Series(name=name, points=sorted(points.items()), style=index))
     if not series:
         return ""
-    plot = line_plot(
-        x_label="layer", y_label="difference / largest value", series=series, ticks=sorted(ticks.items())
-    )
+    plot = line_plot(x_label="layer", y_label="difference / largest value", series=series, ticks=sorted(ticks.items()))
     return embed(f"Difference by layer, {', '.join(line.name for line in series)}", plot)
 
 

@@ -12,7 +12,7 @@ from transom.validation.tolerances import Tolerance
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthResult:
-    """One run from empty caches.
+    """One run from empty caches, against the oracle.
 
     Attributes:
         kind: "prefill": positions of a prompt; "decode": positions that were decoded one by one.
@@ -20,10 +20,8 @@ class LengthResult:
             earlier calls are the longest's.
         length: Tokens in the caches at the end; for "prefill" the length of the prompt.
         max_abs: Largest difference of any logit.
-        max_rel: Largest difference as a share of the largest logit of its position.
-        worst: Position where `max_rel` is.
-        kl_mean: Mean over positions of KL(oracle || target), in nats.
-        kl_max: The largest of any position.
+        max_rel: The same as a share of the largest logit of its position, which is `worst`.
+        kl_mean: Mean over positions of KL(oracle || target), in nats; `kl_max` is the largest.
         top1_agreement: Share of positions with the same likeliest token.
         seconds: Time of the target alone.
     """
@@ -45,8 +43,6 @@ class CacheResult:
     """Bytes of the caches with the longest prompt in them.
 
     Attributes:
-        local: Allocated for local layers.
-        global_: Allocated for global layers.
         local_manifest: What the slots of the manifest come to.
         local_window: The plan's bare window: what local layers would take without the slack of a chunk.
         unbounded: What local layers would take if they held as many slots as global ones.
@@ -81,17 +77,8 @@ class TargetResult:
     """One target against the oracle.
 
     Attributes:
-        target: "reference" or a key of `passes.targets.TARGETS`.
-        folder: The artifact, if it was kept.
-        quant: Name of the scheme.
-        dtype: What it computes in.
-        context: Longest sequence.
-        chunk: Most new tokens in one call.
         window: Keys that a local layer sees; None where all layers are global.
         slots: Slots of the local layers' rings.
-        tolerance: What its differences may be.
-        lengths: A record a run.
-        new_tokens: Length of the greedy continuation.
         first_different: Index in the continuation of the first token that is not the oracle's likeliest; None if there
             is none. Not judged: of two logits that are equal but for rounding, either may win.
         first_divergence: Like `first_different`, but ties apart.
@@ -99,11 +86,8 @@ class TargetResult:
         kl_unquantized_limit: What it may be; None without quantisation.
         caches: Their bytes; None if it could not be run.
         not_reached: What the context leaves untested, in plain words.
-        failures: Why it fails, in plain words; empty if it passes.
         by_position: `max_rel` of every position of the longest prompt.
-        layers: Differences of intermediate values, if they were asked for.
         note: What to know of how it was run; see `backends.session.Session.note`.
-        seconds: Time of the target alone.
     """
 
     target: str
@@ -175,24 +159,18 @@ class Validation:
     """A model on several targets.
 
     Attributes:
-        model: Its name.
-        source: Where the weights came from, and their revision.
         oracle: What the targets are compared with, in words.
-        prompt: Source, number and sha256 of the tokens.
         targets: Results by name; artifacts of one target are told apart by their folders.
-        not_run: Targets that were left out, with the reason.
-        versions: Of the libraries.
-        date: In UTC.
     """
 
     model: str
     source: Mapping[str, str]
     oracle: str
     prompt: Mapping[str, Any]
-    targets: Mapping[str, TargetResult]
-    not_run: Mapping[str, str]
-    versions: Mapping[str, str]
     date: str
+    versions: Mapping[str, str]
+    not_run: Mapping[str, str]
+    targets: Mapping[str, TargetResult]
 
     @property
     def passed(self) -> bool:
@@ -201,25 +179,14 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        data: dict[str, Any] = finite(
-            {
-                "model": self.model,
-                "passed": self.passed,
-                "source": dict(self.source),
-                "oracle": self.oracle,
-                "prompt": dict(self.prompt),
-                "date": self.date,
-                "versions": dict(self.versions),
-                "not_run": dict(self.not_run),
-                "targets": {name: result.to_json() for name, result in self.targets.items()},
-            }
-        )
-        return data
+        targets = {name: result.to_json() for name, result in self.targets.items()}
+        first = {"model": self.model, "passed": self.passed}
+        return finite({**first, **vars(self), "targets": targets})  # type: ignore[no-any-return]
 
 
 def finite(value: Any) -> Any:
     """Plain data in which a number that is not finite is None, for JSON has none."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(entry) for entry in value]

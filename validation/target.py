@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,14 +36,8 @@ def validate_target(
 ) -> TargetResult:
     """Run all lengths, the continuation, and weigh the caches.
 
-    Args:
-        session: The target, opened.
-        candidate: What it is.
-        config: The model's configuration.
-        oracle: Of the same quantisation; it has read `text`.
-        text: Token ids, as many as the longest prompt takes.
-        unquantized: The unquantised oracle's reading of the text.
-        on_progress: Called with (positions done, positions to do).
+    The oracle is of the same quantisation and has read the text, as many ids as the longest prompt takes; so has the
+    unquantised one. Progress is (positions done, positions to do).
     """
     if session.vocab_size != config.vocab_size:
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
@@ -71,7 +66,7 @@ def validate_target(
     different, diverged = (_first_divergence(oracle, continued, new, tie) for tie in (0.0, bound.tie))
     longest = runs[len(plans.prompts) - 1][1].differences
     kl_unquantized = None if unquantized is None else float(longest.kl_unquantized.mean())
-    lengths = tuple(_result(kind, run) for kind, run in runs)
+    lengths = tuple(_length_result(kind, run) for kind, run in runs)
     caches, failures = weigh(session, config, plans.longest)
     failures = [*(line for kind, run in runs for line in judge(kind, run.differences, bound)), *failures]
     if unchosen is not None:
@@ -86,22 +81,17 @@ def validate_target(
             f"the quantised weights are far from the model's: mean KL from the unquantised model is "
             f"{kl_unquantized:.1e} nats, {limit:.0e} is allowed for {candidate.options.quant}"
         )
-    return TargetResult(
-        target=candidate.target,
-        folder=str(candidate.folder) if candidate.folder else None,
-        quant=candidate.options.quant,
-        dtype=candidate.options.dtype,
+    return _result(
+        candidate,
+        config,
         context=session.context,
         chunk=session.chunk,
-        window=config.longest_window,
         slots=tuple(sorted({s.slots for s in session.states if s.window is not None and s.slots is not None})),
-        tolerance=bound,
         lengths=lengths,
         new_tokens=plans.new_tokens,
         first_different=different,
         first_divergence=diverged,
         kl_unquantized=kl_unquantized,
-        kl_unquantized_limit=limit,
         caches=caches,
         not_reached=plans.not_reached,
         failures=tuple(failures),
@@ -118,19 +108,27 @@ def in_a_line(error: Exception) -> str:
 
 def failed_target(candidate: Candidate, config: DecoderConfig, error: Exception) -> TargetResult:
     """The result of a target that could not be run."""
+    return _result(
+        candidate,
+        config,
+        context=candidate.options.context,
+        chunk=candidate.options.chunk,
+        not_reached=("everything: it could not be run",),
+        failures=(f"could not run: {in_a_line(error)}",),
+    )
+
+
+def _result(candidate: Candidate, config: DecoderConfig, **values: Any) -> TargetResult:
     options = candidate.options
     return TargetResult(
         target=candidate.target,
         folder=str(candidate.folder) if candidate.folder else None,
         quant=options.quant,
-        dtype=candidate.options.dtype,
-        context=options.context,
-        chunk=options.chunk,
+        dtype=options.dtype,
         window=config.longest_window,
-        tolerance=tolerance(candidate.target, dtype=candidate.options.dtype, quant=options.quant),
+        tolerance=tolerance(candidate.target, dtype=options.dtype, quant=options.quant),
         kl_unquantized_limit=quantization_limit(options.quant),
-        not_reached=("everything: it could not be run",),
-        failures=(f"could not run: {in_a_line(error)}",),
+        **values,
     )
 
 
@@ -158,7 +156,7 @@ def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: fl
     return None
 
 
-def _result(kind: str, run: Measurement) -> LengthResult:
+def _length_result(kind: str, run: Measurement) -> LengthResult:
     differences = run.differences
     return LengthResult(
         kind=kind,

@@ -105,14 +105,9 @@ INT8 = Tolerance(
 
 
 def tolerance(target: str, *, dtype: str, quant: str) -> Tolerance:
-    """What a target's numbers may differ by.
+    """What the numbers of "reference" or a key of `passes.targets.TARGETS` may differ by.
 
     Quantised weights are the oracle's too, so by themselves they are no reason to differ.
-
-    Args:
-        target: "reference" or a key of `passes.targets.TARGETS`.
-        dtype: What it computes in.
-        quant: Name of its quantisation scheme.
 
     Raises:
         TargetError: If nothing is known of the dtype.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.backends.folder import MANIFEST, check_absent
+from transom.backends.folder import MANIFEST
 from transom.compiler import versions
 from transom.errors import ConfigError, TransomError
 from transom.export.options import Options
@@ -23,9 +23,11 @@ from transom.validation.candidates import (
     check_targets,
     disambiguate,
     installed_targets,
+    read_inputs,
+    refuse_idle,
+    to_compile,
 )
 from transom.validation.certificate import check_writable, write_certificate
-from transom.validation.inputs import Inputs, read_inputs
 from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
 from transom.validation.oracle import Oracle, Reading
@@ -94,24 +96,25 @@ def validate_sources(
     if overwrite and out is None:
         raise ConfigError("nothing is kept that could replace anything: leave out --overwrite, or give --out")
     inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads)
-    config = inputs.model.config
+    config, not_run = inputs.model.config, dict[str, str]()
     if not inputs.compiles and targets is None:
-        given = {
-            "quant": quant is not None,
-            "dtype": dtype is not None,
-            "context": context is not None,
-            "chunk": chunk is not None,
-            "out": out is not None,
-            "weights": weights != "checkpoint" and model is None,
+        refuse_idle(
+            "validated",
+            "a model",
+            quant=quant is not None,
+            dtype=dtype is not None,
+            context=context is not None,
+            chunk=chunk is not None,
+            out=out is not None,
+            weights=weights != "checkpoint" and model is None,
             # It also draws the text of a model without a tokenizer.
-            "seed": seed != 0 and model is None and inputs.model.tokenizer is not None,
-        }
-        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
-            raise ConfigError(f"artifacts are validated as they stand: leave out {idle}, or name a model to compile")
+            seed=seed != 0 and model is None and inputs.model.tokenizer is not None,
+        )
     quant = inputs.model.quant if quant is None else quant
-    names, not_run = _names(inputs, targets, quant, dtype)
-    options = [_options(inputs.model, name, quant=quant, dtype=dtype, context=context, chunk=chunk) for name in names]
-    compiled = _compiled(options, None if out is None else Path(out), overwrite, threads)
+    if targets is None:
+        targets, not_run = installed_targets(quant=quant, dtype=dtype) if inputs.compiles else ([], {})
+    options = {name: _options(inputs.model, name, quant, dtype, context, chunk) for name in targets}
+    compiled = to_compile(options, out, overwrite=overwrite, threads=threads)
     candidates = disambiguate([*inputs.artifacts, *compiled])
     if not candidates:
         raise ConfigError("nothing to validate: name a target, or install the library of one")
@@ -125,31 +128,27 @@ def validate_sources(
     )
     prompt = make_prompt(inputs.model, longest, None if text is None else Path(text), seed)
     opener = Opener(inputs.model)
-    for candidate in candidates:
-        _check_folder(opener, candidate)
+    for candidate in inputs.artifacts:
+        _check_artifact(opener, candidate)
     blank = Validation(
         model=config.name,
         source={"name": inputs.model.source, "revision": inputs.model.revision},
         oracle="the model file in eager float32 PyTorch, without caches; of quantised targets, with the numbers that "
         "their codes mean",
         prompt={"source": prompt.source, "tokens": len(prompt.ids), "sha256": prompt.sha256},
-        targets={},
-        not_run=not_run,
-        versions=versions(LIBRARIES),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(LIBRARIES),
+        not_run=not_run,
+        targets={},
     )
     results = _run(opener, candidates, prompt, layers, blank, on_progress)
     # In the order in which they were asked for; they ran scheme by scheme.
     return dataclasses.replace(blank, targets={c.name: results[c.name] for c in candidates})
 
 
-def _check_folder(opener: Opener, candidate: Candidate) -> None:
-    """Raise what is wrong with an artifact's folder, or with the place where one will be."""
-    if candidate.folder is None:
-        return
-    if not candidate.exported:
-        check_writable(next(folder for folder in candidate.folder.resolve().parents if folder.exists()))
-        return
+def _check_artifact(opener: Opener, candidate: Candidate) -> None:
+    """Raise what is wrong with an artifact's folder."""
+    assert candidate.folder is not None
     check_writable(candidate.folder)
     try:
         with opener.open(candidate, lambda stage, done, total: None):
@@ -171,7 +170,7 @@ def _run(
 ) -> Mapping[str, TargetResult]:
     results, model = {}, opener.model
     unquantized: Reading | None = None
-    by_quant = sorted(candidates, key=lambda candidate: candidate.options.quant != "none")
+    by_quant = sorted(candidates, key=lambda candidate: (candidate.options.quant != "none", candidate.options.quant))
     for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.options.quant):
         if quant != "none" and unquantized is None:
             unquantized = Oracle(model, "none", prompt.ids).text
@@ -238,16 +237,8 @@ def certify(folder: Path, blank: Validation, name: str, result: TargetResult) ->
     write_certificate(folder, content | {"result": numbers})
 
 
-def _names(
-    inputs: Inputs, targets: Sequence[str] | None, quant: str, dtype: str | None
-) -> tuple[list[str], dict[str, str]]:
-    if targets is not None:
-        return list(targets), {}
-    return installed_targets(quant=quant, dtype=dtype) if inputs.compiles else ([], {})
-
-
 def _options(
-    model: Model, target: str, *, quant: str, dtype: str | None, context: int | None, chunk: int | None
+    model: Model, target: str, quant: str, dtype: str | None, context: int | None, chunk: int | None
 ) -> Options:
     window, most = model.config.longest_window, model.config.context
     context = default_context(window, most) if context is None else context
@@ -257,15 +248,3 @@ def _options(
     # The passes that all targets share, and any dtype.
     options = Options.of(model, target=REFERENCE_PIPELINE, quant=quant, context=context, chunk=chunk)
     return dataclasses.replace(options, target=REFERENCE, dtype=dtype or options.dtype)
-
-
-def _compiled(options: Sequence[Options], out: Path | None, overwrite: bool, threads: int | None) -> list[Candidate]:
-    candidates = []
-    for each in options:
-        folder = None if out is None or each.target == REFERENCE else out / each.target
-        if folder is not None:
-            check_absent(folder, overwrite=overwrite)
-        candidates.append(
-            Candidate(name=each.target, options=each, folder=folder, overwrite=overwrite, threads=threads)
-        )
-    return candidates

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from transom.backends.artifact import Manifest
@@ -30,8 +30,8 @@ from transom.passes.base import Pass
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.targets import TARGETS
 from transom.validation.bisection.context import Context
-from transom.validation.bisection.divergence import compare, compare_runs, differences, first_divergent
-from transom.validation.bisection.recording import Float, Recording, plan_calls, record, steps
+from transom.validation.bisection.divergence import Runs, compare, compare_runs, differences, first_divergent
+from transom.validation.bisection.recording import Recording, plan_calls, record, steps
 from transom.validation.bisection.sources import (
     EAGER,
     Source,
@@ -44,7 +44,7 @@ from transom.validation.bisection.sources import (
     until,
 )
 from transom.validation.bisection.verdict import Verdict
-from transom.validation.inputs import check_same, model_of
+from transom.validation.candidates import check_same, model_of
 from transom.validation.lengths import SPAN
 from transom.validation.tolerances import FLOAT32, TAPS, tolerance
 from transom.zoo.model import Model, load
@@ -92,7 +92,8 @@ def bisect(
     pairs = [(source, manifest_of(source)) for source in (a, b)]
     folders = [(Path(str(source)), manifest) for source, manifest in pairs if manifest is not None]
     quant = _quant(quant, folders)
-    bounded = [*(manifest for _, manifest in folders), *(source for source in (a, b) if isinstance(source, Session))]
+    bounded: list[Manifest | Session] = [manifest for _, manifest in folders]
+    bounded += [source for source in (a, b) if isinstance(source, Session)]
     plan = _plan(_model(model, folders), quant, bounded, length, chunk, decode)
     allowed = max(_share(source, manifest, quant) for source, manifest in pairs) if share is None else share
     context = dataclasses.replace(plan.context, tolerance=allowed)
@@ -188,7 +189,7 @@ class _Plan:
     def agree(self, a: Session, b: Session, context: Context) -> bool:
         return first_divergent(differences(self._runs(a, b, context)), context.tolerance) is None
 
-    def _runs(self, a: Session, b: Session, context: Context) -> Iterator[tuple[Mapping[str, Float], ...]]:
+    def _runs(self, a: Session, b: Session, context: Context) -> Runs:
         return zip(steps(a, self.calls, context), steps(b, self.calls, context), strict=True)
 
 

@@ -50,7 +50,6 @@ class Site:
 
     Attributes:
         tap: The tap: its layer, and the operation that computes the value.
-        node: The node that is tapped.
         inputs: Tapped ancestors, and the names of their taps.
         nodes: All nodes from the inputs on, in order of execution; weights and other placeholders among them.
         moving: Those whose numbers depend on an input, or on the tokens.

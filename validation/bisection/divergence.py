@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from transom.backends.runtime import Float
 from transom.errors import ArtifactError
 from transom.validation.bisection.attention import windows
 from transom.validation.bisection.context import LOGITS, Context, Site
 from transom.validation.bisection.mutations import hypotheses
-from transom.validation.bisection.recording import Float, Recording, positions_of
+from transom.validation.bisection.recording import Recording, positions_of
 from transom.validation.bisection.replay import Hypothesis, Replay
 from transom.validation.bisection.verdict import Verdict
 
@@ -28,6 +29,9 @@ EXACT = 1e-5
 """Predictions this close are all as good as each other: the simplest cause, which stands first, is taken."""
 
 Side = Literal["a", "b"]
+
+Runs = Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]]
+"""Taps by name of two runs that go side by side, call by call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,8 @@ class Difference:
         )
 
 
-def differences(runs: Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]]) -> list[Difference]:
-    """Compare two runs that go side by side, call by call; only numbers about the differences are kept.
+def differences(runs: Runs) -> list[Difference]:
+    """Compare two runs; only numbers about the differences are kept.
 
     Taps that only one of the runs has are left out.
 
@@ -91,12 +95,7 @@ def first_divergent(tap_differences: Sequence[Difference], tolerance: float) -> 
 
 
 def compare(a: Recording, b: Recording, context: Context) -> Verdict:
-    """Find the first site where two recordings differ, and the cause that reproduces it.
-
-    Args:
-        a: One run, such as the reference.
-        b: Another run of the same calls and tokens.
-        context: The model; causes are tested on its graph and weights.
+    """Find the first site where two recordings of one plan differ, and the cause that reproduces it on the graph.
 
     Raises:
         ArtifactError: If the runs are not of the same calls, or have no tap in common.
@@ -107,11 +106,9 @@ def compare(a: Recording, b: Recording, context: Context) -> Verdict:
 
 
 def compare_runs(
-    runs: Iterable[tuple[Mapping[str, Float], Mapping[str, Float]]],
-    context: Context,
-    recordings: Callable[[set[str]], tuple[Recording, Recording]],
+    runs: Runs, context: Context, recordings: Callable[[set[str]], tuple[Recording, Recording]]
 ) -> Verdict:
-    """Like `compare`, of runs that go side by side; `recordings` gives some taps of both, if they part."""
+    """Like `compare`; `recordings` gives some taps of both, if they part."""
     tap_differences = differences(runs)
     first = first_divergent(tap_differences, context.tolerance)
     if first is not None:
@@ -229,14 +226,7 @@ def _replay(where: Site, run: Recording, context: Context) -> Replay:
 def describe_positions(
     differing: NDArray[np.int64], every: NDArray[np.int64], calls: Sequence[range], window: int | None
 ) -> str:
-    """In words, where two runs differ.
-
-    Args:
-        differing: Positions that differ.
-        every: Positions that were compared.
-        calls: The calls of the runs.
-        window: Keys that a local layer sees; None if there are none.
-    """
+    """In words, where two runs differ, of `every` position compared; local layers see `window` keys, None without."""
     first = int(differing.min())
     if len(differing) > 0.9 * len(every):
         return f"from position {first} on"

@@ -29,8 +29,6 @@ class Eager(Runtime):
         model: The model; its weights are read into memory here.
         graph: Its decode graph as traced, with taps.
         quant: Scheme whose numbers the weights are rounded to.
-        context: Longest sequence, in tokens.
-        chunk: Most new tokens in one call.
     """
 
     title = "the plain model"

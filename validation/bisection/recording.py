@@ -44,14 +44,8 @@ def plan_calls(*, window: int, chunk: int, length: int | None = None, decode: in
     """Calls that pass every edge: two whole chunks, a part of one, and single steps over the wraps of rings of slots.
 
     A ring has `window` slots where a runtime attends before it writes, `window + chunk - 1` where it writes first. By
-    default single steps pass a multiple of both, in the midst of the prompt if need be.
-
-    Args:
-        window: Keys that a local layer sees.
-        chunk: Most tokens in a call.
-        length: Tokens of the prompt, in whole chunks as far as they go; by default so many that decoding soon comes to
-            the second wrap of the longer ring.
-        decode: Tokens to decode one by one.
+    default single steps pass a multiple of both, in the midst of the prompt if need be; a prompt of a given `length`
+    comes in whole chunks as far as they go. `decode` tokens follow one by one.
     """
     decode = max(12, min(2 * window, DECODED)) if decode is None else decode
     wanted = max(2 * (window + chunk - 1) - 6, 2 * window) if length is None else length

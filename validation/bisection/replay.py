@@ -51,7 +51,6 @@ class Hypothesis(NamedTuple):
     """A possible cause, and what would be different at the site if it were true.
 
     Attributes:
-        cause: In words.
         changes: What would take the place of nodes.
         output: What would become of the output, float32 [rows, ...].
         op: The word for the verdict; "" is the site's own.
@@ -72,8 +71,6 @@ class Replay:
     """A site, and the numbers of one run there. All positions are run at once, from empty caches of as many slots.
 
     Attributes:
-        site: The site.
-        context: The model.
         inputs: Recorded values of the site's inputs, float32 [rows, ...] each.
         output: What the run gave, float32 [rows, ...].
         calls: Positions of every call.

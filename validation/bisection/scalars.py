@@ -30,7 +30,7 @@ def of_scalars(replay: Replay) -> Iterator[Hypothesis]:
     for place, (node, index, number) in enumerate(scalars_of(replay.site)):
         what, likely = _role(replay, node, number)
         others = [other[place] for other in elsewhere if len(other) > place]
-        for other, words in (dict.fromkeys((*likely, *others), "") | likely).items():
+        for other, words in {**likely, **{other: likely.get(other, "") for other in others}}.items():
             if other != number:
                 cause = words or f"{what} is {other:.6g} in place of {number:.6g}"
                 yield Hypothesis(cause, {node: with_argument(node, index, other)})

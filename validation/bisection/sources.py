@@ -53,14 +53,7 @@ def manifest_of(source: Source) -> Manifest | None:
 
 @contextlib.contextmanager
 def open_source(source: Source, model: Model, *, quant: str, context: int, chunk: int) -> Iterator[Session]:
-    """A session with taps; what had to be exported for it is removed at the end.
-
-    Args:
-        source: What to open.
-        model: The model.
-        quant: Quantisation scheme, unless the source is a folder, a graph or a session.
-        context: Longest sequence.
-        chunk: Most new tokens in a call.
+    """A session with taps; what had to be exported for it, in the scheme given, is removed at the end.
 
     Raises:
         TargetError: If a target or a pass is unknown.

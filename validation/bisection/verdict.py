@@ -11,7 +11,6 @@ class Verdict:
     """Where two runs part.
 
     Attributes:
-        diverged: Whether they do.
         layer: Index of the layer; None before the first and after the last, or without a divergence.
         op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
             "residual" or "logits".
@@ -20,8 +19,6 @@ class Verdict:
         max_abs: Largest difference at that site; without a divergence, that of the logits. None if a value is NaN or
             infinite.
         relative: The same as a share of the largest value of its position; without a divergence, of any site.
-        cause: In words.
-        tap: The site.
         side: Which run is at fault, "a" or "b"; None if neither does what the model says.
         position: First position that differs.
         positions: How many differ.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from transom.compiler import versions
 from transom.errors import ConfigError, TargetError, TransomError
 from transom.export.options import CHUNK, Options, check_context
+from transom.formats.schemes import scheme
 from transom.passes.targets import TARGETS
-from transom.validation.candidates import OnProgress, Opener, disambiguate
-from transom.validation.evaluation.entries import check_names, named, refused, to_compile
-from transom.validation.evaluation.result import Evaluation
+from transom.validation.candidates import (
+    OnProgress,
+    Opener,
+    check_targets,
+    disambiguate,
+    read_inputs,
+    refuse_idle,
+    to_compile,
+)
+from transom.validation.evaluation.result import Evaluation, Row
 from transom.validation.evaluation.rows import evaluate_all, reason
 from transom.validation.evaluation.speed import REPEATS, processor, split
 from transom.validation.evaluation.text import read_sequences
-from transom.validation.inputs import read_inputs
 from transom.validation.validate import LIBRARIES
 from transom.zoo.model import Model
 
@@ -83,7 +92,8 @@ def evaluate_sources(
         ContextLengthError: If sequences do not fit.
         TokenizerError: If the model has no tokenizer, or the text cannot be read or is too short.
     """
-    check_names(schemes, targets)
+    _check_names("scheme", schemes, scheme)
+    _check_names("target", targets, _check_target)
     if windows < 1 or decode_tokens < 1:
         raise ConfigError("--windows and --decode-tokens must be 1 or more")
     if overwrite and out is None:
@@ -91,48 +101,44 @@ def evaluate_sources(
     inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads, same_weights=False)
     config, compiles = inputs.model.config, inputs.compiles or schemes is not None or targets is not None
     if not compiles:
-        given = {
-            "context": context is not None,
-            "chunk": chunk is not None,
-            "out": out is not None,
-            "dtype": dtype is not None,
-            "weights": weights != "checkpoint" and model is None,
-            "seed": seed != 0 and model is None,
-        }
-        if idle := ", ".join(f"--{name}" for name, is_set in given.items() if is_set):
-            raise ConfigError(f"artifacts are evaluated as they stand: leave out {idle}, or name schemes to compile")
+        refuse_idle(
+            "evaluated",
+            "schemes",
+            context=context is not None,
+            chunk=chunk is not None,
+            out=out is not None,
+            dtype=dtype is not None,
+            weights=weights != "checkpoint" and model is None,
+            seed=seed != 0 and model is None,
+        )
     check_context(config, context)
     most = min(context or config.context, *(part.options.context for part in inputs.artifacts), config.context)
     read = read_sequences(inputs.model, Path(text), length=length, windows=windows, most=most)
-    compiled = []
+    options: dict[str, Options] = {}
     if compiles:
         # A power of two, as caches grow to.
         context = context or min(config.context, 1 << (read.length - 1).bit_length())
-        compiled = to_compile(
-            [
-                Options(
-                    target=target,
-                    context=context,
-                    chunk=min(chunk or CHUNK, context),
-                    quant=quant,
-                    dtype=dtype or TARGETS[target].dtypes[0],
-                )
-                for target in targets or TARGETS_BY_DEFAULT
-                for quant in schemes or SCHEMES
-            ],
-            out,
-            overwrite=overwrite,
-            threads=threads,
-        )
-    entries = disambiguate([*(named(part) for part in inputs.artifacts), *compiled])
-    not_run = refused(entries)
-    if len(not_run) == len(entries):
-        raise _nothing(not_run)
-    opener = Opener(inputs.model)
-    rows = [
-        *evaluate_all(opener, [e for e in entries if e.name not in not_run], read, decode_tokens, not_run, on_progress)
-    ]
-    if len(rows) == 1:
+        for target, quant in itertools.product(targets or TARGETS_BY_DEFAULT, schemes or SCHEMES):
+            options[f"{target} {quant}"] = Options(
+                target=target,
+                context=context,
+                chunk=min(chunk or CHUNK, context),
+                quant=quant,
+                dtype=dtype or TARGETS[target].dtypes[0],
+            )
+    artifacts = [dataclasses.replace(part, name=f"{part.target} {part.options.quant}") for part in inputs.artifacts]
+    candidates = disambiguate([*artifacts, *to_compile(options, out, overwrite=overwrite, threads=threads)])
+    not_run: dict[str, Exception] = {}
+    for each in candidates:
+        try:
+            if not each.exported:
+                check_targets([each.target], quant=each.options.quant, dtype=each.options.dtype)
+        except TargetError as error:
+            not_run[each.name] = error
+    rows: list[Row] = []
+    if runnable := [each for each in candidates if each.name not in not_run]:
+        rows += evaluate_all(Opener(inputs.model), runnable, read, decode_tokens, not_run, on_progress)
+    if len(rows) < 2:
         raise _nothing(not_run)
     first, last = split(read.length, decode_tokens)
     return Evaluation(
@@ -155,11 +161,28 @@ def evaluate_sources(
             "threads": threads or os.cpu_count(),
             "machine": processor(),
         },
-        rows=tuple(rows),
-        not_run={name: reason(error) for name, error in not_run.items()},
-        versions=versions(LIBRARIES),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(LIBRARIES),
+        not_run={name: reason(error) for name, error in not_run.items()},
+        rows=tuple(rows),
     )
+
+
+def _check_names(kind: str, names: Sequence[str] | None, check: Callable[[str], object]) -> None:
+    """Raise what is wrong with the names of schemes or targets, None for the defaults."""
+    if names is None:
+        return
+    for name in names:
+        check(name)
+    if not names:
+        raise ConfigError(f"no {kind} is named: name one, or leave the option out")
+    if twice := next((name for name in names if list(names).count(name) > 1), None):
+        raise ConfigError(f"the {kind} {twice!r} is given twice: name it once")
+
+
+def _check_target(name: str) -> None:
+    if name not in TARGETS:
+        raise TargetError(f"no target named {name!r}: choose one of {', '.join(TARGETS)}")
 
 
 def _nothing(not_run: Mapping[str, Exception]) -> TransomError:

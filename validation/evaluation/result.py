@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from transom.validation.compare import Array, Differences
-from transom.validation.evaluation.speed import Speed
 from transom.validation.result import finite
 
 Axis = Literal["bytes", "decode"]
@@ -36,19 +35,21 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a row is of.
+class Row:
+    """One scheme on one target, measured. The oracle's row has neither a folder nor speeds.
 
     Attributes:
-        name: Unique.
         target: A key of `passes.targets.TARGETS`, or "plain module": the oracle.
-        scheme: Name of the scheme.
-        dtype: What it computes in.
-        folder: The artifact, if it was kept.
         weights: Where the numbers came from, and their revision: the model's, unless an artifact was trained on.
         bytes: What the artifact needs to run, tokenizer and manifest apart; of the oracle, the weights as the
             checkpoint yields them.
-        bytes_per_weight: `bytes` by the number of the model's weights.
+        loss: Negative log-likelihood of a token, in nats.
+        loss_difference: Loss above the oracle's, token by token. Its error is that of the differences alone, without
+            what the text adds to both sides alike: this is what tells schemes apart.
+        kl: KL(oracle || this) of a token's distribution, in nats.
+        top1_agreement: Share of tokens before which both hold the same one for the likeliest.
+        prefill: Tokens a second, read at once; `decode` are those one by one.
+        seconds: Wall time of compiling and measuring.
     """
 
     name: str
@@ -59,23 +60,6 @@ class Facts:
     weights: Mapping[str, str]
     bytes: int
     bytes_per_weight: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(Facts):
-    """One scheme on one target, measured.
-
-    Attributes:
-        loss: Negative log-likelihood of a token, in nats.
-        loss_difference: Loss above the oracle's, token by token. Its error is that of the differences alone, without
-            what the text adds to both sides alike: this is what tells schemes apart.
-        kl: KL(oracle || this) of a token's distribution, in nats.
-        top1_agreement: Share of tokens before which both hold the same one for the likeliest.
-        prefill: Tokens a second, read at once; None of the oracle.
-        decode: Tokens a second, one by one; None of the oracle.
-        seconds: Wall time of compiling and measuring.
-    """
-
     loss: Estimate
     loss_difference: Estimate
     kl: Estimate
@@ -85,28 +69,21 @@ class Row(Facts):
     seconds: float
 
     @staticmethod
-    def of(
-        facts: Facts, scores: Sequence[Differences], oracle: Sequence[Differences], speed: Speed | None, seconds: float
-    ) -> Row:
+    def of(scores: Sequence[Differences], oracle: Sequence[Differences], **facts: Any) -> Row:
         """What a target's logits come to.
 
         Args:
-            facts: What it is.
             scores: Its differences, a sequence each. The last position of one predicts nothing that is known.
             oracle: Those of the oracle from itself.
-            speed: Its own; None of the oracle.
-            seconds: Wall time.
+            facts: What the logits do not tell.
         """
         losses, plain = (-np.concatenate([part.log_likelihood for part in parts]) for parts in (scores, oracle))
         return Row(
-            **vars(facts),
             loss=Estimate.of(losses),
             loss_difference=Estimate.of(losses - plain),
             kl=Estimate.of(np.concatenate([part.kl[:-1] for part in scores])),
             top1_agreement=float((np.concatenate([part.gap[:-1] for part in scores]) == 0).mean()),
-            prefill=None if speed is None else speed.prefill,
-            decode=None if speed is None else speed.decode,
-            seconds=seconds,
+            **facts,
         )
 
     @property
@@ -120,23 +97,16 @@ class Row(Facts):
         return self.perplexity * self.loss.error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; speeds are in tokens a second."""
-        return {
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Facts)},
-            "weights": dict(self.weights),
-            "perplexity": self.perplexity,
-            "perplexity_error": self.perplexity_error,
-            "loss": self.loss.mean,
-            "loss_error": self.loss.error,
-            "loss_difference": self.loss_difference.mean,
-            "loss_difference_error": self.loss_difference.error,
-            "kl": self.kl.mean,
-            "kl_error": self.kl.error,
-            "top1_agreement": self.top1_agreement,
-            "prefill_tokens_per_s": self.prefill,
-            "decode_tokens_per_s": self.decode,
-            "seconds": self.seconds,
-        }
+        """Plain data: an estimate is two numbers."""
+        data: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "loss":
+                data |= {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error}
+            if isinstance(value, Estimate):
+                data |= {name: value.mean, f"{name}_error": value.error}
+            else:
+                data[f"{name}_tokens_per_s" if name in ("prefill", "decode") else name] = value
+        return data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,16 +114,11 @@ class Evaluation:
     """A model under several schemes.
 
     Attributes:
-        model: Its name.
-        parameters: Numbers in its weights.
-        source: Where the weights came from, and their revision.
         oracle: What the rows are compared with, in words.
         text: File, sha256 of the token ids, and how it was cut.
         speed: How the speeds were measured.
-        rows: The oracle first.
         not_run: What was left out by name, with the reason.
-        versions: Of the libraries.
-        date: In UTC.
+        rows: The oracle first.
     """
 
     model: str
@@ -162,10 +127,10 @@ class Evaluation:
     oracle: str
     text: Mapping[str, Any]
     speed: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    not_run: Mapping[str, str]
-    versions: Mapping[str, str]
     date: str
+    versions: Mapping[str, str]
+    not_run: Mapping[str, str]
+    rows: tuple[Row, ...]
 
     @property
     def plain(self) -> Row:
@@ -195,21 +160,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, JSON's own: a number that is not finite is null."""
-        data: dict[str, Any] = finite(
-            {
-                "model": self.model,
-                "parameters": self.parameters,
-                "source": dict(self.source),
-                "oracle": self.oracle,
-                "text": dict(self.text),
-                "speed": dict(self.speed),
-                "date": self.date,
-                "versions": dict(self.versions),
-                "not_run": dict(self.not_run),
-                "rows": [{**row.to_json(), "on_front": list(self.fronts_of(row))} for row in self.rows],
-            }
-        )
-        return data
+        rows = [{**row.to_json(), "on_front": self.fronts_of(row)} for row in self.rows]
+        return finite({**vars(self), "rows": rows})  # type: ignore[no-any-return]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

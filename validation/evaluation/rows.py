@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.artifact import read_manifest
 from transom.errors import TransomError
 from transom.validation.candidates import Candidate, OnProgress, Opener
 from transom.validation.compare import ROWS, Differences, compare_rows
-from transom.validation.evaluation.result import PLAIN, Facts, Row
+from transom.validation.evaluation.result import PLAIN, Row
 from transom.validation.evaluation.speed import measure_speed
 from transom.validation.evaluation.text import Text
 from transom.validation.measure import measure
@@ -33,22 +33,15 @@ def evaluate_all(
     not_run: dict[str, Exception],
     on_progress: OnProgress,
 ) -> Iterator[Row]:
-    """Yield the oracle's row, then those of the targets.
-
-    Args:
-        opener: Of the unquantised model.
-        candidates: What to measure.
-        text: What they read.
-        decode_tokens: Tokens to decode when decoding is timed.
-        not_run: Takes the errors of those that fail, by name.
-        on_progress: Called with (step, done, total).
-    """
+    """Yield the oracle's row, then those of the targets; `not_run` takes the errors of those that fail, by name."""
     model = opener.model
     began, advance = time.perf_counter(), _counter("oracle", 2 * len(text.sequences) * text.length, on_progress)
     readings = _read(model, text, advance)
     oracle = [_score(tokens, reading, advance) for tokens, reading in zip(text.sequences, readings, strict=True)]
     size = sum(weight.bytes for weight in model.weights.values())
-    facts = Facts(
+    yield Row.of(
+        oracle,
+        oracle,
         name=PLAIN,
         target=PLAIN,
         scheme="none",
@@ -57,8 +50,10 @@ def evaluate_all(
         weights={"name": model.source, "revision": model.revision},
         bytes=size,
         bytes_per_weight=size / model.parameters,
+        prefill=None,
+        decode=None,
+        seconds=time.perf_counter() - began,
     )
-    yield Row.of(facts, oracle, oracle, None, time.perf_counter() - began)
     for candidate in candidates:
         try:
             row = _measure_one(opener, candidate, text, readings, oracle, decode_tokens, on_progress)
@@ -73,11 +68,6 @@ def evaluate_all(
 def reason(error: Exception) -> str:
     """Why something did not run, in a line."""
     return str(error) if isinstance(error, TransomError) else in_a_line(error)
-
-
-def payload_bytes(manifest: Manifest) -> int:
-    """Bytes of an artifact's files, without the tokenizer, the sampling settings and the manifest."""
-    return sum(int(entry["bytes"]) for name, entry in manifest.files.items() if name not in COMPANIONS)
 
 
 def _read(model: Model, text: Text, advance: Callable[[int], None]) -> list[Reading]:
@@ -120,8 +110,11 @@ def _measure_one(
                 for tokens, reading in zip(text.sequences, readings, strict=True)
             ]
             speed = measure_speed(session, text.sequences[0], decode_tokens)
-    size = payload_bytes(manifest)
-    facts = Facts(
+    # What it needs to run: neither the tokenizer, nor the sampling settings, nor the manifest.
+    size = sum(int(entry["bytes"]) for file, entry in manifest.files.items() if file not in COMPANIONS)
+    return Row.of(
+        scores,
+        oracle,
         name=name,
         target=candidate.target,
         scheme=candidate.options.quant,
@@ -130,8 +123,10 @@ def _measure_one(
         weights=dict(manifest.source),
         bytes=size,
         bytes_per_weight=size / opener.model.parameters,
+        prefill=speed.prefill,
+        decode=speed.decode,
+        seconds=time.perf_counter() - began,
     )
-    return Row.of(facts, scores, oracle, speed, time.perf_counter() - began)
 
 
 def _counter(stage: str, total: int, on_progress: OnProgress) -> Callable[[int], None]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from transom.backends.session import Session
 
@@ -15,14 +15,8 @@ REPEATS = 3
 """Runs, of which the middle one counts."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Tokens a second.
-
-    Attributes:
-        prefill: Of a prompt, with the logits of its last token alone.
-        decode: One by one after it.
-    """
+class Speed(NamedTuple):
+    """Tokens a second: of a prompt with the logits of its last token alone, and one by one after it."""
 
     prefill: float
     decode: float
@@ -35,13 +29,7 @@ def split(length: int, decode_tokens: int) -> tuple[int, int]:
 
 
 def measure_speed(session: Session, tokens: Sequence[int], decode_tokens: int) -> Speed:
-    """Time a session that is warm already.
-
-    Args:
-        session: The target.
-        tokens: A sequence; its last ones are decoded.
-        decode_tokens: How many of them.
-    """
+    """Time a session that is warm already on a sequence whose last tokens are decoded."""
     first, _ = split(len(tokens), decode_tokens)
     prefills, decodes = [], []
     for _ in range(REPEATS):
@@ -54,7 +42,7 @@ def measure_speed(session: Session, tokens: Sequence[int], decode_tokens: int) -
         ended = time.perf_counter()
         prefills.append(first / (middle - began))
         decodes.append((len(tokens) - first) / (ended - middle))
-    return Speed(prefill=statistics.median(prefills), decode=statistics.median(decodes))
+    return Speed(statistics.median(prefills), statistics.median(decodes))
 
 
 def processor() -> str:

@@ -24,7 +24,6 @@ class Text:
     """Sequences of one length, each with <bos> in front.
 
     Attributes:
-        source: The file.
         available: Tokens of the whole file, <bos> included.
         sequences: Token ids. Every one but <bos> is scored, given those before it.
     """
@@ -50,14 +49,10 @@ class Text:
 
 
 def read_sequences(model: Model, path: Path, *, length: int | None, windows: int, most: int) -> Text:
-    """Read a file and cut it.
+    """Read a file and cut it into `windows` sequences.
 
-    Args:
-        model: Whose tokenizer.
-        path: Text in UTF-8.
-        length: Tokens of a sequence; by default as many as there are, up to `LENGTH` and `most`.
-        windows: Sequences.
-        most: The shortest context of all that will read them.
+    Without a length they have as many tokens as there are, up to `LENGTH` and `most`: the shortest context of all that
+    will read them.
 
     Raises:
         TokenizerError: If the model has no tokenizer, or the file cannot be read or is too short.
