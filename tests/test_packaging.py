@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-DATA = ("transom/py.typed", "transom/zoo/prompt.txt", "transom/validation/templates/report.css")
-"""What the wheel holds beside modules: the text that validation reads, and the style of its report."""
+PAGES = ("page.html", "parts.html", "validation.html", "evaluation.html", "report.css")
+DATA = ("transom/py.typed", "transom/zoo/prompt.txt", *(f"transom/validation/templates/{name}" for name in PAGES))
+"""What the wheel holds beside modules: the text that validation reads, and the templates and style of its reports."""
 
 
 def folder_of(package: str) -> Path:

@@ -156,25 +156,17 @@ def line_plot(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(axis="y", color=COLOURS["rule"])
         for line in series:
-            axes.plot(
-                [x for x, _ in line.points],
-                [max(y, SMALLEST) if math.isfinite(y) else high for _, y in line.points],
-                color=_colour(line.style),
-                linestyle=DASHES[line.style % len(DASHES)],
-                label=line.name,
-            )
+            heights = [max(y, SMALLEST) if math.isfinite(y) else high for _, y in line.points]
+            look: Any = {"color": _colour(line.style), "linestyle": DASHES[line.style % len(DASHES)]}
+            axes.plot([x for x, _ in line.points], heights, label=line.name, **look)
         axes.margins(x=0.01)
         for index, (x, label) in enumerate(columns):
             axes.axvline(x, color=COLOURS["faint"], linewidth=0.8, linestyle=(0, (3, 3)))
             # Two heights in turn, so that neighbours can be read.
-            axes.annotate(
-                label, (x, 1), (2, 3 + 11 * (index % 2)), xycoords=("data", "axes fraction"), textcoords="offset points"
-            )
+            _note(axes, label, (x, 1), ("data", "axes fraction"), (2, 3 + 11 * (index % 2)))
         for y, label in limits:
             axes.axhline(y, color=COLOURS["limit"], linewidth=1.0)
-            axes.annotate(
-                label, (1, y), (-3, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
-            )
+            _note(axes, label, (1, y), ("axes fraction", "data"), (-3, 3), ha="right")
         if ticks:
             axes.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
         if series:
@@ -211,13 +203,8 @@ def scatter_plot(
         steps: Any = "steps-post" if better == "less" else "steps-pre"
         axes.plot([x for x, _ in front], [y for _, y in front], drawstyle=steps, color=COLOURS["faint"], linewidth=1.0)
         for point in points:
-            axes.plot(
-                point.x,
-                point.y,
-                "o",
-                color=_colour(point.style),
-                markerfacecolor=_colour(point.style) if point.on_front else COLOURS["page"],
-            )
+            colour = _colour(point.style)
+            axes.plot(point.x, point.y, "o", color=colour, mfc=colour if point.on_front else COLOURS["page"])
         if math.isfinite(level[0]):
             axes.axhline(level[0], color=COLOURS["limit"], linewidth=0.8, linestyle=(0, (6, 3)))
         _scale(axes, "x", [point.x for point in points])
@@ -229,10 +216,7 @@ def scatter_plot(
             if math.isfinite(point.error) and point.error > 0:
                 axes.errorbar(point.x, point.y, point.error, color=_colour(point.style), capsize=3, linewidth=1.0)
         if math.isfinite(level[0]):
-            axes.annotate(
-                level[1], (0.99, level[0]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right",
-            )  # fmt: skip
+            _note(axes, level[1], (0.99, level[0]), ("axes fraction", "data"), (0, 3), ha="right")
         _label(axes, points)
         if legend:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(legend))
@@ -263,6 +247,11 @@ def _scale(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
+def _note(axes: Axes, text: str, xy: tuple[float, float], coordinates: Any, offset: Any, **look: Any) -> Any:
+    """Write beside a place, so many points off."""
+    return axes.annotate(text, xy, offset, xycoords=coordinates, textcoords="offset points", **look)
+
+
 def _label(axes: Axes, points: Sequence[Point]) -> None:
     """Write every name beside its point, at the first place where no other text and no point stands."""
     marks = [axes.transData.transform((point.x, point.y)) for point in points]
@@ -270,10 +259,8 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     places = [(side, down) for down in (9, -9, 20, -20, 32, -32, 44, -44) for side in ("left", "right")]
     for point in points:
         for side, down in places:
-            text = axes.annotate(
-                point.name, (point.x, point.y), (6 if side == "left" else -6, down), textcoords="offset points",
-                ha=side, va="center", color=COLOURS["text"],
-            )  # fmt: skip
+            offset, look = (6 if side == "left" else -6, down), {"ha": side, "va": "center", "color": COLOURS["text"]}
+            text = _note(axes, point.name, (point.x, point.y), "data", offset, **look)
             box = text.get_window_extent()
             free = not any(box.overlaps(other) for other in taken) and not any(box.contains(x, y) for x, y in marks)
             if (free and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)) or (side, down) == places[-1]:
