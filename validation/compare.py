@@ -1,4 +1,4 @@
-"""One pass over logits: how far they are from the oracle's, and how likely they make the text, position by position.
+"""One text through a session: how far its logits are from the oracle's, and how likely they make the text.
 
 Logits of 262,144 tokens are never kept: a target's stand in memory for one call, the oracle's for a few positions.
 """
@@ -6,11 +6,15 @@ Logits of 262,144 tokens are never kept: a target's stand in memory for one call
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from transom.backends.session import Session
 
 ROWS = 64
 """Positions compared at a time: 64 MiB of logits of a vocabulary of 262,144."""
@@ -115,3 +119,69 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> Array:
 
 def _array(values: torch.Tensor) -> Array:
     return values.double().numpy()
+
+
+def counter(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Adds up counts, and reports (done, total)."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    return advance
+
+
+class Measurement(NamedTuple):
+    """What a text gave.
+
+    Attributes:
+        differences: From the position `first` on.
+        seconds: Time of the target alone, from there on.
+        seconds_before: That of the positions before it.
+    """
+
+    differences: Differences
+    seconds: float
+    seconds_before: float
+
+
+def measure(
+    session: Session,
+    tokens: Sequence[int],
+    expected: Logits,
+    *,
+    step: int,
+    first: int = 0,
+    unquantized: Logits | None = None,
+    on_tokens: Callable[[int], None],
+) -> Measurement:
+    """Run a text from empty caches, `step` tokens at once, whose logits stand in memory together.
+
+    From position `first` on, its logits are compared with those of the oracle, which has read the tokens, and with
+    those of the unquantised oracle if that is given. The target's may be NaN: the differences say where they are.
+    """
+    session.refuses_nonfinite = False
+    session.reset()
+    began = time.perf_counter()
+    if first:
+        session.prefill(tokens[:first], on_chunk=on_tokens)
+    before, seconds = time.perf_counter() - began, 0.0
+    parts = []
+    # Fed a step at a time, so that no logits outlive their comparison.
+    for low in range(first, len(tokens), step):
+        calls = session.feed(tokens[low : low + step], wanted="all")
+        while True:
+            began = time.perf_counter()
+            # The runtime may take a step in two, where a ring ends within it.
+            logits = next(calls, None)
+            seconds += time.perf_counter() - began
+            if logits is None:
+                break
+            position = session.position - len(logits)
+            following = tokens[position + 1 : session.position + 1]
+            parts.append(compare(logits, expected, position, following=following, unquantized=unquantized))
+            on_tokens(len(logits))
+            del logits
+    return Measurement(Differences.join(parts), seconds, before)

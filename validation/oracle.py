@@ -56,12 +56,15 @@ class Oracle:
         return self._known[key]
 
 
+def quantized(traced: Graph, quant: str) -> Graph:
+    """A graph as traced whose weights are the numbers that a scheme's codes mean."""
+    return Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))]).run(traced)[0]
+
+
 def round_weights(module: Decoder, graph: Graph, quant: str) -> None:
     """Give a module the numbers that the codes of a scheme mean, computed by the pass that makes the codes."""
-    passes = Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))])
-    graph, _ = passes.run(graph)
     rounded = {}
-    for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
+    for node in (graph := quantized(graph, quant)).calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
         named_codes = graph.weight_of(node.args[1])
         if named_codes is None or named_codes[1].part_of is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")

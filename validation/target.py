@@ -12,9 +12,9 @@ import numpy as np
 from transom.backends.session import Session
 from transom.errors import ArtifactError, SamplingError
 from transom.validation.candidates import Candidate
+from transom.validation.compare import Measurement, counter, measure
 from transom.validation.judge import judge, weigh
 from transom.validation.lengths import schedule
-from transom.validation.measure import Measurement, measure
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import LengthResult, TargetResult
 from transom.validation.tolerances import quantization_limit, tolerance
@@ -43,14 +43,8 @@ def validate_target(
         raise ArtifactError(f"{candidate.name} has {session.vocab_size} tokens, {config.name} has {config.vocab_size}")
     bound = tolerance(candidate.target, dtype=candidate.options.dtype, quant=candidate.options.quant)
     plans = schedule(window=config.longest_window, context=session.context, chunk=session.chunk, states=session.states)
-    total, done, expected = plans.positions, 0, oracle.text.logits
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress(done, total)
-
-    run = functools.partial(measure, session, expected=expected, on_tokens=advance)
+    advance = counter(on_progress, plans.positions)
+    run = functools.partial(measure, session, expected=oracle.text.logits, on_tokens=advance)
     runs: list[tuple[str, Measurement]] = []
     # The earlier calls of a shorter prompt are the very calls of the longest one: comparing them again tells nothing.
     last_calls = [(length - 1) // session.chunk * session.chunk for length in plans.prompts[:-1]]

@@ -181,9 +181,7 @@ def _run(
             unquantized = oracle.text
         beside = None if quant == "none" else unquantized
         for candidate in group:
-            result = _validate_one(opener, candidate, prompt, oracle, beside, on_progress)
-            if layers and candidate.target != REFERENCE and result.lengths:
-                result = _with_layers(result, opener, candidate, prompt, on_progress)
+            result = _validate_one(opener, candidate, prompt, oracle, beside, layers, on_progress)
             results[candidate.name] = result
             if candidate.folder is not None and (candidate.folder / MANIFEST).is_file():
                 certify(candidate.folder, blank, candidate.name, result)
@@ -196,12 +194,13 @@ def _validate_one(
     prompt: Prompt,
     oracle: Oracle,
     unquantized: Reading | None,
+    layers: bool,
     on_progress: OnProgress,
 ) -> TargetResult:
     name, config = candidate.name, opener.model.config
     try:
         with opener.open(candidate, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
-            return validate_target(
+            result = validate_target(
                 session,
                 candidate,
                 config,
@@ -213,11 +212,8 @@ def _validate_one(
     except Exception as error:
         # Runtimes raise what they like, and what the other targets give must not be lost.
         return failed_target(candidate, config, error)
-
-
-def _with_layers(
-    result: TargetResult, opener: Opener, candidate: Candidate, prompt: Prompt, on_progress: OnProgress
-) -> TargetResult:
+    if not layers or candidate.target == REFERENCE:
+        return result
     try:
         return dataclasses.replace(result, layers=compare_layers(candidate, opener, prompt.ids, on_progress))
     except Exception as error:

@@ -36,6 +36,7 @@ from transom.passes.base import Pass
 from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.fold_constants import FoldConstants
 from transom.passes.pipelines import PIPELINES, Measure, pipeline
+from transom.validation import candidates
 from transom.validation.bisection import bisect as bisection
 from transom.validation.bisection import sources
 from transom.validation.bisection.bisect import bisect, bisect_stages
@@ -466,7 +467,7 @@ def test_a_target_at_fault_is_traced_to_its_pass(cli: Cli, monkeypatch: pytest.M
 @pytest.mark.real
 @pytest.mark.slow
 def test_two_targets_agree_on_the_real_model(real: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "open_session", functools.partial(open_session, threads=THREADS))
+    monkeypatch.setattr(candidates, "open_session", functools.partial(open_session, threads=THREADS))
     verdict = transom.bisect("onnxruntime", "onnx", model=real)
     assert not verdict.diverged, verdict
     assert verdict.compared == 309

@@ -25,10 +25,10 @@ from tests.validation.conftest import parsed
 from transom.backends.onnxruntime.runtime import OnnxRuntime
 from transom.backends.runtime import Call, Result
 from transom.errors import ConfigError, ContextLengthError, QuantizationError, TargetError, TokenizerError
+from transom.validation.compare import measure
 from transom.validation.evaluation import rows
 from transom.validation.evaluation.evaluate import evaluate_sources
 from transom.validation.evaluation.result import Evaluation, front
-from transom.validation.measure import measure
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model
 

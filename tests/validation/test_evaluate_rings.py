@@ -18,9 +18,8 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.validation.compare import Differences
+from transom.validation.compare import Differences, measure
 from transom.validation.evaluation.text import read_sequences
-from transom.validation.measure import measure
 from transom.validation.oracle import Reading
 from transom.zoo.model import Model
 

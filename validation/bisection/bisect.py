@@ -124,22 +124,13 @@ def bisect_stages(
     decode: int | None = None,
     share: float | None = None,
 ) -> Verdict:
-    """Find the first pass of a pipeline that changes numbers, and where.
+    """Find the first pass of a pipeline, that of a target or one's own, that changes numbers, and where.
 
     Every stage is interpreted and compared with the graph as traced; from the pass on that quantises, with the numbers
-    that the codes mean.
-
-    Args:
-        target: A target, or passes of one's own.
-        model: The model, or what `zoo.model.load` takes.
-        quant: Quantisation scheme.
-        length: As for `bisect`.
-        chunk: As for `bisect`; passes of one's own must be built for the same chunk.
-        decode: As for `bisect`.
-        share: As for `bisect`.
+    that the codes mean. The other arguments are those of `bisect`; passes of one's own must be built for that chunk.
 
     Raises:
-        TargetError: If the target is unknown.
+        TargetError: If the target is unknown, or no pass changes anything.
     """
     plan = _plan(_model(model, []), quant, [], length, chunk, decode)
     passes = pipeline(target, chunk=plan.chunk, scheme=scheme(quant)).passes if isinstance(target, str) else target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,19 +11,17 @@ from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.opening import open_session
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
-from transom.compiler import compile_model
 from transom.errors import InvariantError, TargetError
 from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
-from transom.passes.canonicalize import Canonicalize
-from transom.passes.convert_quantized import ConvertQuantized
 from transom.passes.pipelines import PIPELINES, pipeline
-from transom.passes.share_embedding import ShareEmbedding
 from transom.passes.targets import TARGETS
 from transom.validation.bisection.eager import Eager
+from transom.validation.candidates import Candidate, Opener
+from transom.validation.oracle import quantized
 from transom.zoo.model import Model
 
 Source = str | Path | Graph | Session
@@ -83,12 +80,9 @@ def open_source(source: Source, model: Model, *, quant: str, context: int, chunk
         yield open_session(Path(source), verify=False)
 
 
-@contextlib.contextmanager
-def rebuilt(manifest: Manifest, model: Model) -> Iterator[Session]:
+def rebuilt(manifest: Manifest, model: Model) -> contextlib.AbstractContextManager[Session]:
     """Export an artifact again with taps, for one that was exported without."""
-    options = dataclasses.replace(Options.of_artifact(manifest), cpu=_processor(manifest))
-    with _compiled(model, options) as session:
-        yield session
+    return _compiled(model, dataclasses.replace(Options.of_artifact(manifest), cpu=_processor(manifest)))
 
 
 def _processor(manifest: Manifest) -> str | None:
@@ -101,12 +95,9 @@ def _processor(manifest: Manifest) -> str | None:
     return str(details["machine"] if details["cpu"] == "generic" else details["cpu"])
 
 
-@contextlib.contextmanager
-def _compiled(model: Model, options: Options) -> Iterator[Session]:
-    with tempfile.TemporaryDirectory(prefix="transom-bisect-") as folder:
-        out = Path(folder) / "artifact"
-        compile_model(model, options, before=[AddTaps()], out=out)
-        yield open_session(out, verify=False)
+def _compiled(model: Model, options: Options) -> contextlib.AbstractContextManager[Session]:
+    candidate = Candidate(name=options.target, options=options)
+    return Opener(model).open(candidate, lambda stage, done, total: None, [AddTaps()])
 
 
 def tapped(traced: Graph) -> Graph:
@@ -116,9 +107,7 @@ def tapped(traced: Graph) -> Graph:
 
 def reference_graph(traced: Graph, quant: str) -> Graph:
     """The graph as traced; with a scheme, its weights are the numbers that the codes mean."""
-    if quant == "none":
-        return traced
-    return Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))]).run(traced)[0]
+    return traced if quant == "none" else quantized(traced, quant)
 
 
 def until(passes: Sequence[Pass], stage: str, target: str) -> Sequence[Pass]:

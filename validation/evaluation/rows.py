@@ -6,16 +6,16 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from transom.backends.artifact import read_manifest
 from transom.errors import TransomError
 from transom.validation.candidates import Candidate, OnProgress, Opener
-from transom.validation.compare import ROWS, Differences, compare_rows
+from transom.validation.compare import ROWS, Differences, compare_rows, counter, measure
 from transom.validation.evaluation.result import PLAIN, Row
 from transom.validation.evaluation.speed import measure_speed
 from transom.validation.evaluation.text import Text
-from transom.validation.measure import measure
 from transom.validation.oracle import Reading
 from transom.validation.target import in_a_line
 from transom.zoo.companions import COMPANIONS
@@ -35,7 +35,8 @@ def evaluate_all(
 ) -> Iterator[Row]:
     """Yield the oracle's row, then those of the targets; `not_run` takes the errors of those that fail, by name."""
     model = opener.model
-    began, advance = time.perf_counter(), _counter("oracle", 2 * len(text.sequences) * text.length, on_progress)
+    began = time.perf_counter()
+    advance = counter(partial(on_progress, "oracle"), 2 * len(text.sequences) * text.length)
     readings = _read(model, text, advance)
     oracle = [_score(tokens, reading, advance) for tokens, reading in zip(text.sequences, readings, strict=True)]
     size = sum(weight.bytes for weight in model.weights.values())
@@ -104,7 +105,8 @@ def _measure_one(
         placed = dataclasses.replace(candidate, folder=folder)
         with opener.open(placed, lambda stage, done, total: on_progress(f"{name}: {stage}", done, total)) as session:
             manifest = read_manifest(folder, verify=False)
-            advance, step = _counter(name, len(text.sequences) * text.length, on_progress), min(session.chunk, CALL)
+            advance = counter(partial(on_progress, name), len(text.sequences) * text.length)
+            step = min(session.chunk, CALL)
             scores = [
                 measure(session, tokens, reading.logits, step=step, on_tokens=advance).differences
                 for tokens, reading in zip(text.sequences, readings, strict=True)
@@ -127,14 +129,3 @@ def _measure_one(
         decode=speed.decode,
         seconds=time.perf_counter() - began,
     )
-
-
-def _counter(stage: str, total: int, on_progress: OnProgress) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress(stage, done, total)
-
-    return advance
