@@ -1,13 +1,12 @@
 """The zoo's decoder run eagerly, with images: a runtime of the suite before any compiler can do them.
 
-The zoo's model has no image input yet, so this variant of it lives here: `visible_keys` also gets to know which
-tokens belong to one image. Faults of it are variants again.
+It needs no soft tokens: any tokens may belong to an image, and `visible_keys` gets to know which belong to one. Faults of
+it are variants again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +109,12 @@ class Eager(Runtime):
 
         return hook
 
+    def _seen(
+        self, positions_T: torch.Tensor, slots: int, window: int | None, until_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """In the place of `visible_keys`; how far tokens see follows from the images, not from what was passed."""
+        return self._visible(self.blocks, positions_T, slots, window)
+
     def _run(self, call: Call) -> Result:
         self._tapped = {}
         ropes = (f"tap.layers.{i}.self_attn.{x}_rope" for i in range(len(self._module.layers)) for x in "qk")
@@ -122,7 +127,7 @@ class Eager(Runtime):
 
         with (
             torch.no_grad(),
-            mock.patch.object(layers, "visible_keys", functools.partial(self._visible, self.blocks)),
+            mock.patch.object(layers, "visible_keys", self._seen),
             mock.patch.object(gemma3, "rotate", rotate_and_keep),
         ):
             pairs = list(zip(self._tensors[::2], self._tensors[1::2], strict=True))
