@@ -22,7 +22,8 @@ from transom.formats.quantized import unpack
 from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.encoded import Codes, Encoded
 from transom.graphs.weight import Weight
-from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
+from transom.safetensors_file import Entry
+from transom.zoo.checkpoints.safetensors import read_bytes, read_entries
 
 CODES_FILE = "lattice.safetensors"
 

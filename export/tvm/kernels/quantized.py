@@ -37,7 +37,7 @@ class Codes:
     block: int
     number: str
     symmetric: bool
-    has_offsets: bool
+    has_offsets: bool = False
 
     @property
     def bits(self) -> int:
