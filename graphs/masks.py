@@ -105,7 +105,7 @@ def structure(graph: Graph, mask: Node) -> tuple[str, ...]:
     for node in nodes:
         value = node.meta.get("val")
         if node.op != "placeholder":
-            args, kwargs = map_arg((node.args, node.kwargs), places.__getitem__)
+            args, kwargs = map_arg((node.args, node.kwargs), lambda used: places[used])  # type: ignore[arg-type, return-value]
             lines.append(repr((node.op, str(node.target), args, kwargs)))
         elif node in by_value or node not in names or not isinstance(value, torch.Tensor):
             lines.append(repr((node.op, node.name)))

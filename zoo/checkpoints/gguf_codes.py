@@ -55,7 +55,8 @@ def _four_bits(packed: np.ndarray) -> np.ndarray:
 def _five_bits(packed: np.ndarray) -> np.ndarray:
     """The fifth bits of all codes stand before the others."""
     fifth = np.unpackbits(packed[:, :4], axis=-1, bitorder="little")
-    return (_nibbles(packed[:, 4:]) | fifth << 4).astype(np.int8) - np.int8(16)
+    codes: np.ndarray = (_nibbles(packed[:, 4:]) | fifth << 4).astype(np.int8) - np.int8(16)
+    return codes
 
 
 def _scale_and_offset(blocks: np.ndarray, middle: int) -> tuple[np.ndarray, np.ndarray]:
