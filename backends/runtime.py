@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.backends.artifact import Manifest
 from transom.errors import SessionError, TransomError
 from transom.graphs.state import State
 from transom.images.resize import Box, PixelSpec, pixels
@@ -149,6 +150,25 @@ class Runtime(abc.ABC):
     @abc.abstractmethod
     def state_arrays(self) -> Iterator[tuple[State, Any]]:
         """Every allocated state with the array that holds it."""
+
+
+class ArtifactRuntime(Runtime):
+    """A runtime of an artifact's `decode` entry.
+
+    Args:
+        manifest: The artifact's; it says what a `Runtime` must know.
+        rows: Sequences in every call.
+    """
+
+    def __init__(self, manifest: Manifest, *, rows: int = 1) -> None:
+        super().__init__(
+            context=manifest.context,
+            chunk=manifest.chunk,
+            vocab_size=manifest.vocab_size,
+            states=manifest.decode.states,
+            rows=rows,
+            width=manifest.soft_width,
+        )
 
 
 def grown(old: Any, new: Any) -> Any:

@@ -1,9 +1,8 @@
-"""Reads safetensors files straight into memory that runtimes take as it is. Needs no torch."""
+"""Tensors of safetensors files in memory that runtimes take as it is. Needs no torch."""
 
 from __future__ import annotations
 
-import io
-import json
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.errors import ArtifactError
+from transom.safetensors_file import Entry, read_entries, read_into
 
 ALIGNMENT = 64
 """Runtimes take buffers that start at such addresses without a copy."""
@@ -48,30 +48,18 @@ def zeros(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     return array
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
-    """An open safetensors file."""
+    """The tensors of a safetensors file, by name."""
 
-    def __init__(self, file: io.FileIO, size: int) -> None:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        self.entries: Mapping[str, dict[str, Any]] = {k: v for k, v in entries.items() if k != "__metadata__"}
-        self._file, self._base = file, 8 + length
+    entries: Mapping[str, Entry]
 
     def read(self, name: str) -> NDArray[Any]:
         """One tensor, on an aligned address."""
         entry = self.entries[name]
-        start, stop = entry["data_offsets"]
-        buffer = aligned(stop - start)
-        self._file.seek(self._base + start)
-        done = 0
-        while done < buffer.size:
-            count = self._file.readinto(buffer[done:].data)
-            if not count:
-                raise ValueError("it ends too early")
-            done += count
-        return buffer.view(np.dtype(NUMPY_NAMES[entry["dtype"]])).reshape(entry["shape"])
+        buffer = aligned(entry.stop - entry.start)
+        read_into(buffer, entry)
+        return buffer.view(np.dtype(NUMPY_NAMES[entry.dtype])).reshape(entry.shape)
 
 
 @contextmanager
@@ -82,7 +70,6 @@ def reading(path: Path) -> Iterator[Reader]:
         ArtifactError: If the file is damaged, or does not hold what the block asks for.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            yield Reader(file, path.stat().st_size)
+        yield Reader(entries=read_entries(path)[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} does not hold the weights ({error}): export the model again") from error

@@ -9,6 +9,9 @@ A matrix [R, K] is cut into blocks of `block` columns. It is held as
                                                           and 0 for floats
 
 and means `(code - zero_point) * scale`. This is the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
+In place of a zero point, a block of integers may have an offset, which is what the middle code means:
+
+    offsets      float32 [R, K / block]                   it means `(code - middle) * scale + offset`
 """
 
 from __future__ import annotations
@@ -40,23 +43,22 @@ def block_of(codes: torch.Tensor, number: str) -> int:
     return int(codes.shape[2]) * 8 // BITS[number]
 
 
-def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
-) -> torch.Tensor:
-    """Numbers of a block-quantised matrix, float32 [R, K]."""
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str) -> torch.Tensor:
+    """Numbers of a block-quantised matrix, float32 [R, K]; `zeros` are zero points, or float32 offsets."""
     rows, blocks = scales.shape
     block = block_of(codes, number)
-    zeros = None if zero_points is None else unpack(zero_points, number, blocks)
+    if zeros is not None and not zeros.is_floating_point():
+        zeros = unpack(zeros, number, blocks)
     return decode(unpack(codes, number, block), scales, zeros, number).view(rows, blocks * block)
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str) -> torch.Tensor:
+def decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str) -> torch.Tensor:
     """Numbers of unpacked codes.
 
     Args:
         codes: [R, G, C].
         scales: float32 [R, G].
-        zero_points: uint8 [R, G], or None.
+        zeros: Zero points, uint8 [R, G]; or offsets, float32 [R, G]; or None.
         number: What a code is.
 
     Returns:
@@ -65,6 +67,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor 
     if number == "sfp8":
         return sfp8.decode(codes) * scales[..., None]
     values = codes.float()
+    has_offsets = zeros is not None and zeros.is_floating_point()
     if not codes.is_floating_point():
-        values = values - (2 ** (BITS[number] - 1) if zero_points is None else zero_points.float()[..., None])
-    return values * scales[..., None]
+        values = values - (2 ** (BITS[number] - 1) if zeros is None or has_offsets else zeros.float()[..., None])
+    values = values * scales[..., None]
+    return values + zeros[..., None] if zeros is not None and has_offsets else values

@@ -73,7 +73,12 @@ def find_grid(
         importance_GC: For "mse", a weight for the error of every column, such as the mean square of what it is
             multiplied by; by default all count the same.
         tensor_max: Largest magnitude of the whole tensor, which a spec with one scale a tensor needs.
+
+    Raises:
+        QuantizationError: If the spec is of codes with offsets.
     """
+    if spec.has_offsets:
+        raise QuantizationError(f"nothing is rounded to {spec.describe()}: choose a scheme without them")
     if spec.block == "tensor":
         if tensor_max is None:
             raise QuantizationError(f"{spec.describe()} needs the largest number of the whole tensor")

@@ -28,13 +28,16 @@ LARGEST_BLOCK = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How a matrix becomes narrow numbers: `(code - zero_point) * scale`.
+    """How a matrix becomes narrow numbers: `(code - zero_point) * scale + offset`.
 
     Attributes:
         number: What a code is.
         block: Columns that share a scale, at most (see `group`); or all of a "row" (an output channel), or of the
             whole "tensor".
         symmetric: Whether the middle code means zero; otherwise each block has a zero point. Floats have none.
+        has_offsets: Whether each block has an offset, which any number can be: what its middle code means, as the
+            minima of llama.cpp's Q4_1 state it. Codes with offsets are kept where a checkpoint has them; nothing is
+            rounded to such a grid.
         signed_scale: Whether a scale may be negative, so that the lowest code of an integer always stands for the
             number of largest magnitude: the grid of llama.cpp's Q4_0. Otherwise scales are positive.
         scale_dtype: What every scale can be rounded to without a change; scales are held in float32.
@@ -44,6 +47,7 @@ class QuantSpec:
     number: Number
     block: int | Literal["row", "tensor"]
     symmetric: bool = True
+    has_offsets: bool = False
     signed_scale: bool = False
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     modules: str = ""
@@ -55,6 +59,8 @@ class QuantSpec:
             raise QuantizationError(f"blocks must be powers of two from {SMALLEST_BLOCK} on, not {self.block}")
         if not (self.is_integer or self.symmetric):
             raise QuantizationError(f"{self.number} has no zero points: make it symmetric")
+        if self.has_offsets and not (self.is_integer and self.symmetric):
+            raise QuantizationError("only integers that have no zero points have offsets")
 
     @property
     def bits(self) -> int:
@@ -83,28 +89,35 @@ class QuantSpec:
         return _dividing(columns, LARGEST_BLOCK if isinstance(self.block, str) else min(self.block, LARGEST_BLOCK))
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix [rows, columns]: codes, float32 scales, and zero points packed like codes."""
+        """Bytes of a matrix [rows, columns]: codes, float32 scales and offsets, and zero points packed like codes."""
         blocks = columns // self.stored_block(columns)
-        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
-        return rows * (columns * self.bits // 8 + 4 * blocks + zero_points)
+        zeros = 4 * blocks if self.has_offsets else 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (columns * self.bits // 8 + 4 * blocks + zeros)
 
     @property
     def key(self) -> str:
         """All but `modules` in a line, which `of_key` reads; operations carry it as an argument."""
-        return json.dumps([self.number, self.block, self.symmetric, self.signed_scale, self.scale_dtype])
+        offsets = [True] if self.has_offsets else []
+        return json.dumps([self.number, self.block, self.symmetric, self.signed_scale, self.scale_dtype, *offsets])
 
     @staticmethod
     def of_key(key: str) -> QuantSpec:
         """Undo `key`."""
-        number, block, symmetric, signed_scale, scale_dtype = json.loads(key)
+        number, block, symmetric, signed_scale, scale_dtype, *offsets = json.loads(key)
         return QuantSpec(
-            number=number, block=block, symmetric=symmetric, signed_scale=signed_scale, scale_dtype=scale_dtype
+            number=number,
+            block=block,
+            symmetric=symmetric,
+            has_offsets=offsets == [True],
+            signed_scale=signed_scale,
+            scale_dtype=scale_dtype,
         )
 
     def describe(self) -> str:
         """In words, such as "int4 in blocks of 32"."""
         where = f"by {self.block}" if isinstance(self.block, str) else f"in blocks of {self.block}"
-        return f"{self.number} {where}" + ("" if self.symmetric else " with zero points")
+        zeros = " with offsets" if self.has_offsets else "" if self.symmetric else " with zero points"
+        return f"{self.number} {where}{zeros}"
 
 
 def _dividing(columns: int, block: int) -> int:

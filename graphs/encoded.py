@@ -20,9 +20,9 @@ from transom.formats.rounding import Rounded
 from transom.formats.schemes import Number, QuantSpec
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""(codes [rows, K], scales float32 [rows, K / block], zero points) of some rows. Codes of symmetric integers are int8,
-with zero as 0; other integers are uint8, with zero points uint8 [rows, K / block]; floats are their own dtype, SFP8 is
-uint8."""
+"""(codes [rows, K], scales float32 [rows, K / block], zeros) of some rows. Codes of symmetric integers are int8, with
+the middle code as 0, and perhaps with offsets float32 [rows, K / block]; other integers are uint8, with zero points
+uint8 [rows, K / block]; floats are their own dtype, SFP8 is uint8."""
 
 ROUNDED_NUMBERS = 2**18
 """Numbers encoded at a time: 1 MiB of float32 stays in a core's cache, which made rounding 3 times faster."""
@@ -38,7 +38,7 @@ def rows_at_once(columns: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Codes of a matrix [R, K]: they mean `(code - zero point) * scale`, exactly.
+    """Codes of a matrix [R, K]: they mean `(code - zero point) * scale + offset`, exactly.
 
     Attributes:
         name: What the format is called, such as "Q5_0".
@@ -49,6 +49,7 @@ class Encoded:
         symmetric: Whether zero is the code in the middle, so that there are no zero points.
         scale_dtype: What every scale can be rounded to without a change; "bfloat16" ones are positive too.
         read_rows: `(start, stop) -> codes of those rows`. Never caches.
+        has_offsets: Whether there are offsets, which are what the code in the middle means.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Encoded:
     symmetric: bool
     read_rows: Callable[[int, int], Codes]
     scale_dtype: str = "float32"
+    has_offsets: bool = False
 
     @staticmethod
     def of(spec: QuantSpec, shape: tuple[int, ...], read_rows: Callable[[int, int], Codes]) -> Encoded:
@@ -71,6 +73,7 @@ class Encoded:
             block=spec.stored_block(shape[1]),
             symmetric=spec.symmetric,
             scale_dtype=spec.scale_dtype,
+            has_offsets=spec.has_offsets,
             read_rows=read_rows,
         )
 
@@ -78,7 +81,7 @@ class Encoded:
     def stack(parts: Sequence[Encoded]) -> Encoded | None:
         """Codes of matrices one below the other, none of them changed; None if no format holds them all."""
         first, columns = parts[0], parts[0].shape[1]
-        kinds = {(part.is_integer or part.number, part.symmetric, part.shape[1]) for part in parts}
+        kinds = {(part.is_integer or part.number, part.symmetric, part.has_offsets, part.shape[1]) for part in parts}
         if len(kinds) > 1:
             return None
         parts = [part.with_block(math.gcd(*(part.block for part in parts))) for part in parts]
@@ -91,7 +94,7 @@ class Encoded:
                 if start < high and stop > low
             ]
             codes, scales, zeros = zip(*pieces, strict=True)
-            return torch.cat(codes), torch.cat(scales), None if first.symmetric else torch.cat(zeros)
+            return torch.cat(codes), torch.cat(scales), None if first.zeros_name is None else torch.cat(zeros)
 
         return Encoded(
             name=" + ".join(dict.fromkeys(part.name for part in parts)),
@@ -101,6 +104,7 @@ class Encoded:
             block=parts[0].block,
             symmetric=first.symmetric,
             scale_dtype=first.scale_dtype if len({part.scale_dtype for part in parts}) == 1 else "float32",
+            has_offsets=first.has_offsets,
             read_rows=read_rows,
         )
 
@@ -108,6 +112,13 @@ class Encoded:
     def is_integer(self) -> bool:
         """Whether codes are integers."""
         return self.number in ("int4", "int8")
+
+    @property
+    def zeros_name(self) -> str | None:
+        """What blocks have beside codes and scales: "zero_points" or "offsets", or nothing."""
+        if self.has_offsets:
+            return "offsets"
+        return None if self.symmetric else "zero_points"
 
     def blocks(self) -> Iterator[tuple[int, Codes]]:
         """All rows in order, in blocks: the first row of each, an even one, and its codes."""
@@ -143,8 +154,9 @@ class Encoded:
         integers, scales, zeros = codes
         rows, blocks = scales.shape
         integers_RGC = integers.view(rows, blocks, -1)
-        if integers.dtype == torch.int8:  # symmetric: zero is 0, not the middle code
-            return (integers_RGC.float() * scales[..., None]).view(rows, -1)
+        if integers.dtype == torch.int8:  # symmetric: the middle code is 0
+            values = integers_RGC.float() * scales[..., None]
+            return (values if zeros is None else values.add_(zeros[..., None])).view(rows, -1)
         return decode(integers_RGC, scales, zeros, self.number).view(rows, -1)
 
     def dequantized(self) -> torch.Tensor:
@@ -171,11 +183,13 @@ class Encoded:
         return dataclasses.replace(self, read_rows=read_rows)
 
     def _is_finite(self, codes: Codes) -> bool:
-        integers, scales, _ = codes
-        if not (is_finite(scales) and is_finite(integers)):
+        integers, scales, zeros = codes
+        offsets = [zeros] if self.has_offsets and zeros is not None else []
+        if not all(is_finite(part) for part in (scales, integers, *offsets)):
             return False
         # No code means more than 448, nor is a difference of two bytes larger.
-        in_range = not scales.numel() or float(scales.abs().max()) < torch.finfo(torch.float32).max / 2**9
+        limit = torch.finfo(torch.float32).max / 2**10
+        in_range = not scales.numel() or all(float(part.abs().max()) < limit for part in (scales, *offsets))
         return in_range or is_finite(self.decode(codes))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.fx.node import map_arg
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph, run_nodes
@@ -90,6 +91,32 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
     except _UnreadableMaskError as error:
         return MaskReading(window=None, reason=str(error))
     return MaskReading(window=window, until=until)
+
+
+def structure(graph: Graph, mask: Node) -> tuple[str, ...]:
+    """All that a mask's reading depends on, beside the sizes: masks of equal structure have equal values.
+
+    Every operation upstream with its arguments, in which operations stand as numbers in the order of a walk that the
+    arguments alone determine. Inputs whose values count stand there by name, others by their dtype and shape.
+    """
+    nodes, names = _upstream(mask), {node: name for name, node in graph.inputs.items()}
+    by_value, places = set(_value_inputs(mask)), {node: _Place(index=index) for index, node in enumerate(nodes)}
+    lines = []
+    for node in nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder":
+            args, kwargs = map_arg((node.args, node.kwargs), lambda used: places[used])  # type: ignore[arg-type, return-value]
+            lines.append(repr((node.op, str(node.target), args, kwargs)))
+        elif node in by_value or node not in names or not isinstance(value, torch.Tensor):
+            lines.append(repr((node.op, node.name)))
+        else:
+            lines.append(repr((node.op, value.dtype, [str(size) for size in value.shape])))
+    return tuple(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    index: int
 
 
 class _UnreadableMaskError(Exception):

@@ -254,15 +254,15 @@ def _(
 @torch.library.custom_op("transom::linear_quantized", mutates_args=())
 @_body
 def linear_quantized(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
 ) -> torch.Tensor:
-    """`x @ dequantize(codes).T`; see `formats.quantized` for the layout of the codes."""
-    return torch.nn.functional.linear(x, dequantize(codes, scales, zero_points, number).to(x.dtype))
+    """`x @ dequantize(codes).T`; see `formats.quantized` for the layout of codes, zero points and offsets."""
+    return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, number).to(x.dtype))
 
 
 @linear_quantized.register_fake
 def _(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -270,17 +270,17 @@ def _(
 @torch.library.custom_op("transom::embedding_quantized", mutates_args=())
 @_body
 def embedding_quantized(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     """Rows of the dequantised table, float32 [..., K]."""
     flat = tokens.flatten()
-    zeros = None if zero_points is None else zero_points[flat]
-    return dequantize(codes[flat], scales[flat], zeros, number).view(*tokens.shape, -1)
+    rows = dequantize(codes[flat], scales[flat], None if zeros is None else zeros[flat], number)
+    return rows.view(*tokens.shape, -1)
 
 
 @embedding_quantized.register_fake
 def _(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, number: str
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
 ) -> torch.Tensor:
     return scales.new_empty((*tokens.shape, codes.shape[1] * block_of(codes, number)))
 

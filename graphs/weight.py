@@ -37,7 +37,7 @@ class Weight:
         origin: Where the numbers come from, for error messages and manifests.
         encoded: The codes that the numbers were made from, if the checkpoint holds such codes.
         exact: What it was before it was converted to another dtype, so that quantisation rounds only once.
-        part_of: The encoded matrix whose codes, scales or zero points it is, if it is one of those.
+        part_of: The encoded matrix whose codes, scales, zero points or offsets it is, if it is one of those.
         pick: `codes of some rows -> those rows of the part`; see `read_blocks`.
     """
 
@@ -86,8 +86,8 @@ class Weight:
 
     @staticmethod
     def parts_of(encoded: Encoded, origin: str) -> tuple[Weight, Weight, Weight | None]:
-        """Codes, scales and zero points of an encoded matrix, as `formats.quantized` lays them out; symmetric ones have
-        no zero points.
+        """Codes, scales and zero points or offsets, if it has any, of an encoded matrix, as `formats.quantized` lays
+        them out.
         """
         (rows, columns), number, bits = encoded.shape, encoded.number, BITS[encoded.number]
         blocks, middle = columns // encoded.block, 2 ** (bits - 1)
@@ -108,15 +108,17 @@ class Weight:
                 codes = codes.view(torch.uint8) + middle
             return pack(codes.view(len(codes), blocks, -1), number)
 
-        def packed_zeros(parts: Codes) -> torch.Tensor:
+        def stored_zeros(parts: Codes) -> torch.Tensor:
             assert parts[2] is not None
-            return pack(parts[2], number)
+            return parts[2] if encoded.has_offsets else pack(parts[2], number)
 
         code_dtype = FLOAT8 if number == "float8_e4m3fn" else torch.uint8
         codes = part((blocks, encoded.block * bits // 8), code_dtype, packed)
         scales = part((blocks,), torch.float32, lambda parts: parts[1])
-        zeros = None if encoded.symmetric else part((-(-blocks * bits // 8),), torch.uint8, packed_zeros)
-        return codes, scales, zeros
+        if encoded.zeros_name is None:
+            return codes, scales, None
+        width, dtype = (blocks, torch.float32) if encoded.has_offsets else (-(-blocks * bits // 8), torch.uint8)
+        return codes, scales, part((width,), dtype, stored_zeros)
 
     @property
     def bytes(self) -> int:

@@ -76,7 +76,7 @@ def _sum_of_squares(numbers: torch.Tensor) -> float:
 
 def can_hold(spec: QuantSpec, encoded: Encoded) -> bool:
     """Whether a spec's grid can hold codes and scales as they are."""
-    if encoded.block % spec.stored_block(encoded.shape[1]):
+    if encoded.block % spec.stored_block(encoded.shape[1]) or encoded.has_offsets != spec.has_offsets:
         return False
     if spec.scale_dtype == "bfloat16" and encoded.scale_dtype != "bfloat16":
         return False
@@ -149,6 +149,8 @@ class _Encoder:
         assert encoded is not None
         codes, scales, zeros = encoded.with_block(spec.stored_block(self.weight.shape[1])).read_rows(start, stop)
         self._check_finite(scales, start, stop)
+        if encoded.has_offsets and zeros is not None:
+            self._check_finite(zeros, start, stop)
         if encoded.symmetric and not spec.symmetric:
             middle = 2 ** (spec.bits - 1)
             codes = codes.view(torch.uint8) + middle

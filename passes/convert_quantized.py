@@ -105,7 +105,9 @@ def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = F
     try:
         if scheme.as_shipped and encoded is not None:
             block: Any = "row" if encoded.block == columns else encoded.block
-            spec = QuantSpec(number=encoded.number, block=block, symmetric=encoded.symmetric)
+            spec = QuantSpec(
+                number=encoded.number, block=block, symmetric=encoded.symmetric, has_offsets=encoded.has_offsets
+            )
         spec.stored_block(columns), spec.group(columns)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from None

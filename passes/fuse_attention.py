@@ -18,7 +18,7 @@ import torch
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.masks import MASKED, MaskReading, read_mask
+from transom.graphs.masks import MASKED, MaskReading, read_mask, structure
 from transom.graphs.match import CASTS, aten, is_call, is_transpose, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass, Rewrite
@@ -65,7 +65,9 @@ class FuseAttention(Pass):
                 continue
             tokens, slots = site.q.meta["val"].shape[2], site.k.meta["val"].shape[2]
             cached = "start" in graph.input_names and str(tokens) != str(slots)
-            key = (site.mask, site.hidden, str(tokens), str(slots), cached)
+            # Layers make their masks one by one, of a few kinds: each kind is read once.
+            kind = None if site.mask is None else structure(graph, site.mask)
+            key = (kind, site.hidden, str(tokens), str(slots), cached)
             if key not in readings:
                 readings[key] = _read(graph, site, tokens, slots, cached)
             reading = readings[key]

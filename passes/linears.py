@@ -13,18 +13,18 @@ from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
 CodeNodes = tuple[Node, Node, Node | None, str]
-"""Codes, scales, zero points and number, as the quantised operations of `graphs.ops` take them."""
+"""Codes, scales, zero points or offsets, and number, as the quantised operations of `graphs.ops` take them."""
 
 _CODES = ".codes"
 
 
 def add_codes(graph: Graph, name: str, encoded: Encoded, origin: str) -> CodeNodes:
-    """Add an encoded matrix: weights NAME.codes, NAME.scales and, if it is not symmetric, NAME.zero_points."""
+    """Add an encoded matrix: weights NAME.codes, NAME.scales and, if it has them, NAME.zero_points or NAME.offsets."""
     codes, scales, zeros = Weight.parts_of(encoded, origin)
     return (
         graph.add_weight(name + _CODES, codes),
         graph.add_weight(f"{name}.scales", scales),
-        None if zeros is None else graph.add_weight(f"{name}.zero_points", zeros),
+        None if zeros is None else graph.add_weight(f"{name}.{encoded.zeros_name}", zeros),
         encoded.number,
     )
 

@@ -36,6 +36,8 @@ class Target:
 def _tensorrt(spec: QuantSpec) -> str | None:
     if not spec.symmetric:
         return "it takes no zero points"
+    if spec.has_offsets:
+        return "it takes no offsets"
     if spec.signed_scale:
         return "it takes positive scales only"
     if not spec.is_integer and isinstance(spec.block, int):

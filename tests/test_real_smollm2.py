@@ -12,6 +12,8 @@ import transformers
 import transom
 from tests.tolerances import ONNX_LOGITS_270M
 from transom.errors import CheckpointError
+from transom.formats.schemes import scheme
+from transom.passes.convert_quantized import dequantized
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.model import Model, load
 
@@ -52,3 +54,20 @@ def test_greedy_text_is_that_of_transformers(
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new and len(new) == NEW
     assert "Paris" in session.tokenizer.decode(new)
     assert np.abs(session.logits(whole[0].tolist()) - logits).max() < ONNX_LOGITS_270M
+
+
+def test_the_codes_of_the_file_are_kept(model: Model, tmp_path: Path) -> None:
+    """Q4_1 throughout, and Q8_0 in the table: to the bit as weights, and so in the logits of a float32 runtime."""
+    pytest.importorskip("tvm")
+    matrices = {name: weight for name, weight in model.weights.items() if len(weight.shape) == 2}
+    assert {weight.encoded and weight.encoded.name for weight in matrices.values()} == {"Q4_1", "Q8_0"}
+    for name, weight in matrices.items():
+        assert torch.equal(dequantized(name, weight, scheme("as_shipped")), weight.read()), name
+    ids = model.tokenizer.encode_chat(QUESTION)  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        expected = model.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].numpy()
+    artifact = transom.compile(model, target="tvm", quant="as_shipped", context=64, chunk=32, out=tmp_path / "artifact")
+    session = transom.open(artifact.folder)
+    # Both kernels: that of many tokens, and that of one.
+    logits = np.concatenate((session.logits(ids[:-1]), session.decode(ids[-1])[None]))
+    assert np.abs(logits - expected).max() < ONNX_LOGITS_270M

@@ -106,7 +106,7 @@ def write_quantized(
         quant: Name of the scheme.
         on_bytes: Called with the number of bytes of codes written each time.
     """
-    suffixes = ("codes", "scales", "zero_points")
+    suffixes = ("codes", "scales", "zero_points", "offsets")
     parts = {f"{name}.{suffix}" for name in specs for suffix in suffixes}
     safetensors_writer.write(
         {name: weight for name, weight in graph.weights.items() if name in parts},

@@ -40,6 +40,21 @@ class LayerPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Caches:
+    """Caches of a model at one context length, in bytes.
+
+    Attributes:
+        bounded: When local layers hold no more than their window.
+        global_only: When every layer grows with the context.
+        layers: The bounded ones one by one.
+    """
+
+    bounded: int
+    global_only: int
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Sizes of a model at one context length; all sizes in bytes.
 
@@ -92,19 +107,8 @@ def plan(
         ConfigError: If a size is not positive, or the cache's dtype is unknown.
         QuantizationError: If the scheme is unknown.
     """
-    if not 1 <= context <= LARGEST["context"] or not 1 <= batch <= LARGEST["context"]:
-        raise ConfigError(
-            f"context and batch must be positive, and at most {LARGEST['context']:,}, got {context} and {batch}"
-        )
-    if cache_dtype not in CACHE_DTYPES:
-        raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
+    caches = plan_caches(config, context=context, cache_dtype=cache_dtype, batch=batch)
     module = build_empty(config)
-    layers, grown = [], 0
-    for index, layer in enumerate(config.layers):
-        slots = context if layer.window is None else min(context, layer.window)
-        slot = layer.kv_heads * (layer.key_width + layer.value_width) * CACHE_DTYPES[cache_dtype] * batch
-        layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=slots * slot))
-        grown += context * slot
     return Plan(
         model=config.name,
         parameters=_numbers(module),
@@ -115,10 +119,27 @@ def plan(
         context=context,
         batch=batch,
         cache_dtype=cache_dtype,
-        cache_bytes_bounded=sum(layer.bytes for layer in layers),
-        cache_bytes_global_only=grown,
-        layers=tuple(layers),
+        cache_bytes_bounded=caches.bounded,
+        cache_bytes_global_only=caches.global_only,
+        layers=caches.layers,
     )
+
+
+def plan_caches(config: DecoderConfig, *, context: int, cache_dtype: str = "bf16", batch: int = 1) -> Caches:
+    """The caches alone, which need no module; arguments and errors are those of `plan`."""
+    if not 1 <= context <= LARGEST["context"] or not 1 <= batch <= LARGEST["context"]:
+        raise ConfigError(
+            f"context and batch must be positive, and at most {LARGEST['context']:,}, got {context} and {batch}"
+        )
+    if cache_dtype not in CACHE_DTYPES:
+        raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
+    layers, grown = [], 0
+    for index, layer in enumerate(config.layers):
+        slots = context if layer.window is None else min(context, layer.window)
+        slot = layer.kv_heads * (layer.key_width + layer.value_width) * CACHE_DTYPES[cache_dtype] * batch
+        layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=slots * slot))
+        grown += context * slot
+    return Caches(bounded=sum(layer.bytes for layer in layers), global_only=grown, layers=tuple(layers))
 
 
 def parameters(config: DecoderConfig) -> int:

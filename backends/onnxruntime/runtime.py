@@ -15,7 +15,7 @@ from transom.backends.artifact import ENCODE_IMAGE, MODEL_FILE, PREPROCESS_FILE,
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
-from transom.backends.runtime import Call, Float, Result, Runtime, grown
+from transom.backends.runtime import ArtifactRuntime, Call, Float, Result, grown
 from transom.errors import ArtifactError, TargetError
 from transom.graphs.state import State
 from transom.images.resize import Box, PixelSpec
@@ -23,7 +23,7 @@ from transom.images.resize import Box, PixelSpec
 MINIMUM = (1, 29)
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(ArtifactRuntime):
     """An `onnxruntime` or `onnx` artifact.
 
     Args:
@@ -40,14 +40,7 @@ class OnnxRuntime(Runtime):
     title = "ONNX Runtime"
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, rows: int = 1) -> None:
-        super().__init__(
-            context=manifest.context,
-            chunk=manifest.chunk,
-            vocab_size=manifest.vocab_size,
-            states=manifest.decode.states,
-            rows=rows,
-            width=manifest.soft_width,
-        )
+        super().__init__(manifest, rows=rows)
         # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
         if rows > 1 and manifest.target == "onnxruntime":
             raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")

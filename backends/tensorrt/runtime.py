@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from transom.backends.artifact import Manifest
-from transom.backends.runtime import Call, Result, Runtime
+from transom.backends.runtime import ArtifactRuntime, Call, Result
 from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
 from transom.backends.tensorrt.sidecar import read_sidecar
@@ -18,7 +18,7 @@ from transom.errors import ArtifactError, SessionError
 from transom.graphs.state import State
 
 
-class EngineRuntime(Runtime):
+class EngineRuntime(ArtifactRuntime):
     """A `tensorrt` artifact with an engine.
 
     Args:
@@ -37,12 +37,7 @@ class EngineRuntime(Runtime):
     def __init__(
         self, folder: Path, manifest: Manifest, record: EngineRecord, library: Library, *, device: str = "cuda"
     ) -> None:
-        super().__init__(
-            context=manifest.context,
-            chunk=manifest.chunk,
-            vocab_size=manifest.vocab_size,
-            states=manifest.decode.states,
-        )
+        super().__init__(manifest)
         self._device, self._sidecar, trt = torch.device(device), read_sidecar(folder), library.module
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)

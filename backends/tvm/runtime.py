@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import Manifest
-from transom.backends.runtime import Call, Result, Runtime, grown
+from transom.backends.runtime import ArtifactRuntime, Call, Result, grown
 from transom.backends.safetensors import reading, zeros
 from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
 from transom.backends.tvm.library import load_machine, runtime, use_threads
@@ -18,7 +18,7 @@ from transom.backends.tvm.machine import require_machine
 from transom.graphs.state import State
 
 
-class TvmRuntime(Runtime):
+class TvmRuntime(ArtifactRuntime):
     """A `tvm` artifact.
 
     Args:
@@ -34,12 +34,7 @@ class TvmRuntime(Runtime):
     title = "TVM"
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        super().__init__(
-            context=manifest.context,
-            chunk=manifest.chunk,
-            vocab_size=manifest.vocab_size,
-            states=manifest.decode.states,
-        )
+        super().__init__(manifest)
         require_machine(manifest.details)
         self._tensor = runtime().from_dlpack
         machine = load_machine(folder / LIBRARY)

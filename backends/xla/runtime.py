@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.backends.artifact import Manifest
-from transom.backends.runtime import Call, Float, Result, Runtime
+from transom.backends.runtime import ArtifactRuntime, Call, Float, Result
 from transom.backends.xla.library import CACHES, load_jax, require_platform
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
 from transom.errors import ArtifactError
 from transom.graphs.state import State
 
 
-class XlaRuntime(Runtime):
+class XlaRuntime(ArtifactRuntime):
     """An `xla` artifact, on jax's first device: a GPU if jax has one, else a CPU, unless JAX_PLATFORMS says otherwise.
 
     Args:
@@ -37,12 +37,7 @@ class XlaRuntime(Runtime):
     title = "XLA"
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        super().__init__(
-            context=manifest.context,
-            chunk=manifest.chunk,
-            vocab_size=manifest.vocab_size,
-            states=manifest.decode.states,
-        )
+        super().__init__(manifest)
         self._jax = load_jax(threads)
         details = manifest.details
         require_platform(self._jax, details["platforms"])

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from transom.errors import QuantizationError
 from transom.export.onnx.emitter import Emitter
+from transom.export.onnx.offsets import is_offsets
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs.node import Node
@@ -23,7 +24,7 @@ class Blocked:
 
     Args:
         emitter: Of the export.
-        parts: Codes, scales, zero points or None, and number, as in `graphs.ops`.
+        parts: Codes, scales, zero points, offsets or None, and number, as in `graphs.ops`.
         convert_scales: Converts the scales to the dtype in which the runtime takes them; by default they stay float32.
     """
 
@@ -31,7 +32,9 @@ class Blocked:
         self, emitter: Emitter, parts: Any, convert_scales: Callable[[Weight], Weight] = lambda scales: scales
     ) -> None:
         self._emitter, self._convert_scales = emitter, convert_scales
-        self._codes, self._scales, self._zero_points, self.number = parts
+        self._codes, self._scales, zeros, self.number = parts
+        # Offsets are added to the product: see `offsets`.
+        self._zero_points = None if is_offsets(zeros) else zeros
         self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
         self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
 

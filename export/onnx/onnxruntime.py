@@ -18,6 +18,7 @@ from transom.export.onnx.encoders import attend_in_blocks
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.images import any_ahead, attend_until
 from transom.export.onnx.lowerings import INT32, add_bias, start
+from transom.export.onnx.offsets import add_to_product, add_to_rows, is_offsets
 from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
@@ -45,31 +46,30 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zero_points, number = node.args
+    x, codes, scales, zeros, number = node.args
     rows, blocks, _ = (int(size) for size in codes.meta["val"].shape)
     if number in FLOATS:
         weight = looked_up(emitter, codes, scales, number)
         return str(emitter.op("FusedMatMul", emitter.value(x), weight, domain=MICROSOFT, transB=1))
     block = block_of(codes.meta["val"], number)
-    weights = [emitter.value(part) for part in (codes, scales, zero_points) if part is not None]
-    return str(
-        emitter.op(
-            "MatMulNBits",
-            emitter.value(x),
-            *weights,
-            domain=MICROSOFT,
-            K=blocks * block,
-            N=rows,
-            bits=BITS[number],
-            block_size=block,
-            accuracy_level=ACCURACY_LEVEL,
-        )
+    weights = [codes, scales, *([] if zeros is None or is_offsets(zeros) else [zeros])]
+    product = emitter.op(
+        "MatMulNBits",
+        emitter.value(x),
+        *map(emitter.value, weights),
+        domain=MICROSOFT,
+        K=blocks * block,
+        N=rows,
+        bits=BITS[number],
+        block_size=block,
+        accuracy_level=ACCURACY_LEVEL,
     )
+    return add_to_product(emitter, product, x, codes, zeros)
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
-    tokens, codes, scales, zero_points, number = node.args
+    tokens, codes, scales, zeros, number = node.args
     if number in FLOATS:
         return looked_up(emitter, codes, scales, number, rows=tokens)
     _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
@@ -81,14 +81,15 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
         emitter.value(codes),
         emitter.value(tokens),
         unsqueezed,
-        _lookup_zero_points(emitter, codes, zero_points, number),
+        _lookup_zero_points(emitter, codes, None if is_offsets(zeros) else zeros, number),
         domain=MICROSOFT,
         bits=BITS[number],
         block_size=block,
         gather_axis=0,
         quantize_axis=2,
     )
-    return str(emitter.op("Reshape", gathered, emitter.constant(np.array([0, 0, blocks * block]))))
+    rows = add_to_rows(emitter, gathered, tokens, zeros)
+    return str(emitter.op("Reshape", rows, emitter.constant(np.array([0, 0, blocks * block]))))
 
 
 def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None, number: str) -> str:

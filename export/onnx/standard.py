@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from transom.errors import QuantizationError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import add_bias
+from transom.export.onnx.offsets import add_to_product, add_to_rows, is_offsets
 from transom.export.onnx.rings import OPSET, RINGS, write_cache
 from transom.graphs import ops
 from transom.graphs.match import aten
@@ -52,27 +55,33 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    _, codes, scales, _, number = node.args
+    x, codes, scales, zeros, number = node.args
     if number in FLOATS:
         table = emitter.op("Transpose", looked_up(emitter, codes, scales, number), perm=[1, 0])
-        return str(emitter.op("MatMul", emitter.value(node.args[0]), table))
+        return str(emitter.op("MatMul", emitter.value(x), table))
     matrix = Blocked(emitter, node.args[1:])
     weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
-    return str(emitter.op("MatMul", emitter.value(node.args[0]), weight))
+    product = emitter.op("MatMul", emitter.value(x), weight)
+    return add_to_product(emitter, product, x, codes, zeros)
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Columns of the head's matrix [K, V], so that both read one buffer."""
-    _, codes, scales, _, number = node.args
+    tokens, codes, scales, zeros, number = node.args
     if number in FLOATS:
-        return looked_up(emitter, codes, scales, number, rows=node.args[0])
-    matrix, tokens = Blocked(emitter, node.args[1:]), emitter.value(node.args[0])
+        return looked_up(emitter, codes, scales, number, rows=tokens)
+    matrix = Blocked(emitter, node.args[1:])
     if matrix.bits < 8:
         raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")
-    columns = [emitter.op("Gather", name, tokens, axis=1) for name in matrix.inputs()]
+    columns = [emitter.op("Gather", name, emitter.value(tokens), axis=1) for name in matrix.inputs()]
     numbers = emitter.op("DequantizeLinear", *columns, axis=0, block_size=matrix.block)
-    return str(emitter.op("Transpose", numbers, perm=[1, 2, 0]))
+    rows = emitter.op("Transpose", numbers, perm=[1, 2, 0])
+    if not is_offsets(zeros):
+        return str(rows)
+    split = emitter.op("Reshape", rows, emitter.constant(np.array([0, 0, matrix.blocks, matrix.block])))
+    rows = add_to_rows(emitter, split, tokens, zeros)
+    return str(emitter.op("Reshape", rows, emitter.constant(np.array([0, 0, matrix.blocks * matrix.block]))))
 
 
 DIALECT = Dialect(name="onnx", opset=OPSET, ir_version=11, domains={}, lowerings=TABLE)

@@ -158,16 +158,18 @@ def _linear(emitter: Emitter, node: Node) -> Any:
     return emitter.builder.emit(relax.op.add(product, emitter.value(bias[0])))
 
 
-def _codes(codes: Node, zero_points: Node | None, number: str) -> quantized.Codes:
+def _codes(codes: Node, zeros: Node | None, number: str) -> quantized.Codes:
     n, blocks, _ = (int(size) for size in codes.meta["val"].shape)
     block = block_of(codes.meta["val"], number)
-    return quantized.Codes(n=n, blocks=blocks, block=block, number=number, symmetric=zero_points is None)
+    has_offsets = zeros is not None and zeros.meta["val"].is_floating_point()
+    symmetric = zeros is None or has_offsets
+    return quantized.Codes(n=n, blocks=blocks, block=block, number=number, symmetric=symmetric, has_offsets=has_offsets)
 
 
 def _with_codes(emitter: Emitter, node: Node, name: str, make: Any) -> Any:
-    x, codes, scales, zero_points, number = node.args
-    layout = _codes(codes, zero_points, number)
-    inputs = [emitter.value(value) for value in (x, codes, scales, codes if zero_points is None else zero_points)]
+    x, codes, scales, zeros, number = node.args
+    layout = _codes(codes, zeros, number)
+    inputs = [emitter.value(value) for value in (x, codes, scales, codes if zeros is None else zeros)]
     (result,) = emitter.call((name, layout), lambda: make(layout, emitter.tile), inputs, emitter.shape(node))
     return result
 

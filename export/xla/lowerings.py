@@ -248,16 +248,16 @@ def _attention(
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
 ) -> jax.Array:
-    return linear_quantized(x, codes, scales, zero_points, number)
+    return linear_quantized(x, codes, scales, zeros, number)
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(
-    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
+    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
 ) -> jax.Array:
-    return embedding_quantized(tokens, codes, scales, zero_points, number)
+    return embedding_quantized(tokens, codes, scales, zeros, number)
 
 
 @TABLE.lowers(ops.ROUND_ACTIVATIONS)

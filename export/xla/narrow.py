@@ -4,8 +4,8 @@ The graph's own order of axes, [R, G, C], is as good for one token, as a TPU's c
 memory; with many tokens it makes temporary copies. So parameters are arranged otherwise, and nothing is ever unpacked
 from nibbles in the graph:
 
-- weights of linears: codes [G, C, R], scales and zero points [G, R]
-- tables, whose rows are looked up and which may serve as the head too: codes [R, K], scales and zero points [G, R]
+- weights of linears: codes [G, C, R]; scales and zeros, which are zero points or float32 offsets, [G, R]
+- tables, whose rows are looked up and which may serve as the head too: codes [R, K], scales and zeros [G, R]
 
 Letters: R rows, K columns in G blocks of C. Symmetric codes are signed, the others unsigned with a zero point; 4-bit
 ones are `int4` and `uint4`, which XLA packs two a byte on a TPU. Codes may be `float8_e4m3fn` just as well; those of
@@ -34,15 +34,17 @@ import jax.numpy as jnp
 
 
 def linear_quantized(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, number: str
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
 ) -> jax.Array:
     """`x @ dequantize(codes).T`, [..., R], for weights of linears and for tables."""
     if codes.ndim == 2:
-        return _head(x, codes, scales, zero_points, number)
+        return _head(x, codes, scales, zeros, number)
+    zero_points, offsets = _zeros(zeros)
     values = _widened(codes, number)
     if zero_points is not None:
         values -= zero_points.astype(jnp.float32)[:, None]
-    weight_GCR = (values * scales[:, None]).astype(x.dtype)
+    values *= scales[:, None]
+    weight_GCR = (values if offsets is None else values + offsets[:, None]).astype(x.dtype)
     x_GC = x.reshape(*x.shape[:-1], *codes.shape[:2])
     return jnp.einsum("...gc,gcr->...r", x_GC, weight_GCR, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -59,7 +61,7 @@ def _widened(codes: jax.Array, number: str) -> jax.Array:
 
 
 def _head(
-    x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None, number: str
+    x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, number: str
 ) -> jax.Array:
     """Scales come after the product, so that the codes are read once, as they are."""
     blocks, columns = scales_GR.shape[0], codes_RK.shape[1]
@@ -70,22 +72,28 @@ def _head(
         # Each block of the input alone in a row of zeros: one product gives every block's share.
         x_GK = jnp.where(jnp.eye(blocks, dtype=bool)[:, :, None], x_GC.reshape(1, blocks, -1), 0).reshape(blocks, -1)
         shares = jnp.einsum("gk,rk->gr", x_GK, codes_RK, preferred_element_type=jnp.float32)
-        if zero_points_GR is not None:
-            shares -= x_GC.reshape(blocks, -1).astype(jnp.float32).sum(-1)[:, None] * zero_points_GR.astype(jnp.float32)
-        return (shares * scales_GR).sum(0).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        shares = _scaled(shares, x_GC.reshape(blocks, -1), scales_GR, zeros_GR)
+        return shares.sum(0).reshape(*x.shape[:-1], -1).astype(x.dtype)
     # The shares of many tokens would be larger than the table.
     total = jnp.zeros((*x.shape[:-1], codes_RK.shape[0]), jnp.float32)
     for i in range(blocks):
         codes_RC = jax.lax.slice_in_dim(codes_RK, i * x_GC.shape[-1], (i + 1) * x_GC.shape[-1], axis=1)
         share = jnp.einsum("...c,rc->...r", x_GC[..., i, :], codes_RC, preferred_element_type=jnp.float32)
-        if zero_points_GR is not None:
-            share -= x_GC[..., i, :].astype(jnp.float32).sum(-1)[..., None] * zero_points_GR[i].astype(jnp.float32)
-        total += share * scales_GR[i]
+        total += _scaled(share, x_GC[..., i, :], scales_GR[i], None if zeros_GR is None else zeros_GR[i])
     return total.astype(x.dtype)
 
 
+def _scaled(share: jax.Array, x: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
+    """What blocks x [..., C] give with their codes, `share` [..., R], as what they give with the codes' numbers."""
+    zero_points, offsets = _zeros(zeros)
+    if zero_points is not None:
+        share -= x.astype(jnp.float32).sum(-1)[..., None] * zero_points.astype(jnp.float32)
+    share *= scales
+    return share if offsets is None else share + x.astype(jnp.float32).sum(-1)[..., None] * offsets
+
+
 def embedding_quantized(
-    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zero_points_GR: jax.Array | None, number: str
+    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, number: str
 ) -> jax.Array:
     """Rows of a dequantised table, float32 [..., K]."""
     flat = tokens.reshape(-1)
@@ -93,9 +101,19 @@ def embedding_quantized(
     rows = jnp.broadcast_to(flat, (2,)) if _is_one(flat.shape) else flat
     values = _widened(jnp.take(codes_RK, rows, 0, mode="clip")[: flat.shape[0]], number)
     values = values.reshape(*flat.shape, scales_GR.shape[0], -1)
+    zero_points_GR, offsets_GR = _zeros(zeros_GR)
     if zero_points_GR is not None:
         values -= _columns(zero_points_GR, flat).astype(jnp.float32)[..., None]
-    return (values * _columns(scales_GR, flat)[..., None]).reshape(*tokens.shape, -1)
+    values *= _columns(scales_GR, flat)[..., None]
+    if offsets_GR is not None:
+        values += _columns(offsets_GR, flat)[..., None]
+    return values.reshape(*tokens.shape, -1)
+
+
+def _zeros(zeros: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """(zero points, offsets), of which there is one at most."""
+    is_offsets = zeros is not None and jnp.issubdtype(zeros.dtype, jnp.floating)
+    return (None, zeros) if is_offsets else (zeros, None)
 
 
 def _columns(x_GR: jax.Array, wanted_T: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ CHIPS = "chips"
 
 _PARAMETER = re.compile(
     r"(?P<role>[qkvo]_proj|gate_proj|up_proj|down_proj|embed_tokens|lm_head)\.weight"
-    r"(?P<part>\.codes|\.scales|\.zero_points)?$"
+    r"(?P<part>\.codes|\.scales|\.zero_points|\.offsets)?$"
 )
 _BY_INPUTS = ("o_proj", "down_proj")
 

@@ -31,10 +31,11 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zero_points, number = node.args
+        _, codes, scales, zeros, number = node.args
         rows, blocks = (int(size) for size in scales.meta["val"].shape)
         block, bits = block_of(codes.meta["val"], number), BITS[number]
-        signed, table = zero_points is None, codes in tables
+        has_offsets = zeros is not None and zeros.meta["val"].is_floating_point()
+        signed, table = zeros is None or has_offsets, codes in tables
         numbers: dict[str, Any] = {"dtype": f"{'int' if signed else 'uint'}{bits}", "packed": bits == 4}
         numbers["middle"] = 2 ** (bits - 1) if signed else 0
         if number not in ("int4", "int8"):
@@ -44,7 +45,7 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
             if table
             else {"held": (rows, blocks, block), "axes": (1, 2, 0), **numbers},
             scales: {"held": (rows, blocks), "axes": (1, 0), "dtype": "float32"},
-            zero_points: {"held": (rows, blocks), "axes": (1, 0), **numbers},
+            zeros: {"held": (rows, blocks), "axes": (1, 0), **({"dtype": "float32"} if has_offsets else numbers)},
         }
         for part, how in arranged.items():
             if part is not None:

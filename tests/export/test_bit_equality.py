@@ -49,6 +49,7 @@ OUTPUTS = (TABLE, TABLE, QUERY, DOWN)
 """Whose numbers the outputs of the graph are: looked-up rows, then three products."""
 
 SHIPPED = {"attn_q.weight": "Q4_0", "token_embd.weight": "Q8_0", "ffn_down.weight": "Q6_K"}
+WITH_OFFSETS = {"attn_q.weight": "Q4_1", "token_embd.weight": "Q5_1", "ffn_down.weight": "Q4_1"}
 
 EYE = np.eye(COLUMNS, dtype=np.float32)[None]
 TOKENS = np.arange(ROWS)[None]
@@ -107,15 +108,18 @@ def plain() -> Graph:
     return Pipeline([Canonicalize()]).run(graph)[0]
 
 
-@pytest.fixture(scope="module")
-def shipped(plain: Graph, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+def of_gguf(plain: Graph, path: Path, types: dict[str, str]) -> Graph:
     """The same graph, with weights that a GGUF file holds as codes."""
-    path = tmp_path_factory.mktemp("gguf") / "codes.gguf"
-    weights = open_gguf(write_gguf(path, TINY, random_weights(TINY, 0), types=SHIPPED))[1].weights
+    weights = open_gguf(write_gguf(path, TINY, random_weights(TINY, 0), types=types))[1].weights
     graph = plain.clone()
     for name in (TABLE, QUERY, DOWN):
         graph.weights[name] = dataclasses.replace(weights[name], shape=(ROWS, COLUMNS))
     return graph
+
+
+@pytest.fixture(scope="module")
+def shipped(plain: Graph, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    return of_gguf(plain, tmp_path_factory.mktemp("gguf") / "codes.gguf", SHIPPED)
 
 
 def converted(graph: Graph, quant: str) -> Graph:
@@ -306,6 +310,15 @@ def test_weights_of_a_gguf_file_are_equal_to_the_bit(quant: str, target: str, sh
     for name, is_kept in kept.items():
         numbers = dequantized(name, shipped.weights[name], scheme(quant))
         assert torch.equal(numbers, shipped.weights[name].read()) == is_kept, "Q6_K has blocks of 16"
+
+
+@pytest.mark.parametrize("target", sorted(RUNTIMES.keys() - {"tensorrt"}))
+def test_codes_with_offsets_are_equal_to_the_bit(target: str, plain: Graph, tmp_path: Path) -> None:
+    """Of Q4_1 and Q5_1, which mean what the `gguf` package says."""
+    graph = of_gguf(plain, tmp_path / "offsets.gguf", WITH_OFFSETS)
+    expect_equal(graph, "as_shipped", target, tmp_path)
+    for name in (TABLE, QUERY, DOWN):
+        assert torch.equal(dequantized(name, graph.weights[name], scheme("as_shipped")), graph.weights[name].read())
 
 
 @pytest.mark.parametrize("part", ["scales", "codes"])

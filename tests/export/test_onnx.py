@@ -95,15 +95,15 @@ def test_activations_of_8_bit_floats_are_not_rounded(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_gguf_file_as_shipped(target: str, tmp_path: Path) -> None:
-    """Its own codes, of four kinds that packing brings together, are the numbers of the plain module."""
+    """Its own codes, of six kinds that packing brings together, are the numbers of the plain module."""
     config = dataclasses.replace(TINY, layer_kinds=("local", "global"))
     types = {
         "attn_q.weight": "Q4_0",
         "attn_k.weight": "Q5_0",
         "attn_v.weight": "Q6_K",
         "attn_output.weight": "Q8_0",
-        "ffn_gate.weight": "Q4_0",
-        "ffn_up.weight": "Q5_0",
+        "ffn_gate.weight": "Q4_1",
+        "ffn_up.weight": "Q5_1",
         "ffn_down.weight": "Q6_K",
         "token_embd.weight": "Q8_0",
     }

@@ -87,6 +87,8 @@ def test_bad_names(name: str, message: str) -> None:
         ({"number": "int4", "block": 0}, "not 0"),
         ({"number": "sfp8", "block": "tensor", "symmetric": False}, "sfp8 has no zero points"),
         ({"number": "float8_e4m3fn", "block": 32, "symmetric": False}, "float8_e4m3fn has no zero points"),
+        ({"number": "int4", "block": 32, "symmetric": False, "has_offsets": True}, "only integers that have no zero"),
+        ({"number": "sfp8", "block": 32, "has_offsets": True}, "only integers"),
     ],
 )
 def test_bad_specs(fields: dict[str, Any], message: str) -> None:
@@ -111,6 +113,8 @@ def test_blocks_are_halved_until_they_divide() -> None:
 
 def test_in_words() -> None:
     assert QuantSpec(number="int4", block=32, symmetric=False).describe() == "int4 in blocks of 32 with zero points"
+    offsets = QuantSpec(number="int4", block=32, has_offsets=True)
+    assert offsets.describe() == "int4 in blocks of 32 with offsets" and QuantSpec.of_key(offsets.key) == offsets
     assert SPECS["int4_channel"].describe() == "int4 by row"
     assert SPECS["sfp8"].describe() == "sfp8 by tensor"
 

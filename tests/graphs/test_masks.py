@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from tests.case import export
 from transom.graphs.graph import Graph
-from transom.graphs.masks import MaskReading, read_mask
+from transom.graphs.masks import MaskReading, read_mask, structure
 
 INF = float("inf")
 W = 16
@@ -278,3 +278,25 @@ def test_tokens_of_an_image_see_each_other(ahead: Graph, name: str) -> None:
         assert reading == MaskReading(window=expected, until=ahead.inputs["until"]), reading
     else:
         expect(reading, expected)
+
+
+def test_masks_of_one_structure_are_one_kind() -> None:
+    """A mask that is made twice is the same kind, and no two spellings are."""
+    twice = {f"{name}, {copy}": PLAIN[name] for copy in ("first", "second") for name in PLAIN}
+    sizes = ({0: Dim("B", max=8), 1: Dim("T", max=4096)},)
+    graph = export(PlainMasks(twice), torch.ones(2, 29, dtype=torch.int64), dynamic_shapes=sizes)
+    kinds = [structure(graph, mask) for mask in graph.outputs.values()]
+    assert kinds[: len(PLAIN)] == kinds[len(PLAIN) :] and len(set(kinds)) == len(PLAIN)
+
+
+def test_inputs_count_by_name_where_their_values_do() -> None:
+    class Masks(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor, short: torch.Tensor) -> list[torch.Tensor]:
+            sizes = [torch.ones(z.shape[1], z.shape[1]).tril() for z in (x, y, short)]
+            return [*sizes, x > 0, y > 0]
+
+    inputs = torch.ones(1, 5), torch.ones(1, 5), torch.ones(1, 4)
+    tokens, others = {1: Dim("T", max=64)}, {1: Dim("S", max=64)}
+    graph = export(Masks(), *inputs, dynamic_shapes=(tokens, tokens, others))
+    by_size, by_same_size, by_other_size, by_x, by_y = (structure(graph, mask) for mask in graph.outputs.values())
+    assert by_size == by_same_size and len({by_size, by_other_size, by_x, by_y}) == 4

@@ -279,6 +279,7 @@ def held_as(
     rows: int = 40,
     seed: int = 0,
     positive: bool = False,
+    offsets: bool = False,
 ) -> Weight:
     """A weight that is codes of some kind, with scales of either sign; or positive ones that bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
@@ -301,13 +302,17 @@ def held_as(
         codes = codes.to(torch.uint8)
         plain = codes.float() - zeros.float().repeat_interleave(block, 1)
     numbers = plain * scales.repeat_interleave(block, 1)
+    if offsets:
+        zeros = torch.randn(scales.shape, generator=generator).half().float()
+        numbers += zeros.repeat_interleave(block, 1)
     encoded = Encoded(
         shape=(rows, COLUMNS),
-        name=f"{number}, {bits} bits in {block}{'' if symmetric else ' with zeros'}",
+        name=f"{number}, {bits} bits in {block}{'' if symmetric else ' with zeros'}{' and offsets' * offsets}",
         number=number,
         bits=bits,
         block=block,
         symmetric=symmetric,
+        has_offsets=offsets,
         scale_dtype="bfloat16" if positive else "float32",
         read_rows=lambda start, stop: (
             codes[start:stop],
@@ -321,7 +326,9 @@ def held_as(
 
 KINDS = {
     "Q4_0": held_as("int4", 4, 32),
+    "Q4_1": held_as("int4", 4, 32, offsets=True),
     "Q5_0": held_as("int8", 5, 32),
+    "Q5_1": held_as("int8", 5, 32, offsets=True),
     "Q6_K": held_as("int8", 6, 16),
     "Q8_0": held_as("int8", 8, 32),
     "uint4": held_as("int4", 4, 64, symmetric=False),
@@ -341,7 +348,9 @@ GRIDS = {
 }
 KEPT = {
     "Q4_0": {"int4_block32", "int8_block32", "int4 with zeros", "int8 with zeros", "int8 in 16"},
+    "Q4_1": set(),
     "Q5_0": {"int8_block32", "int8 with zeros", "int8 in 16"},
+    "Q5_1": set(),
     "Q6_K": {"int8 in 16"},
     "Q8_0": {"int8_block32", "int8 with zeros", "int8 in 16"},
     "uint4": {"int4 with zeros"},
@@ -468,6 +477,7 @@ def packed(graph: Graph, name: str) -> tuple[Graph, Sequence[PassRecord], Case]:
         ("Q4_0", "Q5_0", "Q8_0"),
         ("Q5_0", "Q6_K", None),
         ("Q4_0", "int4 by row", None),
+        ("Q4_1", "Q5_1", "Q4_1"),
         (None, None, None),
     ],
 )
@@ -502,7 +512,7 @@ def test_rows_of_stacked_codes_can_be_asked_for_in_any_way() -> None:
 
 
 def test_kinds_that_share_no_grid_are_kept_apart() -> None:
-    kinds = ("Q8_0", "fp8", "uint4")
+    kinds = ("Q8_0", "fp8", "uint4", "Q4_1")
     graph, records, case = packed(projections(*(KINDS[kind] for kind in kinds)), "as_shipped")
     case.expect_skipped("no format holds the codes of all").expect_changes(0)
     assert all(record.kept for record in conversions(records))
@@ -570,8 +580,8 @@ MIXED = {
     "attn_v.weight": "Q6_K",
     "attn_output.weight": "Q8_0",
     "token_embd.weight": "Q8_0",
-    "ffn_gate.weight": "Q4_0",
-    "ffn_up.weight": "Q5_0",
+    "ffn_gate.weight": "Q4_1",
+    "ffn_up.weight": "Q5_1",
     "ffn_down.weight": "Q6_K",
 }
 
@@ -612,8 +622,8 @@ def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixe
     assert (
         kept
         == {
-            "as_shipped": {"Q4_0": 4, "Q5_0": 4, "Q6_K": 4, "Q8_0": 3},
-            "int8": {"Q4_0": 4, "Q5_0": 4, "Q8_0": 2},
+            "as_shipped": {"Q4_0": 2, "Q4_1": 2, "Q5_0": 2, "Q5_1": 2, "Q6_K": 4, "Q8_0": 3},
+            "int8": {"Q4_0": 2, "Q5_0": 2, "Q8_0": 2},
             "sfp8": {},
         }[name]
     )

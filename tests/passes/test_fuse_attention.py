@@ -6,6 +6,7 @@ Every module is run before and after the pass: whatever was fused, the numbers a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.case import Case, export, run_graph
+from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION
+from transom.graphs.masks import MaskReading, read_mask
 from transom.graphs.ops import ATTENTION, FULL_ATTENTION
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
+from transom.zoo.model import Model
 
 INF = float("-inf")
 N, K, H, T, W = 4, 2, 8, 40, 16
@@ -283,3 +287,18 @@ def test_reasons_name_the_layer_and_the_line() -> None:
     _, records = Pipeline([Canonicalize(), FuseAttention()]).run(export(Model(), *inputs()))
     (reason,) = records[-1].skipped
     assert reason.startswith("layer: ") and "test_fuse_attention.py:" in reason and "return self.attend(" in reason
+
+
+def test_layers_of_one_kind_are_read_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers make six masks, of two kinds."""
+    windows = []
+
+    def read(*args: Any, **options: Any) -> MaskReading:
+        reading = read_mask(*args, **options)
+        windows.append(reading.window)
+        return reading
+
+    monkeypatch.setattr("transom.passes.fuse_attention.read_mask", read)
+    graph, _ = Pipeline([Canonicalize(), FuseAttention()]).run(tiny.trace())
+    assert len(graph.calls(ATTENTION)) == tiny.config.num_layers == 6
+    assert len(windows) == 2 and set(windows) == {0, WINDOW}

@@ -79,7 +79,7 @@ def test_gguf(tmp_path: Path, kind: str, value: float) -> None:
     assert weight.read_rows(11, 30).isfinite().all()
     with pytest.raises(CheckpointError, match=r"blk\.3\.ffn_down\.weight holds .* not finite in rows 9, 10, 30"):
         weight.read()
-    assert (weight.encoded is not None) == (kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K"))
+    assert (weight.encoded is not None) == (kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K"))
     if weight.encoded is not None:
         assert weight.encoded.read_rows(11, 30)[1].isfinite().all()
         with pytest.raises(CheckpointError, match=rf"{kind}, holds numbers that are not finite in rows 9, 10, 30"):

@@ -2,8 +2,8 @@
 
 The folder's `model.safetensors` holds what the codes mean, so that anything can read it; a compiler must not round
 those numbers again, as scales found anew are other scales. For every quantised weight NAME the file has NAME.codes,
-NAME.scales and, if it is not symmetric, NAME.zero_points, as `formats.quantized` lays them out; its metadata name the
-scheme and the spec of every weight.
+NAME.scales and, if it has them, NAME.zero_points or NAME.offsets, as `formats.quantized` lays them out; its metadata
+name the scheme and the spec of every weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transom.formats.quantized import unpack
 from transom.formats.schemes import QuantSpec, scheme
 from transom.graphs.encoded import Codes, Encoded
 from transom.graphs.weight import Weight
-from transom.zoo.checkpoints.safetensors import Entry, read_bytes, read_entries
+from transom.safetensors_file import Entry
+from transom.zoo.checkpoints.safetensors import read_bytes, read_entries
 
 CODES_FILE = "lattice.safetensors"
 
@@ -69,6 +70,8 @@ def _encoded(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tu
     }
     if not spec.symmetric:
         parts["zero_points"] = ((rows, -(-blocks * spec.bits // 8)), "U8")
+    if spec.has_offsets:
+        parts["offsets"] = ((rows, blocks), "F32")
     for part, (wanted, dtype) in parts.items():
         entry = entries[f"{name}.{part}"]
         if entry.shape != wanted or entry.dtype != dtype:
@@ -90,7 +93,8 @@ def _read_codes(name: str, entries: Mapping[str, Entry], spec: QuantSpec, blocks
     if not spec.is_integer:
         return codes, scales, None
     if spec.symmetric:
-        return (codes - 2 ** (spec.bits - 1)).view(torch.int8), scales, None
+        offsets = part("offsets", torch.float32) if spec.has_offsets else None
+        return (codes - 2 ** (spec.bits - 1)).view(torch.int8), scales, offsets
     return codes, scales, unpack(part("zero_points", torch.uint8), spec.number, blocks)
 
 

@@ -1,26 +1,22 @@
-"""Hugging Face folders: `model.safetensors`, or shards and an index.
-
-The format is a length, a JSON header and the bytes, so the ranges are read straight from the file: nothing stays
-mapped between two reads, and peak memory is what was asked for.
-"""
+"""Hugging Face folders: `model.safetensors`, or shards and an index."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
 import math
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from transom import safetensors_file
 from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
-from transom.json_object import is_file, parse_object, read_object
+from transom.json_object import is_file, read_object
+from transom.safetensors_file import Entry
 from transom.zoo.architectures import tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint, left_out_line
 from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
@@ -32,17 +28,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights may have, by the format's names."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """Where one tensor stands: absolute bytes [start, stop) of a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
@@ -118,7 +103,8 @@ def revision(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _files(folder):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(_header_bytes(path))
+        with _refused(path):
+            digest.update(safetensors_file.header_bytes(path))
     return f"headers-sha256:{digest.hexdigest()}"
 
 
@@ -148,52 +134,14 @@ def _is_name(file: object) -> bool:
     return isinstance(file, str) and bool(file) and file == Path(file).name and len(os.fsencode(file)) < 256
 
 
-def _header_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
-    if is_pointer(path):
-        raise CheckpointError(f"{path}: {POINTER}")
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(f"{path}: not a safetensors file, or cut within its header: fetch it again")
-        return file.read(length)
-
-
 def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Where every tensor of a file stands, and the file's metadata.
 
     Raises:
         CheckpointError: If the file is truncated or corrupt.
     """
-    raw = _header_bytes(path)
-    base, size = 8 + len(raw), path.stat().st_size
-    header = parse_object(raw, f"{path}: the header", CheckpointError, "fetch the file again")
-    try:
-        entries = {
-            name: Entry(
-                path=path,
-                dtype=item["dtype"],
-                shape=tuple(item["shape"]),
-                start=base + item["data_offsets"][0],
-                stop=base + item["data_offsets"][1],
-            )
-            for name, item in header.items()
-            if name != "__metadata__"
-        }
-        metadata = dict(header.get("__metadata__") or {})
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: the header is corrupt ({error!r}): fetch the file again") from error
-    expected = max((entry.stop for entry in entries.values()), default=base)
-    if size != expected:
-        raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}: fetch the file again")
-    # The format's own library knows all its rules: no gaps, no overlaps, sizes that fit shapes.
-    try:
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: the header is corrupt ({error}): fetch the file again") from error
-    return entries, metadata
+    with _refused(path):
+        return safetensors_file.read_entries(path)
 
 
 def read_bytes(entry: Entry, start: int, stop: int) -> torch.Tensor:
@@ -203,12 +151,20 @@ def read_bytes(entry: Entry, start: int, stop: int) -> torch.Tensor:
         CheckpointError: If the file has become shorter.
     """
     buffer = torch.empty(stop - start, dtype=torch.uint8)
-    with entry.path.open("rb") as file:
-        file.seek(entry.start + start)
-        got = file.readinto(buffer.numpy().data)
-    if got != buffer.numel():
-        raise CheckpointError(f"{entry.path}: ended while it was read: it changed since it was opened")
+    with _refused(entry.path):
+        safetensors_file.read_into(buffer.numpy(), entry, start)
     return buffer
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, with its place and what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if is_pointer(path):
+            raise CheckpointError(f"{path}: {POINTER}") from error
+        raise CheckpointError(f"{path}: {error}: fetch the file again") from error
 
 
 def _weight(name: str, entry: Entry, shape: tuple[int, ...]) -> Weight:

@@ -28,7 +28,8 @@ class Codes:
         blocks: Blocks of a row.
         block: Codes of a block.
         number: What a code is; see `formats.schemes.Number`.
-        symmetric: Whether the middle code means zero; otherwise there are zero points.
+        symmetric: Whether the middle code is subtracted; otherwise there are zero points.
+        has_offsets: Whether every block has an offset, which is added.
     """
 
     n: int
@@ -36,6 +37,7 @@ class Codes:
     block: int
     number: str
     symmetric: bool
+    has_offsets: bool = False
 
     @property
     def bits(self) -> int:
@@ -54,13 +56,25 @@ class Codes:
 
     @property
     def zeros(self) -> tuple[int, ...]:
-        """Shape of the zero points; without them, kernels are called with the codes once more in their place."""
+        """Shape of zero points or offsets; without them, kernels are called with the codes once more in their place."""
+        if self.has_offsets:
+            return self.n, self.blocks
         if self.symmetric:
             return self.n, self.blocks, self.bytes
         return self.n, -(-self.blocks * self.bits // 8)
 
+    @property
+    def zeros_dtype(self) -> str:
+        """Dtype of zero points or offsets."""
+        return "float32" if self.has_offsets else "uint8"
+
+    def number_of(self, code: Any, scales: Any, zeros: Any, row: Any, block: Any) -> Any:
+        """What a code, given as float32, means."""
+        number = (code - self.zero(zeros, row, block)) * scales[row, block]
+        return number + zeros[row, block] if self.has_offsets else number
+
     def zero(self, zeros: Any, row: Any, block: Any) -> Any:
-        """Code that means zero, float32; `zeros` may be anything if there are no zero points."""
+        """What is subtracted from codes, float32; `zeros` may be anything if there are no zero points."""
         if self.number not in ("int4", "int8"):
             return T.float32(0)
         if self.symmetric:
@@ -96,7 +110,7 @@ def whole(codes: Codes, code: Any) -> Any:
 
 
 def vector_product(codes: Codes, tile: Tile) -> Any:
-    """X [1, K], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> Y [1, N]."""
+    """X [1, K], codes uint8 [N, G, bytes], scales [N, G], zeros (see `Codes.zeros`) -> Y [1, N]."""
     return _halves_product(codes, tile) if codes.bits == 4 else _bytes_product(codes, tile)
 
 
@@ -112,8 +126,17 @@ def _bytes_product(codes: Codes, tile: Tile) -> Any:
         X = T.match_buffer(x, (1, k), "float32")
         C = T.match_buffer(c, (n, blocks, block), "uint8")
         S = T.match_buffer(s, (n, blocks), "float32")
-        Z = T.match_buffer(z, zeros, "uint8")
+        Z = T.match_buffer(z, zeros, codes.zeros_dtype)
         Y = T.match_buffer(y, (1, n), "float32")
+        if codes.has_offsets:
+            # Of every block of X, by lanes: what its offset is multiplied by.
+            sums = T.alloc_buffer((blocks, lanes), "float32", scope="global")
+            for part_ in T.serial(blocks):
+                for lane in T.vectorized(lanes):
+                    sums[part_, lane] = T.float32(0)
+                for step in T.serial(steps):
+                    for lane in T.vectorized(lanes):
+                        sums[part_, lane] = sums[part_, lane] + X[0, part_ * block + step * lanes + lane]
         for group in T.parallel(n // rows):
             total = T.alloc_buffer((rows, lanes), "float32", scope="local")
             inner = T.alloc_buffer((rows, lanes), "float32", scope="local")
@@ -134,6 +157,10 @@ def _bytes_product(codes: Codes, tile: Tile) -> Any:
                 for row in T.unroll(rows):
                     for lane in T.vectorized(lanes):
                         total[row, lane] = total[row, lane] + inner[row, lane] * S[group * rows + row, part_]
+                if codes.has_offsets:
+                    for row in T.unroll(rows):
+                        for lane in T.vectorized(lanes):
+                            total[row, lane] = total[row, lane] + sums[part_, lane] * Z[group * rows + row, part_]
             for row in T.unroll(rows):
                 Y[0, group * rows + row] = lane_sum(total, row, lanes)
 
@@ -151,7 +178,7 @@ def _halves_product(codes: Codes, tile: Tile) -> Any:
         X = T.match_buffer(x, (1, k), "float32")
         C = T.match_buffer(c, (n, blocks, size), "uint8")
         S = T.match_buffer(s, (n, blocks), "float32")
-        Z = T.match_buffer(z, zeros, "uint8")
+        Z = T.match_buffer(z, zeros, codes.zeros_dtype)
         Y = T.match_buffer(y, (1, n), "float32")
         # Even and odd columns apart, as the two halves of a byte need them.
         even = T.alloc_buffer((k // 2,), "float32", scope="global")
@@ -159,6 +186,17 @@ def _halves_product(codes: Codes, tile: Tile) -> Any:
         for column in T.serial(k // 2):
             even[column] = X[0, column * 2]
             odd[column] = X[0, column * 2 + 1]
+        if codes.has_offsets:
+            # Of every block of X, by lanes: what its offset is multiplied by.
+            sums = T.alloc_buffer((blocks, lanes), "float32", scope="global")
+            for part_ in T.serial(blocks):
+                for lane in T.vectorized(lanes):
+                    sums[part_, lane] = T.float32(0)
+                for step in T.serial(steps):
+                    for lane in T.vectorized(lanes):
+                        sums[part_, lane] = sums[part_, lane] + (
+                            even[part_ * size + step * lanes + lane] + odd[part_ * size + step * lanes + lane]
+                        )
         for group in T.parallel(n // rows):
             total = T.alloc_buffer((rows, lanes), "float32", scope="local")
             inner = T.alloc_buffer((rows, lanes), "float32", scope="local")
@@ -188,6 +226,10 @@ def _halves_product(codes: Codes, tile: Tile) -> Any:
                 for row in T.unroll(rows):
                     for lane in T.vectorized(lanes):
                         total[row, lane] = total[row, lane] + inner[row, lane] * S[group * rows + row, part_]
+                if codes.has_offsets:
+                    for row in T.unroll(rows):
+                        for lane in T.vectorized(lanes):
+                            total[row, lane] = total[row, lane] + sums[part_, lane] * Z[group * rows + row, part_]
             for row in T.unroll(rows):
                 Y[0, group * rows + row] = lane_sum(total, row, lanes)
 
@@ -199,21 +241,15 @@ def unpack_block(codes, C, S, Z, row, block, out, out_row, out_column):  # type:
     """Numbers of one block, into `out[out_row, out_column:]`."""
     if codes.bits == 8:
         for column in T.vectorized(codes.block):
-            out[out_row, out_column + column] = (whole(codes, C[row, block, column]) - codes.zero(Z, row, block)) * S[
-                row, block
-            ]
+            out[out_row, out_column + column] = codes.number_of(whole(codes, C[row, block, column]), S, Z, row, block)
     else:
         for column in T.vectorized(codes.bytes):
-            out[out_row, out_column + column * 2] = (low(C[row, block, column]) - codes.zero(Z, row, block)) * S[
-                row, block
-            ]
-            out[out_row, out_column + column * 2 + 1] = (high(C[row, block, column]) - codes.zero(Z, row, block)) * S[
-                row, block
-            ]
+            out[out_row, out_column + column * 2] = codes.number_of(low(C[row, block, column]), S, Z, row, block)
+            out[out_row, out_column + column * 2 + 1] = codes.number_of(high(C[row, block, column]), S, Z, row, block)
 
 
 def matrix_product(codes: Codes, tile: Tile) -> Any:
-    """X [M, K], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> Y [M, N]."""
+    """X [M, K], codes uint8 [N, G, bytes], scales [N, G], zeros (see `Codes.zeros`) -> Y [M, N]."""
     n, k, blocks, block, size, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.bytes, codes.zeros
     vectors, lanes = panel_shape(n, tile)
     width, rows = vectors * lanes, tile.rows
@@ -227,7 +263,7 @@ def matrix_product(codes: Codes, tile: Tile) -> Any:
         X = T.match_buffer(x, (m, k), "float32")
         C = T.match_buffer(c, (n, blocks, size), "uint8")
         S = T.match_buffer(s, (n, blocks), "float32")
-        Z = T.match_buffer(z, zeros, "uint8")
+        Z = T.match_buffer(z, zeros, codes.zeros_dtype)
         Y = T.match_buffer(y, (m, n), "float32")
         for column in T.parallel(n // width):
             panel = T.alloc_buffer((depth, width), "float32", scope="global")
@@ -247,7 +283,7 @@ def matrix_product(codes: Codes, tile: Tile) -> Any:
 
 
 def table_rows(codes: Codes) -> Any:
-    """Tokens int64 [M], codes uint8 [N, G, bytes], scales [N, G], zero points uint8 [N, bytes] -> rows [M, K]."""
+    """Tokens int64 [M], codes uint8 [N, G, bytes], scales [N, G], zeros (see `Codes.zeros`) -> rows [M, K]."""
     n, k, blocks, block, size, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.bytes, codes.zeros
 
     @T.prim_func(private=True, s_tir=True)
@@ -257,7 +293,7 @@ def table_rows(codes: Codes) -> Any:
         tokens_M = T.match_buffer(tokens, (m,), "int64")
         C = T.match_buffer(c, (n, blocks, size), "uint8")
         S = T.match_buffer(s, (n, blocks), "float32")
-        Z = T.match_buffer(z, zeros, "uint8")
+        Z = T.match_buffer(z, zeros, codes.zeros_dtype)
         Y = T.match_buffer(y, (m, k), "float32")
         for row in T.serial(m):
             for part_ in T.serial(blocks):

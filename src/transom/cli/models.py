@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -85,14 +85,13 @@ def plan(
     """Tell what a model will need: weights, and caches with and without bounded local layers."""
     from transom.zoo.model import resolve_config
     from transom.zoo.plan import plan as make_plan
+    from transom.zoo.plan import plan_caches
 
     check_weights(weights)
     config = resolve_config(model)
 
-    def at(tokens: int) -> Any:
-        return make_plan(config, context=tokens, quant=quant, cache_dtype=cache_dtype, batch=batch)
-
-    model_plan = at(config.context if context is None else context)
+    context = config.context if context is None else context
+    model_plan = make_plan(config, context=context, quant=quant, cache_dtype=cache_dtype, batch=batch)
     if json:
         print_json(model_plan.to_json())
         return
@@ -104,10 +103,9 @@ def plan(
     )
     table = Table("context", "bounded", "global-only", "share", title=f"Cache bytes, {cache_dtype}, batch {batch}")
     for tokens in sorted({*(c for c in TABLE_CONTEXTS if c <= config.context), model_plan.context}):
-        row = at(tokens)
-        share = row.cache_bytes_bounded / row.cache_bytes_global_only
-        cells = f"{tokens:,}", size(row.cache_bytes_bounded), size(row.cache_bytes_global_only), f"{share:.1%}"
-        table.add_row(*cells)
+        row = plan_caches(config, context=tokens, cache_dtype=cache_dtype, batch=batch)
+        share = row.bounded / row.global_only
+        table.add_row(f"{tokens:,}", size(row.bounded), size(row.global_only), f"{share:.1%}")
     console.print(table)
     console.print(
         "Weights without a scheme count as released, in bfloat16, and local layers as their bare window. An artifact "

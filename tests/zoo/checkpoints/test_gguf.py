@@ -33,7 +33,14 @@ QUANTISED = {
     "1.ffn_down.weight": "F16",
     "2.ffn_down.weight": "BF16",
 }
-CODED = {"Q4_0": (32, -8, 7), "Q5_0": (32, -16, 15), "Q8_0": (32, -127, 127), "Q6_K": (16, -32, 31)}
+CODED = {
+    "Q4_0": (32, -8, 7),
+    "Q4_1": (32, -8, 7),
+    "Q5_0": (32, -16, 15),
+    "Q5_1": (32, -16, 15),
+    "Q8_0": (32, -127, 127),
+    "Q6_K": (16, -32, 31),
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +88,15 @@ def test_codes_are_exact(quantised_gguf: Path) -> None:
             continue
         seen.add(kind)
         block, lowest, highest = CODED[kind]
-        codes, scales, _ = weight.encoded.read_rows(2, 31)
+        codes, scales, offsets = weight.encoded.read_rows(2, 31)
         assert weight.encoded.block == block
         assert codes.dtype == torch.int8 and scales.dtype == torch.float32
         assert codes.shape == (29, weight.shape[1]) and scales.shape == (29, weight.shape[1] // block)
         assert codes.min() >= lowest and codes.max() <= highest
         values = codes.view(29, -1, block).float() * scales[..., None]
+        assert (offsets is not None) == kind.endswith("_1")
+        if offsets is not None:
+            values += offsets[..., None]
         assert torch.equal(values.view(29, -1), weight.read_rows(2, 31)), name
     assert seen == set(CODED)
 

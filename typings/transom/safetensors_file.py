@@ -1,0 +1,1 @@
+../../src/transom/safetensors_file.py
