@@ -1,7 +1,7 @@
 """The zoo's decoder run eagerly, with images: a runtime of the suite before any compiler can do them.
 
-It needs no soft tokens: any tokens may belong to an image, and `visible_keys` gets to know which belong to one. Faults of
-it are variants again.
+It needs no soft tokens: any tokens may belong to an image, and `visible_keys` gets to know which belong to one. Faults
+of it are variants again.
 """
 
 from __future__ import annotations
