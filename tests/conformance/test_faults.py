@@ -13,20 +13,15 @@ import torch
 from tests.conformance.adapters import StageRuntime, model_of
 from tests.conformance.cases import CASES
 from tests.conformance.eager import Eager, EagerRuntime
-from tests.conformance.faults import (
-    CASE,
-    CONFIG_FAULTS,
-    GRAPH_FAULTS,
-    IMAGE_FAULTS,
-    WINDOW,
-    SpoiltStageRuntime,
-)
 from tests.conformance.runner import Report, run_suite
+from tests.faults.configuration import CONFIG_FAULTS
+from tests.faults.graph import GRAPH_FAULTS, GraphFault
+from tests.faults.images import IMAGE_FAULTS
 from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
 from transom.backends.session import Session
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
-from transom.passes.base import Pipeline
+from transom.passes.base import Pass, Pipeline
 from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
@@ -35,9 +30,23 @@ from transom.validation.bisection.bisect import Context, bisect, bisect_stages, 
 from transom.validation.bisection.recording import Recording, record
 
 LONG = ("decode_far", "mixed_chunks")
+# Graphs of this case, LLG with a window of 13, are spoilt.
+CASE, WINDOW = "odd_window", 13
+LOUD_FAULTS = {name: fault for name, fault in GRAPH_FAULTS.items() if fault.suite}
 CHUNK = 2 * WINDOW + 5
-# A chunk longer than two windows, a short one and two tokens one by one: enough to tell these faults apart.
-LENGTH, DECODE = CHUNK + 3, 2
+# Chunks longer than two windows over the wrap of a ring, a short one and two tokens one by one.
+LENGTH, DECODE = 2 * CHUNK + 3, 2
+
+
+class SpoiltStageRuntime(StageRuntime):
+    """The graph that a target's passes leave, with a fault among them."""
+
+    def __init__(self, name: str, fault: GraphFault) -> None:
+        super().__init__(fault.target)
+        self.name, self._fault = name, fault
+
+    def passes(self, chunk: int) -> list[Pass]:
+        return self._fault.passes(super().passes(chunk), window=WINDOW, chunk=chunk)
 
 
 def loud(report: Report, case: str) -> bool:
@@ -46,13 +55,13 @@ def loud(report: Report, case: str) -> bool:
     return worst > CONFORMANCE_FAULT and any(f.kind == "logits" and f.case == case for f in report.findings)
 
 
-@pytest.mark.parametrize("name", GRAPH_FAULTS)
+@pytest.mark.parametrize("name", LOUD_FAULTS)
 def test_a_spoilt_graph_turns_the_suite_red(name: str, suite: dict[str, Path]) -> None:
     fault = GRAPH_FAULTS[name]
     report = run_suite(SpoiltStageRuntime(name, fault), [suite[CASE]], tolerance=CONFORMANCE_LOGITS, schedules=LONG)
     assert report.red() == [CASE]
-    assert loud(report, CASE), str(report)
-    assert {finding.kind for finding in report.findings} == ({"logits", "cache"} if fault.bytes_too else {"logits"})
+    assert loud(report, CASE) == ("logits" in fault.suite), str(report)
+    assert {finding.kind for finding in report.findings} == fault.suite
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +71,14 @@ def tapped(suite: dict[str, Path]) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", GRAPH_FAULTS)
+@pytest.mark.parametrize("name", LOUD_FAULTS)
 def test_the_bisection_names_layer_and_operation(name: str, suite: dict[str, Path], tapped: Graph) -> None:
     fault, model = GRAPH_FAULTS[name], model_of(suite[CASE])
     graph = model.trace()
     spoilt, _ = Pipeline([AddTaps(), *SpoiltStageRuntime(name, fault).passes(CHUNK)]).run(graph)
     verdict = bisect(tapped, spoilt, model=model, chunk=CHUNK, length=LENGTH, decode=DECODE)
-    assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, fault.op, "b"), verdict
+    side = "b" if fault.op else None
+    assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, fault.op, side), verdict
 
 
 def test_the_bisection_finds_no_fault_where_none_is(suite: dict[str, Path], tapped: Graph) -> None:
@@ -77,27 +87,28 @@ def test_the_bisection_finds_no_fault_where_none_is(suite: dict[str, Path], tapp
 
 
 def test_the_bisection_names_the_pass(suite: dict[str, Path]) -> None:
-    fault = GRAPH_FAULTS["cache of window slots"]
+    fault = GRAPH_FAULTS["a cache of a window's slots"]
     # Every stage is run, so the pipeline is cut short.
     shortest = [Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(CHUNK)]
-    verdict = bisect_stages(
-        fault.plant(shortest), model=model_of(suite[CASE]), chunk=CHUNK, length=LENGTH, decode=DECODE
-    )
-    assert (verdict.stage, verdict.layer, verdict.op) == (fault.make().name, fault.layer, fault.op), verdict
+    passes = fault.passes(shortest, window=WINDOW, chunk=CHUNK)
+    verdict = bisect_stages(passes, model=model_of(suite[CASE]), chunk=CHUNK, length=LENGTH, decode=DECODE)
+    assert (verdict.stage, verdict.layer, verdict.op) == (passes[-1].name, fault.layer, fault.op), verdict
 
 
 @pytest.mark.parametrize("name", CONFIG_FAULTS)
 def test_a_wrong_configuration_turns_the_right_cases_red(name: str, suite: dict[str, Path]) -> None:
-    change, cases = CONFIG_FAULTS[name]
+    cases = CONFIG_FAULTS[name].red
     others = [case.name for case in CASES if case.name not in cases][:2]
     folders = [suite[case] for case in (*cases, *others)]
-    report = run_suite(EagerRuntime(name, config=change), folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG)
+    report = run_suite(
+        EagerRuntime(name, config=CONFIG_FAULTS[name].change), folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG
+    )
     assert set(report.red()) == set(cases), str(report)
     assert all(loud(report, case) for case in cases)
 
 
 def test_every_case_is_turned_red_by_some_fault() -> None:
-    red = {case for _, cases in CONFIG_FAULTS.values() for case in cases}
+    red = {case for fault in CONFIG_FAULTS.values() for case in fault.red}
     assert {case.name for case in CASES} == red
 
 

@@ -10,7 +10,7 @@ import pytest
 import transom
 from tests.artifacts import CHUNK
 from tests.conftest import WINDOW
-from tests.planted import plant
+from tests.faults.ranges import plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom import compiler
 from transom.backends.reference.session import ReferenceSession

@@ -15,6 +15,7 @@ from torch.export import Dim
 from tests.artifacts import CHUNK
 from tests.case import Case, export, run_graph
 from tests.conftest import WINDOW
+from tests.faults.graph import LINEAR, Spoil, result
 from tests.passes.test_huggingface import build
 from tests.tolerances import FP32_LOGITS
 from transom.errors import InvariantError
@@ -24,7 +25,6 @@ from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
 from transom.passes.add_taps import AddTaps
-from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.pipelines import PIPELINES, pipeline
@@ -193,22 +193,14 @@ def test_fused_graphs_are_refused(traced: Graph) -> None:
         Case(graph=graph).run(AddTaps())
 
 
-class _Nudge(Pass):
-    """Adds to what goes into the output projection of one layer, where the tap stands."""
-
-    def rewrite(self, graph: Graph) -> Rewrite:
-        node = tap_nodes(graph)["tap.layers.4.self_attn.attention"]
-        with graph.fx.inserting_after(node):
-            moved = graph.call(aten.add.Tensor, (node, 0.25), node)
-        node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
-        return Rewrite(changes=1)
-
-
 @pytest.mark.parametrize("target", PIPELINES)
 def test_a_fault_shows_at_its_tap_and_not_before(target: str, tapped: Graph, text: list[int]) -> None:
     """After all passes, a tap says what the computation goes on with."""
+    fault = Spoil(
+        LINEAR, lambda graph, node: result(aten.add.Tensor, 0.25)(graph, node.args[0]), "layers.4.self_attn.o_proj"
+    )
     passes = pipeline(target, chunk=CHUNK, scheme=scheme("none")).passes
-    sessions = [Case(graph=tapped).run(*more, *passes).session(chunk=CHUNK) for more in ((), (_Nudge(),))]
+    sessions = [Case(graph=tapped).run(*more, *passes).session(chunk=CHUNK) for more in ((), (fault,))]
     for session in sessions:
         session.prefill(text[:CHUNK])
     good, moved_on = (session.tapped for session in sessions)

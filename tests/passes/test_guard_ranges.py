@@ -12,7 +12,7 @@ import torch
 from tests.artifacts import CHUNK
 from tests.case import Case
 from tests.conftest import WINDOW
-from tests.planted import plant
+from tests.faults.ranges import plant
 from tests.tolerances import FLOAT16_LOGITS
 from transom.backends.reference.session import ReferenceSession
 from transom.errors import InvariantError, NonFiniteError, RangeError

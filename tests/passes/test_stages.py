@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tests.artifacts import CHUNK
 from tests.case import Case, run_graph
 from tests.conftest import WINDOW, Stage
+from tests.faults.graph import GRAPH_FAULTS
 from tests.tolerances import FP32_LOGITS
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
@@ -142,8 +143,8 @@ def test_one_slot_fewer_loses_a_key(
     traced: Graph, tiny: Model, text: list[int], text_logits: NDArray[np.float32]
 ) -> None:
     """The comparison with eager notices a cache that is one slot too small, so it can be trusted."""
-    case = Case(graph=traced, model=tiny).run(
-        Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(CHUNK - 1)
-    )
+    passes = [Canonicalize(), FuseAttention(), FuseCacheWrites(), BoundLocalCaches(CHUNK)]
+    fault = GRAPH_FAULTS["one slot too few"]
+    case = Case(graph=traced, model=tiny).run(*fault.passes(passes, window=WINDOW, chunk=CHUNK))
     with pytest.raises(AssertionError, match="a prompt of 149"):
         case.matches_eager(text, text_logits, chunk=CHUNK, lengths=(4 * CHUNK + 1,), decode=0)

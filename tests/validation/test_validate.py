@@ -15,6 +15,7 @@ import pytest
 import transom
 from tests.artifacts import CHUNK, Export
 from tests.conftest import WINDOW, Cli
+from tests.faults.graph import GRAPH_FAULTS
 from tests.validation.conftest import TARGETS
 from transom.backends.folder import CERTIFICATE
 from transom.backends.onnxruntime.runtime import OnnxRuntime
@@ -26,7 +27,6 @@ from transom.formats import rounding
 from transom.formats.schemes import Scheme
 from transom.passes import conversion, pipelines
 from transom.passes.base import Pass
-from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.pipelines import Measure
 from transom.passes.targets import TARGETS as TARGETS_BY_NAME
 from transom.validation import candidates
@@ -175,8 +175,9 @@ def test_a_cache_that_grows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits are all right, for the window's mask is there; only the memory is not."""
     whole = pipelines.PIPELINES["onnx"]
 
-    def unbounded(chunk: int, scheme: Scheme, measure: Measure) -> list[Pass | None]:
-        return [step for step in whole(chunk, scheme, measure) if not isinstance(step, BoundLocalCaches)]
+    def unbounded(chunk: int, scheme: Scheme, measure: Measure) -> list[Pass]:
+        passes = [step for step in whole(chunk, scheme, measure) if step is not None]
+        return GRAPH_FAULTS["a cache that grows"].passes(passes, window=WINDOW, chunk=chunk)
 
     monkeypatch.setitem(pipelines.PIPELINES, "onnx", unbounded)
     code, out, err = cli("validate", "gemma3-tiny", "--targets", "onnx", *JSON)
