@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -16,12 +17,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import transom
-from tests.artifacts import CHUNK, Export, Exported
+from tests.artifacts import CHUNK, SHARED, Export, Exported, shared
 from tests.case import Case
 from transom.cli import main
 from transom.cli.options import console
+from transom.compiler import compile_model
 from transom.errors import CheckpointError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.trace import trace
@@ -50,11 +52,13 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """XLA compiles a program once a run: workers and the processes that tests start share a cache."""
+    """What is made once a run: workers and the processes that tests start share XLA's programs and our folders."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="transom-tests-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        for variable in ("JAX_COMPILATION_CACHE_DIR", SHARED):
+            os.environ[variable] = str(Path(folder.name) / variable.lower())
+        Path(os.environ[SHARED]).mkdir()
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
@@ -85,10 +89,10 @@ class Stage:
 
 def stages_of(traced: Graph, target: str, quant: str = "none") -> list[Stage]:
     """Every stage of a target's pipeline."""
-    found: list[Stage] = []
+    kept: list[Stage] = []
     passes = pipeline(target, chunk=CHUNK, scheme=scheme(quant))
-    passes.run(traced, on_pass=lambda ran, graph: found.append(Stage(ran, graph.clone())))
-    return found
+    passes.run(traced, on_pass=lambda ran, graph: kept.append(Stage(ran, graph.clone())))
+    return kept
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -177,37 +181,57 @@ def text_logits(tiny: Model, text: list[int]) -> NDArray[np.float32]:
     """What the plain module says of every position of the text, [LENGTH, V], without any cache."""
     with torch.no_grad():
         logits_BTV, _ = tiny.eager()(torch.tensor([text]), torch.tensor(0), None)
-    found: NDArray[np.float32] = logits_BTV[0].numpy()
-    return found
+    logits: NDArray[np.float32] = logits_BTV[0].numpy()
+    return logits
 
 
 @pytest.fixture(scope="session")
-def exported(tiny: Model, traced: Graph, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Compile the tiny model for (target, quant), each once a session."""
-    done: dict[tuple[str, str], Exported] = {}
-    root = tmp_path_factory.mktemp("artifacts")
+def exported(tiny: Model) -> Export:
+    """Compile the tiny model, each way once a run."""
 
-    def make(target: str, quant: str) -> Exported:
-        if (target, quant) not in done:
-            graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(traced)
-            artifact = transom.compile(tiny, target=target, quant=quant, chunk=CHUNK, out=root / f"{target}-{quant}")
-            done[target, quant] = Exported(artifact.folder, graph)
-        return done[target, quant]
+    @functools.cache
+    def export(target: str, quant: str = "none", **changes: Any) -> Exported:
+        options = Options.of(tiny, target=target, quant=quant, **{"chunk": CHUNK, **changes})
+        traced = tiny.trace(dtype=getattr(torch, options.dtype))
+        folder = shared(
+            f"{target}-{quant}".replace(":", "-"),
+            tiny.config, tiny.revision, options, traced.digest(),
+            write=lambda out: compile_model(tiny, options, out=out),
+        )  # fmt: skip
+        return Exported(folder, traced, options)
 
-    return make
+    return export
 
 
 @pytest.fixture(scope="session")
 def real() -> Model:
-    """The real Gemma 3 270M. Its file is decoded once, which takes seconds; tests must not edit what they read."""
+    """The real Gemma 3 270M. Its file is decoded once a run, which takes seconds; numbers are then read from rows on
+    disk, as a worker that keeps them in memory has a gigabyte less for what it tests.
+    """
     try:
         model = load("gemma3-270m")
     except CheckpointError as error:
         pytest.skip(str(error))
-    return dataclasses.replace(model, weights={name: held_once_read(weight) for name, weight in model.weights.items()})
+
+    def decode(folder: Path) -> None:
+        folder.mkdir()
+        for name, weight in model.weights.items():
+            with (folder / name).open("wb") as file:
+                for block in weight.blocks():
+                    block.numpy().tofile(file)
+
+    folder = shared("gemma3-270m", model.revision, write=decode)
+    weights = {name: on_disk(weight, folder / name) for name, weight in model.weights.items()}
+    return dataclasses.replace(model, weights=weights)
 
 
-def held_once_read(weight: Weight) -> Weight:
-    """The same weight, in memory from its first reading on."""
-    read = functools.cache(weight.read)
-    return dataclasses.replace(weight, read_rows=lambda start, stop: read()[start:stop])
+def on_disk(weight: Weight, path: Path) -> Weight:
+    """The same weight, read from a file of its float32 numbers."""
+    assert weight.dtype == torch.float32
+    width = math.prod(weight.shape[1:])
+
+    def read_rows(start: int, stop: int) -> torch.Tensor:
+        rows = np.fromfile(path, np.float32, count=(stop - start) * width, offset=4 * start * width)
+        return torch.from_numpy(rows).view(stop - start, *weight.shape[1:])
+
+    return dataclasses.replace(weight, read_rows=read_rows)

@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto
 
 import transom
+from tests.artifacts import Export
 from tests.conftest import Cli
 from transom.backends.artifact import MODEL_FILE, read_manifest, update_details
 from transom.backends.tensorrt import builder
@@ -42,16 +43,9 @@ def rtx() -> Library:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tensorrt") / "model"
-    transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
-    return out
-
-
 @pytest.fixture
-def folder(compiled: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(compiled, tmp_path / "model"))
+def folder(exported: Export, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported("tensorrt", chunk=CHUNK, context=CONTEXT).folder, tmp_path / "model"))
 
 
 # For real: parsed, verified and compiled by TensorRT for RTX, without a GPU.
@@ -68,10 +62,10 @@ def folder(compiled: Path, tmp_path: Path) -> Path:
         ("fp8_channel_activations", "bfloat16"),
     ],
 )
-def test_every_scheme_builds(quant: str, dtype: str, tiny: Model, rtx: Library, tmp_path: Path) -> None:
+def test_every_scheme_builds(quant: str, dtype: str, exported: Export, rtx: Library, tmp_path: Path) -> None:
     """Without one unsupported node, for both generations at once; the manifest tells bytes and seconds."""
-    out = tmp_path / "model"
-    transom.compile(tiny, target="tensorrt", quant=quant, dtype=dtype, chunk=CHUNK, context=CONTEXT, out=out)
+    artifact = exported("tensorrt", quant, dtype=dtype, chunk=CHUNK, context=CONTEXT)
+    out = Path(shutil.copytree(artifact.folder, tmp_path / "model"))
     told: list[tuple[str, int, int]] = []
     record = build_engine(out, rtx, compute=[89, 120], on_progress=lambda *step: told.append(step))
     path = out / "tensorrt_rtx-sm89-sm120.engine"

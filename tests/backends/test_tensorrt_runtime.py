@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import transom
+from tests.artifacts import Export
 from tests.backends import tensorrt_double
 from tests.backends.tensorrt_double import ENGINE, VERSION, double
 from tests.tolerances import BFLOAT16_LOGITS_TENSORRT
@@ -26,7 +28,6 @@ from transom.backends.tensorrt.engines import EngineRecord, note_engine
 from transom.backends.tensorrt.library import find_library
 from transom.backends.tensorrt.runtime import EngineRuntime
 from transom.errors import ArtifactError, ContextLengthError, SessionError, TargetError
-from transom.zoo.model import Model
 
 CHUNK, CONTEXT, RING = 20, 128, 35
 TEXT = [7 + index * 37 % 500 for index in range(3 * RING + 5)]
@@ -42,10 +43,10 @@ def record(**changes: Any) -> EngineRecord:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with an engine that only the double runs."""
     out = tmp_path_factory.mktemp("tensorrt") / "model"
-    transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
+    shutil.copytree(exported("tensorrt", chunk=CHUNK, context=CONTEXT).folder, out)
     (out / "double.engine").write_bytes(ENGINE)
     return out
 
@@ -278,7 +279,7 @@ def test_what_the_builder_calls_exists(name: str) -> None:
         assert hasattr(module.IBuilderConfig, attribute)
 
 
-def test_on_a_gpu(tiny: Model, tmp_path: Path) -> None:
+def test_on_a_gpu(exported: Export, tmp_path: Path) -> None:
     """The one test of kernels: numbers, decode across wraps, caches in place."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
@@ -286,8 +287,7 @@ def test_on_a_gpu(tiny: Model, tmp_path: Path) -> None:
         library = find_library()
     except TargetError as error:
         pytest.skip(str(error))
-    out = tmp_path / "model"
-    transom.compile(tiny, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out)
+    out = Path(shutil.copytree(exported("tensorrt", chunk=CHUNK, context=CONTEXT).folder, tmp_path / "model"))
     build_engine(out, library)
     wanted = Session(CpuRuntime(out, read_manifest(out), threads=1)).logits(TEXT)
     session: Session = transom.open(out)
