@@ -56,8 +56,8 @@ class Case:
 
     def expect(self, counts: Mapping[Any, int]) -> Case:
         """Check how often the graph calls some operations."""
-        found = {target: len(self.graph.calls(target)) for target in counts}
-        assert found == dict(counts)
+        calls = {target: len(self.graph.calls(target)) for target in counts}
+        assert calls == dict(counts)
         return self
 
     def expect_changes(self, *changes: int) -> Case:
@@ -112,11 +112,11 @@ class Case:
         """
         session = self.session(chunk=chunk)
         for length in lengths:
-            found = session.logits(text[:length])
-            assert np.abs(found - expected[:length]).max() < FP32_LOGITS, f"a prompt of {length}"
+            logits = session.logits(text[:length])
+            assert np.abs(logits - expected[:length]).max() < FP32_LOGITS, f"a prompt of {length}"
         for position in range(lengths[-1], lengths[-1] + decode):
-            found = session.decode(text[position])
-            assert np.abs(found - expected[position]).max() < FP32_LOGITS, f"decode at {position}"
+            logits = session.decode(text[position])
+            assert np.abs(logits - expected[position]).max() < FP32_LOGITS, f"decode at {position}"
         return self
 
 

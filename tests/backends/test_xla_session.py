@@ -100,16 +100,6 @@ def test_caches_are_updated_in_place(session: Session, text: list[int]) -> None:
         assert {array.unsafe_buffer_pointer() for _, array in session.runtime.state_arrays()} == addresses
 
 
-def test_greedy_text_is_the_references_far_past_the_window(
-    session: Session, artifact: Exported, text: list[int]
-) -> None:
-    new = list(session.generate(text[:20], max_new_tokens=100, stop_ids=()))
-    expected = artifact.reference().logits([*text[:20], *new[:-1]])[19:]
-    best = np.sort(expected, axis=-1)
-    assert (best[:, -1] - best[:, -2]).min() > FP32_LOGITS, "no two tokens are as good as each other"
-    assert new == expected.argmax(-1).tolist() and len(set(new)) > 5
-
-
 class TapSome(Pass):
     """Taps of each kind of shape: positions in the middle, queries, and what has only wanted positions left."""
 

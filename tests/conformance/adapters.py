@@ -133,16 +133,16 @@ class HuggingFaceSession:
         self._blocks: list[int] = []
 
     def feed(self, tokens: Sequence[int], blocks: Sequence[int]) -> NDArray[Any]:
-        found, low = [], 0
+        parts, low = [], 0
         for size in cut_between_images(blocks, self._chunk):
-            part = slice(low, low + size)
-            found.append(self._run(tokens[part], blocks[part]))
+            span = slice(low, low + size)
+            parts.append(self._run(tokens[span], blocks[span]))
             low += size
-        return np.concatenate(found)
+        return np.concatenate(parts)
 
     def decode(self, token: int) -> NDArray[Any]:
-        found: NDArray[Any] = self._run([token], [TEXT])[0]
-        return found
+        logits: NDArray[Any] = self._run([token], [TEXT])[0]
+        return logits
 
     def _run(self, tokens: Sequence[int], blocks: Sequence[int]) -> NDArray[Any]:
         ids = torch.tensor([list(tokens)])

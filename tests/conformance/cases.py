@@ -143,16 +143,16 @@ def schedules(case: Case) -> list[dict[str, Any]]:
     """
     window, prompt, chunk = case.window, case.prompt, case.long_chunk
     lengths = sorted({_after_image(case, n) for n in (window - 1, window, window + 1, 2 * window) if n > 0} - {prompt})
-    found: list[dict[str, Any]] = [
+    ways: list[dict[str, Any]] = [
         {"name": f"prompt_{length}", "chunk": chunk, "feeds": [length], "decode": 0} for length in lengths
     ]
-    found.append({"name": "decode_far", "chunk": chunk, "feeds": [prompt], "decode": case.length - prompt})
+    ways.append({"name": "decode_far", "chunk": chunk, "feeds": [prompt], "decode": case.length - prompt})
     sizes = [window + 1, 1, chunk, 3, max(1, window - 1), 2, window]
-    found.append({"name": "mixed_chunks", "chunk": chunk, "feeds": _feeds(case, sizes), "decode": window + 2})
+    ways.append({"name": "mixed_chunks", "chunk": chunk, "feeds": _feeds(case, sizes), "decode": window + 2})
     # The smallest cache that can be: an image must fit into one call, so images set the least chunk.
     least = max((stop - start for start, stop in case.images), default=1)
-    found.append({"name": "smallest_cache", "chunk": least, "feeds": [prompt], "decode": 2 * window})
-    return found
+    ways.append({"name": "smallest_cache", "chunk": least, "feeds": [prompt], "decode": 2 * window})
+    return ways
 
 
 def _feeds(case: Case, sizes: list[int]) -> list[int]:
@@ -175,13 +175,13 @@ def cache_bounds(case: Case, schedule: dict[str, Any]) -> list[dict[str, int]]:
     A local layer must keep the `window - 1` keys that the next token sees. It may keep `window + chunk - 1`: what a
     chunk overwrites before its first token has attended. A global layer keeps all; it may have room for the context.
     """
-    held = sum(schedule["feeds"]) + schedule["decode"]
+    tokens = sum(schedule["feeds"]) + schedule["decode"]
     slot_bytes = 2 * 4 * case.num_kv_heads * case.head_dim
     bounds = []
     for index, kind in enumerate(case.layers):
-        least, most = held, case.length
+        least, most = tokens, case.length
         if kind == "L":
-            least, most = min(held, case.window - 1), case.window + schedule["chunk"] - 1
+            least, most = min(tokens, case.window - 1), case.window + schedule["chunk"] - 1
         sizes = {"least_slots": least, "most_slots": most}
         bounds.append({"layer": index, **sizes, "least_bytes": least * slot_bytes, "most_bytes": most * slot_bytes})
     return bounds

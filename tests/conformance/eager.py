@@ -33,7 +33,7 @@ Cut = Callable[[Sequence[int], int], list[int]]
 """(blocks of a feed, most tokens in one call) -> sizes of the calls."""
 
 
-def held_positions(positions_T: torch.Tensor, slots: int) -> torch.Tensor:
+def positions_of_slots(positions_T: torch.Tensor, slots: int) -> torch.Tensor:
     """Position that each slot holds, [S]; negative: empty."""
     last = positions_T[-1]
     return last - (last - torch.arange(slots)) % slots
@@ -49,7 +49,7 @@ def visible_with_images(
     blocks: torch.Tensor, positions_T: torch.Tensor, slots: int, window: int | None
 ) -> torch.Tensor:
     """Slots that each new token sees: earlier ones and those of its own image; a window then hides far ones."""
-    keys_S = held_positions(positions_T, slots)
+    keys_S = positions_of_slots(positions_T, slots)
     distance_TS = positions_T[:, None] - keys_S
     seen_TS = ((keys_S >= 0) & (distance_TS >= 0)) | same_image(blocks, positions_T, keys_S)
     return seen_TS if window is None else seen_TS & (distance_TS < window)
@@ -172,11 +172,11 @@ class ImageAdapter(SessionAdapter):
         start = self.session.position
         self._blocks[start:] = TEXT
         self._blocks[start : start + len(blocks)] = torch.tensor(blocks)
-        found, low = [], 0
+        parts, low = [], 0
         for size in self._cut(blocks, self.session.chunk):
-            found.append(super().feed(tokens[low : low + size], blocks[low : low + size]))
+            parts.append(super().feed(tokens[low : low + size], blocks[low : low + size]))
             low += size
-        return np.concatenate(found)
+        return np.concatenate(parts)
 
 
 class EagerRuntime:

@@ -102,7 +102,7 @@ def _weights(case: Case, seed: int) -> dict[str, NDArray[np.float32]]:
     """
     D, F, V = case.hidden_size, case.intermediate_size, case.vocab_size
     NH, KH, H = case.num_heads * case.head_dim, case.num_kv_heads * case.head_dim, case.head_dim
-    found = {"embed_tokens.weight": ((V, D), 0.0, 0.5 * D**-0.5), "norm.weight": ((D,), 3.0, 0.3)}
+    drawn = {"embed_tokens.weight": ((V, D), 0.0, 0.5 * D**-0.5), "norm.weight": ((D,), 3.0, 0.3)}
     for index in range(len(case.layers)):
         layer = f"layers.{index}."
         for name, shape in (
@@ -114,14 +114,14 @@ def _weights(case: Case, seed: int) -> dict[str, NDArray[np.float32]]:
             ("mlp.up_proj", (F, D)),
             ("mlp.down_proj", (D, F)),
         ):
-            found[f"{layer}{name}.weight"] = (shape, 0.0, shape[1] ** -0.5)
+            drawn[f"{layer}{name}.weight"] = (shape, 0.0, shape[1] ** -0.5)
         for name in ("q_norm", "k_norm"):
-            found[f"{layer}self_attn.{name}.weight"] = ((H,), 0.5, 0.3)
+            drawn[f"{layer}self_attn.{name}.weight"] = ((H,), 0.5, 0.3)
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            found[f"{layer}{name}_layernorm.weight"] = ((D,), 0.0, 0.3)
+            drawn[f"{layer}{name}_layernorm.weight"] = ((D,), 0.0, 0.3)
     return {
         name: (mean + deviation * 12**0.5 * (_uniform(f"{seed}/{case.name}/{name}", shape) - 0.5)).astype(np.float32)
-        for name, (shape, mean, deviation) in found.items()
+        for name, (shape, mean, deviation) in drawn.items()
     }
 
 

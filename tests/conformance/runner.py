@@ -74,7 +74,7 @@ class Finding:
         case: Name of the case.
         schedule: Name of the schedule.
         kind: "logits", "cache" or "error".
-        text: What was expected and what was found.
+        text: What was expected and what came.
         position: First position whose logits are wrong.
         difference: Largest difference of logits over all positions.
     """
@@ -183,24 +183,24 @@ def _play(
 ) -> NDArray[np.float64]:
     """Logits of every position that the schedule reaches."""
     session.reset()
-    found, position = [], 0
+    parts, position = [], 0
     for size in schedule["feeds"]:
         stop = position + size
         logits = np.asarray(session.feed(tokens[position:stop], blocks[position:stop]), dtype=np.float64)
         if logits.shape[0] != size:
             raise ValueError(f"{size} tokens were fed and logits of {logits.shape[0]} came back")
-        found.append(logits)
+        parts.append(logits)
         position = stop
     for token in tokens[position : position + schedule["decode"]]:
-        found.append(np.asarray(session.decode(token), dtype=np.float64)[None])
-    return np.concatenate(found)
+        parts.append(np.asarray(session.decode(token), dtype=np.float64)[None])
+    return np.concatenate(parts)
 
 
-def _difference(found: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+def _difference(logits: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
     """Largest absolute difference of every position; what is no number, or of another shape, differs without bound."""
-    if found.shape != expected.shape:
+    if logits.shape != expected.shape:
         return np.full(len(expected), np.inf)
-    difference = np.abs(found - expected).max(axis=-1)
+    difference = np.abs(logits - expected).max(axis=-1)
     return np.where(np.isnan(difference), np.inf, difference)
 
 
@@ -223,10 +223,10 @@ def _check_caches(
     texts = []
     for bound in bounds if slots is not None else ():
         index, least, most = bound["layer"], bound["least_slots"], bound["most_slots"]
-        held = (slots or {}).get(index, 0)
-        if not least <= held <= most:
+        allocated = (slots or {}).get(index, 0)
+        if not least <= allocated <= most:
             kind = "local" if layers[index] == "L" else "global"
-            texts.append(f"layer {index} ({kind}) has {held} slots, expected {least} to {most}")
+            texts.append(f"layer {index} ({kind}) has {allocated} slots, expected {least} to {most}")
     if size is not None:
         least, most = (sum(bound[key] for bound in bounds) for key in ("least_bytes", "most_bytes"))
         if not least <= size <= most:

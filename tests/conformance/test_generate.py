@@ -82,19 +82,19 @@ def test_a_text_without_images_is_causal_within_its_window() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_schedules_reach_every_edge(case: Case) -> None:
-    window, found = case.window, {schedule["name"]: schedule for schedule in schedules(case)}
+    window, by_name = case.window, {schedule["name"]: schedule for schedule in schedules(case)}
     assert {"L", "G"} == set(case.layers)
-    reached = {sum(schedule["feeds"]) for schedule in found.values()}
+    reached = {sum(schedule["feeds"]) for schedule in by_name.values()}
     if not case.images:
         assert {n for n in (window - 1, window, window + 1, 2 * window, 3 * window + 5) if n} <= reached
-    for schedule in found.values():
+    for schedule in by_name.values():
         stops = np.cumsum(schedule["feeds"])
         assert not any(start < stop < end for stop in stops for start, end in case.images), "a feed cuts an image"
         assert stops[-1] + schedule["decode"] <= case.length
     ring = window + case.long_chunk - 1
-    far = found["decode_far"]
+    far = by_name["decode_far"]
     assert sum(far["feeds"]) + far["decode"] == case.length > 2 * ring
-    mixed = found["mixed_chunks"]
+    mixed = by_name["mixed_chunks"]
     assert max(mixed["feeds"]) > 2 * window
     assert min(mixed["feeds"]) == 1 or case.images
 

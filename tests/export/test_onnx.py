@@ -38,28 +38,6 @@ from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.model import Model, load
 
 TARGETS = ["onnxruntime", "onnx"]
-LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_float_logits_of_every_position(
-    target: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
-) -> None:
-    session = exported(target, "none").session()
-    for length in LENGTHS:
-        found = session.logits(text[:length])
-        assert np.abs(found - text_logits[:length]).max() < FP32_LOGITS, length
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_float_decode_far_past_the_window(
-    target: str, exported: Export, text: list[int], text_logits: NDArray[np.float32]
-) -> None:
-    session = exported(target, "none").session()
-    for prompt in (1, CHUNK + 2):
-        session.reset()
-        found = [session.prefill(text[:prompt]), *(session.decode(token) for token in text[prompt:])]
-        assert np.abs(np.array(found) - text_logits[prompt - 1 :]).max() < FP32_LOGITS
 
 
 @pytest.mark.parametrize(

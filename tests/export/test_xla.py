@@ -42,7 +42,6 @@ from transom.export.xla import weights  # noqa: E402
 from transom.export.xla.interpreter import step  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5, 165)
 KINDS = {
     "int8": {"int8"},
     "int4": {"int8", "uint4"},
@@ -70,22 +69,6 @@ def sessions(exported: Export) -> Sessions:
         return found[quant]
 
     return make
-
-
-def test_logits_of_every_position(sessions: Sessions, text: list[int], text_logits: NDArray[np.float32]) -> None:
-    for length in LENGTHS:
-        found = sessions("none").logits(text[:length])
-        assert found.shape == (length, 512) and found.dtype == np.float32
-        assert np.abs(found - text_logits[:length]).max() < FP32_LOGITS, length
-
-
-@pytest.mark.parametrize("prompt", [1, CHUNK + 2])
-def test_decode_far_past_the_window(
-    prompt: int, sessions: Sessions, text: list[int], text_logits: NDArray[np.float32]
-) -> None:
-    session = sessions("none")
-    found = [session.prefill(text[:prompt]), *(session.decode(token) for token in text[prompt:])]
-    assert np.abs(np.array(found) - text_logits[prompt - 1 :]).max() < FP32_LOGITS
 
 
 @pytest.mark.parametrize("quant", QUANTS)

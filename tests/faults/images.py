@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tests.conformance.adapters import cut_between_images
-from tests.conformance.eager import Cut, Visible, held_positions, same_image, visible_with_images
+from tests.conformance.eager import Cut, Visible, positions_of_slots, same_image, visible_with_images
 from tests.conformance.reference import TEXT
 
 
@@ -23,7 +23,7 @@ def visible_past_the_window(
     blocks: torch.Tensor, positions_T: torch.Tensor, slots: int, window: int | None
 ) -> torch.Tensor:
     """`(window AND causal) OR image`: an image is seen whole, however far back its start lies."""
-    whole = same_image(blocks, positions_T, held_positions(positions_T, slots))
+    whole = same_image(blocks, positions_T, positions_of_slots(positions_T, slots))
     return visible_without_images(blocks, positions_T, slots, window) | whole
 
 
