@@ -40,9 +40,10 @@ def _keys_for_values(graph: Graph, node: Node) -> None:
 def _near(graph: Graph, node: Node) -> None:
     """Also hide what is 8 or more keys back."""
     hidden = node.args[1]
-    ages = [each for each in graph.calls(aten.ge.Scalar) if each.meta["val"].dim() == 2 and each.args[1] == 0]
+    keys, positions = graph.calls(aten.le.Tensor)[0].args
     with graph.fx.inserting_before(node):
-        far = graph.call(aten.ge.Scalar, (ages[0].args[0], 8), node)
+        age = graph.call(aten.sub.Tensor, (positions, keys), node)
+        far = graph.call(aten.ge.Scalar, (age, 8), node)
         both = graph.call(aten.bitwise_or.Tensor, (hidden, far), node)
     node.update_arg(1, both)
 
