@@ -135,12 +135,9 @@ def load(
         CheckpointError: If its weights are missing or damaged, or cannot be downloaded.
         TokenizerError: If its tokenizer is malformed.
     """
-    patterns = [
-        "*.json",
-        "*.jinja",
-        "tokenizer.model",
-        *(["*.safetensors"] if weights == "checkpoint" and mmproj is None else []),
-    ]
+    # Of what is refused below, no weights are fetched.
+    fetched = ["*.safetensors"] if weights == "checkpoint" and mmproj is None else []
+    patterns = ["*.json", "*.jinja", "tokenizer.model", *fetched]
     config, source = _locate(name_or_path, patterns, images=images)
     encoder = None
     if mmproj is not None:
