@@ -35,8 +35,9 @@ def load_model(name: str, weights: str, seed: int, *, images: bool = False, mmpr
     import transom
 
     check_weights(weights)
-    source = "random" if weights == "random" else "checkpoint"
-    return transom.load(name, weights=source, seed=seed, images=images, mmproj=mmproj)
+    return transom.load(
+        name, weights="random" if weights == "random" else "checkpoint", seed=seed, images=images, mmproj=mmproj
+    )
 
 
 def check_weights(weights: str) -> None:
