@@ -86,6 +86,24 @@ class GGUFFormat:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MmprojFormat:
+    """What a family's mmproj files look like: GGUF files of the encoder of images, beside one of the text decoder.
+
+    Attributes:
+        projector: `clip.projector_type`.
+        read: The file's header and keys, the text decoder's configuration and its tokens -> fields of the configuration
+            beside the text decoder's.
+        tensors: A configuration and the file's header -> names in the module -> in the file.
+        rows: As in `GGUFFormat`.
+    """
+
+    projector: str
+    read: Callable[..., dict[str, Any]]
+    tensors: Callable[..., Mapping[str, str]]
+    rows: Callable[[Any, str], Callable[[Any], Any] | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A family of models.
 
@@ -99,6 +117,7 @@ class Architecture:
         sampling: How text is sampled where the checkpoint does not say.
         chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
         text: Family of its text decoder, which the same checkpoints hold; None if it is a text decoder itself.
+        mmproj: Format of what stands beside a GGUF file of its text decoder; None if nothing does.
     """
 
     name: str
@@ -110,3 +129,4 @@ class Architecture:
     sampling: Mapping[str, Any]
     chat: str | None = None
     text: str | None = None
+    mmproj: MmprojFormat | None = None

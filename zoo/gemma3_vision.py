@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,25 @@ from torch import nn
 from transom.errors import ConfigError
 from transom.graphs.images import Images
 from transom.graphs.state import Port, Signature
+from transom.graphs.weight import Weight
 from transom.zoo import gemma3
-from transom.zoo.architecture import Architecture, Preset
+from transom.zoo.architecture import Architecture, MmprojFormat, Preset
+from transom.zoo.checkpoints.gguf_header import Header
+from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.gemma3 import Gemma3, Gemma3Config
 from transom.zoo.layers import LayerCache, RMSNorm
 from transom.zoo.rope import Rope
-from transom.zoo.siglip import COLOURS, Siglip, SiglipConfig, read_siglip, write_siglip
+from transom.zoo.siglip import (
+    COLOURS,
+    Siglip,
+    SiglipConfig,
+    read_siglip,
+    read_siglip_gguf,
+    siglip_gguf_names,
+    write_siglip,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,19 @@ class Gemma3Vision(Gemma3):
 
 _TEXT_AROUND = "\n\n"
 _IDS = {"boi": 255_999, "eoi": 256_000, "image": 262_144}
+_TOKENS = {"boi": "<start_of_image>", "eoi": "<end_of_image>"}
 _SOFT_TOKENS = 256
+
+
+def _images(size: int, soft_tokens: int, begin_id: int, end_id: int) -> Images:
+    return Images(
+        size=size,
+        soft_tokens=soft_tokens,
+        begin_id=begin_id,
+        end_id=end_id,
+        text_before=_TEXT_AROUND,
+        text_after=_TEXT_AROUND,
+    )
 
 
 def _read(text: Keys, outer: Keys) -> dict[str, Any]:
@@ -156,14 +180,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **gemma3.read_text(text, outer),
         "vision": vision,
-        "images": Images(
-            size=vision.image_size,
-            soft_tokens=outer.whole("mm_tokens_per_image", _SOFT_TOKENS),
-            begin_id=ids["boi"],
-            end_id=ids["eoi"],
-            text_before=_TEXT_AROUND,
-            text_after=_TEXT_AROUND,
-        ),
+        "images": _images(vision.image_size, outer.whole("mm_tokens_per_image", _SOFT_TOKENS), ids["boi"], ids["eoi"]),
     }
 
 
@@ -190,18 +207,51 @@ _HUGGINGFACE = dataclasses.replace(
 )
 
 
+_PROJECTOR = "multi_modal_projector."
+_SCALE, _SCALE_DEFAULT = "vision.projector.scale_factor", 4
+
+
+def _read_mmproj(header: Header, keys: Metadata, text: Gemma3Config, tokens: list[str]) -> dict[str, Any]:
+    """The encoder, and the tokens around an image: those of the tokenizer with their names, else those released."""
+    vision = read_siglip_gguf(header, keys)
+    if keys.size("vision.projection_dim") != text.hidden_size:
+        raise keys.refuse(
+            "vision.projection_dim", f"but {text.name} is {text.hidden_size} wide: give files of one model"
+        )
+    scale = keys.size(_SCALE, _SCALE_DEFAULT)
+    if vision.side % scale:
+        raise keys.refuse(
+            _SCALE, f"but it must divide the {vision.side} patches of a side, and is {_SCALE_DEFAULT} where missing"
+        )
+    ids = {name: tokens.index(token) if token in tokens else _IDS[name] for name, token in _TOKENS.items()}
+    return {
+        "vision": vision,
+        "images": _images(vision.image_size, (vision.side // scale) ** 2, ids["boi"], ids["eoi"]),
+    }
+
+
+def _mmproj_names(config: Gemma3VisionConfig, header: Header) -> dict[str, str]:
+    tower = {f"vision_tower.{ours}": theirs for ours, theirs in siglip_gguf_names(config.vision, header).items()}
+    return {
+        **tower,
+        f"{_PROJECTOR}mm_input_projection_weight": "mm.input_projection.weight",
+        f"{_PROJECTOR}mm_soft_emb_norm.weight": "mm.soft_emb_norm.weight",
+    }
+
+
+def _mmproj_rows(config: Gemma3VisionConfig, name: str) -> Callable[[Weight], Weight] | None:
+    """The projector's norm is stored as 1 + w, as those of the text decoder are; the encoder's as they are."""
+    return gemma3.ARCHITECTURE.gguf.rows(config, name) if name.startswith(_PROJECTOR) else None
+
+
+_MMPROJ = MmprojFormat(projector="gemma3", read=_read_mmproj, tensors=_mmproj_names, rows=_mmproj_rows)
+
+
 def _released(name: str, **sizes: Any) -> Preset:
     """A released size, all of which have one encoder."""
     text = gemma3.released(name, window=1024, context=131_072, vocab_size=262_208, rope_factor=8.0, **sizes)
     fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
-    images = Images(
-        size=SiglipConfig.image_size,
-        soft_tokens=_SOFT_TOKENS,
-        begin_id=_IDS["boi"],
-        end_id=_IDS["eoi"],
-        text_before=_TEXT_AROUND,
-        text_after=_TEXT_AROUND,
-    )
+    images = _images(SiglipConfig.image_size, _SOFT_TOKENS, _IDS["boi"], _IDS["eoi"])
     changed = {"architecture": "gemma3_vision", "vision": SiglipConfig(), "images": images}
     hub = f"google/gemma-3-{name.removeprefix('gemma3-')}-it"
     return Preset(config=Gemma3VisionConfig(**{**fields, **changed}), hub=hub)
@@ -225,9 +275,7 @@ def _tiny(name: str, window: int) -> Gemma3VisionConfig:
         vision=SiglipConfig(
             hidden_size=48, intermediate_size=80, num_layers=2, num_heads=3, image_size=64, patch_size=4
         ),
-        images=Images(
-            size=64, soft_tokens=16, begin_id=508, end_id=509, text_before=_TEXT_AROUND, text_after=_TEXT_AROUND
-        ),
+        images=_images(64, 16, 508, 509),
     )
 
 
@@ -248,6 +296,7 @@ ARCHITECTURE = Architecture(
     huggingface=_HUGGINGFACE,
     gguf=gemma3.ARCHITECTURE.gguf,
     text="gemma3",
+    mmproj=_MMPROJ,
     presets=_PRESETS,
     sampling=gemma3.ARCHITECTURE.sampling,
     chat=gemma3.ARCHITECTURE.chat,

@@ -24,6 +24,7 @@ from transom.zoo.checkpoints import codes, gguf, layout, safetensors
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
+from transom.zoo.checkpoints.gguf_mmproj import open_mmproj, read_mmproj
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
 from transom.zoo.generation import Generation
@@ -44,6 +45,7 @@ class Model:
         tokenizer: None if the source has none.
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
+        mmproj: The file that its encoder of images came from, if that is another one than its source.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
         generation: How its source says that text is generated.
         left_out: In plain words, what the source holds beside the model, such as a vision tower, what it asks for that
@@ -55,6 +57,7 @@ class Model:
     tokenizer: Tokenizer | None
     source: str
     revision: str
+    mmproj: str | None = None
     quant: str = "none"
     generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
@@ -111,6 +114,7 @@ def load(
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     images: bool = False,
+    mmproj: str | Path | None = None,
 ) -> Model:
     """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
 
@@ -123,14 +127,27 @@ def load(
         weights: "random" takes the configuration (and tokenizer) of `name_or_path`, and draws weights.
         seed: Of random weights.
         images: Whether to open the encoder of images too, if there is one.
+        mmproj: A GGUF file of the encoder of images, which belongs to the .gguf file; implies `images`.
 
     Raises:
-        ConfigError: If there is no such model, or it is one that the zoo does not hold.
+        ConfigError: If there is no such model, or it is one that the zoo does not hold, or `mmproj` does not belong to
+            it.
         CheckpointError: If its weights are missing or damaged, or cannot be downloaded.
         TokenizerError: If its tokenizer is malformed.
     """
-    patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights == "checkpoint" else [])]
+    # Of what is refused below, no weights are fetched.
+    fetched = ["*.safetensors"] if weights == "checkpoint" and mmproj is None else []
+    patterns = ["*.json", "*.jinja", "tokenizer.model", *fetched]
     config, source = _locate(name_or_path, patterns, images=images)
+    encoder = None
+    if mmproj is not None:
+        if not isinstance(source, Header):
+            raise ConfigError(
+                f"{mmproj}: an mmproj file belongs to a .gguf file of the text decoder, and "
+                f"{shortened(str(name_or_path))} is none: give that file, or leave the mmproj file out"
+            )
+        encoder = read_header(Path(mmproj))
+        config, _ = read_mmproj(encoder, source)
     named = presets()[config.name] if source is None else None
     encoder_missing: tuple[str, ...] = ()
     if config.images is not None and isinstance(source, Path) and weights == "checkpoint":
@@ -170,7 +187,8 @@ def load(
         opened_weights, quant = codes.attach(source, _checked(opened.weights))
         beside = (*left_out(source, images=images), *beside)
     else:
-        (_, opened), revision = gguf.open_gguf(source), gguf.revision(source)
+        _, opened = gguf.open_gguf(source) if encoder is None else open_mmproj(encoder, source)
+        revision = " + ".join(gguf.revision(file) for file in (source, encoder) if file is not None)
         opened_weights, quant = _checked(opened.weights), "none"
     return Model(
         config=config,
@@ -178,6 +196,7 @@ def load(
         tokenizer=tokenizer,
         source=str(name_or_path),
         revision=revision,
+        mmproj=None if mmproj is None else str(mmproj),
         quant=quant,
         generation=generation,
         left_out=(*opened.left_out, *beside),

@@ -11,15 +11,21 @@ Axes:
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from transom.errors import ConfigError
+from transom.zoo.checkpoints.gguf_header import Header
+from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config_keys import Keys, is_positive
 
 COLOURS = 3
+_HALF = 0.5
+"""Mean and deviation of every colour, which bring pixels between -1 and 1."""
 
 _LARGEST = {
     "hidden_size": 2**16,
@@ -208,6 +214,69 @@ def read_siglip(keys: Keys) -> SiglipConfig:
             keys.refuse(key, f"only {allowed[0]!r} is supported")
     sizes = {field: keys.whole(key, getattr(SiglipConfig, field), _LARGEST[field]) for field, key in _FIELDS.items()}
     return SiglipConfig(**sizes, norm_eps=keys.number("layer_norm_eps", SiglipConfig.norm_eps))
+
+
+_GGUF_FIELDS = {
+    "hidden_size": "vision.embedding_length",
+    "intermediate_size": "vision.feed_forward_length",
+    "num_layers": "vision.block_count",
+    "num_heads": "vision.attention.head_count",
+    "image_size": "vision.image_size",
+    "patch_size": "vision.patch_size",
+}
+_GGUF_BLOCK = re.compile(r"v\.blk\.(\d+)\.")
+_GGUF_NAMES = {
+    "embeddings.patch_embedding": "v.patch_embd",
+    "embeddings.position_embedding": "v.position_embd",
+    "post_layernorm": "v.post_ln",
+}
+_GGUF_NAMES_IN_BLOCKS = {
+    "layer_norm1": "ln1",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+
+
+def read_siglip_gguf(header: Header, keys: Metadata) -> SiglipConfig:
+    """Read the keys of an mmproj file, by the rules of llama.cpp.
+
+    Raises:
+        ConfigError: If a key is missing, of the wrong kind, contradicts the tensors, or asks for what the encoder does
+            not compute.
+    """
+    # Where both are missing, llama.cpp takes a third activation.
+    keys.only("use_gelu", (True,), required=True)
+    keys.only("use_silu", (False,))
+    for key in ("vision.image_mean", "vision.image_std"):
+        keys.unread.discard(key)
+        if not np.array_equal(np.asarray(keys.values.get(key), object), [_HALF] * COLOURS):
+            raise keys.refuse(key, f"only {_HALF} for each of {COLOURS} colours is supported: choose another model")
+    sizes = {field: keys.size(key) for field, key in _GGUF_FIELDS.items()}
+    blocks = {match[1] for name in header.tensors if (match := _GGUF_BLOCK.match(name))}
+    if len(blocks) != sizes["num_layers"]:
+        raise keys.refuse("vision.block_count", f"but the file holds {len(blocks)} layers: convert the model again")
+    try:
+        return SiglipConfig(**sizes, norm_eps=keys.number("vision.attention.layer_norm_epsilon"))
+    except ConfigError as error:
+        raise ConfigError(f"{keys.path}: {error}: convert the model again") from None
+
+
+def siglip_gguf_names(config: SiglipConfig, header: Header) -> dict[str, str]:
+    """What an mmproj file calls the encoder's tensors, by their names in the module."""
+    in_blocks = dict(_GGUF_NAMES_IN_BLOCKS)
+    down = header.tensors.get("v.blk.0.ffn_down.weight")
+    if down is not None and down.shape == (config.intermediate_size, config.hidden_size) != down.shape[::-1]:
+        # llama.cpp's first converter called fc1 ffn_down and fc2 ffn_up, and its files are still about.
+        in_blocks |= {"mlp.fc1": in_blocks["mlp.fc2"], "mlp.fc2": in_blocks["mlp.fc1"]}
+    names = dict(_GGUF_NAMES)
+    for index in range(config.num_layers):
+        names |= {f"encoder.layers.{index}.{ours}": f"v.blk.{index}.{theirs}" for ours, theirs in in_blocks.items()}
+    return {f"{ours}.{last}": f"{theirs}.{last}" for ours, theirs in names.items() for last in ("weight", "bias")}
 
 
 def write_siglip(config: SiglipConfig) -> dict[str, Any]:

@@ -36,11 +36,12 @@ def load(
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     images: bool = False,
+    mmproj: str | Path | None = None,
 ) -> Model:
     """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
     from transom.zoo.model import load as load_model
 
-    return load_model(name_or_path, weights=weights, seed=seed, images=images)
+    return load_model(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj)
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:

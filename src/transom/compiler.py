@@ -152,7 +152,11 @@ def compile_model(
             Manifest(
                 target=options.target,
                 model=dataclasses.asdict(config),
-                source={"name": model.source, "revision": model.revision},
+                source={
+                    "name": model.source,
+                    "revision": model.revision,
+                    **({} if model.mmproj is None else {"mmproj": model.mmproj}),
+                },
                 quantization=options.quant,
                 dtype=options.dtype,
                 context=options.context,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transom.graphs.weight import Weight
 from transom.zoo.architectures import architecture as architecture_of
 from transom.zoo.config import DecoderConfig, tile
 from transom.zoo.gemma3 import Gemma3Config
+from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.rope import Llama3Rope, Rope
 
@@ -128,6 +130,7 @@ def write_gguf(
     metadata: Mapping[str, object] | None = None,
     architecture: str | None = None,
     general: Mapping[str, object] | None = None,
+    tokens: Mapping[int, str] | None = None,
 ) -> Path:
     """Write a model.
 
@@ -140,6 +143,7 @@ def write_gguf(
         metadata: Replaces metadata by key (without the architecture's prefix); None leaves it out.
         architecture: What `general.architecture` says; by default what llama.cpp calls the family.
         general: Metadata by their whole keys.
+        tokens: Pieces by id, in the place of unused ones.
     """
     architecture = architecture or architecture_of(config.architecture).gguf.name
     writer = gguf.GGUFWriter(path, architecture)
@@ -156,15 +160,8 @@ def write_gguf(
         **_OWN[config.architecture](config),
     }
     values |= metadata or {}
-    for key, value in ({f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {})).items():
-        match value:
-            case str():
-                writer.add_string(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case int():
-                writer.add_uint32(key, value)
-    add_byte_tokenizer(writer, config.vocab_size)
+    _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
+    add_byte_tokenizer(writer, config.vocab_size, tokens)
     kinds = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "llama3": gguf.MODEL_ARCH.LLAMA}
     names = gguf.get_tensor_name_map(kinds[config.architecture], config.num_layers)
     rng = np.random.default_rng(0)
@@ -173,16 +170,100 @@ def write_gguf(
         in_file = names.get_name(whole, try_suffixes=(".weight",))
         if in_file in skip:
             continue
-        kind = next((kind for end, kind in (types or {}).items() if in_file.endswith(end)), "F32")
-        values_of = _STORED[config.architecture](config, name, weight.read().float().numpy())
-        quant_type = gguf.GGMLQuantizationType[kind]
-        if kind.endswith("_K"):
-            data = raw_k_blocks(rng, values_of.shape, quant_type)
-        else:
-            data = gguf.quants.quantize(np.ascontiguousarray(values_of, np.float32), quant_type)
-        writer.add_tensor(in_file, data, raw_dtype=quant_type)
+        stored = _STORED[config.architecture](config, name, weight.read().float().numpy())
+        _add_tensor(writer, in_file, stored, types or {}, rng)
     if isinstance(config, Llama3Config) and isinstance(config.rope, Llama3Rope):
         writer.add_tensor("rope_freqs.weight", _divisors(config.head_dim, config.rope))
+    return _write(writer, path)
+
+
+def write_mmproj(
+    path: Path,
+    config: Gemma3VisionConfig,
+    weights: Mapping[str, Weight],
+    *,
+    types: Mapping[str, str] | None = None,
+    first_converter: bool = False,
+    metadata: Mapping[str, object] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
+) -> Path:
+    """Write the encoder of a model that sees images.
+
+    Args:
+        path: Where to.
+        config: Goes to the metadata.
+        weights: By our names; those of the text decoder are left out.
+        types: As in `write_gguf`.
+        first_converter: Whether fc1 and fc2 go by each other's names, as in llama.cpp's first files.
+        metadata: Replaces metadata by their whole keys; None leaves it out.
+        tensors: Replaces tensors by their names in the file; None leaves one out.
+    """
+    vision = config.vision
+    values: dict[str, object] = {
+        "general.type": "mmproj",
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "gemma3",
+        "clip.use_gelu": True,
+        "clip.vision.image_size": vision.image_size,
+        "clip.vision.patch_size": vision.patch_size,
+        "clip.vision.embedding_length": vision.hidden_size,
+        "clip.vision.feed_forward_length": vision.intermediate_size,
+        "clip.vision.block_count": vision.num_layers,
+        "clip.vision.projection_dim": config.hidden_size,
+        "clip.vision.attention.head_count": vision.num_heads,
+        "clip.vision.attention.layer_norm_epsilon": vision.norm_eps,
+        "clip.vision.image_mean": [0.5] * 3,
+        "clip.vision.image_std": [0.5] * 3,
+    }
+    if (scale := vision.side // math.isqrt(config.images.soft_tokens)) != 4:
+        values["clip.vision.projector.scale_factor"] = scale
+    writer = gguf.GGUFWriter(path, "clip")
+    _add_metadata(writer, values | dict(metadata or {}))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision.num_layers)
+    stored: dict[str, np.ndarray | None] = {}
+    for name, weight in weights.items():
+        if not name.startswith(("vision_tower.", "multi_modal_projector.")):
+            continue
+        theirs = name.replace("vision_tower.", "vision_tower.vision_model.").replace("_weight", ".weight")
+        if first_converter:
+            theirs = re.sub(r"fc([12])", lambda match: f"fc{3 - int(match[1])}", theirs)
+        in_file = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        assert in_file is not None
+        stored[in_file] = weight.read().numpy() + (1 if "soft_emb_norm" in name else 0)
+    for in_file, numbers in (stored | dict(tensors or {})).items():
+        if numbers is not None:
+            _add_tensor(writer, in_file, numbers, types or {}, np.random.default_rng(0))
+    return _write(writer, path)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        match value:
+            case str():
+                writer.add_string(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case list():
+                writer.add_array(key, value)
+
+
+def _add_tensor(
+    writer: gguf.GGUFWriter, name: str, values: np.ndarray, types: Mapping[str, str], rng: np.random.Generator
+) -> None:
+    kind = next((kind for end, kind in types.items() if name.endswith(end)), "F32")
+    quant_type = gguf.GGMLQuantizationType[kind]
+    if kind.endswith("_K"):
+        data = raw_k_blocks(rng, values.shape, quant_type)
+    else:
+        data = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), quant_type)
+    writer.add_tensor(name, data, raw_dtype=quant_type)
+
+
+def _write(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -190,7 +271,7 @@ def write_gguf(
     return path
 
 
-def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, tokens: Mapping[int, str] | None = None) -> None:
     """Gemma's kind of tokenizer, with a handful of merges."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [3] * 4 + [6] * 256
@@ -199,6 +280,8 @@ def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     kinds += [1] * len(words) + [3, 3, 4, 4]
     unused = vocab_size - len(pieces)
     pieces += [f"<unused{index}>" for index in range(unused)]
+    for index, piece in (tokens or {}).items():
+        pieces[index] = piece
     kinds += [3] * unused
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)

@@ -5,10 +5,14 @@ What the format leaves to convention, and where it differs from the released che
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from transom.errors import CheckpointError
+from transom.graphs.weight import Weight
 from transom.wording import listed
 from transom.zoo.architecture import GGUFFormat
 from transom.zoo.architectures import architecture, tensor_shapes
@@ -45,22 +49,45 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     shapes = tensor_shapes(config)
     form = architecture(config.architecture).gguf
     names = {name: _name_in_file(form, name) for name in shapes}
-    if missing := [name for name in names.values() if name not in header.tensors]:
-        raise CheckpointError(
-            f"{header.path}: {len(missing)} of {len(shapes)} tensors are missing: {listed(missing)}: fetch it again"
-        )
     gguf = gguf_package()
-    weights = {}
-    for name, shape in shapes.items():
-        weight = open_weight(gguf, names[name], header.tensors[names[name]], shape)
-        change = form.rows(config, name)
-        weights[name] = weight if change is None else change(weight)
+    weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))
     needed = {*names.values(), *([FREQUENCIES] if form.frequencies else [])}
     parts = account(gguf, header, needed, config)
     copies = {}
     if HEAD in header.tensors and HEAD not in needed:
         copies[TABLE] = (open_weight(gguf, HEAD, header.tensors[HEAD], weights[TABLE].shape),)
     return config, Checkpoint(weights=weights, copies=copies, left_out=(*parts, *lines))
+
+
+def open_weights(
+    gguf: ModuleType,
+    header: Header,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: Callable[[str], Callable[[Weight], Weight] | None],
+) -> dict[str, Weight]:
+    """Tensors of a file as the module's weights.
+
+    Args:
+        gguf: The package.
+        header: Of the file.
+        names: In the module -> in the file.
+        shapes: By names in the module.
+        rows: A name in the module -> what becomes of the stored rows; None if nothing.
+
+    Raises:
+        CheckpointError: If a tensor is missing, has another shape or a type that we do not read.
+    """
+    if missing := [names[name] for name in shapes if names[name] not in header.tensors]:
+        raise CheckpointError(
+            f"{header.path}: {len(missing)} of {len(shapes)} tensors are missing: {listed(missing)}: fetch it again"
+        )
+    weights = {}
+    for name, shape in shapes.items():
+        weight = open_weight(gguf, names[name], header.tensors[names[name]], shape)
+        change = rows(name)
+        weights[name] = weight if change is None else change(weight)
+    return weights
 
 
 def revision(source: Path | Header) -> str:

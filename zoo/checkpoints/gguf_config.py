@@ -212,21 +212,28 @@ def _check_agreement(keys: Metadata, config: DecoderConfig, family: Architecture
         raise keys.refuse("rope.scaling.finetuned", "expected true or false: convert the model again")
     keys.unread.discard("rope.scaling.finetuned")
     for key, allowed in {**_NEUTRAL, **family.gguf.neutral}.items():
-        value = keys.values.get(key, allowed[0])
-        # True is 1 to Python, but a flag that is a number is a damaged file.
-        if isinstance(value, bool) != isinstance(allowed[0], bool) or not any(_equal(value, one) for one in allowed):
-            only = " or ".join(map(repr, allowed))
-            raise keys.refuse(key, f"only {only} is supported: choose another model")
-        keys.unread.discard(key)
-
-
-def _equal(value: object, allowed: object) -> bool:
-    return isinstance(value, bool | int | float | str) and value == allowed
+        keys.only(key, allowed)
 
 
 def _judge_others(header: Header, keys: Metadata) -> list[str]:
     others = sorted(key for key in keys.unread if not key.startswith(PARTS_OF_KEYS))
-    if concerned := [key for key in others if _BEARS_ON_NUMBERS.search(key) and not _HARMLESS.fullmatch(key)]:
+    concerned = [key for key in others if _BEARS_ON_NUMBERS.search(key) and not _HARMLESS.fullmatch(key)]
+    return judge(header, keys, others, concerned)
+
+
+def judge(header: Header, keys: Metadata, others: list[str], concerned: list[str]) -> list[str]:
+    """In plain words, the keys that nothing reads: some of its prefix, and those of no known one.
+
+    Args:
+        header: Of the file.
+        keys: Its keys under its prefix.
+        others: Those of them that nothing reads.
+        concerned: Those of these that bear on numbers.
+
+    Raises:
+        ConfigError: If there are such.
+    """
+    if concerned:
         names = listed([f"{keys.prefix}{key} ({shown(keys.values[key])})" for key in concerned])
         raise ConfigError(
             f"{keys.path}: metadata that the model has no use for, but that may change its numbers: {names}: "

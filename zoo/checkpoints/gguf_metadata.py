@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,16 @@ class Metadata:
         """Raise `ConfigError` if a key says another number than the one that follows from others."""
         if key in self and abs(self.number(key) - number) > 1e-6 * number:
             raise self.refuse(key, f"but llama.cpp takes {number:.7g}: another one is not supported")
+
+    def only(self, key: str, allowed: Sequence[object], *, required: bool = False) -> None:
+        """Raise `ConfigError` if a key says another value than those allowed, or is missing though it is required."""
+        self.unread.discard(key)
+        value = self.values.get(key, None if required else allowed[0])
+        # True is 1 to Python, but a flag that is a number is a damaged file. Arrays are compared by element.
+        if not any(isinstance(value, bool | int | float | str) and value == one for one in allowed) or isinstance(
+            value, bool
+        ) != isinstance(allowed[0], bool):
+            raise self.refuse(key, f"only {' or '.join(map(repr, allowed))} is supported: choose another model")
 
     def rope_factor(self, lines: list[str]) -> float | None:
         """By what positions are divided: `rope.scaling.factor`, or the old key `rope.scale_linear`; zero is none.

@@ -70,7 +70,7 @@ def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int,
         dtype=torch.float32,
         read_rows=read_rows,
         origin=origin,
-        encoded=read_codes(kind, shape, read_bytes),
+        encoded=read_codes(kind, shape, read_bytes) if len(shape) == 2 else None,
     )
 
 

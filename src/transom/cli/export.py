@@ -24,6 +24,7 @@ from transom.cli.options import (
     progress_console,
     size,
 )
+from transom.errors import ConfigError
 
 if TYPE_CHECKING:
     from transom.backends.artifact import Manifest
@@ -58,6 +59,10 @@ def export(
     vision: Annotated[
         bool, typer.Option("--vision/--no-vision", help="Export the encoder of images too, if there is one.")
     ] = True,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
+    ] = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     taps: Annotated[bool, typer.Option("--taps", help="Return intermediate values too, for transom bisect.")] = False,
@@ -72,7 +77,9 @@ def export(
 
     # What can be refused at once should not wait for the weights.
     check_absent(out, overwrite=overwrite)
-    loaded = load_model(model, weights, seed, images=vision)
+    if mmproj is not None and not vision:
+        raise ConfigError("--mmproj gives an encoder of images, and --no-vision leaves it out: drop one of them")
+    loaded = load_model(model, weights, seed, images=vision, mmproj=mmproj)
     options = Options.of(
         loaded, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
     )

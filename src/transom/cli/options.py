@@ -26,7 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
 
 
-def load_model(name: str, weights: str, seed: int, *, images: bool = False) -> Any:
+def load_model(name: str, weights: str, seed: int, *, images: bool = False, mmproj: Path | None = None) -> Any:
     """Load a model, with the words that users type; with its encoder of images, if that is wanted and there is one.
 
     Raises:
@@ -35,7 +35,9 @@ def load_model(name: str, weights: str, seed: int, *, images: bool = False) -> A
     import transom
 
     check_weights(weights)
-    return transom.load(name, weights="random" if weights == "random" else "checkpoint", seed=seed, images=images)
+    return transom.load(
+        name, weights="random" if weights == "random" else "checkpoint", seed=seed, images=images, mmproj=mmproj
+    )
 
 
 def check_weights(weights: str) -> None:
