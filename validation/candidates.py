@@ -195,7 +195,8 @@ def read_inputs(
         artifacts.append(
             Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
         )
-    return Inputs(model=loaded, artifacts=tuple(artifacts), compiles=bool(models))
+    # What is measured are texts.
+    return Inputs(model=loaded.text(), artifacts=tuple(artifacts), compiles=bool(models))
 
 
 def refuse_idle(verb: str, remedy: str, **options: bool) -> None:
@@ -238,10 +239,11 @@ def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
 def model_of(manifest: Manifest, folder: Path) -> Model:
     """Load the model that an artifact was made from, by the name in its manifest."""
     source, revision = manifest.source["name"], manifest.source["revision"]
+    images = manifest.images is not None
     try:
         if source == "random" and (match := _SEED.fullmatch(revision)):
-            return load(manifest.model["name"], weights="random", seed=int(match[1]))
-        return load(source)
+            return load(manifest.model["name"], weights="random", seed=int(match[1]), images=images)
+        return load(source, images=images, mmproj=manifest.source.get("mmproj"))
     except ConfigError as error:
         raise ConfigError(
             f"{folder} was made from {source!r}, which is not found ({error}): name it with --model"
@@ -250,9 +252,12 @@ def model_of(manifest: Manifest, folder: Path) -> Model:
 
 def check_same(model: Model, manifest: Manifest, folder: Path, *, weights: bool = True) -> None:
     """Raise `ConfigError` if an artifact is not of the model, or, with `weights`, not of its very numbers."""
-    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(model.config)))
+    # Of a model and an artifact of which only one sees images, the text decoders are compared.
+    own = model.config if manifest.images is not None else model.config.text
+    passed_over = {"name"} if (own.images is None) == (manifest.images is None) else {"name", "architecture", "images"}
+    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(own)))
     theirs = dict(manifest.model)
-    if differing := sorted(key for key in config if key != "name" and config[key] != theirs.get(key)):
+    if differing := sorted(key for key in config.keys() - passed_over if config[key] != theirs.get(key)):
         raise ConfigError(
             f"{folder} is not of {model.config.name}: {', '.join(differing)} differ; name its model with --model"
         )

@@ -142,3 +142,16 @@ def test_what_the_manifest_says(model: Model, opened: Callable[[str], Session], 
     port = manifest.entries["encode_image"].inputs["pixels"]
     assert port.sizes == (1, 3, 64, 64) and port.dtype == "float32"
     assert manifest.decode.inputs["soft"].sizes == (None, None, 64) and manifest.soft_width == 64
+
+
+def test_its_text_is_validated_and_bisected(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """An artifact is held against the model that its manifest names, with text; a text artifact against either."""
+    assert cli("export", "gemma3-vision-tiny", "-o", tmp_path / "a", "--chunk", CHUNK, "--taps")[0] == 0
+    assert cli("export", "gemma3-vision-tiny", "-o", tmp_path / "b", "--chunk", CHUNK, "--no-vision")[0] == 0
+    for folder in ("a", "b"):
+        code, out, err = cli("validate", tmp_path / folder)
+        assert code == 0, err + out
+    code, out, err = cli("validate", "gemma3-vision-tiny", tmp_path / "a", "--targets", "reference")
+    assert code == 0, err + out
+    code, out, err = cli("bisect", tmp_path / "a", "reference")
+    assert code == 0, err + out

@@ -220,7 +220,8 @@ def _model(model: Model | str | None, folders: Sequence[tuple[Path, Manifest]]) 
         raise TargetError("targets alone do not say what to run: name a model (--model)")
     for folder, manifest in folders:
         check_same(loaded, manifest, folder)
-    return loaded
+    # What is compared are texts.
+    return loaded.text()
 
 
 def _plan(
