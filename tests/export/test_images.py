@@ -18,7 +18,7 @@ from transom.backends.artifact import read_manifest
 from transom.backends.prompt import Prompt
 from transom.backends.session import Session
 from transom.errors import ContextLengthError
-from transom.export.onnx import onnxruntime
+from transom.export.onnx import images, onnxruntime, rings
 from transom.export.onnx.emitter import Emitter
 from transom.graphs import ops
 from transom.graphs.node import Node
@@ -107,24 +107,73 @@ def test_soft_tokens(model: Model, text: Sequence, opened: Callable[[str], Sessi
         assert actual.dtype == np.float32 and np.abs(actual - soft.numpy()).max() < FP32_LOGITS
 
 
-def test_images_seen_as_text_are_noticed(
+def first_error(folder: Path, text: Sequence, logits: NDArray[np.float32]) -> int | None:
+    """The first position whose logits are wrong."""
+    rows = np.concatenate(list(transom.open(folder).feed(prompt(text), wanted="all")))
+    wrong = np.abs(rows - logits).max(1) > FP32_LOGITS
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def without_until(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are seen as text."""
+    lower = onnxruntime.TABLE[ops.ATTEND]
+
+    def spoilt(emitter: Emitter, node: Node) -> Any:
+        node.args = node.args[:6]
+        return lower(emitter, node)
+
+    monkeypatch.setitem(onnxruntime.TABLE, ops.ATTEND, spoilt)
+
+
+def window_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local layer's window bounds how far ahead a token sees, too."""
+    seen = rings.seen
+
+    def spoilt(emitter: Emitter, keys: str, positions: str, window: int, until: str | None) -> str:
+        right = seen(emitter, keys, positions, window, until)
+        if not window:
+            return right
+        queries = emitter.op("Unsqueeze", positions, emitter.constant(np.array([1])))
+        edge = emitter.op("Add", queries, emitter.constant(np.array(window)))
+        return str(emitter.op("And", right, emitter.op("Less", keys, edge)))
+
+    monkeypatch.setattr(images, "seen", spoilt)
+
+
+FAULTS = (without_until, window_on_both_sides)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_noticed_where_it_is(
     model: Model,
     text: Sequence,
     logits: NDArray[np.float32],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
-    lower = onnxruntime.TABLE[ops.ATTEND]
-
-    def without_until(emitter: Emitter, node: Node) -> Any:
-        node.args = node.args[:6]
-        return lower(emitter, node)
-
-    monkeypatch.setitem(onnxruntime.TABLE, ops.ATTEND, without_until)
+    fault(monkeypatch)
     transom.compile(model, out=tmp_path / "a", chunk=CHUNK, context=256)
-    rows = np.concatenate(list(transom.open(tmp_path / "a").feed(prompt(text), wanted="all")))
-    first = int((text.tokens < 0).nonzero()[0])
-    assert np.abs(rows[:first] - logits[:first]).max() < FP32_LOGITS < np.abs(rows[first] - logits[first]).max()
+    window, image = model.config.longest_window, int((text.tokens < 0).nonzero()[0])
+    assert window is not None
+    if fault is window_on_both_sides and window > 16:  # no image reaches so far
+        assert first_error(tmp_path / "a", text, logits) is None
+    else:
+        assert first_error(tmp_path / "a", text, logits) == image
+
+
+def test_an_image_cut_in_two_is_noticed(
+    text: Sequence,
+    logits: NDArray[np.float32],
+    opened: Callable[[str], Session],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, whole, part = opened("onnxruntime"), prompt(text), Prompt.part
+    monkeypatch.setattr("transom.backends.session._before_block", lambda blocks, low, high: high)
+    # The tokens of an image see no further than their call reaches.
+    monkeypatch.setattr(Prompt, "part", lambda self, *place: part(_cut(self, 0, place[1]), *place))
+    rows = np.concatenate(list(session.feed(whole, wanted="all")))
+    assert np.abs(rows - logits).max() > FP32_LOGITS
 
 
 def test_a_chunk_that_cuts_an_image_is_refused(model: Model, tmp_path: Path) -> None:
