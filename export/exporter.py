@@ -67,10 +67,10 @@ def entry(graph: Graph, payload: str, **sizes: int) -> Entry:
 
 
 Exporter = Callable[[Graph, Path, Options, Progress], Lowered]
-"""Writes a graph that the target's passes have rewritten into a folder that exists."""
+"""Writes a graph that the target's passes have rewritten into a folder that exists.
 
-EncoderExporter = Callable[[Graph, Path, Options, Progress], Entry]
-"""The same of a graph without states, whose task is the name of its entry."""
+An encoder is a graph without states, whose task is the name of its entry; it knows its details by that name.
+"""
 
 EXPORTERS: dict[str, str] = {
     "onnxruntime": "transom.export.onnx.export",
@@ -92,9 +92,9 @@ def exporter(target: str) -> Exporter:
     return export_function
 
 
-def encoder_exporter(target: str) -> EncoderExporter:
+def encoder_exporter(target: str) -> Exporter:
     """Look up what exports encoders to a target, which `TARGETS` says takes images; see `exporter`."""
-    export_function: EncoderExporter = _module(target).export_encoder
+    export_function: Exporter = _module(target).export_encoder
     return export_function
 
 

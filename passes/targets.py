@@ -57,6 +57,7 @@ TARGETS: dict[str, Target] = {
         extra="xla",
         dtypes=("float32", "bfloat16", "float16"),
         activations=_FLOAT8,
+        images=True,
         options=frozenset({"topology"}),
     ),
     "tvm": Target(

@@ -6,14 +6,14 @@ back, so XLA writes into the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import Manifest
+from transom.backends.artifact import ENCODE_IMAGE, Manifest
 from transom.backends.runtime import ArtifactRuntime, Call, Float, Result
 from transom.backends.xla.library import CACHES, load_jax, require_platform
 from transom.backends.xla.parameters import WEIGHTS_FILE, Parameter, read_parameters
@@ -48,13 +48,19 @@ class XlaRuntime(ArtifactRuntime):
         self._tap_axes: dict[str, dict[str, int]] = {
             tap.name: details["tap_axes"][tap.name] for tap in manifest.decode.taps
         }
-        parameters = {
-            name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
-            for name, entry in details["parameters"].items()
-        }
-        self._parameters = read_parameters(folder / WEIGHTS_FILE, parameters, self._jax.device_put)
+        self._parameters = self._read(folder / WEIGHTS_FILE, details["parameters"])
+        self._folder, self._entries = folder, manifest.entries
+        self._encoder_details = details.get(ENCODE_IMAGE)
+        self._encoder: Any = None
         self._compiled: dict[tuple[int, int], Any] = {}
         self._arrays: list[Any] = []
+
+    def _read(self, path: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        parameters = {
+            name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
+            for name, entry in entries.items()
+        }
+        return read_parameters(path, parameters, self._jax.device_put)
 
     def _program(self, path: Path) -> Any:
         import jax.export
@@ -79,7 +85,7 @@ class XlaRuntime(ArtifactRuntime):
         padded[:, :count], positions[: call.logit_positions.size] = call.tokens, call.logit_positions
         if not self._arrays:
             self._arrays = self._zeros()
-        arguments = (padded, np.int32(call.start[0]), np.int32(count), positions)
+        arguments = (padded, np.int32(call.start[0]), np.int32(count), positions, *self._images(call, length))
         run = self._executable(length, wanted, arguments)
         # A call that is cut short takes the caches with it.
         caches, self._arrays = self._arrays, []
@@ -91,6 +97,26 @@ class XlaRuntime(ArtifactRuntime):
                 for (name, axes), tap in zip(self._tap_axes.items(), taps, strict=True)
             },
         )
+
+    def _images(self, call: Call, length: int) -> tuple[NDArray[Any], ...]:
+        """What a program of so many tokens takes if its model sees images, padded."""
+        if call.until is None or call.soft is None:
+            return ()
+        padding = length - call.until.size
+        until = np.pad(call.until.astype(np.int32), (0, padding))
+        return until, np.pad(call.soft, ((0, 0), (0, padding), (0, 0)))
+
+    def encode_image(self, pixels: Float) -> Float:
+        if self._encoder_details is None:
+            return super().encode_image(pixels)
+        if self._encoder is None:
+            # Most sessions see no image, and the encoder takes memory.
+            details, file = self._encoder_details, Path(self._entries[ENCODE_IMAGE].payload).name
+            parameters = self._read(self._folder / Path(details["weights"]).name, details["parameters"])
+            self._encoder = self._jax.jit(self._program(self._folder / file).call), parameters
+        encode, parameters = self._encoder
+        soft_BQD, *_ = encode(parameters, [], pixels)
+        return np.asarray(soft_BQD[0], np.float32)
 
     def _executable(self, length: int, wanted: int, arguments: tuple[Any, ...]) -> Any:
         """The program for so many tokens and positions, compiled when it is first needed."""

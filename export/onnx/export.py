@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE, PREPROCESS_FILE, Entry
+from transom.backends.artifact import MODEL_FILE, PREPROCESS_FILE
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.onnx.preprocess import preprocessing_model
@@ -21,10 +21,10 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     return Lowered(entry=entry(graph, MODEL_FILE), libraries=("onnx",))
 
 
-def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Entry:
+def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write a model and its data, called after the graph's task, and one that makes its pixels of an image."""
     file = f"{graph.task}.onnx"
     size = int(graph.inputs["pixels"].meta["val"].shape[-1])
     (folder / PREPROCESS_FILE).write_bytes(preprocessing_model(PixelSpec(size=size)).SerializeToString())
     emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes, file=file)
-    return entry(graph, file)
+    return Lowered(entry=entry(graph, file))

@@ -8,6 +8,9 @@ least that a static program can:
   `window + block` keys.
 - Global layers, many tokens: an online softmax over blocks of slots of the written cache (FlashAttention's;
   arXiv 2205.14135).
+- Images, whose tokens see each other: a block of queries goes on to the end of the farthest image among them. Of a text
+  alone no further key is visited.
+- Encoders, where every token sees every other: blocks of queries one after the other, each over all keys.
 
 A write of one token, or into a global layer's cache, is a `dynamic_update_slice`, in place when the caches are donated.
 Where attention reads what was written, it states the same write, which XLA computes once.
@@ -41,6 +44,7 @@ import jax.numpy as jnp
 QUERY_BLOCK = 256
 KEY_BLOCK = 1024
 DECODE_BLOCK = 2048
+ENCODER_BLOCK = 128
 
 HIDDEN = -1e30
 """Score of a key that is not seen; finite, so that a row without keys gives no NaN."""
@@ -53,8 +57,9 @@ def attend(
     k_cache_BKSH: jax.Array,
     v_cache_BKSH: jax.Array,
     start: jax.Array,
-    count: jax.Array,
+    until_T: jax.Array | None = None,
     *,
+    count: jax.Array,
     scale: float,
     window: int,
 ) -> jax.Array:
@@ -67,6 +72,7 @@ def attend(
         k_cache_BKSH: Keys; a local layer needs S >= `window`, a global one S >= `start + count`.
         v_cache_BKSH: Values.
         start: Position of the first new token, an int32 scalar.
+        until_T: Last position that each new token sees, a new one: the end of its image; None for its own.
         count: How many of the new tokens are real, an int32 scalar from 1 to T; the rest is padding, whose rows of the
             result mean nothing.
         scale: What scores are multiplied by.
@@ -76,16 +82,36 @@ def attend(
     K = k_cache_BKSH.shape[1]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     pairs = (k_cache_BKSH, k_BTKH.swapaxes(1, 2)), (v_cache_BKSH, v_BTKH.swapaxes(1, 2))
+    # Padding is nobody's image.
+    until_T = None if until_T is None else jnp.minimum(until_T, start + count - 1)
     if T > 1 and window:
         k_BKEH, v_BKEH = (_by_position(cache, new, start) for cache, new in pairs)
-        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, count, scale, window)
+        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, until_T, count, scale, window)
     else:
         k_BKSH, v_BKSH = (write(cache, new, start, count, wraps=bool(window)) for cache, new in pairs)
         if T == 1:
             out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, scale, window)
         else:
-            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, count, scale)
+            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, until_T, count, scale)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3])
+
+
+def attend_fully(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, scale: float) -> jax.Array:
+    """Attend over all keys, without caches or a mask. Returns [B, N, T, H]; N is a multiple of K."""
+    B, N, T, H = q_BNTH.shape
+    K, size = k_BKSH.shape[1], min(ENCODER_BLOCK, T)
+    q_BKGTH = _blocked(q_BNTH.reshape(B, K, N // K, T, H), size)
+    blocks = jnp.moveaxis(q_BKGTH.reshape(B, K, N // K, -1, size, H), 3, 0)
+
+    def block(q_BKGTH: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
+        weights = jax.nn.softmax(scores, -1).astype(v_BKSH.dtype)
+        out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH, preferred_element_type=jnp.float32)
+        return out.astype(q_BKGTH.dtype)
+
+    # One block after the other: the scores of all of them at once would be gigabytes.
+    out_BKGTH = jnp.moveaxis(jax.lax.map(block, blocks), 0, 3).reshape(B, N, -1, v_BKSH.shape[3])
+    return out_BKGTH[:, :, :T]
 
 
 def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: jax.Array, *, wraps: bool) -> jax.Array:
@@ -199,11 +225,12 @@ def _banded(
     k_BKEH: jax.Array,
     v_BKEH: jax.Array,
     start: jax.Array,
+    until_T: jax.Array | None,
     count: jax.Array,
     scale: float,
     window: int,
 ) -> jax.Array:
-    """Blocks of queries, each over the keys from one window before it to its end."""
+    """Blocks of queries, each over the keys from one window before it to its end, or to that of its last image."""
     tokens = q_BKGTH.shape[3]
     slots = k_BKEH.shape[2] - tokens
     size = min(QUERY_BLOCK, tokens)
@@ -215,22 +242,52 @@ def _banded(
     distance_TJ = jnp.arange(size)[:, None] - keys_J
     in_band_TJ = (distance_TJ >= 0) & (distance_TJ < window)
 
+    def with_images(q: jax.Array, first: jax.Array) -> jax.Array:
+        last_T, positions_T = _last(until_T, first, size), start + first + jnp.arange(size)
+
+        def over(state: _Softmax, begin: jax.Array, width: int) -> _Softmax:
+            """Keys from `begin` on, counted from the first new token."""
+            keys_J = start + begin + jnp.arange(width)
+            seen_TJ = (keys_J >= 0) & (keys_J <= last_T[:, None]) & (positions_T[:, None] - keys_J < window)
+            k, v = (_slice(x, slots + begin, width) for x in (k_BKEH, v_BKEH))
+            return state.over(q, k, v, seen_TJ, scale)
+
+        state = over(_Softmax.empty(q, v_BKEH), first - before, before + size)
+        further = (last_T.max() - start - first) // size
+        state = jax.lax.fori_loop(1, further + 1, lambda j, state: over(state, first + j * size, size), state)
+        return state.result(q.dtype)
+
     def block(i: jax.Array, out_BKGTH: jax.Array) -> jax.Array:
         first = i * size
         q = jax.lax.dynamic_slice_in_dim(q_BKGTH, first, size, 3)
-        k, v = (_slice(x, first + slots - before, before + size) for x in (k_BKEH, v_BKEH))
-        seen_TJ = in_band_TJ & (start + first + keys_J >= 0)
-        scores = jnp.einsum("bkgth,bkjh->bkgtj", q, k, preferred_element_type=jnp.float32) * scale
-        weights = jax.nn.softmax(jnp.where(seen_TJ, scores, HIDDEN), -1).astype(v.dtype)
-        out = jnp.einsum("bkgtj,bkjh->bkgth", weights, v)
+        if until_T is None:
+            k, v = (_slice(x, first + slots - before, before + size) for x in (k_BKEH, v_BKEH))
+            seen_TJ = in_band_TJ & (start + first + keys_J >= 0)
+            scores = jnp.einsum("bkgth,bkjh->bkgtj", q, k, preferred_element_type=jnp.float32) * scale
+            weights = jax.nn.softmax(jnp.where(seen_TJ, scores, HIDDEN), -1).astype(v.dtype)
+            out = jnp.einsum("bkgtj,bkjh->bkgth", weights, v)
+        else:
+            out = with_images(q, first)
         return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, out, first, 3)
 
     blocks = (count + size - 1) // size
     return jax.lax.fori_loop(0, blocks, block, _zeros(q_BKGTH, v_BKEH))[:, :, :, :tokens]
 
 
+def _last(until_T: jax.Array | None, first: jax.Array, size: int) -> jax.Array:
+    """Last position that each query of a block sees; the block may be longer than what is left of the tokens."""
+    assert until_T is not None
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(until_T, (0, size)), first, size)
+
+
 def _causal(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, count: jax.Array, scale: float
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    start: jax.Array,
+    until_T: jax.Array | None,
+    count: jax.Array,
+    scale: float,
 ) -> jax.Array:
     """Blocks of queries over a cache that already holds them, a block of live slots at a time."""
     tokens, slots = q_BKGTH.shape[3], k_BKSH.shape[2]
@@ -239,16 +296,16 @@ def _causal(
 
     def block(i: jax.Array, out_BKGTH: jax.Array) -> jax.Array:
         q = jax.lax.dynamic_slice_in_dim(q_BKGTH, i * size, size, 3)
-        positions_T = start + i * size + jnp.arange(size)
+        last_T = start + i * size + jnp.arange(size) if until_T is None else _last(until_T, i * size, size)
 
         def over(j: jax.Array, state: _Softmax) -> _Softmax:
             # The last block may overlap the one before it; slots seen there are not seen again.
             first = jnp.minimum(j * width, slots - width)
             slots_J = first + jnp.arange(width)
-            seen_TJ = (slots_J <= positions_T[:, None]) & (slots_J >= j * width)
+            seen_TJ = (slots_J <= last_T[:, None]) & (slots_J >= j * width)
             return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, scale)
 
-        live = jnp.minimum(start + (i + 1) * size, slots)
+        live = jnp.minimum(start + (i + 1) * size if until_T is None else last_T.max() + 1, slots)
         state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q, v_BKSH))
         return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, state.result(q.dtype), i * size, 3)
 

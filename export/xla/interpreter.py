@@ -10,49 +10,62 @@ import jax
 import jax.numpy as jnp
 from torch.fx.node import map_arg
 
-from transom.export.xla.lowerings import COUNTED, TABLE
+from transom.export.xla.lowerings import COUNTED, DTYPES, TABLE
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.match import layer_path
+from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 
 Step = Callable[..., tuple[jax.Array, list[jax.Array], list[jax.Array]]]
-"""`(parameters, caches, tokens [1, T], start, count, logit_positions [P]) -> (logits [1, P, V], caches, taps)`."""
+"""`(parameters, caches, *inputs) -> (result, caches, taps)`, for the inputs of `input_names`.
+
+Of a decoder these are tokens [1, T], start, count, logit_positions [P], and of one that sees images until [T] and soft
+[1, T, D]; the result is logits [1, P, V]. Of an encoder: pixels [1, 3, S, S] to soft tokens [1, Q, D].
+"""
+
+COUNT = "count"
+
+
+def input_names(graph: Graph) -> list[str]:
+    """What a program takes beside parameters and caches, in order."""
+    names = [name for name in graph.input_names if name not in graph.states]
+    # Programs have static shapes, so they are told how many of the tokens are no padding.
+    return [name for one in names for name in ((one, COUNT) if one == "start" else (one,))]
 
 
 def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
-    """A `decode` graph as a function that jax can trace, for any T and P.
+    """A graph as a function that jax can trace, for any T and P.
 
-    Of the T tokens only the first `count` are valid; what follows is padding, and reaches no cache.
+    Of a decoder's T tokens only the first `count` are valid; what follows is padding, and reaches no cache.
 
     Args:
         graph: The graph; `lowerings.TABLE` has every operation of it.
         stored_names: Name of the parameter by the graph's name of a weight.
     """
-    names, inputs = graph.weight_names(), graph.inputs
+    names, inputs, wanted = graph.weight_names(), graph.inputs, input_names(graph)
+    # A decoder computes in the dtype of its caches, an encoder in that of its products.
+    products = graph.calls(aten.linear.default, ops.LINEAR_QUANTIZED)
+    computed = [DTYPES[inputs[name].meta["val"].dtype] for name in graph.states]
+    computed = computed or [DTYPES[node.meta["val"].dtype] for node in products]
     rings = {inputs[name] for name, state in graph.states.items() if state.window is not None}
 
     def run(
         parameters: Mapping[str, jax.Array],
         caches: Sequence[jax.Array],
-        tokens: jax.Array,
-        start: jax.Array,
-        count: jax.Array,
-        logit_positions: jax.Array,
+        *given_inputs: jax.Array,
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        given = {"tokens": tokens, "start": start, "logit_positions": logit_positions}
-        given |= dict(zip(graph.states, caches, strict=True))
+        given = dict(zip((*wanted, *graph.states), (*given_inputs, *caches), strict=True))
         values: dict[Node, Any] = {node: given[name] for name, node in inputs.items()}
         values |= {
             node: parameters[stored_names[names[name]]] for name, node in graph.placeholders().items() if name in names
         }
         # What computes in float32 must do so on a TPU too, whose products are of bfloat16 unless asked.
-        precise = any(cache.dtype == jnp.float32 for cache in caches)
+        precise = jnp.float32 in computed
         with jax.default_matmul_precision("highest" if precise else "default"):
             for node in graph.calls_all():
                 lower = TABLE[node.target]
                 if node.target in COUNTED:
-                    lower = functools.partial(lower, count=count)
+                    lower = functools.partial(lower, count=given.get(COUNT))
                 if node.target is ops.WRITE_CACHE:
                     lower = functools.partial(lower, wraps=node.args[0] in rings)
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
@@ -60,9 +73,9 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
                     values[node] = lower(*args, **kwargs)
         returned = {name: values[node] for name, node in graph.outputs.items()}
         return (
-            returned["logits"],
+            returned[graph.output_names[0]],
             [returned[name] for name in graph.states],
-            [value for name, value in returned.items() if name != "logits" and name not in graph.states],
+            [returned[tap.name] for tap in graph.taps],
         )
 
     return run

@@ -76,11 +76,15 @@ for _target, _function in (
 for _target, _plain in (
     (aten.remainder.Scalar, jnp.remainder),
     (aten.ge.Scalar, jnp.greater_equal),
+    (aten.le.Tensor, jnp.less_equal),
     (aten.lt.Scalar, jnp.less),
     (aten.__and__.Tensor, jnp.bitwise_and),
     (aten.bitwise_not.default, jnp.bitwise_not),
     (aten.unsqueeze.default, jnp.expand_dims),
     (aten.transpose.int, jnp.swapaxes),
+    (aten.permute.default, jnp.transpose),
+    (aten.where.self, jnp.where),
+    (aten.clamp.default, jnp.clip),
 ):
     TABLE.lowers(_target)(_plain)
 TABLE.lowers(operator.getitem)(operator.getitem)
@@ -119,6 +123,12 @@ def _arange_step(start: int, stop: int, step: int = 1, dtype: torch.dtype = torc
 @TABLE.lowers(aten.view.default, aten.reshape.default)
 def _reshape(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.reshape(x, tuple(shape))
+
+
+@TABLE.lowers(aten.flatten.using_ints)
+def _flatten(x: jax.Array, first: int = 0, last: int = -1) -> jax.Array:
+    last %= x.ndim
+    return jnp.reshape(x, (*x.shape[:first], -1, *x.shape[last + 1 :]))
 
 
 @TABLE.lowers(aten.mean.dim)
@@ -195,6 +205,22 @@ def _embedding(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(table, tokens, 0, mode="clip")
 
 
+@TABLE.lowers(aten.layer_norm.default)
+def _layer_norm(
+    x: jax.Array,
+    shape: Sequence[int],
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
+) -> jax.Array:
+    axes, wide = tuple(range(-len(shape), 0)), x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axes, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + eps)
+    scaled = normed if weight is None else normed * weight.astype(jnp.float32)
+    return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 @TABLE.lowers(ops.RMS_NORM)
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
@@ -217,6 +243,7 @@ def _write_cache(
 
 
 TABLE.lowers(ops.ATTEND)(attention.attend)
+TABLE.lowers(ops.FULL_ATTENTION)(attention.attend_fully)
 
 
 @TABLE.lowers(ops.ATTENTION)
@@ -225,6 +252,7 @@ def _attention(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     start: jax.Array | None,
+    until_T: jax.Array | None = None,
     *,
     scale: float,
     window: int,
@@ -236,7 +264,7 @@ def _attention(
     last = S - 1 if start is None else start + count - 1
     keys_S = last - jnp.remainder(last - steps_S, S)
     distance_TS = (first + jnp.arange(T))[:, None] - keys_S
-    seen_TS = (keys_S >= 0) & (distance_TS >= 0)
+    seen_TS = (keys_S >= 0) & (distance_TS >= 0 if until_T is None else keys_S <= until_T[:, None])
     if window:
         seen_TS &= distance_TS < window
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)

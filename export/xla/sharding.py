@@ -38,9 +38,12 @@ def parameter_specs(
     Args:
         parameters: Shapes by the graph's names. A projection is [outputs, inputs]; quantised, it has the parts of
             `export.xla.narrow`.
-        caches: Shapes [B, K, S, H], all with the same number of heads and width.
+        caches: Shapes [B, K, S, H], all with the same number of heads and width. Without any, as of an encoder, every
+            chip has all parameters.
         chips: How many.
     """
+    if not caches:
+        return dict.fromkeys(parameters, PartitionSpec())
     kv_heads, width = caches[0].shape[1], caches[0].shape[3]
     specs = {}
     for name, parameter in parameters.items():

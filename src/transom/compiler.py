@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,19 +134,24 @@ def compile_model(
             on_progress("weights", min(written, total), total)
 
         progress = Progress(on_bytes=on_bytes, on_program=lambda done, count: on_progress("programs", done, count))
-        encoders, all_records = {}, list(records)
+        encoders: dict[str, Graph] = {}
+        all_records, unmeasured = list(records), []
         for name in config.encoders:
             # What is measured on text says nothing of images.
-            unmeasured = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant))
-            encoders[name], more = unmeasured.run(model.trace(task=name, dtype=dtype))
+            without = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant))
+            wide = torch.float32 if measure.ranges else dtype
+            encoders[name], more = without.run(model.trace(task=name, dtype=wide))
             total += encoders[name].weight_bytes()
             all_records += more
+            unmeasured += [f"{name}: it computes in float32, as ranges are measured on text"] if measure.ranges else []
+            unmeasured += [f"{name}: its activations stay, as scales are measured on text"] if measure.scales else []
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():
             lowered = write(graph, folder, options, progress)
-            entries = {DECODE: lowered.entry}
-            for name, encoder in encoders.items():
-                entries[name] = encoder_exporter(options.target)(encoder, folder, options, progress)
+            encoded = {
+                name: encoder_exporter(options.target)(encoder, folder, options, progress)
+                for name, encoder in encoders.items()
+            }
         write_companions(model, folder)
         manifest = write_manifest(
             folder,
@@ -162,10 +168,10 @@ def compile_model(
                 context=options.context,
                 chunk=options.chunk,
                 vocab_size=config.vocab_size,
-                entries=entries,
+                entries={DECODE: lowered.entry, **{name: one.entry for name, one in encoded.items()}},
                 images=config.images,
-                details=lowered.details,
-                tpu=lowered.tpu,
+                details={**lowered.details, **{name: one.details for name, one in encoded.items() if one.details}},
+                tpu=_joined([lowered.tpu, *(one.tpu for one in encoded.values())]),
                 stop_ids=model.generation.stop_ids,
                 bos_id=model.tokenizer.first_id if model.tokenizer else None,
                 passes=[record.to_json() for record in records],
@@ -178,12 +184,22 @@ def compile_model(
                     *left_out,
                     *_without_template(model),
                     *(f"{record.name}: {reason}" for record in all_records for reason in record.skipped),
+                    *unmeasured,
                     *lowered.not_done,
                 ],
                 libraries=versions(lowered.libraries),
             ),
         )
     return Artifact(folder=out, manifest=manifest)
+
+
+def _joined(reports: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    """One report of a TPU's compiler on the programs of several graphs; None if it was not asked."""
+    programs: dict[str, Any] = {}
+    given = [report for report in reports if report is not None]
+    for report in given:
+        programs |= report["programs"]
+    return {**given[0], "programs": programs} if given else None
 
 
 def _without_template(model: Model) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models that see images on the ONNX targets: logits of every position, whatever the calls; bytes of the caches."""
+"""Models that see images, on every target: logits of every position, whatever the calls; bytes of the caches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 import transom
+from tests.case import run_graph
+from tests.export.targets import TABLES
 from tests.images.sequences import Sequence, sequence
 from tests.tolerances import FP32_LOGITS
 from transom.backends.artifact import read_manifest
@@ -20,13 +22,18 @@ from transom.backends.session import Session
 from transom.errors import ContextLengthError
 from transom.export.onnx import images, onnxruntime, rings
 from transom.export.onnx.emitter import Emitter
+from transom.formats.schemes import scheme
 from transom.graphs import ops
-from transom.graphs.node import Node
+from transom.graphs.node import Node, is_node
+from transom.passes.pipelines import pipeline
+from transom.passes.targets import TARGETS as KNOWN
 from transom.zoo.model import Model, load
 
 CHUNK = 20
 """Holds an image of 16 tokens, and not two."""
-TARGETS = ("onnxruntime", "onnx")
+TARGETS = [target for target in TABLES if KNOWN[target].images]
+BEFORE_WRITES = ("xla", "tvm")
+"""Targets whose every attention comes before the writes, so that a window of slots is enough for any chunk."""
 
 
 @pytest.fixture(scope="module", params=["gemma3-vision-tiny", "gemma3-vision-tiny-wide"])
@@ -95,7 +102,8 @@ def test_caches_stay_bounded(model: Model, opened: Callable[[str], Session], tar
     window = model.config.longest_window
     assert window is not None
     token = 4 * 2 * model.config.num_kv_heads * model.config.head_dim
-    assert session.cache_bytes() == {"local": 4 * token * (window + CHUNK - 1), "global": 2 * token * 256}
+    slots = window if target in BEFORE_WRITES else window + CHUNK - 1
+    assert session.cache_bytes() == {"local": 4 * token * slots, "global": 2 * token * 256}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -105,6 +113,17 @@ def test_soft_tokens(model: Model, text: Sequence, opened: Callable[[str], Sessi
     for image, soft in zip(text.pixels, expected, strict=True):
         actual = session.runtime.encode_image(image[None].numpy())
         assert actual.dtype == np.float32 and np.abs(actual - soft.numpy()).max() < FP32_LOGITS
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("target", [target for target in BEFORE_WRITES if target in TABLES])
+def test_an_encoder_is_quantised(model: Model, text: Sequence, target: str, quant: str, tmp_path: Path) -> None:
+    manifest = transom.compile(model, target=target, quant=quant, out=tmp_path / "a", chunk=CHUNK, context=64).manifest
+    assert sum("vision_tower" in one["weight"] for one in manifest.conversions) == 6 * 2
+    encoder, _ = pipeline(target, chunk=CHUNK, scheme=scheme(quant)).run(model.trace(task="encode_image"))
+    (soft,) = run_graph(encoder, text.pixels[:1])
+    actual = transom.open(tmp_path / "a").runtime.encode_image(text.pixels[:1].numpy())
+    assert np.abs(actual - soft[0].numpy()).max() < FP32_LOGITS
 
 
 def first_error(folder: Path, text: Sequence, logits: NDArray[np.float32]) -> int | None:
@@ -174,6 +193,28 @@ def test_an_image_cut_in_two_is_noticed(
     monkeypatch.setattr(Prompt, "part", lambda self, *place: part(_cut(self, 0, place[1]), *place))
     rows = np.concatenate(list(session.feed(whole, wanted="all")))
     assert np.abs(rows - logits).max() > FP32_LOGITS
+
+
+@pytest.mark.parametrize("target", [target for target in BEFORE_WRITES if target in TABLES])
+def test_images_seen_as_text_are_noticed(
+    model: Model,
+    text: Sequence,
+    logits: NDArray[np.float32],
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lower = TABLES[target][ops.ATTEND]
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        if not is_node(args[-1]):
+            return lower(*args[:6], **options)
+        args[-1].args = args[-1].args[:6]
+        return lower(*args, **options)
+
+    monkeypatch.setitem(TABLES[target], ops.ATTEND, spoilt)
+    transom.compile(model, target=target, out=tmp_path / "a", chunk=CHUNK, context=256)
+    assert first_error(tmp_path / "a", text, logits) == int((text.tokens < 0).nonzero()[0])
 
 
 def test_a_chunk_that_cuts_an_image_is_refused(model: Model, tmp_path: Path) -> None:

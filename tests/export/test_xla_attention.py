@@ -37,15 +37,20 @@ def _arrays(tokens: int, slots: int, seed: int, dtype: torch.dtype = torch.float
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def _run(program: Any, arrays: list[torch.Tensor], start: int, count: int) -> list[NDArray[np.float32]]:
+def _run(
+    program: Any, arrays: list[torch.Tensor], start: int, count: int, until: torch.Tensor | None = None
+) -> list[NDArray[np.float32]]:
     given = [jax.numpy.asarray(array.float().numpy(), str(array.dtype).removeprefix("torch.")) for array in arrays]
-    return [np.asarray(found, np.float32) for found in program(*given, np.int32(start), np.int32(count))]
+    until_T = None if until is None else np.pad(until.numpy().astype(np.int32), (0, arrays[0].shape[1] - count))
+    return [np.asarray(found, np.float32) for found in program(*given, np.int32(start), np.int32(count), until_T)]
 
 
-def _reference(arrays: list[torch.Tensor], start: int, count: int, window: int) -> list[NDArray[np.float32]]:
+def _reference(
+    arrays: list[torch.Tensor], start: int, count: int, window: int, until: torch.Tensor | None = None
+) -> list[NDArray[np.float32]]:
     q, k, v, *caches = arrays
     q, k, v, position = q[:, :count], k[:, :count], v[:, :count], torch.tensor(start)
-    out = ops.attend(q, k, v, *caches, position, scale=SCALE, window=window)
+    out = ops.attend(q, k, v, *caches, position, until, scale=SCALE, window=window)
     written = [
         ops.write_cache(cache, new, position, heads_first=False) for cache, new in zip(caches, (k, v), strict=True)
     ]
@@ -55,8 +60,8 @@ def _reference(arrays: list[torch.Tensor], start: int, count: int, window: int) 
 def _program(window: int, **options: Any) -> Any:
     """Attention and the writes of both caches, as they stand in a step."""
 
-    def step(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, start: Any, count: Any) -> Any:
-        out = attention.attend(q, k, v, k_cache, v_cache, start, count, scale=SCALE, window=window)
+    def step(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, start: Any, count: Any, until_T: Any) -> Any:
+        out = attention.attend(q, k, v, k_cache, v_cache, start, until_T, count=count, scale=SCALE, window=window)
         pairs = (k_cache, k), (v_cache, v)
         return out, *(
             attention.write(cache, new.swapaxes(1, 2), start, count, wraps=bool(window)) for cache, new in pairs
@@ -66,14 +71,14 @@ def _program(window: int, **options: Any) -> Any:
 
 
 def _compare(
-    program: Any, arrays: list[torch.Tensor], start: int, count: int, window: int, tolerance: float = FP32_ATTENTION
+    program: Any, arrays: list[torch.Tensor], start: int, count: int, window: int, until: torch.Tensor | None = None
 ) -> None:
     (out, *caches), (wanted, *wanted_caches) = (
-        _run(program, arrays, start, count),
-        _reference(arrays, start, count, window),
+        _run(program, arrays, start, count, until),
+        _reference(arrays, start, count, window, until),
     )
     case = f"start {start}, {count} of {arrays[0].shape[1]} tokens"
-    np.testing.assert_allclose(out[:, :count], wanted, atol=tolerance, rtol=0, err_msg=case)
+    np.testing.assert_allclose(out[:, :count], wanted, atol=FP32_ATTENTION, rtol=0, err_msg=case)
     assert np.isfinite(out).all(), case
     for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
         np.testing.assert_array_equal(cache, wanted_cache, err_msg=case)
@@ -105,6 +110,30 @@ def test_global_attention_is_the_reference_body(tokens: int, slots: int) -> None
         for count in _counts(tokens):
             if 0 <= start <= slots - count:
                 _compare(program, _arrays(tokens, slots, start), start, count, 0)
+
+
+@pytest.mark.parametrize(("slots", "window"), [(WINDOW, WINDOW), (5, 5), (6 * WINDOW, 0)])
+def test_images_are_seen_to_their_ends(slots: int, window: int) -> None:
+    """Images shorter and longer than a block of queries and than the window, at the ends of a call and in between."""
+    tokens = 3 * WINDOW
+    program = _program(window)
+    for start in (0, 1, WINDOW, 2 * WINDOW + 1):
+        for count in (1, tokens - 5, tokens):
+            for blocks in ((), ((0, 3),), ((1, 20), (20, 30)), ((4, count),), ((count - 2, count),), ((0, count),)):
+                until = start + torch.arange(count)
+                for first, end in blocks:
+                    until[first:end] = start + min(end, count) - 1
+                _compare(program, _arrays(tokens, slots, start), start, count, window, until)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 20, 24])
+def test_an_encoder_attends_in_blocks_of_queries(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of which may not be whole."""
+    monkeypatch.setattr(attention, "ENCODER_BLOCK", 6)
+    arrays = [array.transpose(1, 2) for array in _arrays(tokens, 1, tokens)[:3]]
+    out = attention.attend_fully(*(array.numpy() for array in arrays), scale=SCALE)
+    wanted = ops.full_attention(*arrays, scale=SCALE)
+    np.testing.assert_allclose(np.asarray(out), wanted.numpy(), atol=FP32_ATTENTION, rtol=0)
 
 
 @pytest.mark.parametrize("window", [WINDOW, 0])
@@ -148,5 +177,5 @@ def test_what_hidden_slots_hold_does_not_matter(tokens: int, slots: int, window:
 def test_donated_caches_come_back_in_the_same_memory(tokens: int, slots: int, window: int) -> None:
     program = _program(window, donate_argnums=(3, 4))
     given = [array.numpy() for array in _arrays(tokens, slots, 0)]
-    memory = program.lower(*given, np.int32(0), np.int32(tokens)).compile().memory_analysis()
+    memory = program.lower(*given, np.int32(0), np.int32(tokens), None).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(cache.nbytes for cache in given[3:])

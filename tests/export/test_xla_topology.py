@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import transom
 from tests.tolerances import FP32_LOGITS
 from transom.errors import InvariantError, TargetError
 from transom.formats.schemes import scheme
@@ -224,6 +226,48 @@ def test_memory_on_a_tpu_is_what_the_plan_says(name: str, where: str) -> None:
         if found["devices"] == 1:
             peak = wanted.weight_bytes + wanted.cache_bytes_bounded
             assert peak <= program["peak_bytes"] <= 1.1 * peak
+
+
+MOST_OF_AN_ENCODER = 160 * 2**20
+"""Temporary bytes of an image's encoder beside its weights; all scores of one layer would be a gigabyte."""
+
+
+@needs_libtpu
+def test_attention_of_an_encoder_holds_few_scores() -> None:
+    """4,096 patches in 16 heads of 72: SigLIP's."""
+    from transom.export.xla import attention
+
+    q_BTNH = Shape((1, 4096, 16, 72), jax.numpy.bfloat16)
+
+    def attend(parameters: Any, caches: Any, *given: Any) -> Any:
+        heads_first = (value.swapaxes(1, 2) for value in given)
+        return attention.attend_fully(*heads_first, scale=0.1).swapaxes(1, 2), caches
+
+    program = topology.Program(name="attend", function=attend, parameters={}, caches=(), inputs=[q_BTNH] * 3)
+    (report,) = topology.compile_programs([program], "v5e:1x1")["programs"].values()
+    assert report["temp_bytes"] < MOST_OF_AN_ENCODER / 4
+
+
+@needs_libtpu
+def test_an_encoder_is_compiled_beside_its_decoder(tmp_path: Path) -> None:
+    model = load("gemma3-vision-tiny", images=True)
+    manifest = transom.compile(model, target="xla", topology="v5e:2x2", out=tmp_path / "a", chunk=16).manifest
+    assert manifest.tpu is not None and set(manifest.tpu["programs"]) == {"decode", "prefill_16", "encode_image"}
+    report = manifest.tpu["programs"]["encode_image"]
+    encoder, _ = pipeline("xla", chunk=16, scheme=scheme("none")).run(model.trace(task="encode_image"))
+    assert report["argument_bytes"] >= encoder.weight_bytes() and report["cache_bytes"] == 0
+
+
+@needs_libtpu
+@pytest.mark.large
+def test_an_image_of_896_pixels_fits_a_chip_of_16_gb() -> None:
+    from transom.export.xla.export import encoder_program
+
+    traced = load("gemma3-4b", weights="random", images=True).trace(task="encode_image", dtype=torch.bfloat16)
+    graph, _ = pipeline("xla", chunk=256, scheme=scheme("none")).run(traced)
+    (report,) = topology.compile_programs([encoder_program(graph)[0]], "v5e:1x1")["programs"].values()
+    # With 4,096 rows the compiler copies weights, and temporary bytes grow with the layers: 802 MiB, measured.
+    assert report["temp_bytes"] < graph.weight_bytes() + MOST_OF_AN_ENCODER
 
 
 @needs_libtpu
