@@ -63,6 +63,7 @@ TARGETS: dict[str, Target] = {
     "tvm": Target(
         text="machine code made by Apache TVM, for this CPU or for another one with --cpu",
         extra="tvm",
+        images=True,
         options=frozenset({"cpu"}),
     ),
     "tensorrt": Target(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.backends.artifact import Manifest
-from transom.backends.runtime import ArtifactRuntime, Call, Result, grown
+from transom.backends.artifact import ENCODE_IMAGE, Manifest
+from transom.backends.runtime import ArtifactRuntime, Call, Float, Result, grown
 from transom.backends.safetensors import reading, zeros
 from transom.backends.tvm.artifact import DECODE, LIBRARY, PARAMETERS, PREFILL
 from transom.backends.tvm.library import load_machine, runtime, use_threads
@@ -39,8 +39,9 @@ class TvmRuntime(ArtifactRuntime):
         self._tensor = runtime().from_dlpack
         machine = load_machine(folder / LIBRARY)
         self._decode, self._prefill = machine[DECODE], machine[PREFILL]
-        with reading(folder / PARAMETERS) as file:
-            self._weights = [self._tensor(file.read(name)) for name in manifest.details["parameters"]]
+        self._weights = self._read(folder / PARAMETERS, manifest.details["parameters"])
+        self._folder, self._encoder_details = folder, manifest.details.get(ENCODE_IMAGE)
+        self._encoder: tuple[Any, list[Any]] | None = None
         self._threads = threads
         self._arrays: dict[str, NDArray[Any]] = {}
         self._bound: list[Any] = []
@@ -48,7 +49,12 @@ class TvmRuntime(ArtifactRuntime):
             (tap.name, manifest.details["tap_shapes"][tap.name]) for tap in manifest.decode.taps
         ]
         self._tokens, self._positions = zeros((self.chunk,), np.int64), zeros((self.chunk,), np.int64)
-        self._start = zeros((), np.int64)
+        self._start, self._until = zeros((), np.int64), zeros((self.chunk,), np.int64)
+        self._soft = zeros((self.chunk, self.width), np.float32)
+
+    def _read(self, path: Path, names: Sequence[str]) -> list[Any]:
+        with reading(path) as file:
+            return [self._tensor(file.read(name)) for name in names]
 
     def _run(self, call: Call) -> Result:
         use_threads(self._threads)
@@ -56,7 +62,10 @@ class TvmRuntime(ArtifactRuntime):
         self._tokens[: tokens.size], self._positions[: positions.size] = tokens, positions
         self._start[...] = call.start[0]
         run = self._decode if tokens.size == positions.size == 1 else self._prefill
-        given = (self._tokens[: tokens.size], self._start, self._positions[: positions.size])
+        given = [self._tokens[: tokens.size], self._start, self._positions[: positions.size]]
+        if call.until is not None and call.soft is not None:
+            self._until[: tokens.size], self._soft[: tokens.size] = call.until, call.soft[0]
+            given += [self._until[: tokens.size], self._soft[: tokens.size]]
         logits, *rest = run(*map(self._tensor, given), *self._bound, *self._weights)
         logits_PV: Any = np.from_dlpack(logits)
         taps = zip(self._taps, rest[len(self.states) :], strict=True)
@@ -64,6 +73,22 @@ class TvmRuntime(ArtifactRuntime):
             logits=np.asarray(logits_PV, np.float32)[None],
             taps={name: np.from_dlpack(value).reshape(shape) for (name, shape), value in taps},
         )
+
+    def encode_image(self, pixels: Float) -> Float:
+        if self._encoder_details is None:
+            return super().encode_image(pixels)
+        use_threads(self._threads)
+        if self._encoder is None:
+            # Most sessions see no image, and the encoder takes memory.
+            machine, details = load_machine(self._folder / f"{ENCODE_IMAGE}.so"), self._encoder_details
+            weights = self._read(self._folder / Path(details["weights"]).name, details["parameters"])
+            self._encoder = machine[ENCODE_IMAGE], weights
+        encode, weights = self._encoder
+        # As a matrix for each colour, and where kernels may read whole vectors.
+        given = zeros((pixels.shape[1], pixels[0, 0].size), np.float32)
+        given[...] = pixels.reshape(given.shape)
+        (soft_QD,) = encode(self._tensor(given), *weights)
+        return np.array(np.from_dlpack(soft_QD))
 
     def allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

@@ -1,4 +1,4 @@
-"""From a graph to a shared library: one function for a single new token, one for any number of them."""
+"""From a graph to a shared library: a function for one new token and one for any number, or one of an encoder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def module(graph: Graph, processor: Processor, *, chunk: int) -> tvm.IRModule:
     """The graph as Relax functions that call kernels.
 
     Args:
-        graph: A `decode` graph that the target's passes have rewritten.
+        graph: A `decode` graph that the target's passes have rewritten, or an encoder's, for a function of its task's
+            name.
         processor: What the kernels are for.
         chunk: Most new tokens in one call.
 
@@ -45,7 +46,7 @@ def module(graph: Graph, processor: Processor, *, chunk: int) -> tvm.IRModule:
     """
     builder = relax.BlockBuilder()
     kernels: dict[Any, Any] = {}
-    for name, tokens in ((DECODE, 1), (PREFILL, None)):
+    for name, tokens in ((DECODE, 1), (PREFILL, None)) if graph.task == DECODE else ((graph.task, None),):
         Emitter(graph, TABLE, builder, kernels, processor.tile, tokens).emit(name, chunk)
     return builder.finalize()
 
@@ -54,7 +55,7 @@ def write_library(graph: Graph, processor: Processor, path: Path, *, chunk: int)
     """Compile and link.
 
     Args:
-        graph: A `decode` graph that the target's passes have rewritten.
+        graph: A graph that the target's passes have rewritten; see `module`.
         processor: What to compile for.
         path: Library to write.
         chunk: Most new tokens in one call.

@@ -54,7 +54,8 @@ class Emitter:
         self._lowerings, self._kernels = lowerings, kernels
         self._values: dict[Node, Any] = {}
         axes = graph.symbols()
-        self._batch = next((symbol for symbol, axis in axes.items() if axis == BATCH), "")
+        # Of an encoder all sizes are fixed, and it takes one image a call.
+        self._batch = next((symbol for symbol, axis in axes.items() if axis == BATCH), "1")
         calls = ("tokens", "positions")
         self._sizes: dict[str, Any] = {
             symbol: (tokens if axis in calls and tokens else tirx.Var(axis, "int64"))
@@ -66,8 +67,9 @@ class Emitter:
     def emit(self, name: str, chunk: int) -> None:
         """Add the function to the module.
 
-        Its inputs are the new tokens [T], their start [], the wanted positions [P], the caches, and every stored
-        weight; it returns logits [P, V], the caches, and the taps as they are held.
+        Its inputs are the new tokens [T], their start [], the wanted positions [P], `until` [T] and soft tokens [T, D]
+        if the model sees images, the caches, and every stored weight; it returns logits [P, V], the caches, and the
+        taps as they are held. Of an encoder they are what its graph says, without a batch axis.
 
         Args:
             name: Of the function.
@@ -77,7 +79,7 @@ class Emitter:
         stored = stored_names(self.graph.weights)
         given, returned = self.graph.inputs, self.graph.outputs
         # The library takes and returns by position; see `backends.tvm.runtime`.
-        inputs = [self._input(given[name]) for name in ("tokens", "start", "logit_positions", *self.graph.states)]
+        inputs = [self._input(given[name]) for name in self.graph.input_names]
         weights: dict[str, Any] = {}
         for placeholder, node in self.graph.placeholders().items():
             if placeholder in weight_names:
@@ -91,7 +93,7 @@ class Emitter:
             with self.builder.dataflow():
                 for node in self.graph.calls_all():
                     self._values[node] = self._lower(node)
-                order = ("logits", *self.graph.states, *(tap.name for tap in self.graph.taps))
+                order = self.graph.output_names
                 results = self.builder.emit_output(relax.Tuple([self.value(returned[name]) for name in order]))
             self.builder.emit_func_output(results)
 

@@ -53,6 +53,16 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     )
 
 
+def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
+    """Write a library and its weights, called after the graph's task; for the errors see `export`."""
+    require_supported(graph, TABLE, options.target)
+    library, stored = f"{graph.task}.so", f"{graph.task}.safetensors"
+    write_library(graph, processor(options.cpu), folder / library, chunk=1)
+    safetensors_writer.write(_stored(graph), folder / stored, on_bytes=progress.on_bytes)
+    details = {"weights": stored, "parameters": parameter_names(graph)}
+    return Lowered(entry=entry(graph, library), details=details)
+
+
 def _stored(graph: Graph) -> dict[str, Weight]:
     """Weights as the kernels take them: 8-bit floats are bytes."""
     return {

@@ -8,11 +8,11 @@ import tvm
 from tvm import relax, te
 
 from transom.export.lowering import Table
-from transom.export.tvm.emitter import Emitter, dtype_name
+from transom.export.tvm.emitter import Emitter, dtype_name, is_symbol
 from transom.export.tvm.kernels import attention, linear, quantized, rows
 from transom.formats.quantized import block_of
 from transom.graphs import ops
-from transom.graphs.match import aten, is_transpose
+from transom.graphs.match import aten, is_call, is_transpose
 from transom.graphs.node import Node, is_node
 
 TABLE = Table()
@@ -74,8 +74,35 @@ for _target, _operation in (
 
 @TABLE.lowers(aten.gelu.default)
 def _gelu(emitter: Emitter, node: Node) -> Any:
-    tanh = node.kwargs.get("approximate") == "tanh"
-    return _unary(relax.op.nn.gelu_tanh if tanh else relax.op.nn.gelu)(emitter, node)
+    name, k = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", emitter.width(node)
+    (result,) = emitter.call(
+        ("activated", k, name),
+        lambda: rows.activated(k, name, emitter.tile),
+        (emitter.value(node.args[0]),),
+        emitter.shape(node),
+    )
+    return result
+
+
+@TABLE.lowers(aten.clamp.default)
+def _clamp(emitter: Emitter, node: Node) -> Any:
+    x, *bounds = node.args
+    named, value = dict(zip(("min", "max"), bounds, strict=False)) | node.kwargs, emitter.value(x)
+    for name, operation in (("min", relax.op.maximum), ("max", relax.op.minimum)):
+        if named.get(name) is not None:
+            value = emitter.builder.emit(operation(value, _operand(emitter, node, named[name])))
+    return value
+
+
+@TABLE.lowers(aten.lt.Scalar)
+def _less(emitter: Emitter, node: Node) -> Any:
+    x, limit = node.args
+    return emitter.builder.emit(relax.op.less(emitter.value(x), relax.const(limit, dtype_name(x.meta["val"].dtype))))
+
+
+@TABLE.lowers(aten.where.self)
+def _where(emitter: Emitter, node: Node) -> Any:
+    return emitter.builder.emit(relax.op.where(*(_operand(emitter, node, value) for value in node.args)))
 
 
 @TABLE.lowers(aten.to.dtype, aten._to_copy.default)
@@ -85,22 +112,55 @@ def _cast(emitter: Emitter, node: Node) -> Any:
 
 @TABLE.lowers(aten.unsqueeze.default)
 def _unsqueeze(emitter: Emitter, node: Node) -> Any:
-    if emitter.is_batched(node.args[0]):
-        raise emitter.refuse(node, "rows have no further axes")
-    return emitter.builder.emit(relax.op.expand_dims(emitter.value(node.args[0]), node.args[1]))
+    x, axis = node.args
+    if emitter.is_batched(x):
+        if x.meta["val"].dim() > 2 or axis not in (2, -1):
+            raise emitter.refuse(node, "rows have no further axes")
+        axis = 1
+    return emitter.builder.emit(relax.op.expand_dims(emitter.value(x), axis))
 
 
-@TABLE.lowers(aten.view.default, aten.reshape.default)
+@TABLE.lowers(aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 def _reshape(emitter: Emitter, node: Node) -> Any:
     old, new = node.args[0], node
-    if not (emitter.is_batched(old) and emitter.is_batched(new)) or str(emitter.shape(old)) != str(emitter.shape(new)):
+    if emitter.is_batched(old) and emitter.is_batched(new) and str(emitter.shape(old)) == str(emitter.shape(new)):
+        return emitter.value(old)
+    if any(is_symbol(size) for size in old.meta["val"].shape):
         raise emitter.refuse(node, "only the numbers of a row can be grouped anew")
-    return emitter.value(old)
+    return _held(emitter, node, emitter.value(old))
+
+
+def _held(emitter: Emitter, node: Node, value: Any) -> Any:
+    """A node's value in the shape in which values are held."""
+    return emitter.builder.emit(relax.op.reshape(value, emitter.shape(node)))
+
+
+def _whole(emitter: Emitter, node: Node) -> Any:
+    """A node's value with all of its axes."""
+    return emitter.builder.emit(relax.op.reshape(emitter.value(node), [*map(emitter.size, node.meta["val"].shape)]))
+
+
+@TABLE.lowers(aten.permute.default)
+def _permute(emitter: Emitter, node: Node) -> Any:
+    x, axes = node.args
+    return _held(emitter, node, emitter.builder.emit(relax.op.permute_dims(_whole(emitter, x), list(axes))))
+
+
+@TABLE.lowers(aten.mean.dim)
+def _mean(emitter: Emitter, node: Node) -> Any:
+    x, axes, *_ = node.args
+    return _held(emitter, node, emitter.builder.emit(relax.op.mean(_whole(emitter, x), list(axes))))
 
 
 @TABLE.lowers(aten.transpose.int)
 def _transpose(emitter: Emitter, node: Node) -> Any:
-    """Heads before tokens, as a tap shows them; kernels take no such values."""
+    """Heads before tokens, as a tap shows them; kernels take no such values.
+
+    Those of `FULL_ATTENTION` are told where heads are, and find them where they were.
+    """
+    users = [user.target for user in node.users]
+    if is_transpose(node, 1, 2) and (is_call(node.args[0], ops.FULL_ATTENTION) or {*users} == {ops.FULL_ATTENTION}):
+        return emitter.value(node.args[0])
     if not is_transpose(node, 1, 2) or any(user.op != "output" for user in node.users):
         raise emitter.refuse(node, "only taps may have heads before tokens")
     _, tokens, heads, h = (emitter.size(size) for size in node.args[0].meta["val"].shape)
@@ -144,18 +204,33 @@ def _select(emitter: Emitter, node: Node, source: Any, index: Any) -> Any:
 def _linear(emitter: Emitter, node: Node) -> Any:
     x, weight, *bias = node.args
     n, k = (int(size) for size in weight.meta["val"].shape)
+    product = _product(emitter, node, x, emitter.value(weight), n, k)
+    if not bias or bias[0] is None:
+        return product
+    return emitter.builder.emit(relax.op.add(product, emitter.value(bias[0])))
+
+
+@TABLE.lowers(aten.matmul.default)
+def _matmul(emitter: Emitter, node: Node) -> Any:
+    x, weight = node.args
+    if emitter.graph.weight_of(weight) is None or weight.meta["val"].dim() != 2:
+        raise emitter.refuse(node, "only weights can be multiplied by")
+    k, n = (int(size) for size in weight.meta["val"].shape)
+    turned = emitter.builder.emit(relax.op.permute_dims(emitter.value(weight), (1, 0)))
+    return _product(emitter, node, x, turned, n, k)
+
+
+def _product(emitter: Emitter, node: Node, x: Node, weight_NK: Any, n: int, k: int) -> Any:
     make, name = (linear.matrix_product, "linear_rows")
     if emitter.is_single(node):
         make, name = linear.vector_product, "linear_row"
     (product,) = emitter.call(
         (name, n, k),
         lambda: make(n, k, emitter.tile),
-        (emitter.value(x), emitter.value(weight)),
+        (emitter.value(x), weight_NK),
         emitter.shape(node),
     )
-    if not bias or bias[0] is None:
-        return product
-    return emitter.builder.emit(relax.op.add(product, emitter.value(bias[0])))
+    return product
 
 
 def _codes(codes: Node, zeros: Node | None, number: str) -> quantized.Codes:
@@ -184,6 +259,22 @@ def _linear_quantized(emitter: Emitter, node: Node) -> Any:
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> Any:
     return _with_codes(emitter, node, "embedding_codes", lambda layout, tile: quantized.table_rows(layout))
+
+
+@TABLE.lowers(aten.layer_norm.default)
+def _layer_norm(emitter: Emitter, node: Node) -> Any:
+    x, shape, *rest = node.args
+    weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    if len(shape) != 1 or x.meta["val"].dim() != 3 or weight is None or bias is None:
+        raise emitter.refuse(node, "rows are normalised, with a weight and a bias")
+    h = emitter.width(x)
+    (result,) = emitter.call(
+        ("layer_norm", h, eps),
+        lambda: rows.layer_norm(h, eps, emitter.tile),
+        [emitter.value(value) for value in (x, weight, bias)],
+        emitter.shape(node),
+    )
+    return result
 
 
 @TABLE.lowers(ops.RMS_NORM)
@@ -251,11 +342,30 @@ def _attend(emitter: Emitter, node: Node) -> Any:
     if (value_width := int(node.args[2].meta["val"].shape[3])) != h:
         raise emitter.refuse(node, f"values are {value_width} wide, keys {h}: choose 'onnx'")
     single = emitter.is_single(node.args[0])
+    # One token sees no later one.
+    inputs = node.args[:6] if single else node.args
+    images = len(inputs) > 6
     (attended,) = emitter.call(
-        ("attend", heads, key_heads, h, window, scale, single),
-        lambda: attention.attend(heads, key_heads, h, window, scale, emitter.tile, single=single),
-        [emitter.value(tensor) for tensor in node.args],
+        ("attend", heads, key_heads, h, window, scale, single, images),
+        lambda: attention.attend(heads, key_heads, h, window, scale, emitter.tile, single=single, images=images),
+        [emitter.value(tensor) for tensor in inputs],
         emitter.shape(node),
+    )
+    return attended
+
+
+@TABLE.lowers(ops.FULL_ATTENTION)
+def _full_attention(emitter: Emitter, node: Node) -> Any:
+    q, _, v = node.args
+    heads, h = (int(q.meta["val"].shape[axis]) for axis in (1, 3))
+    key_heads, value_width = (int(v.meta["val"].shape[axis]) for axis in (1, 3))
+    if not all(is_transpose(value, 1, 2) for value in (*node.args, *node.users)) or value_width != h:
+        raise emitter.refuse(node, "heads must come after tokens, and be of one width")
+    (attended,) = emitter.call(
+        ("attend_fully", heads, key_heads, h, node.kwargs["scale"]),
+        lambda: attention.attend_fully(heads, key_heads, h, node.kwargs["scale"], emitter.tile),
+        [emitter.value(value) for value in node.args],
+        emitter.shape(q.args[0]),
     )
     return attended
 

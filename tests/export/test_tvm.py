@@ -128,7 +128,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 64, 96), (1, 7, 3), (1, 40, 2056), (5, 33, 7), (37, 96, 4112), (0, 8, 8)]
+    ("m", "n", "k"), [(1, 64, 96), (1, 7, 3), (1, 40, 2056), (5, 33, 7), (37, 96, 4112), (7, 32, 4096), (0, 8, 8)]
 )
 def test_linear(m: int, n: int, k: int, tile: Tile) -> None:
     x, weight = torch.randn(m, k), torch.randn(n, k)
@@ -203,6 +203,12 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
     for single, activation in itertools.product({False, m == 1}, ops.ACTIVATIONS):
         found, _ = run(rows.gated(h, activation, tile, single=single), packed, out=(m, h))
         close(found, ops.gated(packed, activation))
+    for activation, function in ops.ACTIVATIONS.items():
+        found, _ = run(rows.activated(2 * h, activation, tile), packed, out=packed.shape)
+        close(found, function(packed))
+    bias = torch.randn(heads * h)
+    found, _ = run(rows.layer_norm(heads * h, 1e-6, tile), wide + 9, weight, bias, out=wide.shape)
+    close(found, torch.nn.functional.layer_norm(wide + 9, (heads * h,), weight, bias, 1e-6))
     index = torch.tensor([m - 1, 0])
     found, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
     assert torch.equal(found, wide[index])
@@ -235,6 +241,36 @@ def test_attention_and_writes(
     assert torch.equal(inputs[3], caches[0]) and torch.equal(inputs[4], caches[1])
     written = ops.write_cache(caches[0], k, position, heads_first=False)
     assert torch.equal(in_place(attention.write_cache(key_heads, h, tile), flat[1], caches[0], position)[1], written)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
+@pytest.mark.parametrize("blocks", [(), ((0, 20),), ((3, 6), (6, 37))], ids=len)
+@pytest.mark.parametrize("window", [16, 0])
+def test_images_are_seen_to_their_ends(window: int, blocks: Sequence[tuple[int, int]], tile: Tile) -> None:
+    m, heads, key_heads, h, slots, start = 37, 4, 2, 32, window or 100, 50
+    q, k, v = (torch.randn(1, m, count, h) for count in (heads, key_heads, key_heads))
+    caches, position = [torch.randn(1, key_heads, slots, h) for _ in range(2)], torch.tensor(start)
+    until = start + torch.arange(m)
+    for first, end in blocks:
+        until[first:end] = start + end - 1
+    expected = ops.attend(q, k, v, *caches, position, until, scale=0.3, window=window)
+    kernel = attention.attend(heads, key_heads, h, window, 0.3, tile, images=True)
+    flat = [value.view(m, -1) for value in (q, k, v)]
+    attended, _ = run(kernel, *flat, *caches, position, until, out=(m, heads * h))
+    assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
+@pytest.mark.parametrize(
+    ("m", "slots", "heads", "key_heads", "h"),
+    [(1, 1, 2, 2, 8), (5, 64, 4, 2, 10), (37, 70, 3, 3, 72), (attention.QUERIES + 3, 200, 2, 1, 32)],
+)
+def test_attention_of_encoders(m: int, slots: int, heads: int, key_heads: int, h: int, tile: Tile) -> None:
+    q, k, v = (torch.randn(1, *shape, h) for shape in ((m, heads), (slots, key_heads), (slots, key_heads)))
+    expected = ops.full_attention(*(value.transpose(1, 2) for value in (q, k, v)), scale=0.3).transpose(1, 2)
+    flat = [value.view(value.shape[1], -1) for value in (q, k, v)]
+    attended, _ = run(attention.attend_fully(heads, key_heads, h, 0.3, tile), *flat, out=(m, heads * h))
+    assert (attended - expected.reshape(m, -1)).abs().max() < FP32_ATTENTION
 
 
 def test_tiles_divide() -> None:

@@ -1,8 +1,9 @@
 """Attention over a ring of cached keys and the new ones, and the write that follows it, as one kernel.
 
-Only keys that a token sees are visited: a local layer's cost does not grow with the text. The cached part and the new
-part are walked in blocks, with a running maximum and sum (Rabe and Staats, arXiv:2112.05682), so memory is one block's
-scores. The new keys and values are written into the caches in place once every token has attended.
+Only keys that a token sees are visited: a local layer's cost does not grow with the text, and a token of an image goes
+on to the image's end. The cached part and the new part are walked in blocks, with a running maximum and sum (Rabe and
+Staats, arXiv:2112.05682), so memory is one block's scores. The new keys and values are written into the caches in place
+once every token has attended. In encoders, where every token sees every other, many queries share a block of keys.
 
 Axes: M new tokens, N query heads, K key heads, R = N / K, S slots, H numbers of a head.
 """
@@ -16,10 +17,13 @@ from typing import Any
 from tvm.script import tirx as T
 
 from transom.export.tvm.kernels.arithmetic import exponential, lane_sum
-from transom.export.tvm.kernels.tile import Tile, divisor
+from transom.export.tvm.kernels.tile import Tile, divisor, part
 
 BLOCK = 64
 """Keys whose scores are held at once."""
+
+QUERIES = 128
+"""Queries of an encoder that share a block of keys once it is laid out for them."""
 
 EMPTY = -1e30
 """Score of a key that is not there: its exponential is zero, and it has no NaNs."""
@@ -34,6 +38,33 @@ def cached(buffer: Any, head: Any, index: Any, column: Any) -> Any:
 def fresh(h: int) -> Any:
     """Reads numbers of new keys or values [M, K * H]."""
     return lambda buffer, head, index, column: buffer[index, head * h + column]
+
+
+def group_itself(group: Any) -> Any:
+    """Place of a group's state where there is one of every group."""
+    return group
+
+
+@T.inline
+def soften(scores, best, top, total, shift, groups, place, lanes):  # type: ignore[no-untyped-def]
+    """Scores of a block become weights; `shift` is what the sums before it are to be multiplied by."""
+    for group in T.unroll(groups):
+        for lane in T.vectorized(lanes):
+            best[group, lane] = scores[group, lane]
+        for step in T.serial(BLOCK // lanes):
+            for lane in T.vectorized(lanes):
+                best[group, lane] = T.max(best[group, lane], scores[group, step * lanes + lane])
+        shift[group] = top[place(group)]
+        for lane in T.unroll(lanes):
+            top[place(group)] = T.max(top[place(group)], best[group, lane])
+        shift[group] = exponential(shift[group] - top[place(group)])
+        for lane in T.vectorized(lanes):
+            best[group, lane] = T.float32(0)
+        for step in T.serial(BLOCK // lanes):
+            for lane in T.vectorized(lanes):
+                scores[group, step * lanes + lane] = exponential(scores[group, step * lanes + lane] - top[place(group)])
+                best[group, lane] = best[group, lane] + scores[group, step * lanes + lane]
+        total[place(group)] = total[place(group)] * shift[group] + lane_sum(best, group, lanes)
 
 
 @T.inline
@@ -71,23 +102,7 @@ def visit(  # type: ignore[no-untyped-def]
                         scores[group, quad * keys + key] = lane_sum(products, group * keys + key, lanes) * T.float32(
                             scale
                         )
-        for group in T.unroll(groups):
-            for lane in T.vectorized(lanes):
-                best[group, lane] = scores[group, lane]
-            for step in T.serial(BLOCK // lanes):
-                for lane in T.vectorized(lanes):
-                    best[group, lane] = T.max(best[group, lane], scores[group, step * lanes + lane])
-            shift[group] = top[group]
-            for lane in T.unroll(lanes):
-                top[group] = T.max(top[group], best[group, lane])
-            shift[group] = exponential(shift[group] - top[group])
-            for lane in T.vectorized(lanes):
-                best[group, lane] = T.float32(0)
-            for step in T.serial(BLOCK // lanes):
-                for lane in T.vectorized(lanes):
-                    scores[group, step * lanes + lane] = exponential(scores[group, step * lanes + lane] - top[group])
-                    best[group, lane] = best[group, lane] + scores[group, step * lanes + lane]
-            total[group] = total[group] * shift[group] + lane_sum(best, group, lanes)
+        soften(scores, best, top, total, shift, groups, group_itself, lanes)
         for wide in T.serial(h // (strip * lanes)):
             sums = T.alloc_buffer((groups * strip, lanes), "float32", scope="local")
             for group in T.unroll(groups):
@@ -109,7 +124,17 @@ def visit(  # type: ignore[no-untyped-def]
                         out[group, (wide * strip + item) * lanes + lane] = sums[group * strip + item, lane]
 
 
-def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: Tile, *, single: bool = False) -> Any:
+def attend(
+    heads: int,
+    key_heads: int,
+    h: int,
+    window: int,
+    scale: float,
+    tile: Tile,
+    *,
+    single: bool = False,
+    images: bool = False,
+) -> Any:
     """Queries [M, N * H], new keys and values [M, K * H], caches before them [1, K, S, H], start [] -> [M, N * H].
 
     Args:
@@ -120,6 +145,7 @@ def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: 
         scale: Factor of the scores.
         tile: Sizes of the innermost loops.
         single: Whether M is 1.
+        images: Whether there is one more input, the last position that each token sees, [M].
     """
     groups, lanes = heads // key_heads, divisor(h, tile.lanes)
     # Half of the registers accumulate, the rest is for what they are made of.
@@ -129,20 +155,9 @@ def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: 
     reach = window or 2**62
     loop = T.serial if single and key_heads == 1 else T.parallel
 
-    @T.prim_func(private=True, s_tir=True)
-    def attend_rows(
-        q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, o: T.handle
-    ) -> None:
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        m = T.int64()
-        s = T.int64()
-        Q = T.match_buffer(q, (m, heads * h), "float32")
-        K = T.match_buffer(k, (m, key_heads * h), "float32")
-        V = T.match_buffer(v, (m, key_heads * h), "float32")
-        K_cache = T.match_buffer(kc, (1, key_heads, s, h), "float32")
-        V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
-        start = T.match_buffer(p, (), "int64")
-        output = T.match_buffer(o, (m, heads * h), "float32")
+    @T.inline
+    def attend_tasks(Q, K, V, K_cache, V_cache, start, output, newest, m, s):  # type: ignore[no-untyped-def]
+        """Every token's queries of a key head; `newest` tells how many new tokens a token sees."""
         for task in loop(m * key_heads):
             # Threads get runs of tasks, and later tokens see more: early and late ones take turns.
             row = T.alloc_buffer((1,), "int64", scope="local")
@@ -188,7 +203,7 @@ def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: 
                 row[0],
                 task % key_heads,
                 T.max(first[0] - start[()], T.int64(0)),
-                row[0] + 1 - T.max(first[0] - start[()], T.int64(0)),
+                newest(row[0]) - T.max(first[0] - start[()], T.int64(0)),
                 scale,
                 scores,
                 top,
@@ -207,7 +222,159 @@ def attend(heads: int, key_heads: int, h: int, window: int, scale: float, tile: 
                             out[group, step * lanes + lane] / total[group]
                         )
 
+    if images:
+
+        @T.prim_func(private=True, s_tir=True)
+        def attend_rows_of_images(
+            q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, u: T.handle, o: T.handle
+        ) -> None:
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            m = T.int64()
+            s = T.int64()
+            Q = T.match_buffer(q, (m, heads * h), "float32")
+            K = T.match_buffer(k, (m, key_heads * h), "float32")
+            V = T.match_buffer(v, (m, key_heads * h), "float32")
+            K_cache = T.match_buffer(kc, (1, key_heads, s, h), "float32")
+            V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
+            start = T.match_buffer(p, (), "int64")
+            until = T.match_buffer(u, (m,), "int64")
+            output = T.match_buffer(o, (m, heads * h), "float32")
+            attend_tasks(
+                Q, K, V, K_cache, V_cache, start, output, lambda row: T.min(until[row] - start[()] + 1, m), m, s
+            )
+
+        return attend_rows_of_images
+
+    @T.prim_func(private=True, s_tir=True)
+    def attend_rows(
+        q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, o: T.handle
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        s = T.int64()
+        Q = T.match_buffer(q, (m, heads * h), "float32")
+        K = T.match_buffer(k, (m, key_heads * h), "float32")
+        V = T.match_buffer(v, (m, key_heads * h), "float32")
+        K_cache = T.match_buffer(kc, (1, key_heads, s, h), "float32")
+        V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
+        start = T.match_buffer(p, (), "int64")
+        output = T.match_buffer(o, (m, heads * h), "float32")
+        attend_tasks(Q, K, V, K_cache, V_cache, start, output, lambda row: row + 1, m, s)
+
     return attend_rows
+
+
+def attend_fully(heads: int, key_heads: int, h: int, scale: float, tile: Tile) -> Any:
+    """Queries [M, N * H], keys and values [S, K * H] -> [M, N * H]; every query sees every key.
+
+    Args:
+        heads: N.
+        key_heads: K.
+        h: H.
+        scale: Factor of the scores.
+        tile: Sizes of the innermost loops.
+    """
+    groups, rows, wide, narrow = heads // key_heads, tile.rows, tile.lanes, divisor(h, tile.lanes)
+    vectors = divisor(BLOCK // wide, tile.vectors)
+    strip = part(h // narrow, max(1, tile.registers * 3 // 4 // rows), 1)
+    most = -(-QUERIES // rows) * rows
+
+    @T.prim_func(private=True, s_tir=True)
+    def attend_fully_rows(q: T.handle, k: T.handle, v: T.handle, o: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        s = T.int64()
+        Q = T.match_buffer(q, (m, heads * h), "float32")
+        K = T.match_buffer(k, (s, key_heads * h), "float32")
+        V = T.match_buffer(v, (s, key_heads * h), "float32")
+        output = T.match_buffer(o, (m, heads * h), "float32")
+        for task in T.parallel(heads * ((m + QUERIES - 1) // QUERIES)):
+            queries = T.alloc_buffer((most, h), "float32", scope="global")
+            keys = T.alloc_buffer((h, BLOCK), "float32", scope="global")
+            values = T.alloc_buffer((BLOCK, h), "float32", scope="global")
+            out = T.alloc_buffer((most, h), "float32", scope="global")
+            top = T.alloc_buffer((most,), "float32", scope="global")
+            total = T.alloc_buffer((most,), "float32", scope="global")
+            scores = T.alloc_buffer((rows, BLOCK), "float32", scope="local")
+            shift = T.alloc_buffer((rows,), "float32", scope="local")
+            best = T.alloc_buffer((rows, wide), "float32", scope="local")
+            for row in T.serial(most):
+                top[row] = T.float32(EMPTY)
+                total[row] = T.float32(0)
+                for step in T.serial(h // narrow):
+                    for lane in T.vectorized(narrow):
+                        # Rows beyond the last repeat it, and are not stored.
+                        queries[row, step * narrow + lane] = Q[
+                            T.min(task // heads * QUERIES + row, m - 1), task % heads * h + step * narrow + lane
+                        ] * T.float32(scale)
+                        out[row, step * narrow + lane] = T.float32(0)
+            for block in T.serial((s + BLOCK - 1) // BLOCK):
+                for key in T.serial(BLOCK):
+                    for column in T.serial(h):
+                        keys[column, key] = K[T.min(block * BLOCK + key, s - 1), task % heads // groups * h + column]
+                    for step in T.serial(h // narrow):
+                        for lane in T.vectorized(narrow):
+                            values[key, step * narrow + lane] = V[
+                                T.min(block * BLOCK + key, s - 1),
+                                task % heads // groups * h + step * narrow + lane,
+                            ]
+                for piece in T.serial((T.min(m - task // heads * QUERIES, QUERIES) + rows - 1) // rows):
+                    for panel in T.serial(BLOCK // (vectors * wide)):
+                        products = T.alloc_buffer((rows * vectors, wide), "float32", scope="local")
+                        for item in T.unroll(rows * vectors):
+                            for lane in T.vectorized(wide):
+                                products[item, lane] = T.float32(0)
+                        for column in T.serial(h):
+                            for row in T.unroll(rows):
+                                for vector in T.unroll(vectors):
+                                    for lane in T.vectorized(wide):
+                                        products[row * vectors + vector, lane] = (
+                                            products[row * vectors + vector, lane]
+                                            + queries[piece * rows + row, column]
+                                            * keys[column, (panel * vectors + vector) * wide + lane]
+                                        )
+                        for row in T.unroll(rows):
+                            for vector in T.unroll(vectors):
+                                for lane in T.vectorized(wide):
+                                    scores[row, (panel * vectors + vector) * wide + lane] = products[
+                                        row * vectors + vector, lane
+                                    ]
+                    if block * BLOCK + BLOCK > s:
+                        for row in T.unroll(rows):
+                            for key in T.serial(BLOCK):
+                                if block * BLOCK + key >= s:
+                                    scores[row, key] = T.float32(EMPTY)
+                    soften(scores, best, top, total, shift, rows, lambda row, piece=piece: piece * rows + row, wide)
+                    for slice in T.serial(h // (strip * narrow)):
+                        sums = T.alloc_buffer((rows * strip, narrow), "float32", scope="local")
+                        for row in T.unroll(rows):
+                            for item in T.unroll(strip):
+                                for lane in T.vectorized(narrow):
+                                    sums[row * strip + item, lane] = (
+                                        out[piece * rows + row, (slice * strip + item) * narrow + lane] * shift[row]
+                                    )
+                        for key in T.serial(BLOCK):
+                            for row in T.unroll(rows):
+                                for item in T.unroll(strip):
+                                    for lane in T.vectorized(narrow):
+                                        sums[row * strip + item, lane] = (
+                                            sums[row * strip + item, lane]
+                                            + scores[row, key] * values[key, (slice * strip + item) * narrow + lane]
+                                        )
+                        for row in T.unroll(rows):
+                            for item in T.unroll(strip):
+                                for lane in T.vectorized(narrow):
+                                    out[piece * rows + row, (slice * strip + item) * narrow + lane] = sums[
+                                        row * strip + item, lane
+                                    ]
+            for row in T.serial(T.min(m - task // heads * QUERIES, QUERIES)):
+                for step in T.serial(h // narrow):
+                    for lane in T.vectorized(narrow):
+                        output[task // heads * QUERIES + row, task % heads * h + step * narrow + lane] = (
+                            out[row, step * narrow + lane] / total[row]
+                        )
+
+    return attend_fully_rows
 
 
 def write_cache(key_heads: int, h: int, tile: Tile) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from transom.export.tvm.kernels.arithmetic import lane_sum
-from transom.export.tvm.kernels.matmul import PANEL_DEPTH, multiply_panel, panel_shape
-from transom.export.tvm.kernels.tile import Tile, divisor, part
+from transom.export.tvm.kernels.matmul import multiply_panel, panel_depth, panel_shape
+from transom.export.tvm.kernels.tile import Tile, divisor
 
 STREAM_BYTES = 8 * 2**20
 """Matrices beyond this come from memory, not from a cache: then one row at a time reads fastest."""
@@ -54,7 +54,7 @@ def matrix_product(n: int, k: int, tile: Tile) -> Any:
     vectors, lanes = panel_shape(n, tile)
     width, rows = vectors * lanes, tile.rows
     strip = divisor(k, 16)
-    depth = part(k, PANEL_DEPTH, strip)
+    depth = panel_depth(k, strip)
 
     @T.prim_func(private=True, s_tir=True)
     def linear_rows(x: T.handle, w: T.handle, y: T.handle) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from transom.export.tvm.kernels.tile import Tile, divisor
+from transom.export.tvm.kernels.tile import Tile, divisor, part
 
 PANEL_DEPTH = 2048
 """With it, a panel of 32 columns takes 256 KiB: it stays in a core's second cache."""
@@ -19,6 +19,13 @@ def panel_shape(n: int, tile: Tile) -> tuple[int, int]:
     width = divisor(n, tile.lanes * tile.vectors)
     lanes = min(width, tile.lanes)
     return width // lanes, lanes
+
+
+def panel_depth(k: int, step: int) -> int:
+    """Rows of a panel, for a product with `k` columns of x that come in groups of `step`."""
+    depth = part(k, PANEL_DEPTH, step)
+    # Every panel reads and writes the results once, which many low ones may not.
+    return depth if 8 * depth >= min(k, PANEL_DEPTH) else k
 
 
 @T.inline

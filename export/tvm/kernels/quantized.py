@@ -14,8 +14,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from transom.export.tvm.kernels.arithmetic import lane_sum
-from transom.export.tvm.kernels.matmul import PANEL_DEPTH, multiply_panel, panel_shape
-from transom.export.tvm.kernels.tile import Tile, divisor, part
+from transom.export.tvm.kernels.matmul import multiply_panel, panel_depth, panel_shape
+from transom.export.tvm.kernels.tile import Tile, divisor
 from transom.formats.schemes import BITS
 
 
@@ -253,7 +253,7 @@ def matrix_product(codes: Codes, tile: Tile) -> Any:
     n, k, blocks, block, size, zeros = codes.n, codes.k, codes.blocks, codes.block, codes.bytes, codes.zeros
     vectors, lanes = panel_shape(n, tile)
     width, rows = vectors * lanes, tile.rows
-    depth = part(k, PANEL_DEPTH, block)
+    depth = panel_depth(k, block)
     layer_blocks = depth // block
 
     @T.prim_func(private=True, s_tir=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from transom.export.tvm.kernels.arithmetic import exponential
+from transom.export.tvm.kernels.arithmetic import exponential, lane_sum
 from transom.export.tvm.kernels.tile import Tile, divisor
 
 GELU_FACTOR, GELU_CUBE = 0.7978845608028654, 0.044715
@@ -77,6 +77,45 @@ def add_rms_norm(h: int, eps: float, tile: Tile) -> Any:
             normalize(total, W, Y, row, 0, eps, h, lanes)
 
     return add_rms_norm_rows
+
+
+def layer_norm(h: int, eps: float, tile: Tile) -> Any:
+    """X [M, H], weight [H], bias [H] -> Y [M, H]."""
+    lanes = divisor(h, tile.lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def layer_norm_rows(x: T.handle, w: T.handle, b: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, h), "float32")
+        W = T.match_buffer(w, (h,), "float32")
+        B = T.match_buffer(b, (h,), "float32")
+        Y = T.match_buffer(y, (m, h), "float32")
+        for row in T.parallel(m):
+            sums = T.alloc_buffer((1, lanes), "float32", scope="local")
+            mean = T.alloc_buffer((1,), "float32", scope="local")
+            factor = T.alloc_buffer((1,), "float32", scope="local")
+            for lane in T.vectorized(lanes):
+                sums[0, lane] = T.float32(0)
+            for step in T.serial(h // lanes):
+                for lane in T.vectorized(lanes):
+                    sums[0, lane] = sums[0, lane] + X[row, step * lanes + lane]
+            mean[0] = lane_sum(sums, 0, lanes) / T.float32(h)
+            for lane in T.vectorized(lanes):
+                sums[0, lane] = T.float32(0)
+            for step in T.serial(h // lanes):
+                for lane in T.vectorized(lanes):
+                    sums[0, lane] = sums[0, lane] + (X[row, step * lanes + lane] - mean[0]) * (
+                        X[row, step * lanes + lane] - mean[0]
+                    )
+            factor[0] = T.float32(1) / T.sqrt(lane_sum(sums, 0, lanes) / T.float32(h) + T.float32(eps))
+            for step in T.serial(h // lanes):
+                for lane in T.vectorized(lanes):
+                    Y[row, step * lanes + lane] = (X[row, step * lanes + lane] - mean[0]) * factor[0] * W[
+                        step * lanes + lane
+                    ] + B[step * lanes + lane]
+
+    return layer_norm_rows
 
 
 def rotary(heads: int, h: int, tile: Tile) -> Any:
@@ -147,6 +186,24 @@ def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:
                     )
 
     return gated_rows
+
+
+def activated(k: int, activation: str, tile: Tile) -> Any:
+    """X [M, K] -> activation(X) [M, K]."""
+    lanes, function = divisor(k, tile.lanes), ACTIVATIONS[activation]
+
+    @T.prim_func(private=True, s_tir=True)
+    def activated_rows(x: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        m = T.int64()
+        X = T.match_buffer(x, (m, k), "float32")
+        Y = T.match_buffer(y, (m, k), "float32")
+        for row in T.parallel(m):
+            for step in T.serial(k // lanes):
+                for lane in T.vectorized(lanes):
+                    Y[row, step * lanes + lane] = function(X[row, step * lanes + lane])
+
+    return activated_rows
 
 
 def table_rows(k: int, tile: Tile) -> Any:
