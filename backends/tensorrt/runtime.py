@@ -13,6 +13,7 @@ from transom.backends.artifact import Manifest
 from transom.backends.runtime import ArtifactRuntime, Call, Result
 from transom.backends.tensorrt.engines import EngineRecord
 from transom.backends.tensorrt.library import Library
+from transom.backends.tensorrt.rings import Rings
 from transom.backends.tensorrt.sidecar import read_sidecar
 from transom.errors import ArtifactError, SessionError
 from transom.graphs.state import State
@@ -38,6 +39,8 @@ class EngineRuntime(ArtifactRuntime):
         self, folder: Path, manifest: Manifest, record: EngineRecord, library: Library, *, device: str = "cuda"
     ) -> None:
         super().__init__(manifest)
+        self._rings = Rings(manifest.decode.inputs)
+        self.whole_writes = not self._rings.positions
         self._device, self._sidecar, trt = torch.device(device), read_sidecar(folder), library.module
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
@@ -73,11 +76,19 @@ class EngineRuntime(ArtifactRuntime):
         handle = 0 if self._stream is None else self._stream.cuda_stream
         self._choose_profile("decode" if call.tokens.shape[1] == 1 else "prefill", handle)
         inputs = {
-            "tokens": torch.from_numpy(call.tokens).contiguous().to(self._device),
-            "start": torch.tensor(self._position, device=self._device),
-            "logit_positions": torch.from_numpy(wanted).to(self._device),
+            "tokens": call.tokens,
+            "start": call.start[0],
+            "logit_positions": wanted,
+            "until": call.until,
+            "soft": call.soft,
+            **self._rings.place(self._position, call.tokens.shape[1]),
         }
-        for name, tensor in inputs.items():
+        tensors = {
+            name: torch.as_tensor(array).contiguous().to(self._device)
+            for name, array in inputs.items()
+            if array is not None
+        }
+        for name, tensor in tensors.items():
             self._must(self._context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
             self._bind(name, tensor)
         outputs = {name: self._output(name) for name in ("logits", *self._taps)}
