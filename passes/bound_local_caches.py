@@ -4,9 +4,10 @@ Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cach
 known.
 Rewrite: a cache that only local layers read gets as many slots as the most demanding of its readers needs, for good.
 Attention over what was written needs `window + chunk - 1`: a chunk of `chunk` new tokens overwrites that many slots,
-and its first token still sees the `window - 1` keys before it. Where no call is cut at a ring's end (`whole_calls`),
-that is `chunk - 1` more: a call that does not fit goes to the front, and what it leaves free at the end holds older
-tokens. Attention over what stood there before (`transom.attend`) needs `window`. Caches of one layer are read together, so they get the same number.
+and its first token still sees the `window - 1` keys before it. Where a ring is written only up to its end and calls
+are not to be cut there (`whole_calls`), it needs `chunk - 1` more: a call that does not fit goes to the front, and
+leaves up to that many slots behind. Attention over what stood there before (`transom.attend`) needs `window`. Caches of
+one layer are read together, so they get the same number.
 Skips: caches that a global layer reads; caches that are read by something other than fused attention, with the reason.
 """
 
@@ -46,8 +47,8 @@ class BoundLocalCaches(Pass):
 
     Args:
         chunk: Largest number of new tokens in one call.
-        whole_calls: Whether the target's runtime writes no further than a ring's end. It cuts calls of text there; a
-            graph that takes images, which are not to be cut, gets more slots.
+        whole_calls: Whether a graph that takes images, which are not to be cut, is called so that no call crosses a
+            ring's end.
     """
 
     after = (FuseAttention, FuseCacheWrites)

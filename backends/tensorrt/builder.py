@@ -59,7 +59,7 @@ def build_engine(
         raise ArtifactError(f"{folder} is for the target {manifest.target!r}: export it with --target tensorrt")
     if entry not in manifest.entries:
         raise ArtifactError(f"{folder} has no entry {entry!r}, only {', '.join(manifest.entries)}: build one of these")
-    sidecar = read_sidecar(folder)
+    model, sidecar = folder / manifest.entries[entry].payload, read_sidecar(folder)
     if entry != DECODE:
         # Encoders have fixed sizes.
         sidecar = dataclasses.replace(sidecar, profiles=())
@@ -77,7 +77,7 @@ def build_engine(
     began = time.perf_counter()
     try:
         with open(draft, "wb") as file:
-            _build(folder / manifest.entries[entry].payload, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
+            _build(model, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
         seconds = time.perf_counter() - began
         own, gpu = _this_gpu() if not library.is_rtx else (0, "")
         record = EngineRecord(

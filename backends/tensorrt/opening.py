@@ -39,10 +39,10 @@ def open_tensorrt(folder: Path, manifest: Manifest, *, threads: int | None = Non
     return runtime
 
 
-def candidates(
-    folder: Path, manifest: Manifest, entry: str = DECODE
-) -> Iterator[tuple[EngineRecord, Library]]:
-    """Engines of an entry that can run here, with what runs them: first one for this very GPU, then a portable one, then RTX's.
+def candidates(folder: Path, manifest: Manifest, entry: str = DECODE) -> Iterator[tuple[EngineRecord, Library]]:
+    """Engines of an entry that can run here, with what runs them.
+
+    First one for this very GPU, then a portable one, then RTX's.
 
     Raises:
         TargetError: If there is no GPU, or no engine at all.

@@ -141,7 +141,7 @@ class EngineRuntime(ArtifactRuntime):
         # An engine wants at least one position; what nobody asked for is not read.
         wanted = call.logit_positions if call.logit_positions.size else np.zeros(1, np.int64)
         self._choose_profile("decode" if tokens == 1 else "prefill")
-        inputs = {"tokens": call.tokens, "start": np.array(start), "logit_positions": wanted}
+        inputs: dict[str, Any] = {"tokens": call.tokens, "start": np.array(start), "logit_positions": wanted}
         if self.width:
             inputs |= {"until": call.until, "soft": call.soft}
         outputs = self._engine.run({**inputs, **self._rings.place(start, tokens)}, ("logits", *self._taps))

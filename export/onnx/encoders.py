@@ -21,7 +21,9 @@ ENCODERS = Table(SHARED)
 def _layer_norm(emitter: Emitter, node: Node) -> str:
     """In float32, as torch computes it."""
     x, shape, weight, bias, *rest = node.args
-    inputs = [cast(emitter, emitter.value(value), value.meta["val"].dtype, torch.float32) for value in (x, weight, bias)]
+    inputs = [
+        cast(emitter, emitter.value(value), value.meta["val"].dtype, torch.float32) for value in (x, weight, bias)
+    ]
     epsilon = rest[0] if rest else 1e-5
     normed = emitter.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=epsilon)
     return cast(emitter, normed, torch.float32, node.meta["val"].dtype)

@@ -2,9 +2,9 @@
 
 Everything has one dtype, float16 or bfloat16, but for what the model itself computes in float32: norms, rotations and
 positions. Caches are static and written in place. A local cache is a ring whose writes never cross its end: TensorRT
-has no circular TensorScatter, so a session cuts chunks there. No image may be cut, so a model that takes images is told
-where to write, and which position each slot holds: see `backends.tensorrt.rings`. The masks are built once and shared by
-all layers of a kind, as Attention has no window there.
+has no circular TensorScatter, so a session cuts chunks there. No image may be cut, so a model that takes images is
+told where to write, and which position each slot holds: see `backends.tensorrt.rings`. The masks are built once and
+shared by all layers of a kind, as Attention has no window there.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _slots(emitter: Emitter, slots: int) -> str:
 
 
 def _key_positions(emitter: Emitter, slots: int, *, told: bool) -> str:
-    """Position that each slot holds, int64 [1, 1, 1, S]: as the model is told, or the slot's own in a cache that grows."""
+    """Position that each slot holds, int64 [1, 1, 1, S]: as the model is told, or j in slot j of a cache that grows."""
     if not told:
         return _slots(emitter, slots)
     positions = emitter.input(f"{SLOT_POSITIONS}.{slots}", torch.empty(slots, dtype=torch.int64))

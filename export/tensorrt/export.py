@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transom.backends.artifact import MODEL_FILE, Entry
 from transom.backends.tensorrt.rings import ring_ports
-from transom.backends.tensorrt.sidecar import IMAGE_CALLS, Profile, Shape, Sidecar
+from transom.backends.tensorrt.sidecar import IMAGE_CALLS, TEXT_CALLS, Profile, Shape, Sidecar
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter
 from transom.export.onnx.export import write_encoder
@@ -72,7 +72,7 @@ def sidecar(lowered: Entry, options: Options) -> Sidecar:
             _profile("decode", lowered.inputs, 1, several),
         ),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
-        **({"calls": IMAGE_CALLS} if "until" in lowered.inputs else {}),
+        calls=IMAGE_CALLS if "until" in lowered.inputs else TEXT_CALLS,
     )
 
 

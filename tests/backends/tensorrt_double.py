@@ -105,7 +105,8 @@ class IExecutionContext:
         return name in self.inputs or name in self.outputs
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        sizes = {"tokens": self.shapes.get("tokens", (1, 1))[1], "positions": self.shapes.get("logit_positions", (1,))[0]}
+        given = {"tokens": (1, 0), "logit_positions": (0,)} | self.shapes
+        sizes = {"tokens": given["tokens"][1], "positions": given["logit_positions"][0]}
         dims = (self.inputs | self.outputs)[name].shape.dim
         return tuple(sizes[dim.dim_param] if dim.dim_param else dim.dim_value for dim in dims)
 

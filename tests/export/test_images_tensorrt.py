@@ -111,7 +111,7 @@ def test_every_position_whatever_the_calls(
     assert not any(first < end_of_call < end for first, end in blocks for end_of_call in ends)
     # One token a call, but for images.
     session.reset()
-    low, single = 0, []
+    low, single = 0, list[NDArray[np.float32]]()
     while low < len(whole):
         high = next((end for first, end in blocks if first == low), low + 1)
         soft = text.soft[low:high].numpy() if high > low + 1 else None
@@ -132,7 +132,7 @@ def test_soft_tokens(text: Sequence, compiled: Callable[[str], Path], dtype: str
 def test_bytes_of_caches(model: Model, text: Sequence, compiled: Callable[[str], Path]) -> None:
     session = transom.open(compiled("bfloat16"), threads=1)
     token = 2 * 2 * model.config.num_kv_heads * model.config.head_dim
-    for tokens in (prompt(text).tokens[:3], prompt(text)):
+    for tokens in (Prompt.of([5, 6, 7]), prompt(text)):
         session.reset()
         session.prefill(tokens)
         assert session.cache_bytes() == {"local": 4 * token * slots(model), "global": 2 * token * CONTEXT}
@@ -222,7 +222,8 @@ def test_text_alone_needs_none_of_it(model: Model, tmp_path: Path) -> None:
 def record(content: bytes, entry: str) -> EngineRecord:
     return EngineRecord(
         file=f"{entry}.engine", library="tensorrt", version=VERSION, compute=(89,), gpu="a GPU", portable=False,
-        weight_streaming=False, bytes=len(content), seconds=1.0, sha256=hashlib.sha256(content).hexdigest(), entry=entry,
+        weight_streaming=False, bytes=len(content), seconds=1.0, sha256=hashlib.sha256(content).hexdigest(),
+        entry=entry,
     )  # fmt: skip
 
 
