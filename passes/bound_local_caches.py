@@ -4,8 +4,10 @@ Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cach
 known.
 Rewrite: a cache that only local layers read gets as many slots as the most demanding of its readers needs, for good.
 Attention over what was written needs `window + chunk - 1`: a chunk of `chunk` new tokens overwrites that many slots,
-and its first token still sees the `window - 1` keys before it. Attention over what stood there before
-(`transom.attend`) needs `window`. Caches of one layer are read together, so they get the same number.
+and its first token still sees the `window - 1` keys before it. Where a ring is written only up to its end and calls
+are not to be cut there (`whole_calls`), it needs `chunk - 1` more: a call that does not fit goes to the front, and
+leaves up to that many slots behind. Attention over what stood there before (`transom.attend`) needs `window`. Caches of
+one layer are read together, so they get the same number.
 Skips: caches that a global layer reads; caches that are read by something other than fused attention, with the reason.
 """
 
@@ -45,12 +47,14 @@ class BoundLocalCaches(Pass):
 
     Args:
         chunk: Largest number of new tokens in one call.
+        whole_calls: Whether a graph that takes images, which are not to be cut, is called so that no call crosses a
+            ring's end.
     """
 
     after = (FuseAttention, FuseCacheWrites)
 
-    def __init__(self, chunk: int) -> None:
-        self.chunk = chunk
+    def __init__(self, chunk: int, *, whole_calls: bool = False) -> None:
+        self.chunk, self.whole_calls = chunk, whole_calls
 
     def requires(self, graph: Graph) -> None:
         """The chunk is positive."""
@@ -105,27 +109,28 @@ class BoundLocalCaches(Pass):
     def _readers(self, graph: Graph) -> dict[str, list[_Reader] | None]:
         """Attention by the name of the cache that it reads; None where something else reads it."""
         inputs = graph.inputs
-        return {name: self._readers_of(inputs[name]) for name, state in graph.states.items() if state.is_ring}
+        slack = (self.chunk - 1) * (2 if self.whole_calls and "until" in inputs else 1)
+        return {name: self._readers_of(inputs[name], slack) for name, state in graph.states.items() if state.is_ring}
 
-    def _readers_of(self, cache: Node) -> list[_Reader] | None:
+    def _readers_of(self, cache: Node, slack: int) -> list[_Reader] | None:
         readers = list[_Reader]()
         for user in cache.users:
             if is_call(user, ops.ATTEND):
-                readers.append(self._reader(user, written_chunk=0))
+                readers.append(self._reader(user, slack=0))
             elif is_call(user, ops.WRITE_CACHE):
                 later = [reader for reader in user.users if reader.op != "output"]
                 if not all(is_call(reader, ops.ATTENTION) for reader in later):
                     return None
-                readers += [self._reader(reader, written_chunk=self.chunk) for reader in later]
+                readers += [self._reader(reader, slack=slack) for reader in later]
             elif not is_call(user, aten.sym_size.int):
                 return None
         return readers
 
     @staticmethod
-    def _reader(node: Node, *, written_chunk: int) -> _Reader:
-        """A reader, before which so many new tokens are written."""
+    def _reader(node: Node, *, slack: int) -> _Reader:
+        """A reader that needs so many slots beside its window's."""
         window = node.kwargs["window"]
-        return _Reader(node=node, window=window, slots=window and window + max(0, written_chunk - 1))
+        return _Reader(node=node, window=window, slots=window and window + slack)
 
 
 def _by_layer(graph: Graph) -> Iterable[list[str]]:

@@ -98,6 +98,19 @@ def _tvm(chunk: int, scheme: Scheme, measure: Measure) -> Passes:
     ]
 
 
+def _tensorrt(chunk: int, scheme: Scheme, measure: Measure) -> Passes:
+    return [
+        *_recognise(measure),
+        SelectLogits(),
+        BoundLocalCaches(chunk, whole_calls=True),
+        FoldConstants(),
+        ConvertQuantized(scheme),
+        FuseGatedMLP(),
+        PackProjections(),
+        _round_activations(scheme, measure),
+    ]
+
+
 def _recognise(measure: Measure) -> Passes:
     """What every list begins with: the numbers made safe, then the model's plain tensor code called by its names."""
     return [
@@ -120,7 +133,7 @@ PIPELINES: dict[str, Callable[[int, Scheme, Measure], Passes]] = {
     "onnx": _onnx,
     "xla": _xla,
     "tvm": _tvm,
-    "tensorrt": _onnx,
+    "tensorrt": _tensorrt,
 }
 
 

@@ -72,5 +72,6 @@ TARGETS: dict[str, Target] = {
         numbers=frozenset({"int4", "float8_e4m3fn"}),
         refuses=_tensorrt,
         activations=_FLOAT8,
+        images=True,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transom.backends.artifact import MODEL_FILE, hash_of, read_manifest
+from transom.backends.artifact import DECODE, hash_of, read_manifest
 from transom.backends.tensorrt.engines import EngineRecord, engines, note_engine
 from transom.backends.tensorrt.gpu import this_gpu
 from transom.backends.tensorrt.library import Library
@@ -28,6 +29,7 @@ def build_engine(
     folder: Path,
     library: Library,
     *,
+    entry: str = DECODE,
     compute: Sequence[int] | None = None,
     portable: bool = False,
     weight_streaming: bool = False,
@@ -39,6 +41,7 @@ def build_engine(
     Args:
         folder: A `tensorrt` artifact.
         library: What to build with.
+        entry: Which entry of the artifact.
         compute: For TensorRT for RTX: compute capabilities, times ten, such as 89 and 120; by default those of
             `RTX_DEFAULT` that the artifact can run on.
         portable: For TensorRT: an engine for Ampere and newer, in place of this GPU alone.
@@ -47,18 +50,24 @@ def build_engine(
         on_progress: Told of the builder's phases.
 
     Raises:
-        ArtifactError: If the folder is no `tensorrt` artifact, is damaged, or has such an engine.
+        ArtifactError: If the folder is no `tensorrt` artifact, is damaged, has no such entry, or has such an engine.
         TargetError: If the library cannot do what is asked, or finds no GPU that it needs.
         BuildError: If the library does not take the model, or cannot build it.
     """
     manifest = read_manifest(folder)
     if manifest.target != "tensorrt":
         raise ArtifactError(f"{folder} is for the target {manifest.target!r}: export it with --target tensorrt")
-    sidecar = read_sidecar(folder)
+    if entry not in manifest.entries:
+        raise ArtifactError(f"{folder} has no entry {entry!r}, only {', '.join(manifest.entries)}: build one of these")
+    model, sidecar = folder / manifest.entries[entry].payload, read_sidecar(folder)
+    if entry != DECODE:
+        # Encoders have fixed sizes.
+        sidecar = dataclasses.replace(sidecar, profiles=())
     chosen = _compute(library, sidecar, compute)
     if portable and library.is_rtx:
         raise TargetError("an engine of TensorRT for RTX is for the GPUs of --cc: leave out --portable")
-    name = f"{library.name}{''.join(f'-sm{one}' for one in chosen)}{'-portable' if portable else ''}.engine"
+    name = "" if entry == DECODE else f"{entry}-"
+    name += f"{library.name}{''.join(f'-sm{one}' for one in chosen)}{'-portable' if portable else ''}.engine"
     path = folder / name
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path} exists already: pass --overwrite")
@@ -68,7 +77,7 @@ def build_engine(
     began = time.perf_counter()
     try:
         with open(draft, "wb") as file:
-            _build(folder / MODEL_FILE, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
+            _build(model, file, library, sidecar, chosen, portable, weight_streaming, on_progress)
         seconds = time.perf_counter() - began
         own, gpu = _this_gpu() if not library.is_rtx else (0, "")
         record = EngineRecord(
@@ -82,6 +91,7 @@ def build_engine(
             bytes=draft.stat().st_size,
             seconds=round(seconds, 1),
             sha256=hash_of(draft),
+            entry=entry,
         )
         # Not before all is known of it, so that file and manifest change together.
         os.replace(draft, path)

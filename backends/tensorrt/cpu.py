@@ -14,6 +14,8 @@ from onnx import ModelProto, TensorProto
 from transom.backends.artifact import MODEL_FILE, Manifest
 from transom.backends.onnxruntime.data import relocate
 from transom.backends.onnxruntime.runtime import OnnxRuntime, load
+from transom.backends.runtime import Call, Result
+from transom.backends.tensorrt.rings import Rings
 from transom.backends.tensorrt.widening import read, widened
 from transom.graphs.state import State
 
@@ -24,6 +26,16 @@ class CpuRuntime(OnnxRuntime):
     """The very ONNX file that engines are built from, computed by `widening.widened`."""
 
     whole_writes = True
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        super().__init__(folder, manifest, threads=threads)
+        self._rings = Rings(manifest.decode.inputs)
+        self.whole_writes = not self._rings.positions
+
+    def _run(self, call: Call) -> Result:
+        for name, array in self._rings.place(int(call.start[0]), call.tokens.shape[1]).items():
+            self._binding.bind_cpu_input(name, array)
+        return super()._run(call)
 
     def _dtypes(self, state: State) -> tuple[Any, Any]:
         return _TYPES[state.dtype]

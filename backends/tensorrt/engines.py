@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from transom.backends.artifact import Manifest, hash_of, update_details
+from transom.backends.artifact import DECODE, Manifest, hash_of, update_details
 from transom.backends.folder import MANIFEST, is_plain
 from transom.backends.records import checked
 from transom.errors import ArtifactError
@@ -31,6 +31,7 @@ class EngineRecord:
         bytes: Its size.
         seconds: How long the build took.
         sha256: Of the file.
+        entry: Which entry of the artifact it runs.
     """
 
     file: str
@@ -43,6 +44,7 @@ class EngineRecord:
     bytes: int
     seconds: float
     sha256: str
+    entry: str = DECODE
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from transom.backends.artifact import Manifest
+from transom.backends.artifact import DECODE, ENCODE_IMAGE, Manifest
 from transom.backends.runtime import Runtime
 from transom.backends.tensorrt.engines import EngineRecord, engines
 from transom.backends.tensorrt.gpu import this_gpu
@@ -25,8 +25,9 @@ def open_tensorrt(folder: Path, manifest: Manifest, *, threads: int | None = Non
         for record, library in candidates(folder, manifest):
             from transom.backends.tensorrt.runtime import EngineRuntime
 
+            images = (one for one, own in candidates(folder, manifest, ENCODE_IMAGE) if own == library)
             try:
-                return EngineRuntime(folder, manifest, record, library)
+                return EngineRuntime(folder, manifest, record, library, encoder=next(images, None))
             except ArtifactError as error:
                 reason = str(error)
     except TargetError as error:
@@ -38,8 +39,10 @@ def open_tensorrt(folder: Path, manifest: Manifest, *, threads: int | None = Non
     return runtime
 
 
-def candidates(folder: Path, manifest: Manifest) -> Iterator[tuple[EngineRecord, Library]]:
-    """Engines that can run here, with what runs them: first one for this very GPU, then a portable one, then RTX's.
+def candidates(folder: Path, manifest: Manifest, entry: str = DECODE) -> Iterator[tuple[EngineRecord, Library]]:
+    """Engines of an entry that can run here, with what runs them.
+
+    First one for this very GPU, then a portable one, then RTX's.
 
     Raises:
         TargetError: If there is no GPU, or no engine at all.
@@ -49,7 +52,7 @@ def candidates(folder: Path, manifest: Manifest) -> Iterator[tuple[EngineRecord,
     if not records:
         raise TargetError("no engine was built: transom build")
     for record in sorted(records, key=lambda record: (record.library != "tensorrt", record.portable)):
-        if not record.fits(compute, gpu):
+        if record.entry != entry or not record.fits(compute, gpu):
             continue
         try:
             library = find_library(rtx=record.library == "tensorrt_rtx")

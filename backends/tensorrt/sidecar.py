@@ -24,6 +24,23 @@ PORTABILITY = {
     "that it was built for; kernels are chosen when it first runs there",
 }
 
+TEXT_CALLS = (
+    "`start` is the position of the first new token. Position p is written to slot p % slots of a state with a "
+    "window, and no call may cross such a ring's end: it holds at most slots - start % slots new tokens. Every "
+    "state's output is bound to the address of its input."
+)
+"""How to call a model of text alone."""
+
+IMAGE_CALLS = (
+    "`start` is the position of the first new token. `until` is the last position that each new token sees: its own, "
+    "or the end of its image, which must be in one call. `soft` holds what stands in the place of negative tokens, and "
+    "zeros elsewhere. `write_slot.S` is the slot of the first new token in states of S slots with a window; the others "
+    "follow it, none past the end. `slot_positions.S` is the position that each of these slots holds after that, "
+    "negative where none stands. A call goes behind the one before it, or to slot 0 if it does not fit there: then all "
+    "that a token sees is still there. Every state's output is bound to the address of its input."
+)
+"""How to call a model that takes images."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -58,11 +75,7 @@ class Sidecar:
     profiles: tuple[Profile, ...]
     least_sm: int
     portability: Mapping[str, str] = dataclasses.field(default_factory=lambda: PORTABILITY)
-    calls: str = (
-        "`start` is the position of the first new token. Position p is written to slot p % slots of a state with a "
-        "window, and no call may cross such a ring's end: it holds at most slots - start % slots new tokens. Every "
-        "state's output is bound to the address of its input."
-    )
+    calls: str
 
     def write(self, folder: Path) -> None:
         """Write the file."""

@@ -127,6 +127,7 @@ class Emitter:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._memo: dict[Any, Any] = {}
+        self._more_inputs: list[onnx.ValueInfoProto] = []
         self._counts: Counter[str] = Counter()
         self._scope = ""
         self._opset = dialect.opset
@@ -156,6 +157,7 @@ class Emitter:
             self._rename(self.op("Identity", value) if name in taps and wide is node.meta["val"] else value, name)
             outputs.append(self._describe(name, wide))
         self._write_weights()
+        inputs += self._more_inputs
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self._opset)]
         opsets += [helper.make_opsetid(domain, version) for domain, version in self.dialect.domains.items()]
@@ -205,6 +207,15 @@ class Emitter:
         names = [stem] if outputs == 1 else [f"{stem}.{index}" for index in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, name=stem, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
+
+    def input(self, name: str, like: torch.Tensor) -> str:
+        """Name of an input that the dialect asks for beside those of the graph."""
+
+        def make() -> str:
+            self._more_inputs.append(self._describe(name, like))
+            return name
+
+        return str(self.once(("input", name), make))
 
     def branch(self, make: Callable[[], str], dtype: torch.dtype, *, rank: int) -> onnx.GraphProto:
         """A graph for `If`, which may use all that stands before it, and whose own values nothing else sees.

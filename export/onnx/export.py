@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+
 from transom.backends.artifact import MODEL_FILE, PREPROCESS_FILE
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
@@ -22,9 +24,20 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
 
 
 def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
-    """Write a model and its data, called after the graph's task, and one that makes its pixels of an image."""
+    """Write an encoder; see `write_encoder`."""
+    return write_encoder(graph, DIALECTS[options.target], folder, progress)[0]
+
+
+def write_encoder(
+    graph: Graph, dialect: emitter.Dialect, folder: Path, progress: Progress
+) -> tuple[Lowered, onnx.ModelProto]:
+    """Write a model and its data, called after the graph's task, and one that makes its pixels of an image.
+
+    Returns:
+        What a manifest says of it, and the model without its data.
+    """
     file = f"{graph.task}.onnx"
     size = int(graph.inputs["pixels"].meta["val"].shape[-1])
     (folder / PREPROCESS_FILE).write_bytes(preprocessing_model(PixelSpec(size=size)).SerializeToString())
-    emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes, file=file)
-    return Lowered(entry=entry(graph, file))
+    model = emitter.write(graph, dialect, folder, on_bytes=progress.on_bytes, file=file)
+    return Lowered(entry=entry(graph, file)), model

@@ -68,7 +68,7 @@ for _target, _kind in (
     SHARED.lowers(_target)(_unary(_kind))
 
 
-@SHARED.lowers(aten.to.dtype, aten._to_copy.default)
+@SHARED.lowers(aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 def _cast(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Cast", emitter.value(node.args[0]), to=ELEMENT_TYPES[node.meta["val"].dtype]))
 

@@ -2,8 +2,9 @@
 
 Everything has one dtype, float16 or bfloat16, but for what the model itself computes in float32: norms, rotations and
 positions. Caches are static and written in place. A local cache is a ring whose writes never cross its end: TensorRT
-has no circular TensorScatter, so a session cuts chunks there. The masks are built once and shared by all layers of a
-kind, as Attention has no window there.
+has no circular TensorScatter, so a session cuts chunks there. No image may be cut, so a model that takes images is
+told where to write, and which position each slot holds: see `backends.tensorrt.rings`. The masks are built once and
+shared by all layers of a kind, as Attention has no window there.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from transom.backends.tensorrt.rings import SLOT_POSITIONS, WRITE_SLOT
 from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
-from transom.export.onnx.lowerings import SHARED, add_bias, cast, new_positions, start
+from transom.export.onnx.encoders import ENCODERS
+from transom.export.onnx.lowerings import add_bias, cast, new_positions, start
+from transom.export.onnx.rings import seen
 from transom.formats.quantized import block_of
 from transom.graphs import ops
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
-TABLE = Table(SHARED)
+TABLE = Table(ENCODERS)
 
 
 @TABLE.lowers(ops.RMS_NORM)
@@ -181,6 +185,8 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
     slots = emitter.fixed(cache.meta["val"].shape[2])
 
     def make() -> str:
+        if _is_told(emitter, cache):
+            return emitter.input(f"{WRITE_SLOT}.{slots}", torch.empty(1, dtype=torch.int64))
         slot = emitter.op("Mod", start(emitter), emitter.constant(np.array(slots)))
         return str(emitter.op("Reshape", slot, emitter.constant(np.array([1]))))
 
@@ -191,28 +197,53 @@ def _write_cache(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("TensorScatter", emitter.value(cache), value, indices, axis=-2, mode="linear"))
 
 
+def _is_told(emitter: Emitter, cache: Node) -> bool:
+    """Whether a model is told where the tokens of a cache stand; one that grows with the context is no ring."""
+    return "until" in emitter.graph.inputs and isinstance(cache.meta["val"].shape[2], int)
+
+
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, position = node.args
+    q, k, v, position, *until = node.args
     scale, window = node.kwargs["scale"], node.kwargs["window"]
     tokens, slots = q.meta["val"].shape[2], emitter.fixed(k.meta["val"].shape[2])
     if position is None:
         raise UnsupportedOpsError(
             f"the target 'tensorrt' attends over caches only, and {layer_path(node) or node.name} reads none"
         )
-    mask = emitter.once(("mask", str(slots), window), lambda: _mask(emitter, tokens, slots, window))
+
+    def make() -> str:
+        if "until" not in emitter.graph.inputs:
+            return _mask(emitter, tokens, slots, window)
+        keys = _key_positions(emitter, slots, told=_is_told(emitter, k))
+        last_seen = emitter.value(until[0]) if until else None
+        return seen(emitter, keys, new_positions(emitter, tokens, start(emitter)), window, last_seen)
+
+    mask = emitter.once(("mask", str(slots), window, *until), make)
     inputs = [emitter.value(value) for value in (q, k, v)]
     return str(emitter.op("Attention", *inputs, mask, scale=scale))
 
 
-def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
-    """Which slots each new token sees, bool [1, 1, T, S]; see `graphs.ops.visible`."""
+def _slots(emitter: Emitter, slots: int) -> str:
+    """Slots, int64 [1, 1, 1, S], stored: a Range here makes the builder of TensorRT for RTX 1.7 fail."""
+    return emitter.initializer(f"slots_{slots}", Weight.of(torch.arange(slots).view(1, 1, 1, slots)))
+
+
+def _key_positions(emitter: Emitter, slots: int, *, told: bool) -> str:
+    """Position that each slot holds, int64 [1, 1, 1, S]: as the model is told, or j in slot j of a cache that grows."""
+    if not told:
+        return _slots(emitter, slots)
+    positions = emitter.input(f"{SLOT_POSITIONS}.{slots}", torch.empty(slots, dtype=torch.int64))
+    return str(emitter.op("Unsqueeze", positions, emitter.constant(np.array([0, 1, 2]))))
+
+
+def _mask(emitter: Emitter, tokens: Any, slots: int, window: int) -> str:
+    """Which slots each new token of text sees, bool [1, 1, T, S]; see `graphs.ops.visible`."""
     axes = emitter.constant(np.array([0, 1, 3]))
     positions = emitter.once(
         "mask_positions", lambda: emitter.op("Unsqueeze", new_positions(emitter, tokens, start(emitter)), axes)
     )
-    # Stored, as a Range here makes the builder of TensorRT for RTX 1.7 fail.
-    slot = emitter.initializer(f"slots_{slots}", Weight.of(torch.arange(slots).view(1, 1, 1, slots)))
+    slot = _slots(emitter, slots)
     if not window:
         # Never full before the context ends, so slot j holds position j.
         return str(emitter.op("GreaterOrEqual", positions, slot))
@@ -225,6 +256,12 @@ def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int) -> str:
     distance = emitter.op("Sub", positions, keys)
     causal = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
     return str(emitter.op("And", causal, emitter.op("Less", distance, emitter.constant(np.array(window)))))
+
+
+@TABLE.replaces(ops.FULL_ATTENTION)
+def _full_attention(emitter: Emitter, node: Node) -> str:
+    inputs = [emitter.value(value) for value in node.args]
+    return str(emitter.op("Attention", *inputs, scale=node.kwargs["scale"]))
 
 
 DIALECT = Dialect(name="tensorrt", opset=24, ir_version=11, domains={}, lowerings=TABLE, widens=True)

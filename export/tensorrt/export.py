@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from transom.backends.artifact import MODEL_FILE
-from transom.backends.tensorrt.sidecar import Profile, Sidecar
+from transom.backends.artifact import MODEL_FILE, Entry
+from transom.backends.tensorrt.rings import ring_ports
+from transom.backends.tensorrt.sidecar import IMAGE_CALLS, TEXT_CALLS, Profile, Shape, Sidecar
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter
+from transom.export.onnx.export import write_encoder
 from transom.export.options import Options
 from transom.export.tensorrt.dialect import DIALECT
 from transom.export.tensorrt.verify.verify import require
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
-from transom.graphs.state import BATCH, SLOTS, State
+from transom.graphs.state import BATCH, SLOTS, Port
 
 
 def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
@@ -32,8 +34,9 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     require(model)
     lowered = entry(graph, MODEL_FILE, **sizes)
     logits = dataclasses.replace(lowered.outputs["logits"], dtype="float32")
-    lowered = dataclasses.replace(lowered, outputs={"logits": logits})
-    sidecar(lowered.states, options).write(folder)
+    rings = ring_ports(lowered.states) if "until" in graph.inputs else {}
+    lowered = dataclasses.replace(lowered, inputs={**lowered.inputs, **rings}, outputs={"logits": logits})
+    sidecar(lowered, options).write(folder)
     return Lowered(
         entry=lowered,
         libraries=("onnx",),
@@ -42,28 +45,51 @@ def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> 
     )
 
 
-def sidecar(states: Sequence[State], options: Options) -> Sidecar:
-    """What stands beside the model."""
+def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
+    """Write an encoder of images and verify it; see `write_encoder`.
+
+    Raises:
+        UnsupportedOpsError: Naming every operation that the dialect cannot express.
+        QuantizationError: If a scale is not positive in the compute dtype.
+        DialectError: Naming everything that TensorRT would not take, or would compute otherwise.
+    """
+    lowered, model = write_encoder(graph, DIALECT, folder, progress)
+    require(model)
+    return lowered
+
+
+def sidecar(lowered: Entry, options: Options) -> Sidecar:
+    """What stands beside a model that decodes."""
     numbers, dtype = scheme(options.quant).numbers, options.dtype
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
     several = min(2, options.chunk)
     return Sidecar(
         dtype=dtype,
-        aliases={f"{state.name}.out": state.name for state in states},
-        states=tuple(states),
-        profiles=(_profile("prefill", options.chunk, options.chunk), _profile("decode", 1, several)),
+        aliases={f"{state.name}.out": state.name for state in lowered.states},
+        states=lowered.states,
+        profiles=(
+            _profile("prefill", lowered.inputs, options.chunk, options.chunk),
+            _profile("decode", lowered.inputs, 1, several),
+        ),
         least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
+        calls=IMAGE_CALLS if "until" in lowered.inputs else TEXT_CALLS,
     )
 
 
-def _profile(name: str, likely: int, most: int) -> Profile:
+def _profile(name: str, inputs: Mapping[str, Port], likely: int, most: int) -> Profile:
     return Profile(
         name=name,
         inputs={
-            "tokens": ((1, 1), (1, likely), (1, most)),
-            "logit_positions": ((1,), (1,), (most,)),
+            name: (_shape(port, 1, 1), _shape(port, likely, 1), _shape(port, most, most))
+            for name, port in inputs.items()
+            if None in port.sizes
         },
     )
+
+
+def _shape(port: Port, tokens: int, positions: int) -> Shape:
+    sizes = {BATCH: 1, "tokens": tokens, "positions": positions}
+    return tuple(sizes[axis] if size is None else size for axis, size in zip(port.axes, port.sizes, strict=True))
 
 
 def _rounded_scales(options: Options) -> tuple[str, ...]:

@@ -139,11 +139,14 @@ def compile_model(
         for name in config.encoders:
             # What is measured on text says nothing of images.
             without = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant))
-            wide = torch.float32 if measure.ranges else dtype
+            widens = measure.ranges is not None and "float32" in TARGETS[options.target].dtypes
+            wide = torch.float32 if widens else dtype
             encoders[name], more = without.run(model.trace(task=name, dtype=wide))
             total += encoders[name].weight_bytes()
             all_records += more
-            unmeasured += [f"{name}: it computes in float32, as ranges are measured on text"] if measure.ranges else []
+            if measure.ranges is not None:
+                how = "it computes in float32" if widens else "what leaves float16's range in it is not known"
+                unmeasured.append(f"{name}: {how}, as ranges are measured on text")
             unmeasured += [f"{name}: its activations stay, as scales are measured on text"] if measure.scales else []
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():

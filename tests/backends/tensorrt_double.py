@@ -21,7 +21,7 @@ from transom.backends.tensorrt.sidecar import Sidecar, read_sidecar
 from transom.backends.tensorrt.widening import read, widened
 
 VERSION = "10.99.0"
-ENGINE = b"an engine of the double"
+ENGINE, ENCODER = b"an engine of the double", b"an encoder of the double"
 
 
 @dataclasses.dataclass
@@ -54,12 +54,13 @@ class Runtime:
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         self.calls.note("deserialize_cuda_engine", len(serialized_engine))
-        return ICudaEngine(self) if serialized_engine == ENGINE else None
+        files = {ENGINE: MODEL_FILE, ENCODER: "encode_image.onnx"}
+        return ICudaEngine(self, files[serialized_engine]) if serialized_engine in files else None
 
 
 class ICudaEngine:
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.weight_streaming_budget_v2 = runtime, 0
+    def __init__(self, runtime: Runtime, file: str) -> None:
+        self.runtime, self.file, self.weight_streaming_budget_v2 = runtime, file, 0
         self.sidecar = read_sidecar(runtime.folder)
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
@@ -69,15 +70,15 @@ class ICudaEngine:
         return 12345
 
     def create_execution_context(self) -> IExecutionContext:
-        return IExecutionContext(self.runtime, self.sidecar)
+        return IExecutionContext(self.runtime, self.sidecar, self.file)
 
 
 class IExecutionContext:
-    def __init__(self, runtime: Runtime, sidecar: Sidecar) -> None:
+    def __init__(self, runtime: Runtime, sidecar: Sidecar, file: str) -> None:
         self.calls, self.sidecar, self.profile = runtime.calls, sidecar, -1
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        model = widened(read(str(runtime.folder / MODEL_FILE)))
+        model = widened(read(str(runtime.folder / file)))
         self.inputs = {value.name: value.type.tensor_type for value in model.graph.input}
         self.outputs = {value.name: value.type.tensor_type for value in model.graph.output}
         self.session = load(model.SerializeToString(), 1, folded=2**40, data=runtime.folder, as_it_stands=True)
@@ -104,7 +105,8 @@ class IExecutionContext:
         return name in self.inputs or name in self.outputs
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        sizes = {"tokens": self.shapes["tokens"][1], "positions": self.shapes["logit_positions"][0]}
+        given = {"tokens": (1, 0), "logit_positions": (0,)} | self.shapes
+        sizes = {"tokens": given["tokens"][1], "positions": given["logit_positions"][0]}
         dims = (self.inputs | self.outputs)[name].shape.dim
         return tuple(sizes[dim.dim_param] if dim.dim_param else dim.dim_value for dim in dims)
 
@@ -112,7 +114,8 @@ class IExecutionContext:
         self.calls.note("execute_async_v3", stream_handle)
         if {*self.inputs, *self.outputs} - self.addresses.keys():
             return False
-        if any(self.addresses[output] != self.addresses[given] for output, given in self.sidecar.aliases.items()):
+        aliases = [pair for pair in self.sidecar.aliases.items() if pair[0] in self.outputs]
+        if any(self.addresses[output] != self.addresses[given] for output, given in aliases):
             return False
         binding = self.session.io_binding()
         for bind, values in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):

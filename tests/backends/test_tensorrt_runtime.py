@@ -142,7 +142,7 @@ def test_a_call_that_the_engine_refuses(folder: Path, manifest: Manifest, monkey
 def test_streamed_weights(folder: Path, manifest: Manifest) -> None:
     for streams, budget in ((True, 12345), (False, 0)):
         runtime: Any = opened(folder, manifest, weight_streaming=streams)[0].runtime
-        assert runtime._engine.weight_streaming_budget_v2 == budget
+        assert runtime._engine.engine.weight_streaming_budget_v2 == budget
 
 
 # Which runtime opens.

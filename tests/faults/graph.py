@@ -148,8 +148,8 @@ class BoundEveryCache(BoundLocalCaches):
         super().__init__(chunk)
         self.window = window
 
-    def _readers_of(self, cache: Node) -> Any:
-        readers, slots = super()._readers_of(cache) or [], self.window + self.chunk - 1
+    def _readers_of(self, cache: Node, slack: int) -> Any:
+        readers, slots = super()._readers_of(cache, slack) or [], self.window + slack
         return [dataclasses.replace(reader, window=self.window, slots=slots) for reader in readers]
 
     def ensures(self, graph: Graph) -> None:

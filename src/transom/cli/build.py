@@ -39,30 +39,37 @@ def build(
     overwrite: Annotated[bool, typer.Option(help="Replace an engine of that name.")] = False,
     json: Json = False,
 ) -> None:
-    """Build a TensorRT engine beside the ONNX file of a tensorrt artifact."""
+    """Build a TensorRT engine beside every ONNX model of a tensorrt artifact."""
+    from transom.backends.artifact import read_manifest
     from transom.backends.tensorrt.builder import build_engine
     from transom.backends.tensorrt.library import find_library
 
     compute = None if cc is None else compute_capabilities(cc)
     library = find_library(rtx=rtx)
     with stage_bars() as on_progress:
-        record = build_engine(
-            folder,
-            library,
-            compute=compute,
-            portable=portable,
-            weight_streaming=weight_streaming,
-            overwrite=overwrite,
-            on_progress=on_progress,
-        )
+        records = [
+            build_engine(
+                folder,
+                library,
+                entry=entry,
+                compute=compute,
+                portable=portable,
+                weight_streaming=weight_streaming,
+                overwrite=overwrite,
+                on_progress=on_progress,
+            )
+            for entry in read_manifest(folder, verify=False).entries
+        ]
     if json:
-        print_json({"folder": str(folder), **dataclasses.asdict(record)})
+        decode, *encoders = map(dataclasses.asdict, records)
+        print_json({"folder": str(folder), **decode, **({"encoders": encoders} if encoders else {})})
         return
-    console.print(
-        f"{escape(str(folder / record.file))}: {record.title}, for {record.where}, {size(record.bytes)}, built in "
-        f"{record.seconds:.1f} s",
-        highlight=False,
-    )
+    for record in records:
+        console.print(
+            f"{escape(str(folder / record.file))}: {record.title}, for {record.where}, {size(record.bytes)}, built in "
+            f"{record.seconds:.1f} s",
+            highlight=False,
+        )
 
 
 def compute_capabilities(text: str) -> list[int]:
