@@ -31,7 +31,7 @@ from transom.zoo.model import Model, load
 
 CHUNK = 20
 """Holds an image of 16 tokens, and not two."""
-TARGETS = [target for target in TABLES if KNOWN[target].images]
+TARGETS = [name for name in TABLES if KNOWN[name].images and "float32" in KNOWN[name].dtypes]
 BEFORE_WRITES = ("xla", "tvm")
 """Targets whose every attention comes before the writes, so that a window of slots is enough for any chunk."""
 
