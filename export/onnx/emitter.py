@@ -156,6 +156,7 @@ class Emitter:
             # Several taps may show one value, and an output has one name.
             self._rename(self.op("Identity", value) if name in taps and wide is node.meta["val"] else value, name)
             outputs.append(self._describe(name, wide))
+        self._drop_unused({value.name for value in outputs})
         self._write_weights()
         inputs += self._more_inputs
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
@@ -354,11 +355,29 @@ class Emitter:
         """What users read in place of torch's symbol."""
         return self._axes.get(symbol, symbol)
 
+    def _drop_unused(self, results: set[str]) -> None:
+        """Leave out nodes that no result needs: runtimes keep what nothing reads until a run has ended."""
+        used, nodes = set(results), list[onnx.NodeProto]()
+        for node in reversed(self._nodes):
+            if used.intersection(node.output):
+                nodes.append(node)
+                used |= _read(node)
+        self._nodes = nodes[::-1]
+
     def _rename(self, old: str, new: str) -> None:
         """Let the node that makes `old` make `new`."""
         for node in self._nodes:
             node.input[:] = [new if name == old else name for name in node.input]
             node.output[:] = [new if name == old else name for name in node.output]
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """Values that a node reads, in its branches too."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            names |= _read(inner)
+    return names
 
 
 def data_file(model_file: str) -> str:
