@@ -95,7 +95,7 @@ def check_options(target: str, quant: str, dtype: str | None, **given: str | Non
         raise TargetError(f"no target named {target!r}: choose one of {', '.join(TARGETS)}")
     able = TARGETS[target]
     quant_scheme = scheme(quant)
-    if lacking := sorted({spec.number for spec in quant_scheme.specs} - able.numbers):
+    if lacking := sorted({spec.format for spec in quant_scheme.specs} - able.formats):
         raise TargetError(
             f"the target {target!r} holds no {', '.join(lacking)}, which {quant!r} asks for: choose "
             f"{_schemes_for(able)}"
@@ -123,7 +123,7 @@ def _schemes_for(target: Target) -> str:
     names = [
         name
         for name, quant_scheme in SCHEMES.items()
-        if all(spec.number in target.numbers and not target.refuses(spec) for spec in quant_scheme.specs)
+        if all(spec.format in target.formats and not target.refuses(spec) for spec in quant_scheme.specs)
         and (quant_scheme.activations is None or quant_scheme.activations in target.activations)
     ]
     return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -22,53 +22,53 @@ from transom.formats import sfp8
 from transom.formats.schemes import BITS
 
 
-def pack(codes: torch.Tensor, number: str) -> torch.Tensor:
+def pack(codes: torch.Tensor, format: str) -> torch.Tensor:
     """Pack codes [..., n] into bytes [..., ceil(n * bits / 8)]."""
-    if BITS[number] == 8:
+    if BITS[format] == 8:
         return codes
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def unpack(packed: torch.Tensor, number: str, count: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, format: str, count: int) -> torch.Tensor:
     """Undo `pack`: codes [..., count]."""
-    if BITS[number] == 8:
+    if BITS[format] == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
 
 
-def block_of(codes: torch.Tensor, number: str) -> int:
+def block_of(codes: torch.Tensor, format: str) -> int:
     """Columns of a block of packed codes [R, K / block, bytes]."""
-    return int(codes.shape[2]) * 8 // BITS[number]
+    return int(codes.shape[2]) * 8 // BITS[format]
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str) -> torch.Tensor:
     """Numbers of a block-quantised matrix, float32 [R, K]; `zeros` are zero points, or float32 offsets."""
     rows, blocks = scales.shape
-    block = block_of(codes, number)
+    block = block_of(codes, format)
     if zeros is not None and not zeros.is_floating_point():
-        zeros = unpack(zeros, number, blocks)
-    return decode(unpack(codes, number, block), scales, zeros, number).view(rows, blocks * block)
+        zeros = unpack(zeros, format, blocks)
+    return decode(unpack(codes, format, block), scales, zeros, format).view(rows, blocks * block)
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str) -> torch.Tensor:
+def decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str) -> torch.Tensor:
     """Numbers of unpacked codes.
 
     Args:
         codes: [R, G, C].
         scales: float32 [R, G].
         zeros: Zero points, uint8 [R, G]; or offsets, float32 [R, G]; or None.
-        number: What a code is.
+        format: What a code is.
 
     Returns:
         float32 [R, G, C].
     """
-    if number == "sfp8":
+    if format == "sfp8":
         return sfp8.decode(codes) * scales[..., None]
     values = codes.float()
     has_offsets = zeros is not None and zeros.is_floating_point()
     if not codes.is_floating_point():
-        values = values - (2 ** (BITS[number] - 1) if zeros is None or has_offsets else zeros.float()[..., None])
+        values = values - (2 ** (BITS[format] - 1) if zeros is None or has_offsets else zeros.float()[..., None])
     values = values * scales[..., None]
     return values + zeros[..., None] if zeros is not None and has_offsets else values

@@ -127,10 +127,10 @@ def _plain_grid(blocks_RGC: torch.Tensor, spec: QuantSpec) -> Grid:
 
 
 def _largest_fits(largest: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    if spec.number == "sfp8":
+    if spec.format == "sfp8":
         # Its makers scale only what would not fit.
         return torch.where(largest <= sfp8.LARGEST, 1.0, largest / sfp8.LARGEST)
-    top = FLOAT8_MAX if spec.number == "float8_e4m3fn" else 2 ** (spec.bits - 1) - 1
+    top = FLOAT8_MAX if spec.format == "float8_e4m3fn" else 2 ** (spec.bits - 1) - 1
     # Codes are computed with the stored scale, where its dtype is narrower.
     return _no_zeros((largest / top).to(getattr(torch, spec.scale_dtype)).float())
 
@@ -149,7 +149,7 @@ def values(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tenso
     scales = grid.scales(spec)[..., None]
     if not spec.is_integer:
         narrow = encode(blocks_RGC, grid, spec).codes
-        return (sfp8.decode(narrow) if spec.number == "sfp8" else narrow.float()) * scales
+        return (sfp8.decode(narrow) if spec.format == "sfp8" else narrow.float()) * scales
     return _integers(blocks_RGC, grid, spec).sub_(_zeros(grid, spec)).mul_(scales)
 
 
@@ -178,9 +178,9 @@ def encode(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> Rounded:
     scales = grid.scales(spec)
     if not bool(torch.isfinite(scales).all()):
         raise QuantizationError(f"a scale does not fit {spec.scale_dtype}: choose a scheme with float32 scales")
-    if spec.number == "sfp8":
+    if spec.format == "sfp8":
         codes = sfp8.encode(blocks_RGC / grid.divisors[..., None])
-    elif spec.number == "float8_e4m3fn":
+    elif spec.format == "float8_e4m3fn":
         # Clamped first: what is out of range would become NaN.
         codes = (blocks_RGC / grid.divisors[..., None]).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     else:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from transom.errors import QuantizationError
 
-Number = Literal["int4", "int8", "float8_e4m3fn", "sfp8"]
+Format = Literal["int4", "int8", "float8_e4m3fn", "sfp8"]
 """What a code is: an integer; an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point Specification 1.0); or
 a switched 8-bit float (`formats.sfp8`)."""
 
@@ -31,7 +31,7 @@ class QuantSpec:
     """How a matrix becomes narrow numbers: `(code - zero_point) * scale + offset`.
 
     Attributes:
-        number: What a code is.
+        format: What a code is.
         block: Columns that share a scale, at most (see `group`); or all of a "row" (an output channel), or of the
             whole "tensor".
         symmetric: Whether the middle code means zero; otherwise each block has a zero point. Floats have none.
@@ -44,7 +44,7 @@ class QuantSpec:
         modules: Pattern that is found in the names of the weights that this is for.
     """
 
-    number: Number
+    format: Format
     block: int | Literal["row", "tensor"]
     symmetric: bool = True
     has_offsets: bool = False
@@ -53,24 +53,24 @@ class QuantSpec:
     modules: str = ""
 
     def __post_init__(self) -> None:
-        if self.number not in BITS:
-            raise QuantizationError(f"unknown number {self.number!r}: choose one of {', '.join(BITS)}")
+        if self.format not in BITS:
+            raise QuantizationError(f"unknown format {self.format!r}: choose one of {', '.join(BITS)}")
         if isinstance(self.block, int) and (self.block < SMALLEST_BLOCK or self.block & (self.block - 1)):
             raise QuantizationError(f"blocks must be powers of two from {SMALLEST_BLOCK} on, not {self.block}")
         if not (self.is_integer or self.symmetric):
-            raise QuantizationError(f"{self.number} has no zero points: make it symmetric")
+            raise QuantizationError(f"{self.format} has no zero points: make it symmetric")
         if self.has_offsets and not (self.is_integer and self.symmetric):
             raise QuantizationError("only integers that have no zero points have offsets")
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return BITS[self.number]
+        return BITS[self.format]
 
     @property
     def is_integer(self) -> bool:
         """Whether codes are integers."""
-        return self.number in ("int4", "int8")
+        return self.format in ("int4", "int8")
 
     def group(self, columns: int) -> int:
         """Columns that share a scale; a block is halved until it divides the columns.
@@ -98,14 +98,14 @@ class QuantSpec:
     def key(self) -> str:
         """All but `modules` in a line, which `of_key` reads; operations carry it as an argument."""
         offsets = [True] if self.has_offsets else []
-        return json.dumps([self.number, self.block, self.symmetric, self.signed_scale, self.scale_dtype, *offsets])
+        return json.dumps([self.format, self.block, self.symmetric, self.signed_scale, self.scale_dtype, *offsets])
 
     @staticmethod
     def of_key(key: str) -> QuantSpec:
         """Undo `key`."""
-        number, block, symmetric, signed_scale, scale_dtype, *offsets = json.loads(key)
+        format, block, symmetric, signed_scale, scale_dtype, *offsets = json.loads(key)
         return QuantSpec(
-            number=number,
+            format=format,
             block=block,
             symmetric=symmetric,
             has_offsets=offsets == [True],
@@ -117,7 +117,7 @@ class QuantSpec:
         """In words, such as "int4 in blocks of 32"."""
         where = f"by {self.block}" if isinstance(self.block, str) else f"in blocks of {self.block}"
         zeros = " with offsets" if self.has_offsets else "" if self.symmetric else " with zero points"
-        return f"{self.number} {where}{zeros}"
+        return f"{self.format} {where}{zeros}"
 
 
 def _dividing(columns: int, block: int) -> int:
@@ -150,7 +150,7 @@ class Scheme:
     name: str
     linears: tuple[QuantSpec, ...] = ()
     table: QuantSpec | None = None
-    activations: Number | None = None
+    activations: Format | None = None
     as_shipped: bool = False
 
     def of(self, name: str) -> QuantSpec | None:
@@ -165,24 +165,24 @@ class Scheme:
         return (*self.linears, *((self.table,) if self.table else ()))
 
     @property
-    def numbers(self) -> frozenset[str]:
-        """Every kind of number that a target must hold for it."""
-        return frozenset(spec.number for spec in self.specs) | ({self.activations} if self.activations else set())
+    def formats(self) -> frozenset[str]:
+        """Every format that a target must hold for it."""
+        return frozenset(spec.format for spec in self.specs) | ({self.activations} if self.activations else set())
 
 
 SPECS: dict[str, QuantSpec] = {
     # llama.cpp's Q4_0, to the bit.
-    "int4_block32": QuantSpec(number="int4", block=32, signed_scale=True, scale_dtype="float16"),
-    "int4_block128": QuantSpec(number="int4", block=128),
-    "int4_channel": QuantSpec(number="int4", block="row"),
-    "int8_block32": QuantSpec(number="int8", block=32),
-    "int8_block128": QuantSpec(number="int8", block=128),
-    "int8_channel": QuantSpec(number="int8", block="row"),
-    "fp8_e4m3": QuantSpec(number="float8_e4m3fn", block=128),
-    "sfp8": QuantSpec(number="sfp8", block="tensor"),
+    "int4_block32": QuantSpec(format="int4", block=32, signed_scale=True, scale_dtype="float16"),
+    "int4_block128": QuantSpec(format="int4", block=128),
+    "int4_channel": QuantSpec(format="int4", block="row"),
+    "int8_block32": QuantSpec(format="int8", block=32),
+    "int8_block128": QuantSpec(format="int8", block=128),
+    "int8_channel": QuantSpec(format="int8", block="row"),
+    "fp8_e4m3": QuantSpec(format="float8_e4m3fn", block=128),
+    "sfp8": QuantSpec(format="sfp8", block="tensor"),
     # What TensorRT takes to the bit: its scales are of the dtype that it computes in, and positive.
-    "int4_block32_bf16": QuantSpec(number="int4", block=32, scale_dtype="bfloat16"),
-    "fp8_channel": QuantSpec(number="float8_e4m3fn", block="row", scale_dtype="bfloat16"),
+    "int4_block32_bf16": QuantSpec(format="int4", block=32, scale_dtype="bfloat16"),
+    "fp8_channel": QuantSpec(format="float8_e4m3fn", block="row", scale_dtype="bfloat16"),
 }
 """What projections and tables can be, by name; a scheme may be written LINEARS:TABLE with two of these names."""
 
@@ -192,7 +192,7 @@ _TABLE = SPECS["int8_block128"]
 # Queries, keys and values are a sixth of the projections and the most sensitive part: on the 270M they cause a third
 # of what 4 bits everywhere lose in perplexity.
 _INTO_ATTENTION = dataclasses.replace(SPECS["int8_block32"], modules=r"self_attn\.(q|k|v|qkv)_proj")
-_INT4 = QuantSpec(number="int4", block=32, symmetric=False)
+_INT4 = QuantSpec(format="int4", block=32, symmetric=False)
 _OWN_TABLE = ("sfp8", "int4_block32_bf16", "fp8_channel")
 _FP8 = SPECS["fp8_channel"]
 
@@ -206,7 +206,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             name="int4_table",
             linears=(_INTO_ATTENTION, _INT4),
-            table=QuantSpec(number="int4", block=32),
+            table=QuantSpec(format="int4", block=32),
         ),
         Scheme(name="fp8", linears=(SPECS["fp8_e4m3"],), table=_TABLE),
         Scheme(name="fp8_activations", linears=(SPECS["fp8_e4m3"],), table=_TABLE, activations="float8_e4m3fn"),

@@ -17,7 +17,7 @@ from transom.errors import CheckpointError
 from transom.formats.finite import is_finite, nonfinite_rows
 from transom.formats.quantized import decode
 from transom.formats.rounding import Rounded
-from transom.formats.schemes import Number, QuantSpec
+from transom.formats.schemes import Format, QuantSpec
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """(codes [rows, K], scales float32 [rows, K / block], zeros) of some rows. Codes of symmetric integers are int8, with
@@ -43,7 +43,7 @@ class Encoded:
     Attributes:
         name: What the format is called, such as "Q5_0".
         shape: (R, K).
-        number: What a code is; see `formats.schemes.Number`.
+        format: What a code is; see `formats.schemes.Format`.
         bits: Bits that hold every code; an integer format may need fewer than its number has.
         block: Columns that share one scale.
         symmetric: Whether zero is the code in the middle, so that there are no zero points.
@@ -54,7 +54,7 @@ class Encoded:
 
     name: str
     shape: tuple[int, ...]
-    number: Number
+    format: Format
     bits: int
     block: int
     symmetric: bool
@@ -68,7 +68,7 @@ class Encoded:
         return Encoded(
             name=spec.describe(),
             shape=shape,
-            number=spec.number,
+            format=spec.format,
             bits=spec.bits,
             block=spec.stored_block(shape[1]),
             symmetric=spec.symmetric,
@@ -81,7 +81,7 @@ class Encoded:
     def stack(parts: Sequence[Encoded]) -> Encoded | None:
         """Codes of matrices one below the other, none of them changed; None if no format holds them all."""
         first, columns = parts[0], parts[0].shape[1]
-        kinds = {(part.is_integer or part.number, part.symmetric, part.has_offsets, part.shape[1]) for part in parts}
+        kinds = {(part.is_integer or part.format, part.symmetric, part.has_offsets, part.shape[1]) for part in parts}
         if len(kinds) > 1:
             return None
         parts = [part.with_block(math.gcd(*(part.block for part in parts))) for part in parts]
@@ -99,7 +99,7 @@ class Encoded:
         return Encoded(
             name=" + ".join(dict.fromkeys(part.name for part in parts)),
             shape=(starts[-1], columns),
-            number="int8" if any(part.number == "int8" for part in parts) else first.number,
+            format="int8" if any(part.format == "int8" for part in parts) else first.format,
             bits=max(part.bits for part in parts),
             block=parts[0].block,
             symmetric=first.symmetric,
@@ -111,7 +111,7 @@ class Encoded:
     @property
     def is_integer(self) -> bool:
         """Whether codes are integers."""
-        return self.number in ("int4", "int8")
+        return self.format in ("int4", "int8")
 
     @property
     def zeros_name(self) -> str | None:
@@ -157,7 +157,7 @@ class Encoded:
         if integers.dtype == torch.int8:  # symmetric: the middle code is 0
             values = integers_RGC.float() * scales[..., None]
             return (values if zeros is None else values.add_(zeros[..., None])).view(rows, -1)
-        return decode(integers_RGC, scales, zeros, self.number).view(rows, -1)
+        return decode(integers_RGC, scales, zeros, self.format).view(rows, -1)
 
     def dequantized(self) -> torch.Tensor:
         """What all codes mean, float32 [R, K]."""

@@ -254,15 +254,15 @@ def _(
 @torch.library.custom_op("transom::linear_quantized", mutates_args=())
 @_body
 def linear_quantized(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
 ) -> torch.Tensor:
     """`x @ dequantize(codes).T`; see `formats.quantized` for the layout of codes, zero points and offsets."""
-    return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, number).to(x.dtype))
+    return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, format).to(x.dtype))
 
 
 @linear_quantized.register_fake
 def _(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -270,33 +270,33 @@ def _(
 @torch.library.custom_op("transom::embedding_quantized", mutates_args=())
 @_body
 def embedding_quantized(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
 ) -> torch.Tensor:
     """Rows of the dequantised table, float32 [..., K]."""
     flat = tokens.flatten()
-    rows = dequantize(codes[flat], scales[flat], None if zeros is None else zeros[flat], number)
+    rows = dequantize(codes[flat], scales[flat], None if zeros is None else zeros[flat], format)
     return rows.view(*tokens.shape, -1)
 
 
 @embedding_quantized.register_fake
 def _(
-    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, number: str
+    tokens: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
 ) -> torch.Tensor:
-    return scales.new_empty((*tokens.shape, codes.shape[1] * block_of(codes, number)))
+    return scales.new_empty((*tokens.shape, codes.shape[1] * block_of(codes, format)))
 
 
 @torch.library.custom_op("transom::round_activations", mutates_args=())
 @_body
-def round_activations(x: torch.Tensor, scale: float, number: str) -> torch.Tensor:
+def round_activations(x: torch.Tensor, scale: float, format: str) -> torch.Tensor:
     """Round activations to 8-bit floats and back: `x / scale` to the nearest of them, what is out of range clamped."""
-    if number != "float8_e4m3fn":
-        raise ValueError(f"activations are rounded to float8_e4m3fn, not to {number!r}")
+    if format != "float8_e4m3fn":
+        raise ValueError(f"activations are rounded to float8_e4m3fn, not to {format!r}")
     narrow = (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     return (narrow.float() * scale).to(x.dtype)
 
 
 @round_activations.register_fake
-def _(x: torch.Tensor, scale: float, number: str) -> torch.Tensor:
+def _(x: torch.Tensor, scale: float, format: str) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 

@@ -89,7 +89,7 @@ class Weight:
         """Codes, scales and zero points or offsets, if it has any, of an encoded matrix, as `formats.quantized` lays
         them out.
         """
-        (rows, columns), number, bits = encoded.shape, encoded.number, BITS[encoded.number]
+        (rows, columns), format, bits = encoded.shape, encoded.format, BITS[encoded.format]
         blocks, middle = columns // encoded.block, 2 ** (bits - 1)
 
         def part(shape: tuple[int, ...], dtype: torch.dtype, pick: Callable[[Codes], torch.Tensor]) -> Weight:
@@ -106,13 +106,13 @@ class Weight:
             codes = parts[0]
             if codes.dtype == torch.int8:
                 codes = codes.view(torch.uint8) + middle
-            return pack(codes.view(len(codes), blocks, -1), number)
+            return pack(codes.view(len(codes), blocks, -1), format)
 
         def stored_zeros(parts: Codes) -> torch.Tensor:
             assert parts[2] is not None
-            return parts[2] if encoded.has_offsets else pack(parts[2], number)
+            return parts[2] if encoded.has_offsets else pack(parts[2], format)
 
-        code_dtype = FLOAT8 if number == "float8_e4m3fn" else torch.uint8
+        code_dtype = FLOAT8 if format == "float8_e4m3fn" else torch.uint8
         codes = part((blocks, encoded.block * bits // 8), code_dtype, packed)
         scales = part((blocks,), torch.float32, lambda parts: parts[1])
         if encoded.zeros_name is None:

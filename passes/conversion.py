@@ -23,7 +23,7 @@ class Conversion:
 
     Attributes:
         weight: Its name.
-        number: What its codes are.
+        format: What its codes are.
         block: Columns that share a scale; all where the spec says so.
         source: Format of the checkpoint's codes; "" if it had none.
         kept: Whether those codes are kept to the bit.
@@ -33,7 +33,7 @@ class Conversion:
     """
 
     weight: str
-    number: str
+    format: str
     block: int
     source: str
     kept: bool
@@ -58,7 +58,7 @@ class Conversion:
         """Plain data for the manifest."""
         return {
             "weight": self.weight,
-            "number": self.number,
+            "number": self.format,
             "block": self.block,
             "source": self.source,
             "kept": self.kept,
@@ -81,7 +81,7 @@ def can_hold(spec: QuantSpec, encoded: Encoded) -> bool:
     if spec.scale_dtype == "bfloat16" and encoded.scale_dtype != "bfloat16":
         return False
     if not spec.is_integer or not encoded.is_integer:
-        return spec.number == encoded.number
+        return spec.format == encoded.format
     return encoded.bits <= spec.bits and (encoded.symmetric or (not spec.symmetric and encoded.bits == spec.bits))
 
 
@@ -110,7 +110,7 @@ class _Encoder:
         self.name, self.weight, self.spec, self.method = name, weight, spec, method
         self.record = Conversion(
             weight=name,
-            number=spec.number,
+            format=spec.format,
             block=spec.group(columns),
             source=encoded.name if encoded else "",
             kept=encoded is not None and can_hold(spec, encoded),
@@ -170,7 +170,7 @@ class _Encoder:
         if start not in self._measured:
             self._measured.add(start)
             self.record.recovered += 0 if recovered is None else len(rows)
-            again = decode(rounded.codes, rounded.scales, rounded.zero_points, self.spec.number)
+            again = decode(rounded.codes, rounded.scales, rounded.zero_points, self.spec.format)
             self.record.measure(rows, again.view_as(rows))
         return rounded
 

@@ -106,7 +106,7 @@ def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = F
         if scheme.as_shipped and encoded is not None:
             block: Any = "row" if encoded.block == columns else encoded.block
             spec = QuantSpec(
-                number=encoded.number, block=block, symmetric=encoded.symmetric, has_offsets=encoded.has_offsets
+                format=encoded.format, block=block, symmetric=encoded.symmetric, has_offsets=encoded.has_offsets
             )
         spec.stored_block(columns), spec.group(columns)
     except QuantizationError as error:

@@ -25,7 +25,7 @@ def add_codes(graph: Graph, name: str, encoded: Encoded, origin: str) -> CodeNod
         graph.add_weight(name + _CODES, codes),
         graph.add_weight(f"{name}.scales", scales),
         None if zeros is None else graph.add_weight(f"{name}.{encoded.zeros_name}", zeros),
-        encoded.number,
+        encoded.format,
     )
 
 

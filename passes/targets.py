@@ -16,7 +16,7 @@ class Target:
         text: The target in words.
         extra: The extra of this package that brings what it needs; None if nothing more is needed.
         dtypes: What it can compute in; the first one is the default.
-        numbers: What quantised weights may be made of; see `formats.schemes.Number`.
+        formats: What quantised weights may be made of; see `formats.schemes.Format`.
         refuses: Why it cannot hold weights of a spec of these numbers; None if it can.
         activations: What activations may be rounded to.
         images: Whether it takes models that see images.
@@ -26,7 +26,7 @@ class Target:
     text: str
     extra: str | None = None
     dtypes: tuple[str, ...] = ("float32",)
-    numbers: frozenset[str] = frozenset(BITS)
+    formats: frozenset[str] = frozenset(BITS)
     refuses: Callable[[QuantSpec], str | None] = lambda spec: None
     activations: frozenset[str] = frozenset()
     images: bool = False
@@ -69,7 +69,7 @@ TARGETS: dict[str, Target] = {
     "tensorrt": Target(
         text="strongly typed ONNX for TensorRT (10.15 and newer) and TensorRT for RTX; transom build makes the engine",
         dtypes=("bfloat16", "float16"),
-        numbers=frozenset({"int4", "float8_e4m3fn"}),
+        formats=frozenset({"int4", "float8_e4m3fn"}),
         refuses=_tensorrt,
         activations=_FLOAT8,
         images=True,

@@ -79,7 +79,7 @@ def calibrate(
 
 def _record(name: str, weight: Weight, spec: QuantSpec) -> Conversion:
     source = weight.encoded.name if weight.encoded else ""
-    return Conversion(weight=name, number=spec.number, block=spec.group(weight.shape[1]), source=source, kept=False)
+    return Conversion(weight=name, format=spec.format, block=spec.group(weight.shape[1]), source=source, kept=False)
 
 
 def _weight(graph: Graph, node: Node) -> tuple[str, Weight]:

@@ -96,7 +96,7 @@ def write_quantized(
     quant: str,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write `config.json`, `model.safetensors`, `lattice.safetensors`, the tokenizer and how it generates.
+    """Write `config.json`, `model.safetensors`, `codes.safetensors`, the tokenizer and how it generates.
 
     Args:
         folder: Where; it exists.

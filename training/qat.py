@@ -83,7 +83,7 @@ def train(
         model: The checkpoint that is not quantised: the teacher, and where the student begins.
         settings: How to train.
         text: Text to train on.
-        out: Folder of the checkpoint (Hugging Face layout and `lattice.safetensors`); the artifact is in it, under its
+        out: Folder of the checkpoint (Hugging Face layout and `codes.safetensors`); the artifact is in it, under its
             target's name. It appears only when it is whole; until then the state of the run stands beside it.
         target: What to compile the result for; None for no artifact.
         overwrite: Whether to replace a folder that an earlier run wrote.

@@ -149,7 +149,7 @@ def quantization_limit(quant: str) -> float | None:
     Raises:
         QuantizationError: If there is no scheme of that name.
     """
-    kinds = [(spec.number, spec.block) for spec in scheme(quant).specs]
+    kinds = [(spec.format, spec.block) for spec in scheme(quant).specs]
     known = QUANTIZATION_LIMITS
     return max((known[kind if kind in known else (kind[0], LONG_BLOCK)] for kind in kinds), default=None)
 

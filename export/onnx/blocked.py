@@ -32,11 +32,11 @@ class Blocked:
         self, emitter: Emitter, parts: Any, convert_scales: Callable[[Weight], Weight] = lambda scales: scales
     ) -> None:
         self._emitter, self._convert_scales = emitter, convert_scales
-        self._codes, self._scales, zeros, self.number = parts
+        self._codes, self._scales, zeros, self.format = parts
         # Offsets are added to the product: see `offsets`.
         self._zero_points = None if is_offsets(zeros) else zeros
         self.rows, self.blocks, _ = (int(size) for size in self._codes.meta["val"].shape)
-        self.bits, self.block = BITS[self.number], block_of(self._codes.meta["val"], self.number)
+        self.bits, self.block = BITS[self.format], block_of(self._codes.meta["val"], self.format)
 
     def inputs(self) -> list[str]:
         """Names of codes, scales and, if the blocks have them, zero points."""
@@ -55,10 +55,10 @@ class Blocked:
         named_weight = self._emitter.graph.weight_of(node)
         assert named_weight is not None
         name, weight = named_weight
-        signed, bits, number = self._zero_points is None, self.bits, self.number
+        signed, bits, format = self._zero_points is None, self.bits, self.format
 
         def rows(packed: torch.Tensor) -> torch.Tensor:
-            codes = unpack(packed.flatten(1), number, columns)
+            codes = unpack(packed.flatten(1), format, columns)
             # Subtracting the middle code, in two's complement.
             return codes - 2 ** (bits - 1) if signed else codes
 

@@ -24,14 +24,14 @@ FLOATS: dict[str, torch.Tensor] = {
 """What every byte means, float32 [256], by number."""
 
 
-def looked_up(emitter: Emitter, codes: Node, scales: Node, number: str, *, rows: Node | None = None) -> str:
+def looked_up(emitter: Emitter, codes: Node, scales: Node, format: str, *, rows: Node | None = None) -> str:
     """Numbers of a matrix of 8-bit floats: all of it, float32 [R, K], or some rows, float32 [..., K].
 
     Args:
         emitter: Of the export.
         codes: [R, G, C].
         scales: [R, G].
-        number: A key of `FLOATS`.
+        format: A key of `FLOATS`.
         rows: Which rows, int64 [...].
     """
     _, blocks, block = (int(size) for size in codes.meta["val"].shape)
@@ -46,7 +46,7 @@ def looked_up(emitter: Emitter, codes: Node, scales: Node, number: str, *, rows:
         parts = [emitter.op("Gather", part, emitter.value(rows), axis=0) for part in parts]
     # Lookups want an index type that bytes are not.
     indices = emitter.op("Cast", parts[0], to=INT32)
-    values = emitter.op("Gather", emitter.constant(FLOATS[number].numpy()), indices, axis=0)
+    values = emitter.op("Gather", emitter.constant(FLOATS[format].numpy()), indices, axis=0)
     scaled = emitter.op("Mul", values, emitter.op("Unsqueeze", parts[1], emitter.constant(np.array([-1]))))
     leading = [] if rows is None else [0] * rows.meta["val"].dim()
     shape = [*leading, blocks * block] if rows is not None else [int(codes.meta["val"].shape[0]), blocks * block]

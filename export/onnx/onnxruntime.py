@@ -46,12 +46,12 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zeros, number = node.args
+    x, codes, scales, zeros, format = node.args
     rows, blocks, _ = (int(size) for size in codes.meta["val"].shape)
-    if number in FLOATS:
-        weight = looked_up(emitter, codes, scales, number)
+    if format in FLOATS:
+        weight = looked_up(emitter, codes, scales, format)
         return str(emitter.op("FusedMatMul", emitter.value(x), weight, domain=MICROSOFT, transB=1))
-    block = block_of(codes.meta["val"], number)
+    block = block_of(codes.meta["val"], format)
     weights = [codes, scales, *([] if zeros is None or is_offsets(zeros) else [zeros])]
     product = emitter.op(
         "MatMulNBits",
@@ -60,7 +60,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
         domain=MICROSOFT,
         K=blocks * block,
         N=rows,
-        bits=BITS[number],
+        bits=BITS[format],
         block_size=block,
         accuracy_level=ACCURACY_LEVEL,
     )
@@ -69,11 +69,11 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
-    tokens, codes, scales, zeros, number = node.args
-    if number in FLOATS:
-        return looked_up(emitter, codes, scales, number, rows=tokens)
+    tokens, codes, scales, zeros, format = node.args
+    if format in FLOATS:
+        return looked_up(emitter, codes, scales, format, rows=tokens)
     _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
-    block = block_of(codes.meta["val"], number)
+    block = block_of(codes.meta["val"], format)
     # With a third axis, one buffer serves this operator and MatMulNBits.
     unsqueezed = emitter.op("Unsqueeze", emitter.value(scales), emitter.constant(np.array([2])))
     gathered = emitter.op(
@@ -81,9 +81,9 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
         emitter.value(codes),
         emitter.value(tokens),
         unsqueezed,
-        _lookup_zero_points(emitter, codes, None if is_offsets(zeros) else zeros, number),
+        _lookup_zero_points(emitter, codes, None if is_offsets(zeros) else zeros, format),
         domain=MICROSOFT,
-        bits=BITS[number],
+        bits=BITS[format],
         block_size=block,
         gather_axis=0,
         quantize_axis=2,
@@ -92,7 +92,7 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Reshape", rows, emitter.constant(np.array([0, 0, blocks * block]))))
 
 
-def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None, number: str) -> str:
+def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None, format: str) -> str:
     """Zero points of GatherBlockQuantized, uint8 [R, G, 1]: a byte for each, of which 4 bits fill the low half.
 
     Also where they are the middle code: left out, they are that on the CPU and 0 on some versions' GPUs.
@@ -101,7 +101,7 @@ def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None,
     table = emitter.graph.weight_of(codes)
     assert table is not None, f"{codes} is no weight"
     if zero_points is None:
-        middle = torch.full((blocks, 1), 2 ** (BITS[number] - 1), dtype=torch.uint8)
+        middle = torch.full((blocks, 1), 2 ** (BITS[format] - 1), dtype=torch.uint8)
         weight = Weight(
             shape=(rows, blocks, 1),
             dtype=torch.uint8,
@@ -111,7 +111,7 @@ def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None,
     else:
         stored = emitter.graph.weight_of(zero_points)
         assert stored is not None, f"{zero_points} is no weight"
-        weight = stored[1].map_rows(lambda part: unpack(part, number, blocks)[..., None], row_shape=(blocks, 1))
+        weight = stored[1].map_rows(lambda part: unpack(part, format, blocks)[..., None], row_shape=(blocks, 1))
     return emitter.initializer(f"{table[0]}.lookup_zero_points", weight)
 
 

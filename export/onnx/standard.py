@@ -55,9 +55,9 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zeros, number = node.args
-    if number in FLOATS:
-        table = emitter.op("Transpose", looked_up(emitter, codes, scales, number), perm=[1, 0])
+    x, codes, scales, zeros, format = node.args
+    if format in FLOATS:
+        table = emitter.op("Transpose", looked_up(emitter, codes, scales, format), perm=[1, 0])
         return str(emitter.op("MatMul", emitter.value(x), table))
     matrix = Blocked(emitter, node.args[1:])
     weight = emitter.op("DequantizeLinear", *matrix.inputs(), axis=0, block_size=matrix.block)
@@ -68,9 +68,9 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(emitter: Emitter, node: Node) -> str:
     """Columns of the head's matrix [K, V], so that both read one buffer."""
-    tokens, codes, scales, zeros, number = node.args
-    if number in FLOATS:
-        return looked_up(emitter, codes, scales, number, rows=tokens)
+    tokens, codes, scales, zeros, format = node.args
+    if format in FLOATS:
+        return looked_up(emitter, codes, scales, format, rows=tokens)
     matrix = Blocked(emitter, node.args[1:])
     if matrix.bits < 8:
         raise QuantizationError("standard ONNX cannot look up rows of 4-bit codes: choose a scheme with an 8-bit table")

@@ -56,12 +56,12 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zero_points, number = node.args
+    x, codes, scales, zero_points, format = node.args
     dtype = _scale_dtype(emitter, x.meta["val"].dtype)
     if len(codes.users) > 1:
         matrix = emitter.op("Transpose", _table(emitter, *node.args[1:]), perm=[1, 0])
         return _product(emitter, x, matrix, _table_dtype(emitter, codes))
-    if number == "float8_e4m3fn":
+    if format == "float8_e4m3fn":
         name, weight = _named_weight(emitter, codes)
         parts = [
             emitter.initializer(f"{name}.transposed", _bytes(weight), TensorProto.FLOAT8E4M3FN, transposed=True),
@@ -69,7 +69,7 @@ def _linear_quantized(emitter: Emitter, node: Node) -> str:
         ]
         matrix = emitter.op("DequantizeLinear", *parts, axis=1)
     else:
-        blocked = Blocked(emitter, (codes, scales, zero_points, number), lambda part: _scales(part, dtype))
+        blocked = Blocked(emitter, (codes, scales, zero_points, format), lambda part: _scales(part, dtype))
         matrix = emitter.op("DequantizeLinear", *blocked.inputs(), axis=0, block_size=blocked.block)
     return _product(emitter, x, matrix, dtype)
 
@@ -100,15 +100,15 @@ def _table_dtype(emitter: Emitter, codes: Node) -> torch.dtype:
     return _scale_dtype(emitter, first.meta["val"].dtype)
 
 
-def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None, number: str) -> str:
+def _table(emitter: Emitter, codes: Node, scales: Node, zero_points: Node | None, format: str) -> str:
     """The dequantised table [V, D], made once for the embedding and the head."""
     dtype = _table_dtype(emitter, codes)
 
     def make() -> str:
         name, weight = _named_weight(emitter, codes)
         _, blocks, _ = (int(size) for size in codes.meta["val"].shape)
-        block = block_of(codes.meta["val"], number)
-        if number == "float8_e4m3fn":
+        block = block_of(codes.meta["val"], format)
+        if format == "float8_e4m3fn":
             parts = [emitter.initializer(name, _bytes(weight), TensorProto.FLOAT8E4M3FN)]
             parts.append(_row_scales(emitter, scales, dtype))
             return str(emitter.op("DequantizeLinear", *parts, axis=0))

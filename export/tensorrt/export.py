@@ -60,7 +60,7 @@ def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progr
 
 def sidecar(lowered: Entry, options: Options) -> Sidecar:
     """What stands beside a model that decodes."""
-    numbers, dtype = scheme(options.quant).numbers, options.dtype
+    formats, dtype = scheme(options.quant).formats, options.dtype
     # For exactly one token, builders keep every weight in a second layout, and have no kernel for long caches.
     several = min(2, options.chunk)
     return Sidecar(
@@ -71,7 +71,7 @@ def sidecar(lowered: Entry, options: Options) -> Sidecar:
             _profile("prefill", lowered.inputs, options.chunk, options.chunk),
             _profile("decode", lowered.inputs, 1, several),
         ),
-        least_sm=89 if "float8_e4m3fn" in numbers else 80 if dtype == "bfloat16" else 75,
+        least_sm=89 if "float8_e4m3fn" in formats else 80 if dtype == "bfloat16" else 75,
         calls=IMAGE_CALLS if "until" in lowered.inputs else TEXT_CALLS,
     )
 

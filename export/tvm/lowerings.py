@@ -233,17 +233,17 @@ def _product(emitter: Emitter, node: Node, x: Node, weight_NK: Any, n: int, k: i
     return product
 
 
-def _codes(codes: Node, zeros: Node | None, number: str) -> quantized.Codes:
+def _codes(codes: Node, zeros: Node | None, format: str) -> quantized.Codes:
     n, blocks, _ = (int(size) for size in codes.meta["val"].shape)
-    block = block_of(codes.meta["val"], number)
+    block = block_of(codes.meta["val"], format)
     has_offsets = zeros is not None and zeros.meta["val"].is_floating_point()
     symmetric = zeros is None or has_offsets
-    return quantized.Codes(n=n, blocks=blocks, block=block, number=number, symmetric=symmetric, has_offsets=has_offsets)
+    return quantized.Codes(n=n, blocks=blocks, block=block, format=format, symmetric=symmetric, has_offsets=has_offsets)
 
 
 def _with_codes(emitter: Emitter, node: Node, name: str, make: Any) -> Any:
-    x, codes, scales, zeros, number = node.args
-    layout = _codes(codes, zeros, number)
+    x, codes, scales, zeros, format = node.args
+    layout = _codes(codes, zeros, format)
     inputs = [emitter.value(value) for value in (x, codes, scales, codes if zeros is None else zeros)]
     (result,) = emitter.call((name, layout), lambda: make(layout, emitter.tile), inputs, emitter.shape(node))
     return result

@@ -276,20 +276,20 @@ def _attention(
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: str
 ) -> jax.Array:
-    return linear_quantized(x, codes, scales, zeros, number)
+    return linear_quantized(x, codes, scales, zeros, format)
 
 
 @TABLE.lowers(ops.EMBEDDING_QUANTIZED)
 def _embedding_quantized(
-    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
+    tokens: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: str
 ) -> jax.Array:
-    return embedding_quantized(tokens, codes, scales, zeros, number)
+    return embedding_quantized(tokens, codes, scales, zeros, format)
 
 
 @TABLE.lowers(ops.ROUND_ACTIVATIONS)
-def _round_activations(x: jax.Array, scale: float, number: str) -> jax.Array:
+def _round_activations(x: jax.Array, scale: float, format: str) -> jax.Array:
     # Clamped first: what is out of range would become NaN.
     scaled = jnp.clip(x.astype(jnp.float32) / scale, -FLOAT8_MAX, FLOAT8_MAX)
-    return (scaled.astype(getattr(jnp, number)).astype(jnp.float32) * scale).astype(x.dtype)
+    return (scaled.astype(getattr(jnp, format)).astype(jnp.float32) * scale).astype(x.dtype)

@@ -34,13 +34,13 @@ import jax.numpy as jnp
 
 
 def linear_quantized(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, number: str
+    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: str
 ) -> jax.Array:
     """`x @ dequantize(codes).T`, [..., R], for weights of linears and for tables."""
     if codes.ndim == 2:
-        return _head(x, codes, scales, zeros, number)
+        return _head(x, codes, scales, zeros, format)
     zero_points, offsets = _zeros(zeros)
-    values = _widened(codes, number)
+    values = _widened(codes, format)
     if zero_points is not None:
         values -= zero_points.astype(jnp.float32)[:, None]
     values *= scales[:, None]
@@ -49,9 +49,9 @@ def linear_quantized(
     return jnp.einsum("...gc,gcr->...r", x_GC, weight_GCR, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _widened(codes: jax.Array, number: str) -> jax.Array:
+def _widened(codes: jax.Array, format: str) -> jax.Array:
     """Codes as float32; see `formats.sfp8`."""
-    if number != "sfp8":
+    if format != "sfp8":
         return codes.astype(jnp.float32)
     wide = codes.astype(jnp.int32)
     low = wide & 127
@@ -61,13 +61,13 @@ def _widened(codes: jax.Array, number: str) -> jax.Array:
 
 
 def _head(
-    x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, number: str
+    x: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, format: str
 ) -> jax.Array:
     """Scales come after the product, so that the codes are read once, as they are."""
     blocks, columns = scales_GR.shape[0], codes_RK.shape[1]
     x_GC = x.reshape(*x.shape[:-1], blocks, columns // blocks)
     # Every code of 8 bits or fewer is exact in bfloat16.
-    codes_RK = _widened(codes_RK, number).astype(x.dtype)
+    codes_RK = _widened(codes_RK, format).astype(x.dtype)
     if _is_one(x.shape[:-1]):
         # Each block of the input alone in a row of zeros: one product gives every block's share.
         x_GK = jnp.where(jnp.eye(blocks, dtype=bool)[:, :, None], x_GC.reshape(1, blocks, -1), 0).reshape(blocks, -1)
@@ -93,13 +93,13 @@ def _scaled(share: jax.Array, x: jax.Array, scales: jax.Array, zeros: jax.Array 
 
 
 def embedding_quantized(
-    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, number: str
+    tokens: jax.Array, codes_RK: jax.Array, scales_GR: jax.Array, zeros_GR: jax.Array | None, format: str
 ) -> jax.Array:
     """Rows of a dequantised table, float32 [..., K]."""
     flat = tokens.reshape(-1)
     # To look up one row of narrow codes, XLA copies the whole table on a TPU; to look up two, it does not.
     rows = jnp.broadcast_to(flat, (2,)) if _is_one(flat.shape) else flat
-    values = _widened(jnp.take(codes_RK, rows, 0, mode="clip")[: flat.shape[0]], number)
+    values = _widened(jnp.take(codes_RK, rows, 0, mode="clip")[: flat.shape[0]], format)
     values = values.reshape(*flat.shape, scales_GR.shape[0], -1)
     zero_points_GR, offsets_GR = _zeros(zeros_GR)
     if zero_points_GR is not None:

@@ -31,14 +31,14 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
     for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zeros, number = node.args
+        _, codes, scales, zeros, format = node.args
         rows, blocks = (int(size) for size in scales.meta["val"].shape)
-        block, bits = block_of(codes.meta["val"], number), BITS[number]
+        block, bits = block_of(codes.meta["val"], format), BITS[format]
         has_offsets = zeros is not None and zeros.meta["val"].is_floating_point()
         signed, table = zeros is None or has_offsets, codes in tables
         numbers: dict[str, Any] = {"dtype": f"{'int' if signed else 'uint'}{bits}", "packed": bits == 4}
         numbers["middle"] = 2 ** (bits - 1) if signed else 0
-        if number not in ("int4", "int8"):
+        if format not in ("int4", "int8"):
             numbers = {"dtype": str(codes.meta["val"].dtype).removeprefix("torch.")}
         arranged = {
             codes: {"held": (rows, blocks * block), "axes": (0, 1), **numbers}

@@ -219,11 +219,11 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
         held = {name: np.ascontiguousarray(file.read(stored[name])) for name in graph.weights}
 
     def call(node: Any, kernel: str, x: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.float32]:
-        _, codes, scales, zeros, number = node.args
+        _, codes, scales, zeros, format = node.args
         names = [graph.weight_of(part)[0] for part in (codes, scales, codes if zeros is None else zeros)]  # type: ignore[index]
         arrays = [held[name].view(np.uint8) if name.endswith("codes") else held[name] for name in names]
         out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
-        _kernels(_codes(codes, zeros, number))[kernel](*map(tvm.runtime.tensor, (x, *arrays)), out)
+        _kernels(_codes(codes, zeros, format))[kernel](*map(tvm.runtime.tensor, (x, *arrays)), out)
         result: NDArray[np.float32] = out.numpy()
         return result
 

@@ -207,16 +207,16 @@ def _gated(target: str) -> Iterator[Sample]:
 
 @samples_of(ops.ROUND_ACTIVATIONS)
 def _round_activations(target: str) -> Iterator[Sample]:
-    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, number: str) -> Any:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, format: str) -> Any:
         # Half of what is out of the largest code's reach is clamped, and some becomes subnormal.
-        return ops.ROUND_ACTIVATIONS(look_up(self.table, tokens), 2.0**-7, number)
+        return ops.ROUND_ACTIVATIONS(look_up(self.table, tokens), 2.0**-7, format)
 
-    for number in sorted(TARGETS[target].activations):
+    for format in sorted(TARGETS[target].activations):
         table = normal(VOCABULARY, 40, deviation=5)
         table[:, :8] *= 1e-4
         yield Sample(
-            name=number,
-            rows=functools.partial(rows, number=number),
+            name=format,
+            rows=functools.partial(rows, format=format),
             tensors={"table": table},
             tolerance=0,
         )
@@ -226,7 +226,7 @@ def specs(target: str) -> dict[str, QuantSpec]:
     """Every format of every scheme that a target holds, by what it is."""
     formats = {spec.describe(): spec for one in SCHEMES.values() for spec in one.specs}
     able = TARGETS[target]
-    return {name: spec for name, spec in formats.items() if spec.number in able.numbers and not able.refuses(spec)}
+    return {name: spec for name, spec in formats.items() if spec.format in able.formats and not able.refuses(spec)}
 
 
 @samples_of(ops.LINEAR_QUANTIZED)
@@ -269,7 +269,7 @@ def _embedding_quantized(target: str) -> Iterator[Sample]:
 
 
 def _refused_table(target: str, spec: QuantSpec) -> tuple[type[TransomError], str] | None:
-    return (QuantizationError, "4-bit") if target == "onnx" and spec.number == "int4" else None
+    return (QuantizationError, "4-bit") if target == "onnx" and spec.format == "int4" else None
 
 
 def calls(target: str, slots: int, window: int | None) -> tuple[Call, ...]:

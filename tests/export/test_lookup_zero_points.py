@@ -15,7 +15,7 @@ from torch import nn
 from tests.case import export
 from transom.backends.artifact import MODEL_FILE
 from transom.export.onnx import emitter, onnxruntime
-from transom.formats.schemes import BITS, Number, QuantSpec, Scheme
+from transom.formats.schemes import BITS, Format, QuantSpec, Scheme
 from transom.graphs.graph import Graph
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
@@ -44,10 +44,10 @@ def plain() -> Graph:
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("block", [32, 16])
-@pytest.mark.parametrize("number", ["int4", "int8"])
-def test_rows_are_equal_to_the_bit(plain: Graph, tmp_path: Path, number: Number, block: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_rows_are_equal_to_the_bit(plain: Graph, tmp_path: Path, format: Format, block: int, symmetric: bool) -> None:
     """Of an odd number of blocks too, which do not fill whole bytes."""
-    scheme = Scheme(name="table", table=QuantSpec(number=number, block=block, symmetric=symmetric))
+    scheme = Scheme(name="table", table=QuantSpec(format=format, block=block, symmetric=symmetric))
     graph, _ = Pipeline([ConvertQuantized(scheme)]).run(plain)
     emitter.write(graph, onnxruntime.DIALECT, tmp_path)
     model = onnx.load(tmp_path / MODEL_FILE)
@@ -57,7 +57,7 @@ def test_rows_are_equal_to_the_bit(plain: Graph, tmp_path: Path, number: Number,
     zeros = onnx.numpy_helper.to_array(stored)
     assert zeros.shape == (ROWS, COLUMNS // block, 1) and zeros.dtype == np.uint8
     if symmetric:
-        assert (zeros == 2 ** (BITS[number] - 1)).all()
+        assert (zeros == 2 ** (BITS[format] - 1)).all()
     session = ort.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
     (rows,) = session.run(None, {"tokens": np.arange(ROWS)[None]})
     np.testing.assert_array_equal(rows[0], dequantized(NAME, plain.weights[NAME], scheme).numpy())

@@ -139,45 +139,45 @@ def test_linear(m: int, n: int, k: int, tile: Tile) -> None:
 
 
 FORMATS = [
-    *((number, symmetric) for number in ("int4", "int8") for symmetric in (True, False)),
+    *((format, symmetric) for format in ("int4", "int8") for symmetric in (True, False)),
     ("float8_e4m3fn", True),
     ("sfp8", True),
 ]
 
 
-@pytest.mark.parametrize(("number", "symmetric"), FORMATS)
+@pytest.mark.parametrize(("format", "symmetric"), FORMATS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "block"), [(1, 6, 96, 32), (1, 64, 48, 16), (9, 33, 160, 32), (37, 64, 384, 128)]
 )
-def test_linear_quantized(m: int, n: int, k: int, block: int, number: Any, symmetric: bool) -> None:
+def test_linear_quantized(m: int, n: int, k: int, block: int, format: Any, symmetric: bool) -> None:
     x = torch.randn(m, k)
-    parts = round_rows(torch.randn(n, k) + 0.3, QuantSpec(number=number, block=block, symmetric=symmetric))
-    codes, scales = pack(parts.codes, number), parts.scales
-    zeros = None if parts.zero_points is None else pack(parts.zero_points, number)
-    layout = quantized.Codes(n=n, blocks=k // block, block=block, number=number, symmetric=symmetric)
+    parts = round_rows(torch.randn(n, k) + 0.3, QuantSpec(format=format, block=block, symmetric=symmetric))
+    codes, scales = pack(parts.codes, format), parts.scales
+    zeros = None if parts.zero_points is None else pack(parts.zero_points, format)
+    layout = quantized.Codes(n=n, blocks=k // block, block=block, format=format, symmetric=symmetric)
     kernel = (quantized.vector_product if m == 1 else quantized.matrix_product)(layout, HOST.tile)
     held = codes.view(torch.uint8)
     given = held if zeros is None else zeros
     found, _ = run(kernel, x, held, scales, given, out=(m, n))
-    close(found, ops.linear_quantized(x, codes, scales, zeros, number))
+    close(found, ops.linear_quantized(x, codes, scales, zeros, format))
     tokens = torch.tensor([n - 1, 0, 3])
     table, _ = run(quantized.table_rows(layout), tokens, held, scales, given, out=(3, k))
-    assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, number))
+    assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, format))
 
 
-@pytest.mark.parametrize("number", ["float8_e4m3fn", "sfp8"])
-def test_every_8_bit_float_is_exact(number: Any) -> None:
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "sfp8"])
+def test_every_8_bit_float_is_exact(format: Any) -> None:
     """All 256 bytes, subnormals among them; those that are no number are left out."""
     held = torch.arange(256, dtype=torch.int16).to(torch.uint8)
     held[[0x7F, 0xFF]] = 0
-    codes = held.view(torch.float8_e4m3fn) if number == "float8_e4m3fn" else held
-    layout = quantized.Codes(n=1, blocks=2, block=128, number=number, symmetric=True)
+    codes = held.view(torch.float8_e4m3fn) if format == "float8_e4m3fn" else held
+    layout = quantized.Codes(n=1, blocks=2, block=128, format=format, symmetric=True)
     scales = torch.tensor([[1.0, 3.0]])
     found, _ = run(
         quantized.table_rows(layout), torch.zeros(1, dtype=torch.int64), held.view(1, 2, 128), scales,
         held.view(1, 2, 128), out=(1, 256),
     )  # fmt: skip
-    assert torch.equal(found, dequantize(codes.view(1, 2, 128), scales, None, number))
+    assert torch.equal(found, dequantize(codes.view(1, 2, 128), scales, None, format))
 
 
 @pytest.mark.parametrize(("m", "heads", "h"), [(1, 1, 640), (5, 3, 10), (37, 4, 32)])

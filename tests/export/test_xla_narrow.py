@@ -45,9 +45,9 @@ def _matrix(bits: int, block: int, symmetric: bool, table: bool) -> tuple[list[A
     codes = torch.randint(0, 2**bits, (ROWS, blocks, block), generator=generator, dtype=torch.uint8)
     scales = torch.rand((ROWS, blocks), generator=generator) + 0.1
     zeros = torch.randint(0, 2**bits, (ROWS, blocks), generator=generator, dtype=torch.uint8)
-    number = f"int{bits}"
-    packed = None if symmetric else quantized.pack(zeros, number)
-    dense = quantized.dequantize(quantized.pack(codes, number), scales, packed, number)
+    format = f"int{bits}"
+    packed = None if symmetric else quantized.pack(zeros, format)
+    dense = quantized.dequantize(quantized.pack(codes, format), scales, packed, format)
     dtype: Any = {(8, True): np.int8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4}[bits, symmetric]
     middle = 2 ** (bits - 1) if symmetric else 0
     held = stored(
@@ -69,7 +69,7 @@ def test_linears_give_the_numbers_of_the_dequantised_matrix(
     held, dense = _matrix(bits, block, symmetric, table)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     wanted: NDArray[np.float32] = (x @ dense.T).numpy()
-    found = np.asarray(jax.jit(functools.partial(narrow.linear_quantized, number=f"int{bits}"))(x.numpy(), *held))
+    found = np.asarray(jax.jit(functools.partial(narrow.linear_quantized, format=f"int{bits}"))(x.numpy(), *held))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FP32_PRODUCT * float(np.abs(wanted).max()))
 
@@ -79,7 +79,7 @@ def test_linears_give_the_numbers_of_the_dequantised_matrix(
 def test_rows_of_tables_are_exact(bits: int, block: int, symmetric: bool, tokens: list[list[int]]) -> None:
     held, dense = _matrix(bits, block, symmetric, table=True)
     found = np.asarray(
-        jax.jit(functools.partial(narrow.embedding_quantized, number=f"int{bits}"))(np.array(tokens, np.int32), *held)
+        jax.jit(functools.partial(narrow.embedding_quantized, format=f"int{bits}"))(np.array(tokens, np.int32), *held)
     )
     np.testing.assert_array_equal(found, dense[torch.tensor(tokens)].numpy())
 
@@ -88,7 +88,7 @@ def test_a_symbolic_number_of_wanted_positions_can_be_exported() -> None:
     held, dense = _matrix(8, 128, True, table=True)
     (positions,) = jax.export.symbolic_shape("P")
     shapes = [None if part is None else jax.ShapeDtypeStruct(part.shape, part.dtype) for part in held]
-    exported = jax.export.export(jax.jit(functools.partial(narrow.linear_quantized, number="int8")))(
+    exported = jax.export.export(jax.jit(functools.partial(narrow.linear_quantized, format="int8")))(
         jax.ShapeDtypeStruct((1, positions, COLUMNS), np.float32), *shapes
     )
     x = torch.randn((1, 7, COLUMNS), generator=torch.Generator().manual_seed(1))
@@ -97,26 +97,26 @@ def test_a_symbolic_number_of_wanted_positions_can_be_exported() -> None:
 
 
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize("number", ["float8_e4m3fn", "sfp8"])
-def test_every_8_bit_float(number: str, table: bool) -> None:
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "sfp8"])
+def test_every_8_bit_float(format: str, table: bool) -> None:
     """All codes but those that are no number, as weights of a linear and as a table."""
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).repeat(4, 1)
     codes[:, [0x7F, 0xFF]] = 0
     scales = torch.rand((4, 2), generator=torch.Generator().manual_seed(3)) + 0.1
-    own = codes.view(torch.float8_e4m3fn) if number == "float8_e4m3fn" else codes
-    dense = quantized.dequantize(own.view(4, 2, 128), scales, None, number)
+    own = codes.view(torch.float8_e4m3fn) if format == "float8_e4m3fn" else codes
+    dense = quantized.dequantize(own.view(4, 2, 128), scales, None, format)
     raw = codes.view(4, 2, 128).numpy()
     held = stored(
-        raw.view(ml_dtypes.float8_e4m3fn) if number == "float8_e4m3fn" else raw, scales.numpy(), None, table=table
+        raw.view(ml_dtypes.float8_e4m3fn) if format == "float8_e4m3fn" else raw, scales.numpy(), None, table=table
     )
     given = [None if part is None else jax.numpy.asarray(np.ascontiguousarray(part)) for part in held]
     # Ones at one column each: the products are the numbers themselves.
     found = np.asarray(
-        jax.jit(functools.partial(narrow.linear_quantized, number=number))(np.eye(256, dtype=np.float32), *given)
+        jax.jit(functools.partial(narrow.linear_quantized, format=format))(np.eye(256, dtype=np.float32), *given)
     )
     np.testing.assert_array_equal(found.T, dense.numpy())
     if table:
         rows = np.asarray(
-            jax.jit(functools.partial(narrow.embedding_quantized, number=number))(np.array([[3, 0]]), *given)
+            jax.jit(functools.partial(narrow.embedding_quantized, format=format))(np.array([[3, 0]]), *given)
         )
         np.testing.assert_array_equal(rows[0], dense[[3, 0]].numpy())

@@ -21,7 +21,7 @@ def on_grid(spec: QuantSpec, seed: int, exponent: int = -5) -> tuple[torch.Tenso
     rows = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     rows[0, :128] = 0
     found = round_rows(rows, spec)
-    return decode(found.codes, found.scales, None, spec.number).view_as(rows), found
+    return decode(found.codes, found.scales, None, spec.format).view_as(rows), found
 
 
 def blocks(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_codes_are_found_again(name: str, dtype: torch.dtype, seed: int, exponen
     saved = numbers.to(dtype).float()
     found = recover(blocks(saved, spec), spec, saved_dtype(saved))
     assert found is not None
-    again = decode(found.codes, found.scales, None, spec.number).view_as(numbers)
+    again = decode(found.codes, found.scales, None, spec.format).view_as(numbers)
     assert torch.equal(again.to(dtype).float(), saved), "every number is given exactly, as it was saved"
     wanted = torch.where(numbers == 0, 8, codes.codes.view_as(numbers))
     assert torch.equal(torch.where(saved == 0, 8, found.codes.view_as(numbers)), wanted.to(torch.uint8))

@@ -16,16 +16,16 @@ from transom.formats.quantized import decode
 from transom.formats.rounding import Method, Rounded, encode, find_grid, round_rows, values
 from transom.formats.schemes import SPECS, QuantSpec
 
-ASYMMETRIC = QuantSpec(number="int4", block=32, symmetric=False)
-POSITIVE = QuantSpec(number="int4", block=32)
+ASYMMETRIC = QuantSpec(format="int4", block=32, symmetric=False)
+POSITIVE = QuantSpec(format="int4", block=32)
 ALL: dict[str, QuantSpec] = {
     **SPECS,
     "int4 asymmetric": ASYMMETRIC,
-    "int8 asymmetric": QuantSpec(number="int8", block=32, symmetric=False),
+    "int8 asymmetric": QuantSpec(format="int8", block=32, symmetric=False),
     "int4 positive": POSITIVE,
-    "fp8 by row": QuantSpec(number="float8_e4m3fn", block="row"),
-    "fp8 by tensor": QuantSpec(number="float8_e4m3fn", block="tensor"),
-    "sfp8 in blocks": QuantSpec(number="sfp8", block=32),
+    "fp8 by row": QuantSpec(format="float8_e4m3fn", block="row"),
+    "fp8 by tensor": QuantSpec(format="float8_e4m3fn", block="tensor"),
+    "sfp8 in blocks": QuantSpec(format="sfp8", block=32),
 }
 Q4_0 = SPECS["int4_block32"]
 
@@ -50,7 +50,7 @@ def round_all(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -
 def again(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -> torch.Tensor:
     """Rounded, and back."""
     found = round_all(rows, spec, method)
-    return decode(found.codes, found.scales, found.zero_points, spec.number).view_as(rows)
+    return decode(found.codes, found.scales, found.zero_points, spec.format).view_as(rows)
 
 
 def relative(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -> float:
@@ -142,9 +142,9 @@ def step(spec: QuantSpec, rows: torch.Tensor) -> torch.Tensor:
     """Largest error of nearest rounding, [R, K], where numbers are not clipped."""
     found = round_all(rows, spec)
     scales = found.scales.abs().repeat_interleave(found.codes.shape[2], 1)
-    if spec.number == "float8_e4m3fn":
+    if spec.format == "float8_e4m3fn":
         return torch.maximum(rows.abs() / 16, scales * 2**-10)
-    if spec.number == "sfp8":
+    if spec.format == "sfp8":
         return torch.maximum(rows.abs() / 8, scales * 2**-23)
     # With a signed scale, the side away from the extreme number ends one code earlier.
     return scales * (1.0 if spec.signed_scale else 0.5)
@@ -169,7 +169,7 @@ def test_values_are_what_the_codes_mean(name: str, seed: int, method: Method) ->
     blocks = rows.view(3, -1, spec.group(256))
     grid = find_grid(blocks, spec, method, tensor_max=largest(rows))
     found = encode(blocks, grid, spec)
-    expected = decode(found.codes, found.scales, found.zero_points, spec.number)
+    expected = decode(found.codes, found.scales, found.zero_points, spec.format)
     assert torch.equal(values(blocks, grid, spec), expected)
     assert torch.equal(again(rows, spec, method), expected.view_as(rows)), "held blocks mean the same"
 

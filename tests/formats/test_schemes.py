@@ -35,7 +35,7 @@ def test_a_spec_by_name_is_for_every_projection(name: str) -> None:
     assert made.of(QUERY) == made.of(DOWN) == SPECS[name]
     own = ("sfp8", "int4_block32_bf16", "fp8_channel")
     assert made.of(TABLE) == SPECS[name if name in own else "int8_block128"]
-    assert made.numbers == {SPECS[name].number, made.of(TABLE).number}  # type: ignore[union-attr]
+    assert made.formats == {SPECS[name].format, made.of(TABLE).format}  # type: ignore[union-attr]
 
 
 def test_the_table_may_be_chosen_apart() -> None:
@@ -43,7 +43,7 @@ def test_the_table_may_be_chosen_apart() -> None:
     assert made.name == "int4_channel:fp8_e4m3" and not made.as_shipped and made.activations is None
     assert made.of(DOWN) is SPECS["int4_channel"] and made.of(TABLE) is SPECS["fp8_e4m3"]
     assert scheme("none:sfp8").of(DOWN) is None and scheme("none:sfp8").specs == (SPECS["sfp8"],)
-    assert scheme("sfp8:none").of(TABLE) is None and scheme("sfp8:none").numbers == {"sfp8"}
+    assert scheme("sfp8:none").of(TABLE) is None and scheme("sfp8:none").formats == {"sfp8"}
     assert scheme("none:none").specs == ()
 
 
@@ -57,7 +57,7 @@ def test_queries_keys_and_values_are_finer_under_int4() -> None:
 
 
 def test_activations_are_among_the_numbers() -> None:
-    assert scheme("fp8_activations").numbers == {"float8_e4m3fn", "int8"}
+    assert scheme("fp8_activations").formats == {"float8_e4m3fn", "int8"}
     assert scheme("fp8_activations").activations == "float8_e4m3fn"
 
 
@@ -81,14 +81,14 @@ def test_bad_names(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"number": "int3", "block": 32}, "unknown number 'int3': choose one of int4, int8, float8_e4m3fn, sfp8"),
-        ({"number": "int4", "block": 8}, "powers of two from 16 on, not 8"),
-        ({"number": "int4", "block": 48}, "powers of two from 16 on, not 48"),
-        ({"number": "int4", "block": 0}, "not 0"),
-        ({"number": "sfp8", "block": "tensor", "symmetric": False}, "sfp8 has no zero points"),
-        ({"number": "float8_e4m3fn", "block": 32, "symmetric": False}, "float8_e4m3fn has no zero points"),
-        ({"number": "int4", "block": 32, "symmetric": False, "has_offsets": True}, "only integers that have no zero"),
-        ({"number": "sfp8", "block": 32, "has_offsets": True}, "only integers"),
+        ({"format": "int3", "block": 32}, "unknown format 'int3': choose one of int4, int8, float8_e4m3fn, sfp8"),
+        ({"format": "int4", "block": 8}, "powers of two from 16 on, not 8"),
+        ({"format": "int4", "block": 48}, "powers of two from 16 on, not 48"),
+        ({"format": "int4", "block": 0}, "not 0"),
+        ({"format": "sfp8", "block": "tensor", "symmetric": False}, "sfp8 has no zero points"),
+        ({"format": "float8_e4m3fn", "block": 32, "symmetric": False}, "float8_e4m3fn has no zero points"),
+        ({"format": "int4", "block": 32, "symmetric": False, "has_offsets": True}, "only integers that have no zero"),
+        ({"format": "sfp8", "block": 32, "has_offsets": True}, "only integers"),
     ],
 )
 def test_bad_specs(fields: dict[str, Any], message: str) -> None:
@@ -97,14 +97,14 @@ def test_bad_specs(fields: dict[str, Any], message: str) -> None:
 
 
 def test_blocks_are_halved_until_they_divide() -> None:
-    wide = QuantSpec(number="int8", block=256)
+    wide = QuantSpec(format="int8", block=256)
     assert [(wide.group(n), wide.stored_block(n)) for n in (512, 640, 96, 48)] == [
         (256, 128),
         (128, 128),
         (32, 32),
         (16, 16),
     ]
-    row = QuantSpec(number="int8", block="row")
+    row = QuantSpec(format="int8", block="row")
     assert [(row.group(n), row.stored_block(n)) for n in (640, 96)] == [(640, 128), (96, 32)]
     for spec in (wide, row):
         with pytest.raises(QuantizationError, match="40 columns cannot be cut into blocks of 16 or more"):
@@ -112,8 +112,8 @@ def test_blocks_are_halved_until_they_divide() -> None:
 
 
 def test_in_words() -> None:
-    assert QuantSpec(number="int4", block=32, symmetric=False).describe() == "int4 in blocks of 32 with zero points"
-    offsets = QuantSpec(number="int4", block=32, has_offsets=True)
+    assert QuantSpec(format="int4", block=32, symmetric=False).describe() == "int4 in blocks of 32 with zero points"
+    offsets = QuantSpec(format="int4", block=32, has_offsets=True)
     assert offsets.describe() == "int4 in blocks of 32 with offsets" and QuantSpec.of_key(offsets.key) == offsets
     assert SPECS["int4_channel"].describe() == "int4 by row"
     assert SPECS["sfp8"].describe() == "sfp8 by tensor"

@@ -16,13 +16,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["nearest", "mse"])
-@pytest.mark.parametrize("spec", [*SPECS.values(), QuantSpec(number="int4", block=32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS.values(), QuantSpec(format="int4", block=32, symmetric=False)], ids=str)
 def test_forward_is_what_is_deployed(spec: QuantSpec, method: str) -> None:
     rows = normal(6, 256)
     blocks = rows.view(6, -1, spec.group(256))
     grid = find_grid(blocks, spec, method, tensor_max=float(rows.abs().max()))  # type: ignore[arg-type]
     found = encode(blocks, grid, spec)
-    expected = decode(found.codes, found.scales, found.zero_points, spec.number).view_as(rows)
+    expected = decode(found.codes, found.scales, found.zero_points, spec.format).view_as(rows)
     assert torch.equal(fake_quantize(rows, grid.divisors.contiguous(), grid.zero_points, spec.key), expected)
 
 
@@ -30,7 +30,7 @@ def test_the_known_answer_of_learned_steps() -> None:
     """Weights (-20, -.6, .3, 10), a step of 1, codes from -8 to 7 (shared facts on training, LSQ)."""
     weight = torch.tensor([[-20.0, -0.6, 0.3, 10.0]], requires_grad=True)
     step = torch.ones(1, 1, requires_grad=True)
-    found = fake_quantize(weight, step, None, QuantSpec(number="int4", block="row").key)
+    found = fake_quantize(weight, step, None, QuantSpec(format="int4", block="row").key)
     assert found.tolist() == [[-8, -1, 0, 7]]
     found.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[0, 1, 1, 0]]
@@ -49,7 +49,7 @@ def test_a_negative_scale_clips_at_the_other_end() -> None:
 
 def test_gradients_of_scales_agree_with_differences() -> None:
     """Where no code changes, the slope is that of the codes; the estimator adds the rounding error, and no more."""
-    spec = QuantSpec(number="int8", block=32)
+    spec = QuantSpec(format="int8", block=32)
     weight, upstream = normal(3, 64), normal(3, 64, seed=1)
     step = (weight.view(3, 2, 32).abs().amax(-1) / 100).requires_grad_(True)
     (fake_quantize(weight, step, None, spec.key) * upstream).sum().backward()

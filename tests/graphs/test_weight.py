@@ -31,7 +31,7 @@ def counted(tensor: torch.Tensor, block: int) -> Weight:
     encoded = Encoded(
         name="halves",
         shape=tuple(tensor.shape),
-        number="int8",
+        format="int8",
         bits=8,
         block=block,
         symmetric=True,
@@ -72,7 +72,7 @@ def noted(rows: int, reads: list[tuple[int, int]]) -> Encoded:
         return codes[start:stop], scales[start:stop], zeros[start:stop]
 
     return Encoded(
-        name="noted", shape=(rows, 32), number="int4", bits=4, block=16, symmetric=False, read_rows=read_codes
+        name="noted", shape=(rows, 32), format="int4", bits=4, block=16, symmetric=False, read_rows=read_codes
     )
 
 
@@ -113,7 +113,7 @@ def test_what_no_format_holds_together_is_not_stacked() -> None:
     assert symmetric is not None and wide is not None
     assert Encoded.stack([with_zeros, symmetric]) is None
     assert Encoded.stack([symmetric, wide]) is None
-    floats = dataclasses.replace(symmetric, number="sfp8")
+    floats = dataclasses.replace(symmetric, format="sfp8")
     assert Encoded.stack([symmetric, floats]) is None
     assert Encoded.stack([symmetric, symmetric]) is not None
 

@@ -23,7 +23,7 @@ from transom.errors import QuantizationError
 from transom.formats import sfp8
 from transom.formats.quantized import dequantize, pack, unpack
 from transom.formats.rounding import round_rows
-from transom.formats.schemes import BITS, SCHEMES, SPECS, Number, QuantSpec, Scheme, scheme
+from transom.formats.schemes import BITS, SCHEMES, SPECS, Format, QuantSpec, Scheme, scheme
 from transom.graphs import ops
 from transom.graphs.encoded import Encoded
 from transom.graphs.graph import Graph
@@ -43,16 +43,16 @@ from transom.zoo.model import Model, load
 
 FORMATS = [
     *(
-        QuantSpec(number=number, block=32, symmetric=symmetric)
-        for number in ("int4", "int8")
+        QuantSpec(format=format, block=32, symmetric=symmetric)
+        for format in ("int4", "int8")
         for symmetric in (True, False)
     ),
-    QuantSpec(number="int4", block=32, signed_scale=True, scale_dtype="float16"),
-    QuantSpec(number="int4", block="row"),
-    QuantSpec(number="int8", block=64),
+    QuantSpec(format="int4", block=32, signed_scale=True, scale_dtype="float16"),
+    QuantSpec(format="int4", block="row"),
+    QuantSpec(format="int8", block=64),
 ]
 INT8 = scheme("int8")
-INT8_BLOCK32, ASYMMETRIC = SPECS["int8_block32"], QuantSpec(number="int4", block=32, symmetric=False)
+INT8_BLOCK32, ASYMMETRIC = SPECS["int8_block32"], QuantSpec(format="int4", block=32, symmetric=False)
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**31)
@@ -71,17 +71,17 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 def rounded(rows: torch.Tensor, fmt: QuantSpec) -> torch.Tensor:
     """Quantised, packed, and back."""
     found = round_rows(rows, fmt)
-    packed = None if found.zero_points is None else pack(found.zero_points, fmt.number)
-    return dequantize(pack(found.codes, fmt.number), found.scales, packed, fmt.number)
+    packed = None if found.zero_points is None else pack(found.zero_points, fmt.format)
+    return dequantize(pack(found.codes, fmt.format), found.scales, packed, fmt.format)
 
 
-@given(number=st.sampled_from(["int4", "int8"]), count=st.integers(1, 33), rows=st.integers(1, 4), seed=seeds)
-def test_packing_can_be_undone(number: str, count: int, rows: int, seed: int) -> None:
-    bits = BITS[number]
+@given(format=st.sampled_from(["int4", "int8"]), count=st.integers(1, 33), rows=st.integers(1, 4), seed=seeds)
+def test_packing_can_be_undone(format: str, count: int, rows: int, seed: int) -> None:
+    bits = BITS[format]
     codes = torch.randint(0, 2**bits, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = pack(codes, number)
+    packed = pack(codes, format)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-count * bits // 8))
-    assert torch.equal(unpack(packed, number, count), codes)
+    assert torch.equal(unpack(packed, format, count), codes)
     if bits == 4 and count > 1:
         assert torch.equal(packed[:, 0] & 15, codes[:, 0]), "the even column stands in the low half"
 
@@ -181,7 +181,7 @@ def encoded_weight(rows: int, columns: int, bad: float | None = None) -> tuple[W
         encoded=Encoded(
             name="codes",
             shape=(rows, columns),
-            number="int8",
+            format="int8",
             bits=8,
             block=32,
             symmetric=True,
@@ -271,7 +271,7 @@ COLUMNS = 256
 
 
 def held_as(
-    number: Number,
+    format: Format,
     bits: int,
     block: int,
     *,
@@ -288,10 +288,10 @@ def held_as(
         scales = scales.abs().clamp(min=1e-4).bfloat16().float()
     zeros = None if symmetric else torch.randint(0, 2**bits, scales.shape, generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 2**bits, (rows, COLUMNS), generator=generator)
-    if number == "float8_e4m3fn":
+    if format == "float8_e4m3fn":
         codes = codes.where(codes & 127 != 127, 0).to(torch.uint8).view(torch.float8_e4m3fn)
         plain = codes.float()
-    elif number == "sfp8":
+    elif format == "sfp8":
         codes = codes.to(torch.uint8)
         plain = sfp8.decode(codes)
     elif symmetric:
@@ -307,8 +307,8 @@ def held_as(
         numbers += zeros.repeat_interleave(block, 1)
     encoded = Encoded(
         shape=(rows, COLUMNS),
-        name=f"{number}, {bits} bits in {block}{'' if symmetric else ' with zeros'}{' and offsets' * offsets}",
-        number=number,
+        name=f"{format}, {bits} bits in {block}{'' if symmetric else ' with zeros'}{' and offsets' * offsets}",
+        format=format,
         bits=bits,
         block=block,
         symmetric=symmetric,
@@ -343,8 +343,8 @@ KINDS = {
 GRIDS = {
     **SPECS,
     "int4 with zeros": ASYMMETRIC,
-    "int8 with zeros": QuantSpec(number="int8", block=32, symmetric=False),
-    "int8 in 16": QuantSpec(number="int8", block=16),
+    "int8 with zeros": QuantSpec(format="int8", block=32, symmetric=False),
+    "int8 in 16": QuantSpec(format="int8", block=16),
 }
 KEPT = {
     "Q4_0": {"int4_block32", "int8_block32", "int4 with zeros", "int8 with zeros", "int8 in 16"},
@@ -399,7 +399,7 @@ def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> No
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
     found, numbers = numbers_of(graph, node), weight.read()
     (record,) = conversions(records)
-    assert (record.weight, record.number, record.block) == ("first.weight", spec.number, spec.group(COLUMNS))
+    assert (record.weight, record.format, record.block) == ("first.weight", spec.format, spec.group(COLUMNS))
     assert record.source == weight.encoded.name  # type: ignore[union-attr]
     assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.encoded)  # type: ignore[arg-type]
     error = (found - numbers).double()
@@ -423,7 +423,7 @@ def test_as_shipped_every_format_is_kept(kind: str) -> None:
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
     assert torch.equal(numbers_of(graph, node), weight.read())
     (record,) = conversions(records)
-    assert record.kept and record.number == weight.encoded.number  # type: ignore[union-attr]
+    assert record.kept and record.format == weight.encoded.format  # type: ignore[union-attr]
 
 
 def test_errors_are_counted_once_however_often_codes_are_read() -> None:

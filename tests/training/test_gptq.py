@@ -12,7 +12,7 @@ from transom.training.gptq import _inverse_factor, gptq
 
 SPEC_LIST = [
     SPECS["int4_block32"], SPECS["int4_channel"], SPECS["int8_block32"], SPECS["fp8_e4m3"],
-    QuantSpec(number="int4", block=32, symmetric=False),
+    QuantSpec(format="int4", block=32, symmetric=False),
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_products_change_less_than_by_rounding_to_nearest(spec: QuantSpec) -> No
     near = round_rows(weight, spec, "mse")
 
     def error(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> float:
-        return float((x @ (decode(codes, scales, zeros, spec.number).view_as(weight) - weight).T).square().sum())
+        return float((x @ (decode(codes, scales, zeros, spec.format).view_as(weight) - weight).T).square().sum())
 
     other = inputs(500, 256, seed=5)
     assert error(found.codes, found.scales, found.zero_points) < 0.6 * error(near.codes, near.scales, near.zero_points)

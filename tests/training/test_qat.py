@@ -204,5 +204,5 @@ def test_command_line(cli: Cli, words: Path, tmp_path: Path) -> None:
 
 
 def test_a_spec_survives_its_key() -> None:
-    for spec in (*SPECS.values(), QuantSpec(number="int8", block=64, symmetric=False)):
+    for spec in (*SPECS.values(), QuantSpec(format="int8", block=64, symmetric=False)):
         assert QuantSpec.of_key(spec.key) == dataclasses.replace(spec, modules="")

@@ -153,6 +153,12 @@ def spoil(path: Path, change: Any) -> None:
     path.write_bytes(change(raw))
 
 
+def test_codes_under_their_former_name_are_read(tiny: Model, tmp_path: Path) -> None:
+    quantize_model(tiny, quant="int8_block32:none", out=tmp_path / "q")
+    (tmp_path / "q" / CODES_FILE).rename(tmp_path / "q" / "lattice.safetensors")
+    assert load(tmp_path / "q").quant == "int8_block32:none"
+
+
 @pytest.mark.parametrize("case", ["cut", "other numbers", "no scheme", "unknown scheme", "missing part"])
 def test_damaged_codes_are_refused(case: str, tiny: Model, tmp_path: Path) -> None:
     folder = tmp_path / "q"

@@ -155,4 +155,4 @@ class Context:
 def rounded(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """What a matrix float32 [R, K] means once it is rounded to nearest."""
     encoded = round_rows(numbers, spec, tensor_max=float(numbers.abs().max()))
-    return decode(encoded.codes, encoded.scales, encoded.zero_points, spec.number).view_as(numbers)
+    return decode(encoded.codes, encoded.scales, encoded.zero_points, spec.format).view_as(numbers)

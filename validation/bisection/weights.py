@@ -99,7 +99,7 @@ def _other_specs(context: Context, name: str) -> Iterator[tuple[str, QuantSpec]]
 
     def key(spec: QuantSpec) -> tuple[Any, ...]:
         where = "tensor" if spec.block == "tensor" else spec.group(columns)
-        return spec.number, where, spec.symmetric, spec.signed_scale, spec.scale_dtype
+        return spec.format, where, spec.symmetric, spec.signed_scale, spec.scale_dtype
 
     # What differs only in the names that it is for, or in how it would cut wider matrices, is the same here.
     specs: dict[tuple[Any, ...], QuantSpec] = {}
@@ -108,9 +108,9 @@ def _other_specs(context: Context, name: str) -> Iterator[tuple[str, QuantSpec]]
             specs.setdefault(key(spec), spec)
     if scheme_spec is not None:
         specs.pop(key(scheme_spec), None)
-    for spec in sorted(specs.values(), key=lambda spec: (-spec.bits, str(spec.block), spec.symmetric, spec.number)):
+    for spec in sorted(specs.values(), key=lambda spec: (-spec.bits, str(spec.block), spec.symmetric, spec.format)):
         block = f"blocks of {spec.block}" if isinstance(spec.block, int) else f"one block a {spec.block}"
-        kind = f"{spec.bits} bits" if spec.is_integer else spec.number
+        kind = f"{spec.bits} bits" if spec.is_integer else spec.format
         yield f"rounded to {kind} in {block}", spec
 
 

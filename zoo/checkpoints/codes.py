@@ -1,4 +1,4 @@
-"""The exact codes beside a checkpoint that was quantised or trained for quantisation: `lattice.safetensors`.
+"""The exact codes beside a checkpoint that was quantised or trained for quantisation: `codes.safetensors`.
 
 The folder's `model.safetensors` holds what the codes mean, so that anything can read it; a compiler must not round
 those numbers again, as scales found anew are other scales. For every quantised weight NAME the file has NAME.codes,
@@ -25,7 +25,9 @@ from transom.graphs.weight import Weight
 from transom.safetensors_file import Entry
 from transom.zoo.checkpoints.safetensors import read_bytes, read_entries
 
-CODES_FILE = "lattice.safetensors"
+CODES_FILE = "codes.safetensors"
+_FORMER = "lattice.safetensors"
+"""What the file was called before."""
 
 _ROWS_CHECKED = 8
 
@@ -43,8 +45,11 @@ def attach(folder: Path, weights: Mapping[str, Weight]) -> tuple[dict[str, Weigh
     Raises:
         CheckpointError: If the codes are damaged, or are not those of the weights, or the first rows are not finite.
     """
-    path, coded = folder / CODES_FILE, dict(weights)
-    if not path.is_file():
+    path, coded = (
+        next((folder / name for name in (CODES_FILE, _FORMER) if (folder / name).is_file()), None),
+        dict(weights),
+    )
+    if path is None:
         return coded, "none"
     entries, metadata = read_entries(path)
     try:
@@ -65,7 +70,7 @@ def _encoded(name: str, entries: Mapping[str, Entry], spec: QuantSpec, shape: tu
     block = spec.stored_block(columns)
     blocks = columns // block
     parts = {
-        "codes": ((rows, blocks, block * spec.bits // 8), "F8_E4M3" if spec.number == "float8_e4m3fn" else "U8"),
+        "codes": ((rows, blocks, block * spec.bits // 8), "F8_E4M3" if spec.format == "float8_e4m3fn" else "U8"),
         "scales": ((rows, blocks), "F32"),
     }
     if not spec.symmetric:
@@ -86,16 +91,16 @@ def _read_codes(name: str, entries: Mapping[str, Entry], spec: QuantSpec, blocks
         return read_bytes(entry, start * row, stop * row).view(dtype).view(stop - start, *entry.shape[1:])
 
     packed = part("codes", torch.uint8).flatten(1)
-    codes = unpack(packed, spec.number, packed.shape[1] * 8 // spec.bits)
+    codes = unpack(packed, spec.format, packed.shape[1] * 8 // spec.bits)
     scales = part("scales", torch.float32)
-    if spec.number == "float8_e4m3fn":
+    if spec.format == "float8_e4m3fn":
         return codes.view(torch.float8_e4m3fn), scales, None
     if not spec.is_integer:
         return codes, scales, None
     if spec.symmetric:
         offsets = part("offsets", torch.float32) if spec.has_offsets else None
         return (codes - 2 ** (spec.bits - 1)).view(torch.int8), scales, offsets
-    return codes, scales, unpack(part("zero_points", torch.uint8), spec.number, blocks)
+    return codes, scales, unpack(part("zero_points", torch.uint8), spec.format, blocks)
 
 
 def _check(path: Path, name: str, encoded: Encoded, weight: Weight) -> None:
@@ -105,5 +110,5 @@ def _check(path: Path, name: str, encoded: Encoded, weight: Weight) -> None:
     if not torch.equal(encoded.decode(encoded.read_rows(0, rows)).to(wanted.dtype), wanted):
         raise CheckpointError(
             f"{path}: {name} is not what its codes mean: the checkpoint was changed after it was quantised; remove "
-            f"{CODES_FILE} or quantise it again"
+            f"{path.name} or quantise it again"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from transom.formats.schemes import Number
+from transom.formats.schemes import Format
 from transom.graphs.encoded import Codes, Encoded
 
 
@@ -23,11 +23,11 @@ def read_codes(type_name: str, shape: tuple[int, ...], read_bytes: Callable[[int
         codes, scales, *offsets = (torch.from_numpy(part.reshape(stop - start, -1)) for part in parts)
         return codes, scales, offsets[0] if offsets else None
 
-    number: Number = "int4" if bits == 4 else "int8"
+    format: Format = "int4" if bits == 4 else "int8"
     return Encoded(
         name=type_name,
         shape=shape,
-        number=number,
+        format=format,
         bits=bits,
         block=block,
         symmetric=True,

@@ -27,7 +27,7 @@ class Codes:
         n: Rows of the matrix.
         blocks: Blocks of a row.
         block: Codes of a block.
-        number: What a code is; see `formats.schemes.Number`.
+        format: What a code is; see `formats.schemes.Format`.
         symmetric: Whether the middle code is subtracted; otherwise there are zero points.
         has_offsets: Whether every block has an offset, which is added.
     """
@@ -35,14 +35,14 @@ class Codes:
     n: int
     blocks: int
     block: int
-    number: str
+    format: str
     symmetric: bool
     has_offsets: bool = False
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return BITS[self.number]
+        return BITS[self.format]
 
     @property
     def k(self) -> int:
@@ -75,7 +75,7 @@ class Codes:
 
     def zero(self, zeros: Any, row: Any, block: Any) -> Any:
         """What is subtracted from codes, float32; `zeros` may be anything if there are no zero points."""
-        if self.number not in ("int4", "int8"):
+        if self.format not in ("int4", "int8"):
             return T.float32(0)
         if self.symmetric:
             return T.float32(2 ** (self.bits - 1))
@@ -98,11 +98,11 @@ def high(code: Any) -> Any:
 def whole(codes: Codes, code: Any) -> Any:
     """An 8-bit code, float32."""
     wide = T.Cast("int32", code)
-    if codes.number == "int8":
+    if codes.format == "int8":
         return T.Cast("float32", wide)
     # The bits of a float32 whose exponent is not biased yet, or not by as much.
     low_bits, sign = wide & 127, T.Select(wide >= 128, T.float32(-1), T.float32(1))
-    if codes.number == "float8_e4m3fn":
+    if codes.format == "float8_e4m3fn":
         return T.reinterpret("float32", low_bits << 20) * T.float32(2.0**120) * sign
     large = T.reinterpret("float32", (low_bits << 20) + (112 << 23))
     small = T.reinterpret("float32", (low_bits << 21) + (104 << 23))

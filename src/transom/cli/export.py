@@ -125,9 +125,9 @@ def conversions_table(conversions: Sequence[Mapping[str, Any]]) -> Table:
         fate = "kept to the bit" if entry["kept"] else "found on their grid" if entry["recovered"] else "rounded"
         key = (entry["source"] or "numbers", f"{entry['number']}, {entry['block']} a scale", fate)
         kinds.setdefault(key, []).append(entry["error"])
-    for (source, number, words), errors in kinds.items():
+    for (source, format, words), errors in kinds.items():
         kept = words == "kept to the bit"
-        table.add_row(str(len(errors)), escape(source), escape(number), words, "" if kept else f"{max(errors):.2%}")
+        table.add_row(str(len(errors)), escape(source), escape(format), words, "" if kept else f"{max(errors):.2%}")
     return table
 
 
