@@ -178,14 +178,14 @@ def of_xla(graph: Graph, folder: Path) -> tuple[Found, Found]:
     from transom.export.xla import weights
     from transom.export.xla.interpreter import step
 
-    graph = dataclasses.replace(graph, input_names=("tokens", "start"))
-    graph.output_names = ("logits", *graph.output_names[1:])
+    graph = dataclasses.replace(graph, input_names=("tokens", "x"))
+    graph.output_names = ("logits", *(tap.name for tap in graph.taps))
     weights.write(graph, folder / WEIGHTS_FILE)
     held = read_parameters(folder / WEIGHTS_FILE, weights.parameters(graph), jax.numpy.asarray)
-    run = jax.jit(step(graph, weights.stored_names(graph)), static_argnums=(4, 5))
+    run = jax.jit(step(graph, weights.stored_names(graph)))
 
     def asked(feeds: dict[str, Any]) -> Any:
-        first, _, others = run(held, (), feeds["tokens"].astype(np.int32), feeds["x"], None, None)
+        first, _, others = run(held, (), feeds["tokens"].astype(np.int32), feeds["x"])
         return [np.asarray(value) for value in (first, *others)]
 
     return _asked(asked)
