@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import transom
+from benchmarks import images as benchmark
 from tests.case import run_graph
 from tests.export.targets import TABLES
 from tests.images.sequences import Sequence, sequence
@@ -28,6 +29,7 @@ from transom.graphs import ops
 from transom.graphs.node import Node, is_node
 from transom.passes.pipelines import pipeline
 from transom.passes.targets import TARGETS as KNOWN
+from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.model import Model, load
 
 CHUNK = 20
@@ -256,3 +258,17 @@ def test_no_value_is_made_in_vain(tmp_path: Path, target: str) -> None:
         graph = onnx.load(tmp_path / "a" / file, load_external_data=False).graph
         read = {value.name for value in graph.output}.union(*map(emitter._read, graph.node))
         assert [node.name for node in graph.node if not read.intersection(node.output)] == []
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("target", ["onnxruntime", "xla"])
+def test_the_encoder_of_the_released_sizes(target: str, tmp_path: Path) -> None:
+    """417 million random weights, against transformers."""
+    model = benchmark.model()
+    write_checkpoint(tmp_path / "model", model.config, model.weights, dtype=torch.float32)
+    pixels = np.random.default_rng(0).random((1, 3, 896, 896), np.float32) * 2 - 1
+    expected = benchmark.theirs(tmp_path / "model", "sdpa")(pixels)
+    transom.compile(model, target=target, out=tmp_path / "a", chunk=256)
+    soft = transom.open(tmp_path / "a").runtime.encode_image(pixels)
+    assert soft.shape == expected.shape == (256, model.config.hidden_size)
+    assert np.abs(soft - expected).max() < FP32_LOGITS
