@@ -17,7 +17,7 @@ from transom.graphs.images import Images
 from transom.images import pan_and_scan
 from transom.images.decode import read_image
 from transom.images.pan_and_scan import PanAndScan
-from transom.images.resize import PixelSpec
+from transom.images.resize import PixelSpec, check_image
 
 Part = str | Path | NDArray[np.uint8]
 """Text, or an image: its file, or uint8 [H, W, 3]."""
@@ -48,6 +48,8 @@ class Prompt:
 
     def blocks(self) -> list[tuple[int, int]]:
         """First and end of every run of soft tokens: those of an image see each other."""
+        if self.soft is None:
+            return []
         is_soft = np.concatenate(([False], self.tokens < 0, [False]))
         edges = np.flatnonzero(is_soft[1:] != is_soft[:-1])
         return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
@@ -102,10 +104,7 @@ class ImageReader:
             SessionError: If the runtime fails.
         """
         array = read_image(image) if isinstance(image, Path) else np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise ImageError(
-                f"an image is {array.dtype} {list(array.shape)}, expected uint8 [height, width, 3]: convert it"
-            )
+        check_image(array)
         spec = PixelSpec(size=self.images.size)
         boxes = pan_and_scan.boxes(array.shape[0], array.shape[1], setting)
         results = []

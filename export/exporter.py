@@ -79,7 +79,7 @@ EXPORTERS: dict[str, str] = {
     "tvm": "transom.export.tvm.export",
     "tensorrt": "transom.export.tensorrt.export",
 }
-"""Module whose `export` is the target's exporter, and `export_encoder` that of encoders of images, if it has one."""
+"""Module whose `export` is the target's exporter, and `export_encoder` that of encoders of images."""
 
 
 def exporter(target: str) -> Exporter:
@@ -93,7 +93,7 @@ def exporter(target: str) -> Exporter:
 
 
 def encoder_exporter(target: str) -> Exporter:
-    """Look up what exports encoders to a target, which `TARGETS` says takes images; see `exporter`."""
+    """Look up what exports encoders of images to a target; see `exporter`."""
     export_function: Exporter = _module(target).export_encoder
     return export_function
 

@@ -110,7 +110,10 @@ def resize(image_HWC: NDArray[np.uint8], box: Box, size: int) -> NDArray[np.uint
     Raises:
         ImageError: If the image has another shape or dtype, or the box is empty or leaves it.
     """
-    _check(image_HWC, box)
+    check_image(image_HWC)
+    height, width, _ = image_HWC.shape
+    if not (0 <= box.top < box.bottom <= height and 0 <= box.left < box.right <= width):
+        raise ImageError(f"{box} is no part of an image of {height} rows and {width} columns: choose one inside it")
     region_HWC = image_HWC[box.top : box.bottom, box.left : box.right]
     rows, columns = taps(region_HWC.shape[0], size), taps(region_HWC.shape[1], size)
     shortened = []
@@ -153,10 +156,8 @@ def _rounded(sums: NDArray[Any]) -> NDArray[np.uint8]:
     return np.clip(np.floor(sums + 0.5), 0, 255).astype(np.uint8)
 
 
-def _check(image: NDArray[np.uint8], box: Box) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+def check_image(image: NDArray[Any]) -> None:
+    """Raise `ImageError` for what is not uint8 [height, width, 3], or holds no pixel."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         shape = f"{image.dtype} {list(image.shape)}"
         raise ImageError(f"an image is {shape}, expected uint8 [height, width, 3]: convert it")
-    height, width, _ = image.shape
-    if not (0 <= box.top < box.bottom <= height and 0 <= box.left < box.right <= width):
-        raise ImageError(f"{box} is no part of an image of {height} rows and {width} columns: choose one inside it")

@@ -19,7 +19,6 @@ class Target:
         formats: What quantised weights may be made of; see `formats.schemes.Format`.
         refuses: Why it cannot hold weights of a spec of these numbers; None if it can.
         activations: What activations may be rounded to.
-        images: Whether it takes models that see images.
         options: Export options that only some targets take: "topology", "cpu".
     """
 
@@ -29,7 +28,6 @@ class Target:
     formats: frozenset[str] = frozenset(BITS)
     refuses: Callable[[QuantSpec], str | None] = lambda spec: None
     activations: frozenset[str] = frozenset()
-    images: bool = False
     options: frozenset[str] = frozenset()
 
 
@@ -49,21 +47,19 @@ _FLOAT8 = frozenset({"float8_e4m3fn"})
 
 TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
-        text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)", activations=_FLOAT8, images=True
+        text="ONNX Runtime on CPUs, with its fastest operators (1.29 and newer)", activations=_FLOAT8
     ),
-    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8, images=True),
+    "onnx": Target(text="standard ONNX of opset 24, for any runtime that has it", activations=_FLOAT8),
     "xla": Target(
         text="StableHLO for XLA on CPUs, GPUs and TPUs; compiled ahead of time for a TPU with --topology",
         extra="xla",
         dtypes=("float32", "bfloat16", "float16"),
         activations=_FLOAT8,
-        images=True,
         options=frozenset({"topology"}),
     ),
     "tvm": Target(
         text="machine code made by Apache TVM, for this CPU or for another one with --cpu",
         extra="tvm",
-        images=True,
         options=frozenset({"cpu"}),
     ),
     "tensorrt": Target(
@@ -72,6 +68,5 @@ TARGETS: dict[str, Target] = {
         formats=frozenset({"int4", "float8_e4m3fn"}),
         refuses=_tensorrt,
         activations=_FLOAT8,
-        images=True,
     ),
 }

@@ -98,12 +98,7 @@ def compile_model(
         ContextLengthError: If the chunk does not hold an image.
         RangeError: If numbers leave float16's range where float32 islands do not help.
     """
-    write, left_out = exporter(options.target), list(model.left_out)
-    if model.config.images is not None and not TARGETS[options.target].images:
-        able = ", ".join(name for name, target in TARGETS.items() if target.images)
-        left_out.append(f"images: the target {options.target!r} takes none yet, only {able}: the text decoder alone")
-        model = model.text()
-    config = model.config
+    config, write = model.config, exporter(options.target)
     if config.images is not None and options.chunk < config.images.soft_tokens:
         raise ContextLengthError(
             f"calls of {options.chunk} tokens cannot hold the {config.images.soft_tokens} of an image, which is not to "
@@ -184,7 +179,7 @@ def compile_model(
                     for conversion in converted.conversions
                 ],
                 not_done=[
-                    *left_out,
+                    *model.left_out,
                     *_without_template(model),
                     *(f"{record.name}: {reason}" for record in all_records for reason in record.skipped),
                     *unmeasured,

@@ -484,7 +484,7 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
         activations: Any = next(iter(able.activations), None)
         everything = Scheme(name="sample", linears=(spec,), table=spec, activations=activations)
         passes = pipeline(target, chunk=CHUNK, scheme=everything, measure=measure)
-        for whole in (traced, *([encoder] if able.images else [])):
+        for whole in (traced, encoder):
             graph, _ = passes.run(whole, on_pass=note)
             if target in TABLES:
                 assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target

@@ -34,7 +34,7 @@ from transom.zoo.model import Model, load
 
 CHUNK = 20
 """Holds an image of 16 tokens, and not two."""
-TARGETS = [name for name in TABLES if KNOWN[name].images and "float32" in KNOWN[name].dtypes]
+TARGETS = [name for name in TABLES if "float32" in KNOWN[name].dtypes]
 BEFORE_WRITES = ("xla", "tvm")
 """Targets whose every attention comes before the writes, so that a window of slots is enough for any chunk."""
 
@@ -52,10 +52,7 @@ def text(model: Model) -> Sequence:
 
 @pytest.fixture(scope="module")
 def logits(model: Model, text: Sequence) -> NDArray[np.float32]:
-    with torch.no_grad():
-        inputs = {"until": text.until, "soft": text.soft[None]}
-        rows = model.eager()(text.tokens[None], torch.tensor(0), None, **inputs)[0][0]
-    return rows.numpy()  # type: ignore[no-any-return]
+    return text.logits(model)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +67,11 @@ def opened(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return make
 
 
-def prompt(text: Sequence) -> Prompt:
-    return Prompt(tokens=text.tokens.numpy(), soft=text.soft[text.tokens < 0].numpy())
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_position_whatever_the_calls(
     model: Model, text: Sequence, logits: NDArray[np.float32], opened: Callable[[str], Session], target: str
 ) -> None:
-    session, whole = opened(target), prompt(text)
+    session, whole = opened(target), text.prompt()
     rows = list(session.feed(whole, wanted="all"))
     assert np.abs(np.concatenate(rows) - logits).max() < FP32_LOGITS
     assert max(map(len, rows)) <= CHUNK and len(rows) > 4
@@ -131,7 +124,7 @@ def test_an_encoder_is_quantised(model: Model, text: Sequence, target: str, quan
 
 def first_error(folder: Path, text: Sequence, logits: NDArray[np.float32]) -> int | None:
     """The first position whose logits are wrong."""
-    rows = np.concatenate(list(transom.open(folder).feed(prompt(text), wanted="all")))
+    rows = np.concatenate(list(transom.open(folder).feed(text.prompt(), wanted="all")))
     wrong = np.abs(rows - logits).max(1) > FP32_LOGITS
     return int(wrong.argmax()) if wrong.any() else None
 
@@ -190,7 +183,7 @@ def test_an_image_cut_in_two_is_noticed(
     opened: Callable[[str], Session],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    session, whole, part = opened("onnxruntime"), prompt(text), Prompt.part
+    session, whole, part = opened("onnxruntime"), text.prompt(), Prompt.part
     monkeypatch.setattr("transom.backends.session._before_block", lambda blocks, low, high: high)
     # The tokens of an image see no further than their call reaches.
     monkeypatch.setattr(Prompt, "part", lambda self, *place: part(_cut(self, 0, place[1]), *place))

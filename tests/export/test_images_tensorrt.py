@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 
 import transom
@@ -55,10 +54,7 @@ def text(model: Model) -> Sequence:
 
 @pytest.fixture(scope="module")
 def logits(model: Model, text: Sequence) -> NDArray[np.float32]:
-    with torch.no_grad():
-        inputs = {"until": text.until, "soft": text.soft[None]}
-        rows = model.eager()(text.tokens[None], torch.tensor(0), None, **inputs)[0][0]
-    return rows.numpy()  # type: ignore[no-any-return]
+    return text.logits(model)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +69,6 @@ def compiled(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return root / dtype
 
     return make
-
-
-def prompt(text: Sequence) -> Prompt:
-    return Prompt(tokens=text.tokens.numpy(), soft=text.soft[text.tokens < 0].numpy())
 
 
 def slots(model: Model) -> int:
@@ -102,7 +94,7 @@ def assert_close(actual: NDArray[np.float32], expected: NDArray[np.float32], dty
 def test_every_position_whatever_the_calls(
     model: Model, text: Sequence, logits: NDArray[np.float32], compiled: Callable[[str], Path], dtype: str
 ) -> None:
-    session, whole = transom.open(compiled(dtype), threads=1), prompt(text)
+    session, whole = transom.open(compiled(dtype), threads=1), text.prompt()
     blocks = whole.blocks()
     assert any(first // slots(model) < (end - 1) // slots(model) for first, end in blocks)
     rows = list(session.feed(whole, wanted="all"))
@@ -132,7 +124,7 @@ def test_soft_tokens(text: Sequence, compiled: Callable[[str], Path], dtype: str
 def test_bytes_of_caches(model: Model, text: Sequence, compiled: Callable[[str], Path]) -> None:
     session = transom.open(compiled("bfloat16"), threads=1)
     token = 2 * 2 * model.config.num_kv_heads * model.config.head_dim
-    for tokens in (Prompt.of([5, 6, 7]), prompt(text)):
+    for tokens in (Prompt.of([5, 6, 7]), text.prompt()):
         session.reset()
         session.prefill(tokens)
         assert session.cache_bytes() == {"local": 4 * token * slots(model), "global": 2 * token * CONTEXT}
@@ -149,7 +141,7 @@ def test_images_seen_as_text_are_noticed(
 
     monkeypatch.setitem(dialect.TABLE, ops.ATTENTION, without_until)
     transom.compile(model, target="tensorrt", chunk=CHUNK, context=CONTEXT, out=tmp_path / "a")
-    rows = np.concatenate(list(transom.open(tmp_path / "a", threads=1).feed(prompt(text), wanted="all")))
+    rows = np.concatenate(list(transom.open(tmp_path / "a", threads=1).feed(text.prompt(), wanted="all")))
     first = int((text.tokens < 0).nonzero()[0])
     assert_close(rows[:first], logits[:first], "bfloat16")
     assert rms(rows[first], logits[first]) > 3 * BFLOAT16_LOGITS_TENSORRT
@@ -236,7 +228,7 @@ def test_engines_are_given_what_the_file_is(text: Sequence, compiled: Callable[[
     manifest, library = read_manifest(folder), double(folder)[0]
     runtime = EngineRuntime(folder, manifest, records[0], library, device="cpu", encoder=records[1])
     session, file = Session(runtime, images=manifest.images), transom.open(folder, threads=1)
-    actual, expected = (np.concatenate(list(one.feed(prompt(text), wanted="all"))) for one in (session, file))
+    actual, expected = (np.concatenate(list(one.feed(text.prompt(), wanted="all"))) for one in (session, file))
     np.testing.assert_array_equal(actual, expected)
     pixels = text.pixels[:1].numpy()
     np.testing.assert_array_equal(runtime.encode_image(pixels), file.runtime.encode_image(pixels))

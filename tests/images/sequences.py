@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from transom.backends.prompt import Prompt
 from transom.zoo.model import Model
 
 
@@ -25,6 +28,17 @@ class Sequence:
     until: torch.Tensor
     soft: torch.Tensor
     pixels: torch.Tensor
+
+    def prompt(self) -> Prompt:
+        """What a session takes."""
+        return Prompt(tokens=self.tokens.numpy(), soft=self.soft[self.tokens < 0].numpy())
+
+    def logits(self, model: Model) -> NDArray[np.float32]:
+        """What the plain module says of every position, [T, V]."""
+        with torch.no_grad():
+            inputs = {"until": self.until, "soft": self.soft[None]}
+            rows: NDArray[np.float32] = model.eager()(self.tokens[None], torch.tensor(0), None, **inputs)[0][0].numpy()
+        return rows
 
 
 def sequence(model: Model, kinds: str, *, seed: int = 0) -> Sequence:
