@@ -17,6 +17,7 @@ from transom.formats.schemes import QuantSpec
 from transom.graphs.encoded import Codes, Encoded, codes_of
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
+from transom.training.state import METRICS
 from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.checkpoints.codes import CODES_FILE
 from transom.zoo.checkpoints.random import write_checkpoint
@@ -28,7 +29,7 @@ REPORT = "training.json"
 """How a checkpoint was trained."""
 
 _WRITTEN = frozenset(
-    {CODES_FILE, REPORT, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS}
+    {CODES_FILE, REPORT, METRICS, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS}
 )
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 

@@ -1,8 +1,6 @@
 """Quantisation-aware training: a checkpoint learns to be its own quantised self.
 
-The recipe of the Gemma 3 report (section 2.3): the targets are the probabilities of the checkpoint that is not
-quantised. Weights are kept in float32 and rounded on the way (`passes.fake_quantize`); what is written in the end are
-the codes that were trained, so nothing is rounded again on deployment.
+What is written in the end are the codes that were trained, so nothing is rounded again on deployment.
 
 A run can be stopped at any step and goes on where it was last saved.
 """
@@ -13,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from transom.backends.folder import new_folder
 from transom.compiler import compile_model
@@ -21,49 +18,12 @@ from transom.errors import QuantizationError
 from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.training.checkpoint import CHECKPOINT, REPORT, check_apart
-from transom.training.qat_run import QatRun
+from transom.training.loop import Loop, OnStep
+from transom.training.objectives.qat import Qat, QatSettings
 from transom.training.quantize import write_converted
-from transom.training.state import TrainingState
+from transom.training.state import TrainingState, digest
 from transom.training.text import read_sequences
 from transom.zoo.model import Model, load
-
-OnStep = Callable[[int, int, float], None]
-"""Called after every step with (steps done, steps in all, mean KL of the step in nats)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QatSettings:
-    """How to train.
-
-    Attributes:
-        quant: Name of a scheme. Its table is rounded once and stays; projections and norms are trained.
-        steps: Of the optimiser; the report has about 5,000.
-        length: Tokens of a sequence.
-        batch: Sequences in a step.
-        learning_rate: Of weights, at its peak: it warms up for a thirtieth of the steps and falls to a tenth (cosine).
-        scale_rate: Of scales, as a share of each scale's own size.
-        start: "nearest", or "gptq": begin with the codes that calibration on the same text finds.
-        samples: Draws from the teacher's distribution that stand for it, as the report samples 256; None takes all.
-        head_dtype: What the products with the table are computed in: "float32" or "bfloat16".
-        recompute: Compute every layer again on the way back, for less memory.
-        seed: Of the order of the text, of draws and of dither.
-        device: Where to compute: "cpu", "cuda", "xla" and so on.
-        save_every: Steps between two saved states.
-    """
-
-    quant: str
-    steps: int = 5000
-    length: int = 256
-    batch: int = 1
-    learning_rate: float = 5e-6
-    scale_rate: float = 1e-4
-    start: Literal["nearest", "gptq"] = "gptq"
-    samples: int | None = None
-    head_dtype: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
-    seed: int = 0
-    device: str = "cpu"
-    save_every: int = 50
 
 
 def train(
@@ -74,7 +34,7 @@ def train(
     out: Path,
     target: str | None = "onnxruntime",
     overwrite: bool = False,
-    on_step: OnStep = lambda done, total, kl: None,
+    on_step: OnStep = lambda done, total, metrics: None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[float]:
     """Train, and write the checkpoint and an artifact of it.
@@ -105,21 +65,18 @@ def train(
     check_apart(out, model)
     with new_folder(out, overwrite=overwrite, kind=CHECKPOINT) as folder:
         sequences = read_sequences(model, text, settings.length)
-        state = TrainingState(out, settings, model.revision, sequences)
+        state = TrainingState(out, settings, model.revision, digest(sequences))
         saved = state.load()
-        run = QatRun(model, quant_scheme, settings, sequences, on_progress, begun=saved is not None)
-        losses = [] if saved is None else run.resume(saved)
-        for index in range(len(losses), settings.steps):
-            losses.append(run.step(index))
-            on_step(index + 1, settings.steps, losses[-1])
-            if (index + 1) % settings.save_every == 0 and index + 1 < settings.steps:
-                state.save({**run.state(), "losses": losses})
+        run = Qat(model, quant_scheme, settings, sequences, on_progress, begun=saved is not None)
+        loop = Loop(run, settings.loop, state=state, saved=saved, on_step=on_step)
+        losses = [metrics["loss"] for metrics in loop.run()]
         graph = run.result()
         weights = {name: graph.weights.get(name, weight) for name, weight in model.weights.items()}
         trained = dataclasses.replace(model, weights=weights)
         write_converted(graph, trained, folder, quant=settings.quant, on_progress=on_progress)
         report = {"settings": dataclasses.asdict(settings), "kl": losses, "source": model.source}
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        state.finish(folder)
         if target is not None:
             # The folder has another name while it is written, and holds no more than the language model.
             again = dataclasses.replace(

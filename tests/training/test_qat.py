@@ -18,8 +18,9 @@ from transom.formats.schemes import SPECS, QuantSpec, scheme
 from transom.passes.base import Pipeline, rewrites
 from transom.passes.fake_quantize import FakeQuantize, FakeQuantized
 from transom.training.latent import dithered, into_cells
-from transom.training.qat import QatSettings, train
-from transom.training.qat_run import QatRun
+from transom.training.loop import Metrics
+from transom.training.objectives.qat import Qat, QatSettings
+from transom.training.qat import train
 from transom.training.quantize import quantize_model, score_graph
 from transom.training.stages import Stages
 from transom.zoo.model import Model, load
@@ -60,15 +61,15 @@ def test_calibration_is_where_it_begins(tiny: Model, words: Path, tmp_path: Path
 def test_what_is_written_is_what_was_trained(quant: str, tiny: Model, words: Path, tmp_path: Path) -> None:
     """Fake-quantised logits, the checkpoint's, and the artifact's, which keeps every code."""
     settings = dataclasses.replace(SHORT, quant=quant, steps=3)
-    last: list[QatRun] = []
+    last: list[Qat] = []
     with pytest.MonkeyPatch.context() as patch:
-        finished = QatRun.result
+        finished = Qat.result
 
-        def keep(run: QatRun) -> object:
+        def keep(run: Qat) -> object:
             last.append(run)
             return finished(run)
 
-        patch.setattr(QatRun, "result", keep)
+        patch.setattr(Qat, "result", keep)
         train(tiny, settings, text=words, out=tmp_path / "q", target="onnx")
     run, again = last[0], load(tmp_path / "q")
     ids = torch.tensor([[(7 * step) % 500 for step in range(70)]])
@@ -92,7 +93,7 @@ def test_a_run_goes_on_where_it_was_saved(tiny: Model, words: Path, tmp_path: Pa
     class StoppedError(Exception):
         pass
 
-    def stop(done: int, total: int, kl: float) -> None:
+    def stop(done: int, total: int, metrics: Metrics) -> None:
         if done == 5:
             raise StoppedError
 
@@ -116,7 +117,7 @@ def test_a_run_goes_on_where_it_was_saved(tiny: Model, words: Path, tmp_path: Pa
 def test_a_state_that_does_not_fit_is_refused(case: str, tiny: Model, words: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(SHORT, steps=4, save_every=2)
 
-    def stop(done: int, total: int, kl: float) -> None:
+    def stop(done: int, total: int, metrics: Metrics) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
@@ -179,7 +180,7 @@ def test_what_is_refused(tiny: Model, words: Path, tmp_path: Path) -> None:
         train(tiny, dataclasses.replace(SHORT, device="abacus"), text=words, out=tmp_path / "q")
     with pytest.raises(TrainingError, match="smaller learning rate"):
         train(tiny, dataclasses.replace(SHORT, learning_rate=1e30), text=words, out=tmp_path / "q")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".q.metrics.jsonl"], "the steps of the run that diverged"
 
 
 def test_command_line(cli: Cli, words: Path, tmp_path: Path) -> None:

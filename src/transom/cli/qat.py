@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,9 @@ from rich.markup import escape
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
 from transom.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transom.training.loop import Metrics
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +58,8 @@ def qat(
     from transom.backends.folder import check_absent
     from transom.passes.pipelines import PIPELINES
     from transom.training.checkpoint import CHECKPOINT
-    from transom.training.qat import QatSettings, train
+    from transom.training.objectives.qat import QatSettings
+    from transom.training.qat import train
 
     check_absent(out, overwrite=overwrite, kind=CHECKPOINT)
     if start not in ("nearest", "gptq"):
@@ -83,10 +87,10 @@ def qat(
     recent: collections.deque[float] = collections.deque(maxlen=20)
     with stage_bars() as on_progress:
 
-        def on_step(done: int, total: int, kl: float) -> None:
-            recent.append(kl)
+        def on_step(done: int, total: int, metrics: Metrics) -> None:
+            recent.append(metrics["loss"])
             mean = sum(recent) / len(recent)
-            words = f"step {done:,} of {total:,}, KL {kl:.4f}, mean of the last {len(recent)} {mean:.4f}"
+            words = f"step {done:,} of {total:,}, KL {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
             on_progress("train", done, total, words)
 
         losses = train(

@@ -1,16 +1,17 @@
-"""One run of quantisation-aware training: the student, its teacher and the optimiser, step by step."""
+"""Quantisation-aware training as an objective: a student whose weights are rounded learns from what it was before.
+
+The recipe of the Gemma 3 report (section 2.3): the targets are the probabilities of the checkpoint that is not
+quantised. Weights are kept in float32 and rounded on the way (`passes.fake_quantize`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
-from transom.errors import TrainingError
 from transom.formats.rounding import Grid, encode
 from transom.formats.schemes import QuantSpec, Scheme, is_table
 from transom.graphs.graph import Graph
@@ -23,20 +24,67 @@ from transom.training.checkpoint import with_codes
 from transom.training.device import device_of
 from transom.training.distill import Full, Head, Sampled, Targets, distillation_loss
 from transom.training.latent import dithered, into_cells
+from transom.training.loop import LoopSettings, Loss, Objective
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages
 from transom.zoo.architectures import build_empty
 from transom.zoo.model import Model
 
-if TYPE_CHECKING:
-    from transom.training.qat import QatSettings
-
 CALIBRATION_TOKENS = 8192
 """Of the text, that calibration reads before training begins."""
 
 
-class QatRun:
-    """The student and its teacher, from one step to the next."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QatSettings:
+    """How to train.
+
+    Attributes:
+        quant: Name of a scheme. Its table is rounded once and stays; projections and norms are trained.
+        steps: Of the optimiser; the report has about 5,000.
+        length: Tokens of a sequence.
+        batch: Sequences in a step.
+        learning_rate: Of weights, at its peak: it warms up for a thirtieth of the steps and falls to a tenth (cosine).
+        scale_rate: Of scales, as a share of each scale's own size.
+        start: "nearest", or "gptq": begin with the codes that calibration on the same text finds.
+        samples: Draws from the teacher's distribution that stand for it, as the report samples 256; None takes all.
+        head_dtype: What the products with the table are computed in: "float32" or "bfloat16".
+        recompute: Compute every layer again on the way back, for less memory.
+        seed: Of the order of the text, of draws and of dither.
+        device: Where to compute: "cpu", "cuda", "xla" and so on.
+        save_every: Steps between two saved states.
+    """
+
+    quant: str
+    steps: int = 5000
+    length: int = 256
+    batch: int = 1
+    learning_rate: float = 5e-6
+    scale_rate: float = 1e-4
+    start: Literal["nearest", "gptq"] = "gptq"
+    samples: int | None = None
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    save_every: int = 50
+
+    @property
+    def loop(self) -> LoopSettings:
+        """How the optimiser steps."""
+        return LoopSettings(steps=self.steps, learning_rate=self.learning_rate, save_every=self.save_every)
+
+
+class Qat(Objective):
+    """The student and its teacher.
+
+    Args:
+        model: The teacher, and where the student begins.
+        scheme: The settings' scheme.
+        settings: How to train.
+        sequences_NT: The text, int64.
+        on_progress: Told of calibration: (stage, done, total).
+        begun: Whether a saved state will be taken up, so that grids need no calibration.
+    """
 
     def __init__(
         self,
@@ -49,6 +97,7 @@ class QatRun:
         begun: bool,
     ) -> None:
         self.settings, self.device = settings, device_of(settings.device)
+        self.parts = settings.batch
         self._sequences = sequences_NT
         self._generator = torch.Generator().manual_seed(settings.seed)
         traced = score_graph(model)
@@ -68,21 +117,17 @@ class QatRun:
         narrow = getattr(torch, settings.head_dtype)
         self._teacher_head = Head(table=self._teacher[self._head].to(narrow), softcap=decoder.softcap)
         student = {name: raw[name].clone() for name in raw if name not in frozen}
-        # A saved state replaces the grids, so they need no calibration then.
         student |= self._grids(raw, on_progress, calibrated=settings.start == "gptq" and not begun)
         for name, spec in self.specs.items():
             if settings.start != "gptq":
                 student[name] = dithered(student[name], student[f"{name}.divisors"], spec, self._generator)
         self._student = {name: tensor.to(self.device) for name, tensor in (student | frozen).items()}
         self._student_head = Head(table=self._student[self._head].to(narrow), softcap=decoder.softcap)
-        self._trained = {
+        self.parameters = {
             name: tensor.requires_grad_(True)
             for name, tensor in self._student.items()
             if name not in frozen and tensor.is_floating_point() and not name.endswith(".zero_points")
         }
-        self._optimizer = torch.optim.Adam(
-            [{"params": [tensor], "name": name} for name, tensor in self._trained.items()], betas=(0.9, 0.95), eps=1e-12
-        )
 
     def _grids(
         self, raw: dict[str, torch.Tensor], on_progress: Callable[[str, int, int], None], *, calibrated: bool
@@ -114,28 +159,15 @@ class QatRun:
             parameters[name] = into_cells(raw[name], weight.read(), parameters[f"{name}.divisors"])
         return parameters
 
-    def step(self, index: int) -> float:
-        """One step of the optimiser; returns the mean KL."""
-        settings = self.settings
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(group["name"], index)
-        self._optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for tokens_T in self._batch(index):
+    def losses(self, step: int) -> Iterator[Loss]:
+        """Mean KL(teacher || student) of each sequence of a step, in nats."""
+        for tokens_T in self._batch(step):
             tokens_BT = tokens_T[None].to(self.device)
             with torch.no_grad():
                 taught = self._teacher_stages.hidden(tokens_BT, self._teacher).flatten(0, 1)
                 targets = self._targets(taught)
-            hidden = self._student_stages.hidden(tokens_BT, self._student, recompute=settings.recompute)
-            loss = distillation_loss(hidden.flatten(0, 1), self._student_head, targets)
-            (loss / settings.batch).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            raise TrainingError(f"the loss of step {index + 1} is {total}: try a smaller learning rate")
-        self._optimizer.step()
-        if self.device.type == "xla":
-            importlib.import_module("torch_xla").sync()
-        return total / settings.batch
+            hidden = self._student_stages.hidden(tokens_BT, self._student, recompute=self.settings.recompute)
+            yield Loss(value=distillation_loss(hidden.flatten(0, 1), self._student_head, targets))
 
     def _targets(self, taught: torch.Tensor) -> Targets:
         if self.settings.samples is None:
@@ -144,14 +176,11 @@ class QatRun:
         generator = self._generator if self.device.type == "cpu" else None
         return Sampled.draw(taught, self._teacher_head, self.settings.samples, generator)
 
-    def _rate(self, name: str, index: int) -> float:
-        settings = self.settings
-        warm = max(1, settings.steps // 30)
-        progress = max(0.0, (index - warm) / max(1, settings.steps - warm))
-        shape = min(1.0, (index + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * progress))
-        if name.endswith(".divisors"):
-            return shape * settings.scale_rate * float(self._student[name].detach().abs().mean())
-        return shape * settings.learning_rate
+    def rate(self, name: str, peak: float) -> float:
+        """Scales have a rate of their own, a share of their size."""
+        if not name.endswith(".divisors"):
+            return peak
+        return self.settings.scale_rate * float(self._student[name].detach().abs().mean())
 
     def _batch(self, index: int) -> Iterator[torch.Tensor]:
         """Every sequence once before any comes again, in an order that the seed alone decides."""
@@ -165,23 +194,17 @@ class QatRun:
         return torch.randperm(len(self._sequences), generator=generator)
 
     def state(self) -> dict[str, Any]:
-        """All that a later step depends on."""
+        """Zero points, which are not trained, and the generator of draws."""
         return {
-            "weights": {name: tensor.detach() for name, tensor in self._trained.items()},
             "zero_points": {n: t for n, t in self._student.items() if n.endswith(".zero_points")},
-            "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
         }
 
-    def resume(self, saved: dict[str, Any]) -> list[float]:
-        """Take up a saved state; returns the losses so far."""
-        with torch.no_grad():
-            for name, tensor in {**saved["weights"], **saved["zero_points"]}.items():
-                self._student[name].copy_(tensor)
-        self._optimizer.load_state_dict(saved["optimizer"])
-        self._generator.set_state(saved["generator"])
-        losses: list[float] = saved["losses"]
-        return losses
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take up a state."""
+        for name, tensor in state["zero_points"].items():
+            self._student[name].copy_(tensor)
+        self._generator.set_state(state["generator"])
 
     def result(self) -> Graph:
         """The traced graph with the trained weights; those that were rounded carry their codes."""

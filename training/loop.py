@@ -1,0 +1,200 @@
+"""The loop that every kind of training shares: rates, accumulation, saving, resuming, metrics.
+
+What is trained and what a step loses is the objective's. A run that is stopped at any step goes on where it was last
+saved, and ends with the same weights to the bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from transom.errors import TrainingError
+from transom.training.state import TrainingState
+
+Metrics = Mapping[str, float]
+"""Of a step, by name; `loss` is one of them."""
+
+OnStep = Callable[[int, int, Metrics], None]
+"""Called after every step with (steps done, steps in all, its metrics)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a part of a step loses.
+
+    Attributes:
+        value: A scalar with a gradient.
+        metrics: What else is worth a look, by name.
+    """
+
+    value: torch.Tensor
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+
+
+class Objective(abc.ABC):
+    """What is trained, and what it loses.
+
+    Attributes:
+        parameters: Leaf tensors that take gradients, by name.
+        parts: In how many parts a step's batch goes through the model; its gradient is their mean.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    parts: int = 1
+
+    @abc.abstractmethod
+    def losses(self, step: int) -> Iterator[Loss]:
+        """The parts of a step, counted from 0. The loop goes back through each before it takes the next."""
+
+    def rate(self, name: str, peak: float) -> float:
+        """Highest learning rate of a parameter, where the run's is `peak`."""
+        del name
+        return peak
+
+    def end_step(self) -> None:  # noqa: B027
+        """Called when the parameters have been changed, to move what follows them."""
+
+    def state(self) -> dict[str, Any]:
+        """All that later steps depend on, besides the parameters: tensors, numbers, lists and dicts of them."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take up a state; the parameters have been set already."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How the optimiser steps: Adam, at a rate that warms up and then falls on a cosine.
+
+    Attributes:
+        steps: Of the optimiser.
+        learning_rate: At its peak.
+        warmup: Share of the steps in which the rate rises.
+        last_rate: Share of the peak that is left at the end; 1 for a rate that does not fall.
+        betas: Adam's.
+        epsilon: Adam's.
+        clip: Largest norm of a step's gradient; None for any.
+        save_every: Steps between two saved states.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: float = 1 / 30
+    last_rate: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-12
+    clip: float | None = None
+    save_every: int = 50
+
+    def shape(self, step: int) -> float:
+        """Share of the peak rate at a step, counted from 0."""
+        rising = max(1, round(self.steps * self.warmup))
+        progress = max(0.0, (step - rising) / max(1, self.steps - rising))
+        falling = (1 + self.last_rate) / 2 + (1 - self.last_rate) / 2 * math.cos(math.pi * progress)
+        return min(1.0, (step + 1) / rising) * falling
+
+
+class Loop:
+    """An objective's run.
+
+    Args:
+        objective: What is trained.
+        settings: How.
+        state: Where the run is saved; None for a run that is not.
+        saved: What `state.load` returned: where to go on.
+        on_step: Told of every step.
+
+    Attributes:
+        metrics: Of every step so far.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: LoopSettings,
+        *,
+        state: TrainingState | None = None,
+        saved: dict[str, Any] | None = None,
+        on_step: OnStep = lambda done, total, metrics: None,
+    ) -> None:
+        self.objective, self.settings, self._state, self._on_step = objective, settings, state, on_step
+        self.metrics: list[Metrics] = []
+        self._optimizer = torch.optim.Adam(
+            [{"params": [parameter], "name": name} for name, parameter in objective.parameters.items()],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+        )
+        if saved is not None:
+            self._resume(saved)
+        if state is not None:
+            state.begin_log(self.metrics)
+
+    def run(self) -> list[Metrics]:
+        """Take the steps that are left; returns the metrics of all.
+
+        Raises:
+            TrainingError: If a loss or a gradient is not finite, or the state cannot be saved.
+        """
+        total = self.settings.steps
+        for step in range(len(self.metrics), total):
+            began = time.perf_counter()
+            metrics = self._step(step)
+            self.metrics.append(metrics)
+            if self._state is not None:
+                self._state.log({"step": step + 1, **metrics, "seconds": time.perf_counter() - began})
+                if (step + 1) % self.settings.save_every == 0 and step + 1 < total:
+                    self._state.save(self._saved())
+            self._on_step(step + 1, total, metrics)
+        return self.metrics
+
+    def _step(self, step: int) -> Metrics:
+        objective, settings = self.objective, self.settings
+        shape = settings.shape(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = shape * objective.rate(group["name"], settings.learning_rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, float] = {}
+        for loss in objective.losses(step):
+            (loss.value / objective.parts).backward()  # type: ignore[no-untyped-call]
+            for name, value in {"loss": float(loss.value.detach()), **loss.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value / objective.parts
+        gradients = [p.grad for p in objective.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        totals["gradient_norm"] = float(norm)
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(totals[name]):
+                raise TrainingError(
+                    f"the {name.replace('_', ' ')} of step {step + 1} is {totals[name]}: try a smaller learning rate"
+                )
+        if settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(objective.parameters.values(), settings.clip, norm)
+        self._optimizer.step()
+        if any(parameter.device.type == "xla" for parameter in objective.parameters.values()):
+            importlib.import_module("torch_xla").sync()
+        objective.end_step()
+        return totals
+
+    def _saved(self) -> dict[str, Any]:
+        return {
+            "parameters": {name: parameter.detach() for name, parameter in self.objective.parameters.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "objective": self.objective.state(),
+            "metrics": self.metrics,
+        }
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.objective.parameters.items():
+                parameter.copy_(saved["parameters"][name])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self.objective.resume(saved["objective"])
+        self.metrics = list(saved["metrics"])
