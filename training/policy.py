@@ -1,0 +1,205 @@
+"""A language model that is trained: one set of weights, with gradients through its traced graph, and a sampler on them.
+
+Axes: B sequences, T tokens, N positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from transom.errors import ContextLengthError
+from transom.graphs.weight import Weight
+from transom.training.device import device_of
+from transom.training.distill import LOGITS, Head
+from transom.training.quantize import score_graph
+from transom.training.stages import Stages
+from transom.zoo.architectures import build_empty
+from transom.zoo.model import Model
+
+
+class Policy:
+    """A model's live weights.
+
+    Args:
+        model: Of any architecture of the zoo; images are left out.
+        device: Where to compute: "cpu", "cuda" and so on.
+        trained: Whether a weight of that name takes gradients.
+        recompute: Compute every layer again on the way back: memory for time.
+
+    Attributes:
+        weights: By name, float32. Optimisers change them in place, and every method sees that.
+
+    Raises:
+        TrainingError: If there is no such device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str = "cpu",
+        trained: Callable[[str], bool] = lambda name: True,
+        recompute: bool = False,
+    ) -> None:
+        self._model, self._device, self._recompute = model.text(), device_of(device), recompute
+        graph = score_graph(self._model)
+        self._stages = Stages(graph, device=self._device)
+        # Reading gives a tensor of its own, or one that others may see: only copies are changed in place.
+        self.weights = {
+            name: weight.read().float().clone().to(self._device).requires_grad_(trained(name))
+            for name, weight in graph.weights.items()
+        }
+        self._module = build_empty(self._model.config)
+        # The module's parameters are these very tensors.
+        state = {name: tensor.detach() for name, tensor in self.weights.items()}
+        self._module.load_state_dict(state, assign=True, strict=False)
+        self._module.requires_grad_(False)
+
+    @property
+    def head(self) -> Head:
+        """How its hidden states become logits."""
+        return Head(table=self.weights[self._module.head_weight], softcap=self._module.softcap)
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """The weights that take gradients."""
+        return {name: weight for name, weight in self.weights.items() if weight.requires_grad}
+
+    def model(self) -> Model:
+        """The model with the weights as they are now."""
+        weights = {name: Weight.of(tensor.detach().cpu().clone()) for name, tensor in self.weights.items()}
+        return dataclasses.replace(self._model, weights={**self._model.weights, **weights}, quant="none")
+
+    def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [B, T, D].
+
+        Args:
+            tokens_BT: int64. Shorter sequences are padded at their end with any token.
+
+        Raises:
+            ContextLengthError: If they are longer than the model's context.
+        """
+        if tokens_BT.shape[1] > self._model.config.context:
+            raise ContextLengthError(
+                f"sequences of {tokens_BT.shape[1]:,} tokens are longer than the context of "
+                f"{self._model.config.context:,}: give shorter ones"
+            )
+        return self._stages.hidden(tokens_BT.to(self._device), self.weights, recompute=self._recompute)
+
+    def log_probs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Log p of every token but the first, given those before it: float32 [B, T - 1], in nats."""
+        tokens_BT = tokens_BT.to(self._device)
+        hidden_ND = self.hidden(tokens_BT)[:, :-1].flatten(0, 1)
+        return token_log_probs(hidden_ND, self.head, tokens_BT[:, 1:].flatten()).view(len(tokens_BT), -1)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new: int,
+        stops: frozenset[int],
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> list[list[int]]:
+        """Continue prompts by the weights as they are now.
+
+        Args:
+            prompts: Token ids; those of one length are run together.
+            max_new: Most new tokens.
+            stops: Tokens that end a continuation, itself the last of it.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            generator: Of the draws, on the CPU.
+            on_tokens: Told of new tokens as they are drawn.
+
+        Returns:
+            New ids of every prompt.
+
+        Raises:
+            ContextLengthError: If a prompt and its continuation could be longer than the model's context.
+        """
+        longest = max(map(len, prompts), default=0) + max_new
+        if longest > self._model.config.context:
+            raise ContextLengthError(
+                f"a prompt and {max_new:,} new tokens are {longest:,}, the context is {self._model.config.context:,}: "
+                "give shorter prompts or fewer new tokens"
+            )
+        new: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for _, group in itertools.groupby(order, key=lambda index: len(prompts[index])):
+            rows = list(group)
+            tokens_BT = torch.tensor([list(prompts[row]) for row in rows])
+            self._continue(tokens_BT, [new[row] for row in rows], max_new, stops, temperature, generator, on_tokens)
+        return new
+
+    @torch.no_grad()
+    def _continue(
+        self,
+        tokens_BT: torch.Tensor,
+        new: list[list[int]],
+        max_new: int,
+        stops: frozenset[int],
+        temperature: float,
+        generator: torch.Generator | None,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """Decode prompts of one length together; rows that have ended are dropped."""
+        slots = tokens_BT.shape[1] + max_new
+        states = [
+            torch.zeros(state.shape(slots, batch=len(tokens_BT)), device=self._device)
+            for state in self._model.config.states
+        ]
+        caches = list(zip(states[::2], states[1::2], strict=True))
+        start = 0
+        for step in range(max_new):
+            position = torch.tensor(start, device=self._device)
+            hidden_BTD, caches = self._module.hidden(tokens_BT.to(self._device), position, caches)
+            start += tokens_BT.shape[1]
+            chosen_B = _choose(self._module.head(hidden_BTD[:, -1]).float().cpu(), temperature, generator)
+            on_tokens(len(chosen_B))
+            for row, token in zip(new, chosen_B.tolist(), strict=True):
+                row.append(token)
+            going = [index for index, row in enumerate(new) if row[-1] not in stops]
+            if not going or step + 1 == max_new:
+                return
+            if len(going) < len(new):
+                kept = torch.tensor(going, device=self._device)
+                new = [new[index] for index in going]
+                chosen_B = chosen_B[kept.cpu()]
+                caches = [(key.index_select(0, kept), value.index_select(0, kept)) for key, value in caches]
+            tokens_BT = chosen_B[:, None]
+
+
+def _choose(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def token_log_probs(hidden_ND: torch.Tensor, head: Head, ids_N: torch.Tensor) -> torch.Tensor:
+    """Log p of one token a position, float32 [N], with gradients for hidden states and table.
+
+    Logits are held for a few positions at a time, and computed again on the way back.
+    """
+
+    def block(hidden_ND: torch.Tensor, table_VD: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+        logits_NV = dataclasses.replace(head, table=table_VD).logits(hidden_ND)
+        return logits_NV.log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
+
+    step = max(1, LOGITS // head.table.shape[0])
+    parts = [
+        checkpoint(block, hidden_ND[low : low + step], head.table, ids_N[low : low + step], use_reentrant=False)
+        for low in range(0, len(hidden_ND), step)
+    ]
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Sequences as one int64 [B, T], padded with zeros at their ends."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
