@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transom.errors import ContextLengthError
 from transom.graphs.weight import Weight
 from transom.training.device import device_of
-from transom.training.distill import LOGITS, Head
+from transom.training.divergence import Head
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages
 from transom.zoo.architectures import build_empty
@@ -191,7 +191,7 @@ def token_log_probs(hidden_ND: torch.Tensor, head: Head, ids_N: torch.Tensor) ->
         logits_NV = dataclasses.replace(head, table=table_VD).logits(hidden_ND)
         return logits_NV.log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
 
-    step = max(1, LOGITS // head.table.shape[0])
+    step = head.step
     parts = [
         checkpoint(block, hidden_ND[low : low + step], head.table, ids_N[low : low + step], use_reentrant=False)
         for low in range(0, len(hidden_ND), step)

@@ -9,7 +9,7 @@ import torch
 
 from tests.tolerances import FP32_GRADIENTS, FP32_LOGITS
 from transom.errors import ContextLengthError
-from transom.training import policy as policy_module
+from transom.training import divergence
 from transom.training.policy import Policy, padded
 from transom.zoo.model import Model, load
 
@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_gradients_are_the_modules(rows: int, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the window, a batch of unequal sequences, logits for a few positions at a time or all at once."""
-    monkeypatch.setattr(policy_module, "LOGITS", rows * model.config.vocab_size)
+    monkeypatch.setattr(divergence, "LOGITS", rows * model.config.vocab_size)
     policy, module = Policy(model, recompute=rows == 1), model.eager().requires_grad_(True)
     window = model.config.longest_window or 16
     sequences = [[(7 * i + j) % 500 for i in range(length)] for j, length in enumerate((3 * window + 5, window, 4))]

@@ -22,7 +22,7 @@ from transom.passes.fake_quantize import FakeQuantize, FakeQuantized
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import with_codes
 from transom.training.device import device_of
-from transom.training.distill import Full, Head, Sampled, Targets, distillation_loss
+from transom.training.divergence import Full, Head, Sparse, Targets, distillation_loss
 from transom.training.latent import dithered, into_cells
 from transom.training.loop import LoopSettings, Loss, Objective
 from transom.training.quantize import score_graph
@@ -174,7 +174,7 @@ class Qat(Objective):
             return Full(hidden=taught, head=self._teacher_head)
         # A generator belongs to a device, and ours draws the dither too.
         generator = self._generator if self.device.type == "cpu" else None
-        return Sampled.draw(taught, self._teacher_head, self.settings.samples, generator)
+        return Sparse.draw(taught, self._teacher_head, self.settings.samples, generator)
 
     def rate(self, name: str, peak: float) -> float:
         """Scales have a rate of their own, a share of their size."""
