@@ -184,6 +184,7 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "evaluate": ("{artifact}", "--text"),
     "quantize": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--calibrate"),
     "qat": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--data"),
+    "distill": ("gemma3-tiny", "--teacher", "gemma3-tiny", "-o", "{tmp}/x", "--data"),
 }
 
 

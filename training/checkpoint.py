@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,19 @@ def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
             names |= {f"{path.name}/{name}" for name in ARTIFACT.files(path) or ()}
     return frozenset(names)
 
+
+def _files_of_trained(folder: Path) -> frozenset[str] | None:
+    """What `write_trained` writes."""
+    try:
+        report = json.loads((folder / REPORT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(report, dict) or not {"settings", "source"} <= report.keys():
+        return None
+    return frozenset(_WRITTEN | {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)})
+
+
+TRAINED = Kind(title=f"a checkpoint that transom trained ({REPORT})", files=_files_of_trained)
 
 CHECKPOINT = Kind(title=f"a checkpoint that transom wrote ({CODES_FILE})", files=_files_of_checkpoint)
 
@@ -122,3 +136,17 @@ def write_quantized(
         dequantized[name] = _decoded(model.weights[name], encoded, carries=False)
     write_checkpoint(folder, model.config, {**model.weights, **dequantized}, dtype=None)
     write_companions(model, folder)
+
+
+def write_trained(folder: Path, model: Model, report: Mapping[str, Any], *, dtype: torch.dtype) -> None:
+    """Write a trained model that is not quantised: a Hugging Face folder and `training.json`.
+
+    Args:
+        folder: Where; it exists.
+        model: With the weights that were trained.
+        report: How it was trained: `settings`, `source` and more.
+        dtype: Of the weights.
+    """
+    write_checkpoint(folder, model.config, model.weights, dtype=dtype)
+    write_companions(model, folder)
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")

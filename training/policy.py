@@ -32,6 +32,7 @@ class Policy:
         recompute: Compute every layer again on the way back: memory for time.
 
     Attributes:
+        device: Where it computes.
         weights: By name, float32. Optimisers change them in place, and every method sees that.
 
     Raises:
@@ -46,12 +47,12 @@ class Policy:
         trained: Callable[[str], bool] = lambda name: True,
         recompute: bool = False,
     ) -> None:
-        self._model, self._device, self._recompute = model.text(), device_of(device), recompute
+        self._model, self.device, self._recompute = model.text(), device_of(device), recompute
         graph = score_graph(self._model)
-        self._stages = Stages(graph, device=self._device)
+        self._stages = Stages(graph, device=self.device)
         # Reading gives a tensor of its own, or one that others may see: only copies are changed in place.
         self.weights = {
-            name: weight.read().float().clone().to(self._device).requires_grad_(trained(name))
+            name: weight.read().float().clone().to(self.device).requires_grad_(trained(name))
             for name, weight in graph.weights.items()
         }
         self._module = build_empty(self._model.config)
@@ -64,6 +65,10 @@ class Policy:
     def head(self) -> Head:
         """How its hidden states become logits."""
         return Head(table=self.weights[self._module.head_weight], softcap=self._module.softcap)
+
+    def head_of(self, other: Policy) -> Head:
+        """The head for as many tokens as another policy knows."""
+        return dataclasses.replace(self.head, table=self.head.table[: other.head.table.shape[0]])
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
@@ -89,11 +94,11 @@ class Policy:
                 f"sequences of {tokens_BT.shape[1]:,} tokens are longer than the context of "
                 f"{self._model.config.context:,}: give shorter ones"
             )
-        return self._stages.hidden(tokens_BT.to(self._device), self.weights, recompute=self._recompute)
+        return self._stages.hidden(tokens_BT.to(self.device), self.weights, recompute=self._recompute)
 
     def log_probs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Log p of every token but the first, given those before it: float32 [B, T - 1], in nats."""
-        tokens_BT = tokens_BT.to(self._device)
+        tokens_BT = tokens_BT.to(self.device)
         hidden_ND = self.hidden(tokens_BT)[:, :-1].flatten(0, 1)
         return token_log_probs(hidden_ND, self.head, tokens_BT[:, 1:].flatten()).view(len(tokens_BT), -1)
 
@@ -151,14 +156,14 @@ class Policy:
         """Decode prompts of one length together; rows that have ended are dropped."""
         slots = tokens_BT.shape[1] + max_new
         states = [
-            torch.zeros(state.shape(slots, batch=len(tokens_BT)), device=self._device)
+            torch.zeros(state.shape(slots, batch=len(tokens_BT)), device=self.device)
             for state in self._model.config.states
         ]
         caches = list(zip(states[::2], states[1::2], strict=True))
         start = 0
         for step in range(max_new):
-            position = torch.tensor(start, device=self._device)
-            hidden_BTD, caches = self._module.hidden(tokens_BT.to(self._device), position, caches)
+            position = torch.tensor(start, device=self.device)
+            hidden_BTD, caches = self._module.hidden(tokens_BT.to(self.device), position, caches)
             start += tokens_BT.shape[1]
             chosen_B = _choose(self._module.head(hidden_BTD[:, -1]).float().cpu(), temperature, generator)
             on_tokens(len(chosen_B))
@@ -168,7 +173,7 @@ class Policy:
             if not going or step + 1 == max_new:
                 return
             if len(going) < len(new):
-                kept = torch.tensor(going, device=self._device)
+                kept = torch.tensor(going, device=self.device)
                 new = [new[index] for index in going]
                 chosen_B = chosen_B[kept.cpu()]
                 caches = [(key.index_select(0, kept), value.index_select(0, kept)) for key, value in caches]

@@ -37,3 +37,14 @@ def read_sequences(model: Model, path: Path, length: int) -> torch.Tensor:
         raise TokenizerError(f"{path} has {len(ids)} tokens, one sequence needs {step}: give more text or a --length")
     body = torch.tensor(ids[: count * step]).view(count, step)
     return torch.cat((torch.tensor(first, dtype=torch.int64).expand(count, -1), body), 1)
+
+
+def index_at(place: int, count: int, seed: int) -> int:
+    """Which of `count` sequences comes at a place of a run: each comes once before any comes again."""
+    epoch, offset = divmod(place, count)
+    return int(order(count, seed + epoch)[offset])
+
+
+def order(count: int, seed: int) -> torch.Tensor:
+    """The numbers below `count` in an order that the seed alone decides."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

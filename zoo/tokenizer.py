@@ -192,6 +192,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens by their names, special ones included."""
+        return dict(self._backend.get_vocab())
+
+    @property
     def largest_id(self) -> int:
         """The last id; `vocab_size - 1` unless ids were left out."""
         return max(self.vocab_size - 1, *self._backend.get_added_tokens_decoder(), 0)

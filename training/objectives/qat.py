@@ -27,6 +27,7 @@ from transom.training.latent import dithered, into_cells
 from transom.training.loop import LoopSettings, Loss, Objective
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages
+from transom.training.text import index_at, order
 from transom.zoo.architectures import build_empty
 from transom.zoo.model import Model
 
@@ -142,11 +143,11 @@ class Qat(Objective):
             return parameters
         count = min(len(self._sequences), max(1, CALIBRATION_TOKENS // self.settings.length))
         # Not those that training begins with: what they lose would tell nothing.
-        order = self._order(0)[-count:]
+        chosen = order(len(self._sequences), self.settings.seed)[-count:]
         rounded, _ = calibrate(
             self._traced,
             {name: spec for name, spec in self.specs.items() if spec.block != "tensor"},
-            self._sequences[order],
+            self._sequences[chosen],
             on_progress=lambda done, total: on_progress("calibrate", done, total),
         )
         for name, weight in rounded.items():
@@ -161,12 +162,14 @@ class Qat(Objective):
 
     def losses(self, step: int) -> Iterator[Loss]:
         """Mean KL(teacher || student) of each sequence of a step, in nats."""
-        for tokens_T in self._batch(step):
-            tokens_BT = tokens_T[None].to(self.device)
+        settings, count = self.settings, len(self._sequences)
+        for place in range(step * settings.batch, (step + 1) * settings.batch):
+            index = index_at(place, count, settings.seed)
+            tokens_BT = self._sequences[index : index + 1].to(self.device)
             with torch.no_grad():
                 taught = self._teacher_stages.hidden(tokens_BT, self._teacher).flatten(0, 1)
                 targets = self._targets(taught)
-            hidden = self._student_stages.hidden(tokens_BT, self._student, recompute=self.settings.recompute)
+            hidden = self._student_stages.hidden(tokens_BT, self._student, recompute=settings.recompute)
             yield Loss(value=distillation_loss(hidden.flatten(0, 1), self._student_head, targets))
 
     def _targets(self, taught: torch.Tensor) -> Targets:
@@ -181,17 +184,6 @@ class Qat(Objective):
         if not name.endswith(".divisors"):
             return peak
         return self.settings.scale_rate * float(self._student[name].detach().abs().mean())
-
-    def _batch(self, index: int) -> Iterator[torch.Tensor]:
-        """Every sequence once before any comes again, in an order that the seed alone decides."""
-        count = len(self._sequences)
-        for place in range(index * self.settings.batch, (index + 1) * self.settings.batch):
-            epoch, offset = divmod(place, count)
-            yield self._sequences[self._order(epoch)[offset]]
-
-    def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return torch.randperm(len(self._sequences), generator=generator)
 
     def state(self) -> dict[str, Any]:
         """Zero points, which are not trained, and the generator of draws."""

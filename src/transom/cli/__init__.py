@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, build, evaluate, export, models, qat, quantize, ranges, run, validate
+from transom.cli import bisect, build, distill, evaluate, export, models, qat, quantize, ranges, run, validate
 from transom.cli.options import progress_console
 from transom.cli.signals import orderly_end
 from transom.cli.streams import abandon, flush, make_lenient
@@ -52,6 +52,7 @@ validate.register(app)
 bisect.register(app)
 quantize.register(app)
 qat.register(app)
+distill.register(app)
 evaluate.register(app)
 ranges.register(app)
 

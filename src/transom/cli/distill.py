@@ -1,0 +1,129 @@
+"""`transom distill`: train a student on the probabilities of a teacher."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
+from transom.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transom.training.loop import Metrics
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(distill)
+
+
+def distill(
+    student: Model,
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="What it learns from; of the same vocabulary.")],
+    data: Annotated[Path, typer.Option(metavar="TEXT", help="Text to learn on.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 1000,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.", min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.", min=0)] = 1e-5,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="What stands for the teacher's distribution: full (all of it), counts (draws with replacement), "
+            "renorm (the drawn tokens' probabilities, renormalised), renorm_wor (the same of draws without "
+            "replacement), or top_k."
+        ),
+    ] = "counts",
+    samples: Annotated[int, typer.Option(help="Draws a token, or likeliest tokens.", min=1)] = 256,
+    forward: Annotated[
+        float,
+        typer.Option(
+            help="Share of KL(teacher || student); the rest is KL(student || teacher), of full targets.", min=0, max=1
+        ),
+    ] = 1.0,
+    online: Annotated[
+        float, typer.Option(help="Share of sequences that the student continues itself.", min=0, max=1)
+    ] = 0.0,
+    prompt: Annotated[int, typer.Option(help="Tokens of the text that such a sequence begins with.", min=1)] = 32,
+    replay: Annotated[Path | None, typer.Option(metavar="TEXT", help="Text of what should not be forgotten.")] = None,
+    replay_share: Annotated[float, typer.Option(help="Share of sequences taken from it.", min=0, max=1)] = 0.25,
+    teacher_samples: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the teacher's samples here, and draw only those that it lacks."),
+    ] = None,
+    freeze_table: Annotated[bool, typer.Option("--freeze-table", help="Leave the table of tokens as it is.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
+    weights: Weights = "checkpoint",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a student on the next-token probabilities of a teacher. A run that is stopped goes on."""
+    import torch
+
+    from transom.backends.folder import check_absent
+    from transom.training.checkpoint import TRAINED
+    from transom.training.distill import distill as train
+    from transom.training.objectives.distillation import DistillSettings
+
+    check_absent(out, overwrite=overwrite, kind=TRAINED)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise TrainingError(f"--dtype takes float32, bfloat16 or float16, not {dtype!r}")
+    settings = DistillSettings(
+        steps=steps,
+        length=length,
+        batch=batch,
+        learning_rate=learning_rate,
+        targets=targets,
+        samples=samples,
+        forward=forward,
+        online=online,
+        prompt=prompt,
+        replay=0.0 if replay is None else replay_share,
+        train_table=not freeze_table,
+        recompute=recompute,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+    )
+    models = load_model(student, weights, seed), load_model(teacher, "checkpoint", 0)
+    recent: collections.deque[float] = collections.deque(maxlen=20)
+    with stage_bars() as on_progress:
+
+        def on_step(done: int, total: int, metrics: Metrics) -> None:
+            recent.append(metrics["loss"])
+            mean = sum(recent) / len(recent)
+            words = f"step {done:,} of {total:,}, loss {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
+            on_progress("train", done, total, words)
+
+        losses = train(
+            *models,
+            settings,
+            text=data,
+            out=out,
+            replay=replay,
+            teacher_samples=teacher_samples,
+            dtype=getattr(torch, dtype),
+            overwrite=overwrite,
+            on_step=on_step,
+            on_progress=on_progress,
+        )
+    if json:
+        print_json({"folder": str(out), "teacher": teacher, "steps": len(losses), "loss": losses})
+        return
+    few = max(1, len(losses) // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
+    words = f"{len(losses):,} steps, loss {first:.4f} at first and {last:.4f} in the end (means of {few:,})"
+    console.print(f"{escape(str(out))}: {words}", highlight=False)
