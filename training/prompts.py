@@ -1,0 +1,74 @@
+"""Prompts with what a right answer is, as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transom.errors import ContextLengthError, TokenizerError, TrainingError
+from transom.zoo.chat import Message
+from transom.zoo.model import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One line.
+
+    Attributes:
+        text: What is asked.
+        ids: What the model reads.
+        reference: The line's other keys: what a reward or an objective knows of a right answer.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    reference: Mapping[str, Any]
+
+
+def read_prompts(model: Model, path: Path, *, max_new: int, chat: bool = False) -> list[Prompt]:
+    """Read prompts.
+
+    Args:
+        model: Whose tokenizer reads them, and whose chat template is used.
+        path: A JSON object a line, with `prompt` and whatever else.
+        max_new: Tokens that a continuation may take.
+        chat: Whether a prompt is what a user says, in the model's chat template, and no text to be continued.
+
+    Raises:
+        TrainingError: If the file cannot be read, a line is no such object, or there is none.
+        TokenizerError: If the model has no tokenizer, or no chat template that is asked for.
+        ContextLengthError: If a prompt leaves too little of the context.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise TokenizerError(f"{model.config.name} has no tokenizer, so it cannot read {path}: give a source that has")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read prompts from {path} ({error}): give JSON lines in UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"{path}, line {number} is not JSON ({error})") from error
+        text = data.pop("prompt", None) if isinstance(data, dict) else None
+        if not isinstance(text, str) or not text:
+            raise TrainingError(f"{path}, line {number} has no text under `prompt`: write an object a line that has")
+        ids = tokenizer.encode_chat([Message(role="user", content=text)]) if chat else tokenizer.encode(text)
+        if not ids:
+            raise TrainingError(f"{path}, line {number}: the prompt is no tokens")
+        if len(ids) + max_new > model.config.context:
+            raise ContextLengthError(
+                f"{path}, line {number}: {len(ids):,} tokens and {max_new:,} new ones are longer than the context of "
+                f"{model.config.context:,}: shorten the prompt, or allow fewer new tokens"
+            )
+        prompts.append(Prompt(text=text, ids=tuple(ids), reference=data))
+    if not prompts:
+        raise TrainingError(f"{path} has no prompts: write a JSON object a line")
+    return prompts
