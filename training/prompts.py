@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transom.errors import ContextLengthError, TokenizerError, TrainingError
+from transom.training.policy import padded
 from transom.zoo.chat import Message
 from transom.zoo.model import Model
 
@@ -72,3 +75,17 @@ def read_prompts(model: Model, path: Path, *, max_new: int, chat: bool = False) 
     if not prompts:
         raise TrainingError(f"{path} has no prompts: write a JSON object a line")
     return prompts
+
+
+def continued(prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with what follows them, B of them.
+
+    Returns:
+        Tokens int64 [B, T], padded at their ends; and which of the tokens after the first belong to a continuation,
+        bool [B, T - 1].
+    """
+    sequences = [[*prompt.ids, *new] for prompt, new in zip(prompts, continuations, strict=True)]
+    tokens_BT = padded(sequences)
+    places_T = torch.arange(1, tokens_BT.shape[1])
+    begins, ends = (torch.tensor(x)[:, None] for x in ([len(p.ids) for p in prompts], list(map(len, sequences))))
+    return tokens_BT, (places_T >= begins) & (places_T < ends)

@@ -51,6 +51,7 @@ class Tokenizer:
 
     Attributes:
         bos_id: Goes in front of every text, unless the config says that none does; None if there is none.
+        eos_id: Ends a text, by the config's name; None if there is none.
         stop_ids: Any of them ends a generated text: end of sequence by the config's name, and what usually ends a
             sequence or a turn.
         config: What stands beside the vocabulary, such as the chat template.
@@ -72,6 +73,7 @@ class Tokenizer:
         bos_name = self.config.tokens.get("bos_token", None if self._byte_level else _BOS)
         eos_name = self.config.tokens.get("eos_token", _EOS)
         self.bos_id: int | None = None if bos_name is None else backend.token_to_id(bos_name)
+        self.eos_id: int | None = backend.token_to_id(eos_name)
         ends = {token for name in (eos_name, *_ENDS) if (token := backend.token_to_id(name)) is not None}
         if bos_name is not None and self.bos_id is None:
             raise TokenizerError(f"the tokenizer has no {bos_name}, which begins a text")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from transom.training.loop import Loss, Objective
-from transom.training.policy import Policy, padded
-from transom.training.prompts import Prompt
+from transom.training.policy import Policy
+from transom.training.prompts import Prompt, continued
 from transom.training.text import index_at
 
 
@@ -36,15 +36,17 @@ class Samples:
 
 
 class Method(abc.ABC):
-    """What is learned from samples.
+    """What is learned from samples."""
 
-    Attributes:
-        own: Samples of the policy that a prompt needs.
-        anchored: Samples of the anchor that a prompt needs.
-    """
+    @property
+    def own(self) -> int:
+        """Samples of the policy that a prompt needs."""
+        return 0
 
-    own: int = 0
-    anchored: int = 0
+    @property
+    def anchored(self) -> int:
+        """Samples of the anchor that a prompt needs."""
+        return 0
 
     @abc.abstractmethod
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
@@ -131,11 +133,7 @@ class Alignment(Objective):
         )
         texts = [self._decode([id for id in new if id not in self._stops]) for new in continuations]
         rewards = torch.tensor(self._score(repeated, texts))
-        sequences = [[*prompt.ids, *new] for prompt, new in zip(repeated, continuations, strict=True)]
-        tokens_BT = padded(sequences)
-        places_T = torch.arange(1, tokens_BT.shape[1])
-        begins, ends = (torch.tensor(x)[:, None] for x in ([len(p.ids) for p in repeated], list(map(len, sequences))))
-        counts_BT = (places_T >= begins) & (places_T < ends)
+        tokens_BT, counts_BT = continued(repeated, continuations)
         with torch.no_grad():
             anchor_log_probs = (self._anchor.log_probs(tokens_BT).cpu() * counts_BT).sum(-1)
         log_probs = (self._policy.log_probs(tokens_BT).cpu() * counts_BT).sum(-1)
