@@ -125,8 +125,9 @@ def check(source: str) -> None:
             kind, text = reply["error"]
             error = getattr(builtins, kind, None)
             # What a test expects to be raised; anything else must not end the test as if it were its own.
-            known = isinstance(error, type) and issubclass(error, Exception)
-            raise error(text) if known else RuntimeError(f"{kind}: {text}")
+            if isinstance(error, type) and issubclass(error, Exception):
+                raise error(text)
+            raise RuntimeError(f"{kind}: {text}")
         return decode(reply["value"])
 
     try:

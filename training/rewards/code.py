@@ -23,7 +23,7 @@ from typing import Any
 
 from transom.training.rewards.boxed import decode
 from transom.training.rewards.reward import Score
-from transom.training.rewards.sandbox import Box, Limits, Sandbox, Stopped
+from transom.training.rewards.sandbox import Box, BoxError, Limits, Sandbox
 from transom.wording import shortened
 
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -55,11 +55,8 @@ def equal(actual: Any, expected: Any, tolerance: float = 0.0) -> bool:
             and actual.keys() == expected.keys()
             and all(equal(actual[key], value, tolerance) for key, value in expected.items())
         )
-    if (
-        isinstance(expected, float)
-        and type(actual) in (int, float)
-        or isinstance(actual, float)
-        and type(expected) is int
+    if (isinstance(expected, float) and type(actual) in (int, float)) or (
+        isinstance(actual, float) and type(expected) is int
     ):
         try:
             return bool(actual == expected or math.isclose(actual, expected, rel_tol=tolerance))
@@ -100,7 +97,7 @@ class Code:
                 if "check" in reference:
                     return _run_check(sandbox, box, reference["check"])
                 return _run_cases(box, reference)
-        except Stopped as reason:
+        except BoxError as reason:
             return Score(0.0, str(reason))
 
 
@@ -120,11 +117,11 @@ def _reply(box: Box) -> dict[str, Any]:
     """What the box answers: it is ready, or a value.
 
     Raises:
-        Stopped: If it is an error, or no answer.
+        BoxError: If it is an error, or no answer.
     """
     message = box.line()
     if "error" in message:
-        raise Stopped(f"it raised {shortened(json.dumps(message['error']))}")
+        raise BoxError(f"it raised {shortened(json.dumps(message['error']))}")
     return message
 
 
@@ -135,7 +132,7 @@ def _run_cases(box: Box, reference: Mapping[str, Any]) -> Score:
         try:
             value = decode(_reply(box).get("value"))
         except (ValueError, TypeError, RecursionError) as reason:
-            raise Stopped("its answer is no value") from reason
+            raise BoxError("its answer is no value") from reason
         if not equal(value, case["returns"], tolerance):
             return Score(0.0, f"case {index}: it returned {shortened(repr(value))}")
     return Score(1.0, "every case passes")
@@ -158,7 +155,7 @@ def _run_check(sandbox: Sandbox, box: Box, check: str) -> Score:
         while True:
             try:
                 message = judge.line()
-            except Stopped as reason:
+            except BoxError as reason:
                 return Score(0.0 if answers else None, f"the reference's check: {reason}")
             if "call" not in message:
                 break
@@ -167,7 +164,7 @@ def _run_check(sandbox: Sandbox, box: Box, check: str) -> Score:
             try:
                 data = json.dumps({key: reply[key] for key in ("value", "error") if key in reply})
             except RecursionError as reason:
-                raise Stopped("its answer is no value") from reason
+                raise BoxError("its answer is no value") from reason
             judge.put(data.encode() + b"\n")
             answers += 1
     if not answers:
@@ -180,6 +177,9 @@ def _run_check(sandbox: Sandbox, box: Box, check: str) -> Score:
 def _broken(reference: Mapping[str, Any]) -> str | None:
     """What is wrong with a reference; None if nothing is."""
     name, cases, check = reference.get("function"), reference.get("cases"), reference.get("check")
+    tolerance = reference.get("tolerance", 0.0)
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
+        return "the reference's 'tolerance' is no number from 0 to 1"
     if not isinstance(reference.get("prefix", ""), str):
         return "the reference's 'prefix' is no text"
     if name is not None and not isinstance(name, str):

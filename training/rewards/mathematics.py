@@ -70,7 +70,7 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>{_INTEGER})(?:\s*(?=\\frac)|\s+(?:and\s+)?))?"
     rf"(?:\\frac\s*(?:\{{\s*(?P<top>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>-?{_DECIMAL})\s*\}}|(?P<t>\d)\s*(?P<b>\d))"
     rf"|(?P<over>{_DECIMAL})\s*/\s*(?P<under>-?{_DECIMAL}))"
-    rf"|(?P<decimal>{_DECIMAL})(?:(?:e|\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*)\{{?(?P<exponent>[+-]?\d{{1,3}})\}}?)?",
+    rf"|(?P<decimal>{_DECIMAL})(?:(?:e|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*)\{{?(?P<exponent>[+-]?\d{{1,3}})\}}?)?",
     re.IGNORECASE,
 )
 _EXPONENT = re.compile(r"\s*(?:\^\s*\{?\s*([23])\s*\}?|([²³]))$")
@@ -110,7 +110,13 @@ def parse(text: str, unit: str | None = None) -> Number | None:
     """
     if len(text) > _LONGEST:
         return None
-    text = text.replace("−", "-").replace("–", "-").replace("\N{NO-BREAK SPACE}", " ").replace("{,}", ",")
+    text = (
+        text.replace("\N{MINUS SIGN}", "-")
+        .replace("\N{EN DASH}", "-")
+        .replace("\N{MULTIPLICATION SIGN}", "\\times ")
+        .replace("\N{NO-BREAK SPACE}", " ")
+        .replace("{,}", ",")
+    )
     text = text.replace("\\%", "%").replace("\\$", "$").replace("~", " ")
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text))
     text = _WRAPPED.sub(r" \1", _DROPPED.sub("", text)).strip().rstrip(".").strip()

@@ -66,7 +66,7 @@ class Limits:
         }
 
 
-class Stopped(Exception):
+class BoxError(Exception):
     """A program ended, or was ended, before it gave an answer; the message says why."""
 
 
@@ -99,11 +99,11 @@ class Sandbox:
         """Run a program whose output is known, so that a box that fails is never taken for a program that does."""
         try:
             output = self.run("print(sum(map(int, input().split())))", "20 22\n")
-        except Stopped as reason:
+        except BoxError as reason:
             output = str(reason)
         if output != "42\n":
             raise RewardError(
-                f"a sandbox with {self._bwrap} and {self._python} does not run here ({shortened(output.strip(), 200)}): "
+                f"a sandbox with {self._bwrap} and {self._python} does not run ({shortened(output.strip(), 200)}): "
                 "unprivileged user namespaces must be allowed, and both programs be readable for every user"
             )
 
@@ -111,14 +111,14 @@ class Sandbox:
         """Run a program to its end; its standard output.
 
         Raises:
-            Stopped: If it passes a limit, fails, or its output is not UTF-8.
+            BoxError: If it passes a limit, fails, or its output is not UTF-8.
         """
         with self.open({"mode": "program", "source": source}) as box:
             output = box.finish(stdin.encode())
         try:
             return output.decode()
         except UnicodeDecodeError as reason:
-            raise Stopped("its output is not UTF-8") from reason
+            raise BoxError("its output is not UTF-8") from reason
 
     def open(self, task: dict[str, Any]) -> Box:
         """Start a box on a task of `boxed.main`."""
@@ -200,26 +200,26 @@ class Box:
         """The next line of output, a JSON object.
 
         Raises:
-            Stopped: If it passes a limit, ends without one, or writes something else.
+            BoxError: If it passes a limit, ends without one, or writes something else.
         """
         while b"\n" not in self._output:
             if not self._step():
-                raise Stopped(f"it ended without an answer with {self._ending()}")
+                raise BoxError(f"it ended without an answer with {self._ending()}")
         line, self._output = self._output.split(b"\n", 1)
         try:
             message = json.loads(line)
         # Brackets alone exhaust the parser; a number of too many digits is a ValueError.
         except (ValueError, RecursionError) as reason:
-            raise Stopped("its answer is no JSON") from reason
+            raise BoxError("its answer is no JSON") from reason
         if not isinstance(message, dict):
-            raise Stopped("its answer is no JSON object")
+            raise BoxError("its answer is no JSON object")
         return message
 
     def finish(self, data: bytes) -> bytes:
         """Give it its last input; all of its standard output.
 
         Raises:
-            Stopped: If it passes a limit, or its exit code is not 0.
+            BoxError: If it passes a limit, or its exit code is not 0.
         """
         self.put(data)
         self._close_when_given = True
@@ -228,7 +228,7 @@ class Box:
         while self._step():
             pass
         if self._wait() != 0:
-            raise Stopped(f"it failed with {self._ending()}")
+            raise BoxError(f"it failed with {self._ending()}")
         return self._output
 
     def _wait(self) -> int:
@@ -242,8 +242,8 @@ class Box:
         last = self._errors.decode(errors="replace").strip().rsplit("\n", 1)[-1]
         return f"exit code {code}" + (f" ({shortened(last)})" if last else "")
 
-    def _timeout(self) -> Stopped:
-        return Stopped(f"it ran longer than {self._limits.seconds:g} s")
+    def _timeout(self) -> BoxError:
+        return BoxError(f"it ran longer than {self._limits.seconds:g} s")
 
     def _step(self) -> bool:
         """Move what can be moved; False once both outputs are closed."""
@@ -261,7 +261,7 @@ class Box:
             elif part:
                 self._size += len(part)
                 if self._size > self._limits.output:
-                    raise Stopped(f"it wrote more than {self._limits.output:,} bytes")
+                    raise BoxError(f"it wrote more than {self._limits.output:,} bytes")
                 if pipe is self._stdout:
                     self._output += part
                 else:

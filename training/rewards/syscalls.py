@@ -1,8 +1,8 @@
 """The kernel's calls that a program in the box may make, as a seccomp filter that bubblewrap installs.
 
 What is not listed does not exist for the program: sockets, new processes, namespaces, mounts, tracing, `bpf`,
-`io_uring`, keys, `memfd_create`, shared memory. Threads are allowed, processes are not; so one process's limit of memory
-is the limit of all, and nothing can outlive it.
+`io_uring`, keys, `memfd_create`, shared memory. Threads are allowed, processes are not; so one process's limit of
+memory is the limit of all, and nothing can outlive it.
 """
 
 from __future__ import annotations
