@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.training.rewards.boxes import code, needs_bubblewrap
 from transom.training.rewards.code import Code
-from transom.training.rewards.sandbox import Limits, Sandbox
+from transom.training.rewards.sandbox import Box, Limits, Sandbox
 
 pytestmark = needs_bubblewrap
 
@@ -309,6 +310,20 @@ def nothing_left_behind() -> Iterator[None]:
     assert not remaining
 
 
+@pytest.fixture
+def outputs(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What each box wrote, as a score's reason does not tell it of a program that fails."""
+    written: list[bytes] = []
+    destroy = Box.__exit__
+
+    def record(box: Box, *error: Any) -> None:
+        written.append(box._output)
+        destroy(box, *error)
+
+    monkeypatch.setattr(Box, "__exit__", record)
+    return written
+
+
 @pytest.fixture(scope="module")
 def surroundings() -> Iterator[dict[str, str]]:
     """What attacks are after: a readable file, a listening port, a process with an environment."""
@@ -326,12 +341,14 @@ def source_of(name: str, surroundings: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_no_program_escapes_or_passes(name: str, surroundings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_escapes_or_passes(
+    name: str, surroundings: dict[str, str], outputs: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET", SECRET)
     score = hostile().score("", source_of(name, surroundings), SUM)
     assert score.value == 0.0, score
-    assert "ESCAPED" not in score.reason
-    assert code().score("", HONEST, SUM).value == 1.0
+    assert outputs and b"ESCAPED" not in b"".join(outputs)
+    assert code().sandbox.run(HONEST, "2 5\n") == "7\n"
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
