@@ -85,7 +85,9 @@ class Sandbox:
     def __init__(
         self, limits: Limits | None = None, *, bwrap: Path | str | None = None, python: Path | str | None = None
     ) -> None:
-        self.limits = limits or Limits()
+        limits = limits or Limits()
+        # A busy machine may start a first box slowly, which is no reason to refuse it.
+        self.limits = dataclasses.replace(limits, seconds=max(limits.seconds, 30))
         self._filter = syscalls.program()
         self._bwrap = str(bwrap or _bubblewrap())
         self._python = Path(python or _interpreter()).resolve()
@@ -94,6 +96,7 @@ class Sandbox:
                 raise RewardError(f"{path} is no program that can be run: {INSTALL}, or name another interpreter")
         self._program = Path(boxed.__file__).read_bytes()
         self._probe()
+        self.limits = limits
 
     def _probe(self) -> None:
         """Run a program whose output is known, so that a box that fails is never taken for a program that does."""
