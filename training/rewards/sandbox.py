@@ -1,7 +1,7 @@
 """A box for programs that nobody trusts: bubblewrap's namespaces, a filter of kernel calls, limits, a clock.
 
-What a program sees: an interpreter and its standard library, read-only, and an empty `/tmp` of limited size. It has no
-network, no other process to see, no way to start one, and no environment. Root starts the box as another user. The
+What a program sees: an interpreter and the system's libraries, read-only, and an empty `/tmp` of limited size. It has
+no network, no other process to see, no way to start one, and no environment. Root starts the box as another user. The
 box is destroyed after each run. Where a tool is missing nothing runs: there is no weaker box to fall back to.
 """
 

@@ -195,7 +195,8 @@ if any(isinstance(thing, dict) and "stdout" in thing and "cases" in thing for th
 """,
     "files of tests": """
 import os
-for folder, _, names in os.walk("/", followlinks=False):
+for folder, folders, names in os.walk("/"):
+    if folder == "/": folders.remove("usr")
     if any("hostile" in name or name == "conftest.py" or name.endswith(".jsonl") for name in names): print("ESCAPED")
 """,
     "no Python": "this is no program",
