@@ -104,3 +104,7 @@ class PlotError(TransomError):
 
 class TrainingError(TransomError):
     """A training run cannot begin, go on or end: a missing device, a state of another run, a loss that is no number."""
+
+
+class RewardError(TransomError):
+    """Rewards cannot be computed: a reward is unknown, a tool or part of the data is missing, or too many fail."""

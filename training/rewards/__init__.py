@@ -1,0 +1,1 @@
+"""Rewards of completions: computed, executed and learned."""

@@ -1,0 +1,232 @@
+"""A learned reward: a line over a model's last hidden state, fitted to pairs of which people prefer one.
+
+Bradley and Terry: the chosen completion wins with probability sigmoid(r_chosen - r_rejected). The line is fitted alone
+first, on hidden states that are computed once (a linear probe, as WARM starts its runs), so that a random head does not
+spoil the model's features. Then model and head may be trained together by `pairwise_loss`.
+
+Axes: B sequences, T tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+
+from transom.errors import RewardError
+from transom.json_object import read_object
+from transom.training.rewards.reward import Score
+
+WEIGHTS_FILE, CONFIG_FILE = "preference.safetensors", "preference.json"
+
+Hidden = Callable[[torch.Tensor], torch.Tensor]
+"""Tokens int64 [B, T] to hidden states [B, T, D]; causal, so that what follows a token does not change its state."""
+
+Encode = Callable[[str, str], Sequence[int]]
+"""Tokens of a prompt and a completion after it."""
+
+
+class Pair(NamedTuple):
+    """One comparison."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Comparisons of a file with a JSON object {prompt, chosen, rejected} a line.
+
+    Raises:
+        RewardError: If a line is something else, or there is none; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise RewardError(f"{path} cannot be read as UTF-8 ({reason}): give JSON lines") from reason
+    pairs = []
+    for index, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = [row[key] for key in Pair._fields]
+            if not all(isinstance(value, str) for value in texts):
+                raise TypeError("a value is no text")
+        except (ValueError, TypeError, KeyError, RecursionError) as reason:
+            raise RewardError(f"{path}, line {index}: no object of {', '.join(Pair._fields)} ({reason!r})") from reason
+        pairs.append(Pair(*texts))
+    if not pairs:
+        raise RewardError(f"{path} holds no comparison: give JSON lines of {', '.join(Pair._fields)}")
+    return pairs
+
+
+def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(chosen - rejected), the mean; rewards [B]."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+class PreferenceModel(torch.nn.Module):
+    """A model's hidden states and a line over the last one.
+
+    Args:
+        hidden: The model; a module's weights are trained by whoever holds them.
+        encode: How texts become tokens.
+        width: D.
+
+    Attributes:
+        head: The line, float32. It begins at zero, where every pair is a tie. It has no constant: of a pair it cancels.
+    """
+
+    def __init__(self, hidden: Hidden, encode: Encode, width: int) -> None:
+        super().__init__()
+        self._hidden, self._encode = hidden, encode
+        self.head = torch.nn.Linear(width, 1, bias=False)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def features(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """Hidden states of the last tokens, float32 [B, D], of prompts and completions.
+
+        Raises:
+            RewardError: If one has no token, or the model gives states of another width or that are no numbers.
+        """
+        rows = [list(self._encode(prompt, completion)) for prompt, completion in texts]
+        if not all(rows):
+            raise RewardError("a prompt and completion without any token have no hidden state: leave them out")
+        length = max(map(len, rows))
+        # What stands behind a sequence does not reach its last token, so any token fills the rows up.
+        tokens_BT = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows])
+        hidden_BTD = self._hidden(tokens_BT)
+        last = torch.tensor([len(row) - 1 for row in rows], device=hidden_BTD.device)
+        states_BD = hidden_BTD[torch.arange(len(rows), device=hidden_BTD.device), last].float()
+        if states_BD.shape[1] != self.head.in_features:
+            raise RewardError(
+                f"the model's hidden states are {states_BD.shape[1]} wide, and the head {self.head.in_features}: "
+                "open the head with the model that it was trained on"
+            )
+        return states_BD
+
+    def forward(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """Rewards, float32 [B]."""
+        rewards: torch.Tensor = self.head(self.features(texts)).squeeze(1)
+        return rewards
+
+    def loss(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """The pairwise loss of some comparisons, in one batch."""
+        chosen = [(pair.prompt, pair.chosen) for pair in pairs]
+        rewards = self(chosen + [(pair.prompt, pair.rejected) for pair in pairs])
+        return pairwise_loss(*rewards.chunk(2))
+
+    def save(self, folder: Path) -> None:
+        """Write the head and what it is for; the model is saved by whoever holds it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({"head.weight": self.head.weight.detach().cpu()}, folder / WEIGHTS_FILE)
+        settings = {"kind": "bradley-terry", "width": self.head.in_features}
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, hidden: Hidden, encode: Encode) -> PreferenceModel:
+        """What `save` wrote.
+
+        Raises:
+            RewardError: If the files are missing, damaged, or say different things.
+        """
+        settings = read_object(folder / CONFIG_FILE, RewardError, "save the preference model again")
+        if settings is None:
+            raise RewardError(f"{folder} holds no {CONFIG_FILE}: give a folder that a preference model was saved to")
+        width = settings.get("width")
+        if settings.get("kind") != "bradley-terry" or type(width) is not int or width < 1:
+            raise RewardError(f"{folder / CONFIG_FILE} describes no preference model: save it again")
+        try:
+            weight = safetensors.torch.load_file(folder / WEIGHTS_FILE)["head.weight"]
+        except (OSError, KeyError, safetensors.SafetensorError) as reason:
+            raise RewardError(f"{folder / WEIGHTS_FILE} holds no head ({reason}): save it again") from reason
+        if weight.shape != (1, width) or not bool(torch.isfinite(weight).all()):
+            raise RewardError(f"{folder / WEIGHTS_FILE}: the head is not {width} finite numbers: save it again")
+        model = cls(hidden, encode, width)
+        model.head.load_state_dict({"weight": weight})
+        return model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """How the head is fitted alone.
+
+    Attributes:
+        steps: Of L-BFGS at most; the problem is convex.
+        decay: Weight of half the head's squared length, without which pairs that a line parts have no best head.
+        batch: Pairs at a time while hidden states are computed.
+    """
+
+    steps: int = 100
+    decay: float = 1e-3
+    batch: int = 8
+
+
+def fit_head(model: PreferenceModel, pairs: Sequence[Pair], probe: Probe | None = None) -> float:
+    """Fit the head on the model as it is.
+
+    Returns:
+        The pairwise loss at the end, without decay; log 2 is that of a coin.
+
+    Raises:
+        RewardError: If there is no pair, or a hidden state is no number.
+    """
+    if not pairs:
+        raise RewardError("a head cannot be fitted to no comparison: give some")
+    probe = probe or Probe()
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(pairs), probe.batch):
+            batch = pairs[start : start + probe.batch]
+            chosen = model.features([(pair.prompt, pair.chosen) for pair in batch])
+            parts.append(chosen - model.features([(pair.prompt, pair.rejected) for pair in batch]))
+    difference_BD = torch.cat(parts)
+    if not bool(torch.isfinite(difference_BD).all()):
+        raise RewardError("the model's hidden states are NaN or infinite: no head can be fitted to them")
+    weight = model.head.weight
+    optimizer = torch.optim.LBFGS([weight], max_iter=probe.steps, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        return pairwise_loss(model.head(difference_BD).squeeze(1), difference_BD.new_zeros(len(pairs)))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = loss() + probe.decay / 2 * weight.square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return float(loss())
+
+
+def accuracy(model: PreferenceModel, pairs: Iterable[Pair]) -> float:
+    """Share of the pairs whose chosen completion has the higher reward; a tie counts one half."""
+    with torch.no_grad():
+        margins = [model([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]) for pair in pairs]
+    if not margins:
+        raise RewardError("there is no comparison to measure on: give some")
+    return sum(float((1 + torch.sign(chosen - rejected)) / 2) for chosen, rejected in margins) / len(margins)
+
+
+class Preference:
+    """A preference model's reward of a completion; no reference is read."""
+
+    def __init__(self, model: PreferenceModel) -> None:
+        self._model = model
+
+    def score(self, prompt: str, completion: str, reference: Mapping[str, Any]) -> Score:
+        with torch.no_grad():
+            value = float(self._model([(prompt, completion)]))
+        if value != value or abs(value) == float("inf"):
+            return Score(None, "the preference model's reward is no number")
+        return Score(value, "by the preference model")
+
+
+REWARD = Preference
