@@ -1,4 +1,6 @@
-"""Range tracing: how large a model's numbers get on a text, and which of them a narrower format cannot hold."""
+"""Range tracing: how large a model's numbers get on a text, or an encoder's on images, and which of them a narrower
+format cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from transom.backends.reference.runtime import Interpreter
 from transom.backends.reference.session import ReferenceSession
 from transom.formats.number_format import NumberFormat
 from transom.formats.observation import Observation
 from transom.graphs.graph import Graph
 from transom.graphs.observe import observe
 from transom.graphs.weight import Weight
+from transom.images.resize import Box, PixelSpec, pixels
 from transom.passes.base import Pipeline
 from transom.passes.insert_observers import PREFIX, InsertObservers, layer_of, narrow_values
 from transom.zoo.model import Model
@@ -23,6 +31,9 @@ CHUNK = 128
 
 TOKENS = 1024
 """Of the text that ranges are traced on, unless told otherwise."""
+
+SMOOTH = (2, 16)
+"""Sides of random images that an encoder's ranges are traced on, once they are enlarged; one more is not enlarged."""
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -75,7 +86,7 @@ class Ranges:
 
     Attributes:
         model: Name of the model.
-        tokens: Tokens of the text.
+        tokens: Tokens of the text, or soft tokens of the images.
         values: In the order of execution, weights last. Only what follows the dtype that a graph is traced in: the
             model computes the others in float32 whatever it is traced in.
     """
@@ -135,16 +146,63 @@ def trace_ranges(
     observations = {name: Observation.none() for name in names}
 
     def on_chunk(count: int) -> None:
-        for name in names:
-            observations[name] = observations[name].merge(Observation.of(session.tapped[PREFIX + name]))
+        _merge(observations, session.tapped)
         on_progress("ranges", min(session.position, len(tokens)), len(tokens))
 
     session.prefill(tokens, on_chunk=on_chunk)
-    values = [
+    weights = _weights(model.weights, on_progress)
+    return Ranges(model=model.config.name, tokens=len(tokens), values=(*_values(observations), *weights))
+
+
+def trace_encoder_ranges(
+    model: Model,
+    task: str,
+    *,
+    half: Graph,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Ranges:
+    """Run an encoder of images in float32 over noise of several grains, and note how large every value gets.
+
+    Args:
+        model: The encoder's weights are read into memory.
+        task: The encoder's name.
+        half: Its graph as traced in `dtype`: tells which values follow that.
+        dtype: The narrow dtype.
+        seed: Of the images.
+        on_progress: As of `trace_ranges`; "ranges" by images.
+
+    Raises:
+        CheckpointError: If a weight is not finite, naming it and its rows.
+    """
+    images = model.config.images
+    assert images is not None, "only models that see images have encoders"
+    names, random = list(narrow_values(half, dtype)), np.random.default_rng(seed)
+    graph, _ = Pipeline([InsertObservers("values", only=names)]).run(model.trace(task=task))
+    encoder, observations = Interpreter(graph), {name: Observation.none() for name in names}
+    sides = (*SMOOTH, images.size)
+    for done, side in enumerate(sides, 1):
+        image = random.integers(0, 256, (side, side, 3), np.uint8)
+        given = pixels(image, Box(0, 0, side, side), PixelSpec(size=images.size))
+        returned = encoder.run({"pixels": torch.from_numpy(given)})
+        _merge(observations, {tap.name: returned[tap.name].numpy() for tap in graph.taps})
+        on_progress("ranges", done, len(sides))
+    weights = _weights({name: model.weights[name] for name in half.weights}, on_progress)
+    count = len(sides) * images.soft_tokens
+    return Ranges(model=model.config.name, tokens=count, values=(*_values(observations), *weights))
+
+
+def _merge(observations: dict[str, Observation], tapped: Mapping[str, NDArray[Any]]) -> None:
+    for name, observation in observations.items():
+        observations[name] = observation.merge(Observation.of(tapped[PREFIX + name]))
+
+
+def _values(observations: Mapping[str, Observation]) -> list[ValueRange]:
+    return [
         ValueRange(name=name, op=_operation(name), layer=layer_of(name), observation=observation)
         for name, observation in observations.items()
     ]
-    return Ranges(model=model.config.name, tokens=len(tokens), values=(*values, *_weights(model.weights, on_progress)))
 
 
 def activation_scales(

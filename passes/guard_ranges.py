@@ -1,8 +1,8 @@
 """GuardRanges: in a graph of float16, what float16 cannot hold is computed in float32, and nothing else is.
 
 Precondition: a graph as traced in the narrow dtype, before any fusion. The largest magnitude of every value that it
-holds in that dtype is measured on a text, as by `export.ranges.trace_ranges`; `margin` bits of headroom stand for all
-other texts.
+holds in that dtype is measured on a text or on images, as by `export.ranges`; `margin` bits of headroom stand for all
+others.
 Rewrite: an operation whose result is too large, or that reads a value that is, becomes an island: its inputs are cast
 to float32, and its result is cast back where it fits again. A value that stays too large stays float32 from island to
 island, such as a residual stream up to the norm that brings it back. A linear in an island gets its weight in float32.

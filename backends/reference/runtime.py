@@ -37,8 +37,8 @@ class Reference(Runtime):
             rows=rows,
             width=int(graph.inputs["soft"].meta["val"].shape[-1]) if "soft" in graph.input_names else 0,
         )
-        self._decoder = _Interpreter(graph)
-        self._encoder = None if encoder is None else _Interpreter(encoder)
+        self._decoder = Interpreter(graph)
+        self._encoder = None if encoder is None else Interpreter(encoder)
         self._tensors: dict[str, torch.Tensor] = {}
         self._taps = [tap.name for tap in graph.taps]
 
@@ -73,7 +73,7 @@ class Reference(Runtime):
         yield from ((state, self._tensors[state.name]) for state in self.states if state.name in self._tensors)
 
 
-class _Interpreter:
+class Interpreter:
     """A graph with its weights in memory."""
 
     def __init__(self, graph: Graph) -> None:

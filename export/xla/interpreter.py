@@ -48,6 +48,7 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
     computed = [DTYPES[inputs[name].meta["val"].dtype] for name in graph.states]
     computed = computed or [DTYPES[node.meta["val"].dtype] for node in products]
     rings = {inputs[name] for name, state in graph.states.items() if state.window is not None}
+    streams = _residual_streams(graph)
 
     def run(
         parameters: Mapping[str, jax.Array],
@@ -71,6 +72,8 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 with jax.named_scope(layer_path(node) or "model"):
                     values[node] = lower(*args, **kwargs)
+                    if node in streams:
+                        values[node] = jax.lax.optimization_barrier(values[node])
         returned = {name: values[node] for name, node in graph.outputs.items()}
         return (
             returned[graph.output_names[0]],
@@ -79,3 +82,14 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
         )
 
     return run
+
+
+def _residual_streams(graph: Graph) -> set[Node]:
+    """Sums of activations that several operations read, such as what a layer adds to its input.
+
+    They are to be computed once. XLA would add them up anew wherever they are read, and so keep the results of all
+    layers until the last one: of an encoder of 27 layers, 4,096 patches and a width of 1,152, 802 MiB on a TPU in
+    bfloat16, where 36 MiB are enough.
+    """
+    sums = graph.calls(aten.add.Tensor)
+    return {node for node in sums if len(node.users) > 1 and node.meta["val"].is_floating_point()}

@@ -16,7 +16,7 @@ from transom.backends.folder import new_folder
 from transom.errors import ContextLengthError, TokenizerError
 from transom.export.exporter import Progress, encoder_exporter, exporter
 from transom.export.options import Options
-from transom.export.ranges import TOKENS, activation_scales, trace_ranges
+from transom.export.ranges import TOKENS, activation_scales, trace_encoder_ranges, trace_ranges
 from transom.formats.number_format import float_format
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
@@ -24,7 +24,6 @@ from transom.graphs.threads import one_thread
 from transom.passes.base import Pass, Pipeline, rewrites
 from transom.passes.convert_quantized import Converted
 from transom.passes.pipelines import Measure, pipeline
-from transom.passes.targets import TARGETS
 from transom.zoo.companions import write_companions
 from transom.zoo.model import Model
 from transom.zoo.prompt import make_prompt
@@ -68,6 +67,20 @@ def measure_on_text(
     return Measure(ranges=ranges if options.dtype == "float16" else None, scales=scales if activations else None)
 
 
+def measure_on_images(
+    model: Model, options: Options, task: str, *, on_progress: OnProgress = lambda stage, done, total: None
+) -> Measure:
+    """How a target's passes measure an encoder: on images that are made for it, with its weights in memory.
+
+    What activations would be rounded by is measured on text only, so those of an encoder stay as they are.
+    """
+
+    def ranges(graph: Graph) -> Mapping[str, float]:
+        return trace_encoder_ranges(model, task, half=graph, on_progress=on_progress).largest()
+
+    return Measure(ranges=ranges if options.dtype == "float16" else None)
+
+
 def compile_model(
     model: Model,
     options: Options,
@@ -82,8 +95,8 @@ def compile_model(
 
     Args:
         model: What to lower.
-        options: What to lower it to; see `Options.of`. In float16, what leaves its range on the shipped text is
-            computed in float32: see `measure_on_text`.
+        options: What to lower it to; see `Options.of`. In float16, what leaves its range on the shipped text, or in an
+            encoder on images, is computed in float32: see `measure_on_text` and `measure_on_images`.
         before: Passes to run before the target's own, such as `AddTaps`.
         traced: A decode graph in this dtype to lower in place of the model's own; it stays unchanged.
         out: Folder to write; it appears only when it is whole.
@@ -132,17 +145,14 @@ def compile_model(
         encoders: dict[str, Graph] = {}
         all_records, unmeasured = list(records), []
         for name in config.encoders:
-            # What is measured on text says nothing of images.
-            without = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant))
-            widens = measure.ranges is not None and "float32" in TARGETS[options.target].dtypes
-            wide = torch.float32 if widens else dtype
-            encoders[name], more = without.run(model.trace(task=name, dtype=wide))
+            measured = measure_on_images(model, options, name, on_progress=on_progress)
+            its_passes = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant), measure=measured)
+            encoders[name], more = its_passes.run(model.trace(task=name, dtype=dtype))
             total += encoders[name].weight_bytes()
-            all_records += more
-            if measure.ranges is not None:
-                how = "it computes in float32" if widens else "what leaves float16's range in it is not known"
-                unmeasured.append(f"{name}: {how}, as ranges are measured on text")
+            all_records += [dataclasses.replace(record, name=f"{name}: {record.name}") for record in more]
             unmeasured += [f"{name}: its activations stay, as scales are measured on text"] if measure.scales else []
+        if encoders and measure.ranges is not None:
+            unmeasured.append(f"{DECODE}: its ranges are measured on text, not with soft tokens of images")
         # Weights are rounded in blocks that fit a core's cache; sharing such a block among threads costs far more.
         with one_thread():
             lowered = write(graph, folder, options, progress)
@@ -172,7 +182,7 @@ def compile_model(
                 tpu=_joined([lowered.tpu, *(one.tpu for one in encoded.values())]),
                 stop_ids=model.generation.stop_ids,
                 bos_id=model.tokenizer.first_id if model.tokenizer else None,
-                passes=[record.to_json() for record in records],
+                passes=[record.to_json() for record in all_records],
                 conversions=[
                     conversion.to_json()
                     for converted in rewrites(all_records, Converted)

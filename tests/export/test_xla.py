@@ -150,6 +150,16 @@ def test_intermediate_stages_can_be_lowered(traced: Graph, text: list[int], text
             start += count
 
 
+def test_a_residual_stream_is_summed_once(traced: Graph) -> None:
+    """After attention and after the MLP of each layer; what the last one adds is read by the last norm alone."""
+    graph, _ = pipeline("xla", chunk=CHUNK, scheme=scheme("none")).run(traced)
+    caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.states]
+    tokens, number, positions = np.zeros((1, 1), np.int32), np.int32(0), np.zeros(1, np.int32)
+    run = step(graph, weights.stored_names(graph))
+    jaxpr = jax.make_jaxpr(run)(held_by(graph), caches, tokens, number, np.int32(1), positions)
+    assert str(jaxpr).count("optimization_barrier") == len(graph.states) - 1  # two states a layer
+
+
 def held_by(graph: Graph) -> dict[str, Any]:
     """All weights of a float graph."""
     names = weights.stored_names(graph)

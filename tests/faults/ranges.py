@@ -1,9 +1,9 @@
-"""gemma3-tiny with weights that drive its numbers out of float16's range, as trained models' do."""
+"""Tiny models with weights that drive their numbers out of float16's range, as trained models' do."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -27,7 +27,19 @@ PLANTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def plant(model: Model) -> Model:
+_TOWER = "vision_tower.encoder.layers"
+
+PLANTED_ENCODER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    # The scores before the softmax, which stay inside attention.
+    f"{_TOWER}.0.self_attn.q_proj.weight": lambda weight: weight * 50,
+    f"{_TOWER}.0.self_attn.k_proj.weight": lambda weight: weight * 50,
+    # What is between the two linears, and a stream that is out of range up to the last norm.
+    f"{_TOWER}.0.mlp.fc1.weight": lambda weight: weight * 1e5,
+    f"{_TOWER}.1.mlp.fc2.bias": _first_channels,
+}
+
+
+def plant(model: Model, planted: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = PLANTED) -> Model:
     """The model with those weights."""
-    changed = {name: Weight.of(edit(model.weights[name].read().float())) for name, edit in PLANTED.items()}
+    changed = {name: Weight.of(edit(model.weights[name].read().float())) for name, edit in planted.items()}
     return dataclasses.replace(model, weights={**model.weights, **changed}, revision="planted")
