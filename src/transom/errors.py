@@ -104,3 +104,7 @@ class PlotError(TransomError):
 
 class TrainingError(TransomError):
     """A training run cannot begin, go on or end: a missing device, a state of another run, a loss that is no number."""
+
+
+class MergeError(TransomError):
+    """Models cannot be merged: they differ, hold codes, or the method does not take them or its numbers."""
