@@ -108,3 +108,7 @@ class TrainingError(TransomError):
 
 class MergeError(TransomError):
     """Models cannot be merged: they differ, hold codes, or the method does not take them or its numbers."""
+
+
+class EvaluationError(TransomError):
+    """Scores of an evaluation are missing, not finite, or not of the same prompts."""
