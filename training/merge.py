@@ -16,6 +16,7 @@ import torch
 
 from transom.backends.folder import Kind, new_folder
 from transom.errors import MergeError
+from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
 from transom.training.averaging import MergedTensor, Recipe, merge_weights
 from transom.training.checkpoint import MODEL_FILES, check_apart, shards_of
@@ -198,7 +199,7 @@ def merge_models(
         name: tensor.weight(f"the merged {name}").to(DTYPE_NAMES[dtype] if dtype else _dtype(name, models))
         for name, tensor in merged.items()
     }
-    with new_folder(out, overwrite=overwrite, kind=MERGED) as folder:
+    with one_thread(), new_folder(out, overwrite=overwrite, kind=MERGED) as folder:
         write_checkpoint(folder, models[0].config, weights, dtype=None)
         write_companions(models[0], folder)
         report = _report(models, recipe, start, weights, merged)

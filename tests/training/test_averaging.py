@@ -82,7 +82,8 @@ def test_opposite_directions_and_nothing_added() -> None:
 
 def test_what_a_feature_costs_to_average() -> None:
     """WARM's known answer. A feature that a run learns with probability p: together they have it with p, and the
-    product of two averaged layers keeps p squared of it."""
+    product of two averaged layers keeps p squared of it.
+    """
     p, runs = 0.3, 40_000
     learnt = (torch.rand(runs, 1, generator=torch.Generator().manual_seed(0)) < p).double()
     together = float((learnt * learnt).mean())

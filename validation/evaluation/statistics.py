@@ -45,13 +45,11 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def estimate_mean(
-    scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Estimate:
+def estimate_mean(scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
     """The mean of a score a prompt, such as exact match (0 or 1), KL in nats or pass@k, with its interval.
 
     The interval is the bootstrap's percentile interval. With few prompts it is too narrow (about 90% in place of 95%
-    for ten), and if all scores are equal it has no width: that nothing else was seen does not mean that it is not there.
+    for ten), and if all scores are equal it has no width: what was not seen may be there all the same.
 
     Args:
         scores: [P] a number a prompt. Several samples of one prompt are averaged before.
