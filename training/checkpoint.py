@@ -63,7 +63,7 @@ def _files_of_trained(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(report, dict) or not {"settings", "source"} <= report.keys():
         return None
-    return frozenset(_WRITTEN | {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)})
+    return frozenset({CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)})
 
 
 TRAINED = Kind(title=f"a checkpoint that transom trained ({REPORT})", files=_files_of_trained)
