@@ -106,3 +106,6 @@ and round once: sums that differ in their last digits may round to neighbours. M
 FP32_GRADIENTS = 1e-5
 """Largest difference of a float32 gradient from the plain module's, relative to the largest of its tensor (or to 1, if
 that is smaller): the same products, of a padded batch in place of single sequences. Measured 2e-6."""
+
+FLOAT64_SUMS = 1e-12
+"""Share by which two float64 sums of a few numbers differ, in another order."""

@@ -29,10 +29,15 @@ from transom.zoo.model import Model
 REPORT = "training.json"
 """How a checkpoint was trained."""
 
-_WRITTEN = frozenset(
-    {CODES_FILE, REPORT, METRICS, "config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS}
-)
+MODEL_FILES = frozenset({"config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS})
+"""What `write_checkpoint` and `write_companions` may write, beside shards."""
+
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def shards_of(folder: Path) -> set[str]:
+    """Names of the files in a folder that are called as shards of a model are."""
+    return {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
 
 
 def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
@@ -43,11 +48,9 @@ def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
         return None
     if not {"scheme", "specs"} <= metadata.keys():
         return None
-    names = set(_WRITTEN)
+    names = {CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)}
     for path in folder.iterdir():
-        if _SHARD.fullmatch(path.name):
-            names.add(path.name)
-        elif path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             names |= {f"{path.name}/{name}" for name in ARTIFACT.files(path) or ()}
     return frozenset(names)
 
@@ -60,7 +63,7 @@ def _files_of_trained(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(report, dict) or not {"settings", "source"} <= report.keys():
         return None
-    return frozenset(_WRITTEN | {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)})
+    return frozenset({CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)})
 
 
 TRAINED = Kind(title=f"a checkpoint that transom trained ({REPORT})", files=_files_of_trained)

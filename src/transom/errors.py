@@ -108,3 +108,11 @@ class TrainingError(TransomError):
 
 class RewardError(TransomError):
     """Rewards cannot be computed: a reward is unknown, a tool or part of the data is missing, or too many fail."""
+
+
+class MergeError(TransomError):
+    """Models cannot be merged: they differ, hold codes, or the method does not take them or its numbers."""
+
+
+class EvaluationError(TransomError):
+    """Scores of an evaluation are missing, not finite, or not of the same prompts."""
