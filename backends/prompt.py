@@ -54,10 +54,12 @@ class Prompt:
         edges = np.flatnonzero(is_soft[1:] != is_soft[:-1])
         return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
 
-    def after(self, first: int) -> Prompt:
-        """The prompt without its first tokens; an image is left whole or out."""
-        soft = None if self.soft is None else self.soft[int((self.tokens[:first] < 0).sum()) :]
-        return Prompt(tokens=self.tokens[first:], soft=soft)
+    def after(self, first: int, end: int | None = None) -> Prompt:
+        """The prompt without its first tokens, or without those from `end` on; an image is left whole or out."""
+        skipped = int((self.tokens[:first] < 0).sum())
+        tokens = self.tokens[first:end]
+        soft = None if self.soft is None else self.soft[skipped : skipped + int((tokens < 0).sum())]
+        return Prompt(tokens=tokens, soft=soft)
 
     def part(self, first: int, end: int, position: int) -> Call:
         """Tokens from `first` to `end` as a call at a position. It cuts no run of soft tokens."""

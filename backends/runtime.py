@@ -132,7 +132,11 @@ class Runtime(abc.ABC):
         return pixels(image, box, spec)
 
     def encode_image(self, pixels: Float) -> Float:
-        """Soft tokens [Q, D] of an image's pixels [1, 3, S, S], float32 between -1 and 1.
+        """Soft tokens [Q, D], float32, of an image's pixels; see `encode`."""
+        return np.asarray(self.encode(pixels)["soft"][0], np.float32)
+
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
+        """Soft tokens [1, Q, D] of an image's pixels [1, 3, S, S], float32 between -1 and 1, and the encoder's taps.
 
         Raises:
             SessionError: If the artifact has no encoder of images.

@@ -3,9 +3,10 @@
 Precondition: a graph as it was traced. Passes that replace a node replace it among the outputs too, so taps that are
 there from the start outlive every fusion.
 Rewrite: taps after the embedding, every norm, projection and rotation, attention (what the output projection reads),
-the MLP's product of gate and up, and every residual add, in the order of execution. Names are module paths.
-Skips: gate and up projections (a fusion makes one linear of them; their product tells enough), and the head: its logits
-are returned anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
+the MLP's product of gate and up or its one activation, every average over positions, and every residual add, in the
+order of execution. Names are module paths.
+Skips: projections that an activation reads (a fusion may make one call of both), and the head: its logits are returned
+anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
 norm run at every position; all other passes do what they do without.
 """
 
@@ -50,7 +51,7 @@ class AddTaps(Pass):
         """
         if graph.taps:
             return Rewrite(changes=0)
-        sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph)]
+        sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph), *_averages(graph)]
         sites += [*_attentions(graph, {node for node, _, _ in sites}), *_residuals(graph, sites)]
         order = {node: index for index, node in enumerate(graph.fx.nodes)}
         names: dict[str, Node] = {}
@@ -86,7 +87,14 @@ def _embeddings(graph: Graph) -> Iterator[_Site]:
     for node in graph.calls(aten.embedding.default):
         scaled = _only_user(node, aten.mul.Tensor)
         is_scaled = scaled is not None and all(side is node or _is_number(side) for side in scaled.args[:2])
-        yield scaled if is_scaled else node, _path(node), "embedding"
+        vectors = scaled if scaled is not None and is_scaled else node
+        # Soft tokens take the place of some.
+        mixed = next((user for user in vectors.users if is_call(user, aten.where.self)), vectors)
+        yield mixed, _path(node), "embedding"
+    for node in graph.calls(aten.add.Tensor):
+        table = graph.weight_of(node.args[1])
+        if table is not None and len(table[1].shape) == 2:
+            yield node, _path(node), "embedding"
 
 
 def _is_number(side: Any) -> bool:
@@ -110,19 +118,22 @@ def _norms(graph: Graph) -> Iterator[_Site]:
                 break
             node = user
         yield node, path, "norm"
+    for node in graph.calls(aten.layer_norm.default):
+        yield node, _path(node), "norm"
 
 
 def _projections(graph: Graph) -> Iterator[_Site]:
     tables = [node.args[0].meta["val"].shape[0] for node in graph.calls(aten.embedding.default)]
     for node in graph.calls(aten.linear.default):
-        named_weight = graph.weight_of(node.args[1])
+        weight = node.args[1]
+        named_weight = graph.weight_of(weight.args[0] if is_call(weight, aten.flatten.using_ints) else weight)
         if named_weight is None or named_weight[1].shape[0] in tables or _feeds_gate(node):
             continue
         yield node, _path(node, named_weight[0].removesuffix(".weight")), "projection"
 
 
 def _feeds_gate(linear: Node) -> bool:
-    """Whether a projection is the gate or the up of a gated MLP."""
+    """Whether an activation reads a projection, or it is the up of a gated MLP."""
     return any(
         is_call(user, *_ACTIVATIONS) or (is_call(user, aten.mul.Tensor) and _is_gated(user)) for user in linear.users
     )
@@ -136,6 +147,16 @@ def _activations(graph: Graph) -> Iterator[_Site]:
     for node in graph.calls(aten.mul.Tensor):
         if _is_gated(node):
             yield node, f"{_path(node)}.activation", "activation"
+    for node in graph.calls(*_ACTIVATIONS):
+        if not any(is_call(user, aten.mul.Tensor) and _is_gated(user) for user in _readers(node)):
+            yield node, f"{_path(node)}.activation", "activation"
+
+
+def _averages(graph: Graph) -> Iterator[_Site]:
+    """Means over positions, laid out as those that read them take them."""
+    for node in graph.calls(aten.mean.dim):
+        if all(axis not in (-1, node.args[0].meta["val"].dim() - 1) for axis in node.args[1]):
+            yield _only_user(node, *LAYOUT) or node, f"{_path(node)}.average", "average"
 
 
 def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:

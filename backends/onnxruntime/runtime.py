@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,12 @@ class OnnxRuntime(ArtifactRuntime):
         logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
         return Result(logits=logits, taps=dict(zip(self._taps, taps, strict=True)))
 
-    def encode_image(self, pixels: Float) -> Float:
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
         if (file := f"{ENCODE_IMAGE}.onnx") not in self._files:
-            return super().encode_image(pixels)
-        soft: Float = self._opened(file=file).run(["soft"], {"pixels": pixels})[0][0]
-        return soft
+            return super().encode(pixels)
+        model = self._opened(file=file)
+        names = [value.name for value in model.get_outputs()]
+        return dict(zip(names, model.run(names, {"pixels": pixels}), strict=True))
 
     def pixels(self, image: NDArray[np.uint8], box: Box, spec: PixelSpec) -> Float:
         if PREPROCESS_FILE not in self._files:

@@ -56,11 +56,8 @@ class Reference(Runtime):
         taps = {name: _array(returned[name]) for name in self._taps}
         return Result(logits=returned["logits"].float().numpy(), taps=taps)
 
-    def encode_image(self, pixels: Float) -> Float:
-        if self._encoder is None:
-            return super().encode_image(pixels)
-        soft: Float = self._encoder.run({"pixels": torch.from_numpy(pixels)})["soft"][0].numpy()
-        return soft
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
+        return super().encode(pixels) if self._encoder is None else self._encoder.encode(pixels)
 
     def allocate(self, slots: int) -> None:
         new = {
@@ -91,6 +88,10 @@ class Interpreter:
         inputs = [given[value] if isinstance(value, str) else value for value in self._inputs]
         with torch.no_grad():
             return dict(zip(self._outputs, self._interpreter.run(*inputs), strict=True))
+
+    def encode(self, pixels: Float) -> dict[str, NDArray[Any]]:
+        """Of an encoder's graph; see `Runtime.encode`."""
+        return {name: _array(value) for name, value in self.run({"pixels": torch.from_numpy(pixels)}).items()}
 
 
 def _array(value: torch.Tensor) -> NDArray[Any]:

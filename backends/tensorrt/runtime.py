@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from transom.backends.artifact import ENCODE_IMAGE, Manifest
 from transom.backends.runtime import ArtifactRuntime, Call, Float, Result
@@ -129,6 +130,7 @@ class EngineRuntime(ArtifactRuntime):
         self._profile: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._taps = [tap.name for tap in manifest.decode.taps]
+        self._encoder_taps = [tap.name for tap in manifest.entries[ENCODE_IMAGE].taps] if encoder else []
         self._encoder: Callable[[], _Engine] | None = None
         if encoder is not None:
             # Opened when it is first asked for: most sessions see no image, and the encoder takes memory.
@@ -147,13 +149,12 @@ class EngineRuntime(ArtifactRuntime):
         outputs = self._engine.run({**inputs, **self._rings.place(start, tokens)}, ("logits", *self._taps))
         return Result(logits=outputs.pop("logits")[:, : call.logit_positions.size], taps=outputs)
 
-    def encode_image(self, pixels: Float) -> Float:
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
         if self._encoder is None:
             raise SessionError(f"no engine of {ENCODE_IMAGE} is for this GPU: build it with transom build")
         engine = self._encoder()
         engine.where = "an image"
-        soft: Float = engine.run({"pixels": pixels}, ["soft"])["soft"][0]
-        return soft
+        return engine.run({"pixels": pixels}, ["soft", *self._encoder_taps])
 
     def _choose_profile(self, name: str) -> None:
         index = self._profiles[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ class TvmRuntime(ArtifactRuntime):
             taps={name: np.from_dlpack(value).reshape(shape) for (name, shape), value in taps},
         )
 
-    def encode_image(self, pixels: Float) -> Float:
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
         if self._encoder_details is None:
-            return super().encode_image(pixels)
+            return super().encode(pixels)
         use_threads(self._threads)
         if self._encoder is None:
             # Most sessions see no image, and the encoder takes memory.
@@ -87,8 +87,12 @@ class TvmRuntime(ArtifactRuntime):
         # As a matrix for each colour, and where kernels may read whole vectors.
         given = zeros((pixels.shape[1], pixels[0, 0].size), np.float32)
         given[...] = pixels.reshape(given.shape)
-        (soft_QD,) = encode(self._tensor(given), *weights)
-        return np.array(np.from_dlpack(soft_QD))
+        soft_QD, *taps = encode(self._tensor(given), *weights)
+        shapes: dict[str, list[int]] = self._encoder_details["tap_shapes"]
+        shaped = zip(shapes.items(), taps, strict=True)
+        # What the library returned, it may write again.
+        soft_BQD = np.array(np.from_dlpack(soft_QD))[None]
+        return {"soft": soft_BQD, **{name: np.from_dlpack(tap).reshape(shape) for (name, shape), tap in shaped}}
 
     def allocate(self, slots: int) -> None:
         arrays = dict(self._arrays)

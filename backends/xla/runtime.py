@@ -106,17 +106,18 @@ class XlaRuntime(ArtifactRuntime):
         until = np.pad(call.until.astype(np.int32), (0, padding))
         return until, np.pad(call.soft, ((0, 0), (0, padding), (0, 0)))
 
-    def encode_image(self, pixels: Float) -> Float:
+    def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
         if self._encoder_details is None:
-            return super().encode_image(pixels)
+            return super().encode(pixels)
         if self._encoder is None:
             # Most sessions see no image, and the encoder takes memory.
             details, file = self._encoder_details, Path(self._entries[ENCODE_IMAGE].payload).name
             parameters = self._read(self._folder / Path(details["weights"]).name, details["parameters"])
             self._encoder = self._jax.jit(self._program(self._folder / file).call), parameters
         encode, parameters = self._encoder
-        soft_BQD, *_ = encode(parameters, [], pixels)
-        return np.asarray(soft_BQD[0], np.float32)
+        soft_BQD, _, taps = encode(parameters, [], pixels)
+        names = ["soft", *(tap.name for tap in self._entries[ENCODE_IMAGE].taps)]
+        return {name: np.asarray(value) for name, value in zip(names, [soft_BQD, *taps], strict=True)}
 
     def _executable(self, length: int, wanted: int, arguments: tuple[Any, ...]) -> Any:
         """The program for so many tokens and positions, compiled when it is first needed."""

@@ -59,7 +59,7 @@ def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progr
     library, stored = f"{graph.task}.so", f"{graph.task}.safetensors"
     write_library(graph, processor(options.cpu), folder / library, chunk=1)
     safetensors_writer.write(_stored(graph), folder / stored, on_bytes=progress.on_bytes)
-    details = {"weights": stored, "parameters": parameter_names(graph)}
+    details = {"weights": stored, "parameters": parameter_names(graph), "tap_shapes": tap_shapes(graph)}
     return Lowered(entry=entry(graph, library), details=details)
 
 

@@ -147,7 +147,8 @@ def compile_model(
         for name in config.encoders:
             measured = measure_on_images(model, options, name, on_progress=on_progress)
             its_passes = pipeline(options.target, chunk=options.chunk, scheme=scheme(options.quant), measure=measured)
-            encoders[name], more = its_passes.run(model.trace(task=name, dtype=dtype))
+            traced_encoder = model.trace(task=name, dtype=dtype)
+            encoders[name], more = Pipeline([*before, *its_passes.passes]).run(traced_encoder)
             total += encoders[name].weight_bytes()
             all_records += [dataclasses.replace(record, name=f"{name}: {record.name}") for record in more]
             unmeasured += [f"{name}: its activations stay, as scales are measured on text"] if measure.scales else []

@@ -263,7 +263,7 @@ def test_no_pass_is_blamed_for_a_fault_of_the_trace(
     tiny: Model, traced: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt = Case(graph=traced).run(Spoil(aten.mul.Tensor, argument(1, 1.0), "")).graph
-    monkeypatch.setattr(Model, "trace", lambda model: spoilt)
+    monkeypatch.setattr(Model, "trace", lambda model, **options: spoilt)
     verdict = bisect("eager", "onnx@FuseAttention", model=tiny, chunk=CHUNK, **SHORT)
     assert (verdict.diverged, verdict.op, verdict.side, verdict.stage) == (True, "embedding", "b", None)
 

@@ -5,7 +5,7 @@ A mask is what a softmax's input becomes where the scores are zeros, however the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from operator import methodcaller
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def seen_keys(replay: Replay, place: Masking) -> torch.Tensor:
 
 def windows(context: Context) -> dict[int | None, int | None]:
     """Window of every layer that attends: what the last token sees; None if that is every earlier key."""
-    layers, total = {}, len(context.tokens)
+    layers, total = {}, len(context.prompt)
     last = (range(total - 1, total),)
     for site in context.sites("attention"):
         if (place := masking(site)) is not None:
@@ -81,6 +81,9 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     place = masking(replay.site)
     if place is None:
         yield Hypothesis(RIGHT)
+        for softmax in replay.site.calls(aten.softmax.int, aten._softmax.default):
+            cause = "attention is causal: no position sees those after it"
+            yield Hypothesis(cause, {softmax.args[0]: from_node(softmax.args[0], _causal)}, op="mask")
         return
     at = replay.positions
     starts = torch.tensor([call.start for call in replay.calls for _ in call])
@@ -109,6 +112,8 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
         for cached in _cached_keys(keys, window, chunk):
             if not torch.equal(changed & cached, changed):
                 yield guess("mask", f"{cause}, as far as its cache holds them", changed & cached)
+    if blocks.any():
+        yield from _cut(replay, seen, guess)
     yield from (guess("cache write", cause, kept) for cause, kept in _losses(keys, seen, window, local, chunk))
     written = replay.site.calls(aten.index_copy.default)
     for shift, words in ((1, "before"), (-1, "after")) if written else ():
@@ -127,10 +132,34 @@ def _blocks(replay: Replay) -> torch.Tensor:
     """Pairs of positions of one block that sees itself, bool [T, T]."""
     at = replay.positions
     same_block = torch.zeros(len(at), len(at), dtype=torch.bool)
-    for first, stop in replay.context.blocks:
+    for first, stop in replay.context.spans:
         inside = (at >= first) & (at < stop)
         same_block |= inside[:, None] & inside
     return same_block
+
+
+def _cut(
+    replay: Replay, seen: torch.Tensor, guess: Callable[[str, str, torch.Tensor], Hypothesis]
+) -> Iterator[Hypothesis]:
+    """Images whose first tokens do not see the rest, each cut where that comes closest to what was seen."""
+    places = []
+    for first, stop in replay.context.spans:
+        step, least, best = max(1, (stop - first) // 32), float("inf"), (stop - first, seen)
+        for count in range(stop - first, 0, -step):
+            tried = seen.clone()
+            tried[first : first + count, first + count : stop] = False
+            rows = (guess("mask", "", tried).predict(replay) - replay.output)[first:stop]
+            if (error := float(rows.abs().amax())) < least:
+                least, best = error, (count, tried)
+        seen = best[1]
+        places += [str(best[0])] if best[0] < stop - first else []
+    if places:
+        words = f"images are cut in two, behind {' and '.join(places)} tokens: what comes first does not see the rest"
+        yield guess("mask", words, seen)
+
+
+def _causal(scores: torch.Tensor) -> torch.Tensor:
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
 
 
 def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,6 +188,10 @@ def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) ->
     yield "tokens do not see their own key", (keys.distance >= 1) & in_window
     if blocks.any():
         yield "the image block is missing: its tokens see only earlier ones", causal & in_window
+        if window is not None:
+            words = f"the window of {window} keys bounds how far ahead tokens of an image see, too"
+            yield words, (causal | blocks) & (keys.distance.abs() < window)
+            yield "images are seen whole, however far back they begin", (causal & in_window) | blocks
 
 
 def _cached_keys(keys: _Keys, window: int | None, chunk: int) -> Iterator[torch.Tensor]:

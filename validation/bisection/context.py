@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from transom.backends.prompt import Prompt
+from transom.backends.runtime import Float
 from transom.formats.quantized import decode
 from transom.formats.rounding import round_rows
 from transom.formats.schemes import QuantSpec, is_table, scheme
@@ -19,6 +21,9 @@ from transom.validation.tolerances import TAPS
 
 LOGITS = "logits"
 """Stands among the taps for what a session returns."""
+
+_PLACES = ("start", "until", "logit_positions")
+"""Inputs that say where tokens stand, not what they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Site:
         tap: The tap: its layer, and the operation that computes the value.
         inputs: Tapped ancestors, and the names of their taps.
         nodes: All nodes from the inputs on, in order of execution; weights and other placeholders among them.
-        moving: Those whose numbers depend on an input, or on the tokens.
+        moving: Those whose numbers depend on an input, or on the tokens or pixels.
     """
 
     tap: Tap
@@ -76,24 +81,60 @@ class Context:
     """The model, and what it was run on.
 
     Attributes:
-        graph: Its decode graph as traced in float32, with taps. Weights are read only when a site differs.
-        tokens: The ids that ran, from position 0 on.
+        graph: An entry of it as traced in float32, with taps. Weights are read only when a site differs.
+        tokens: What ran, from position 0 on: ids, or a prompt with soft tokens of images.
+        pixels: What ran in the place of tokens, if the entry encodes images, float32 [1, 3, S, S].
         quant: Quantisation scheme of the runs.
         tolerance: Share of the largest value of a position up to which values agree.
-        blocks: Spans (first, last + 1) of positions that see each other, such as an image's.
+        blocks: Spans (first, last + 1) of positions that see each other, beside those of images in the prompt.
     """
 
     graph: Graph
-    tokens: Sequence[int]
+    tokens: Sequence[int] | Prompt = ()
+    pixels: Float | None = None
     quant: str = "none"
     tolerance: float = TAPS
     blocks: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def result(self) -> str:
+        """What the graph is run for."""
+        return self.graph.output_names[0]
+
+    @property
+    def result_words(self) -> str:
+        """The same, in words."""
+        return "logits" if self.result == LOGITS else "soft tokens"
+
+    @functools.cached_property
+    def prompt(self) -> Prompt:
+        """The tokens that ran."""
+        return Prompt.of(self.tokens)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and end of every span of positions that see each other."""
+        return [*self.blocks, *self.prompt.blocks()]
+
+    @functools.cached_property
+    def given(self) -> dict[str, torch.Tensor]:
+        """What the graph takes for all positions at once, by name; neither states nor where the call stands."""
+        if self.pixels is not None:
+            return {"pixels": torch.from_numpy(self.pixels)}
+        total = len(self.prompt)
+        call = self.prompt.part(0, total, 0)
+        given = {"tokens": torch.from_numpy(call.tokens)}
+        if (soft := self.graph.inputs.get("soft")) is not None:
+            given |= {"until": torch.arange(total), "soft": torch.zeros(1, total, soft.meta["val"].shape[-1])}
+        if call.until is not None and call.soft is not None:
+            given |= {"until": torch.from_numpy(call.until), "soft": torch.from_numpy(call.soft)}
+        return given
+
     @functools.cached_property
     def taps(self) -> dict[str, tuple[Tap, Node]]:
-        """Every tap and its node; the logits last."""
-        logits = Tap(name=LOGITS, layer=None, op=LOGITS)
-        return {tap.name: (tap, self.graph.outputs[tap.name]) for tap in (*self.graph.taps, logits)}
+        """Every tap and its node; the result last."""
+        result = Tap(name=self.result, layer=None, op=LOGITS if self.result == LOGITS else "projection")
+        return {tap.name: (tap, self.graph.outputs[tap.name]) for tap in (*self.graph.taps, result)}
 
     @functools.cached_property
     def weight_names(self) -> dict[str, str]:
@@ -112,8 +153,9 @@ class Context:
                     if used not in others:
                         stack.append(used)
         nodes = [each for each in self.graph.fx.nodes if each in upstream]
-        # The ids are the input of what comes before the first tap.
-        moving = {self.graph.inputs["tokens"], *others}
+        # What runs is the input of what comes before the first tap.
+        passed = {used for name, used in self.graph.inputs.items() if name not in {*_PLACES, *self.graph.states}}
+        moving = {*passed, *others}
         for each in nodes:
             if "sym_size" not in str(each.target) and any(used in moving for used in each.all_input_nodes):
                 moving.add(each)
@@ -129,14 +171,17 @@ class Context:
         """Every site of one operation."""
         return [self.site(name) for name, (tap, _) in self.taps.items() if tap.op == op]
 
+    def sites_of_layer(self, layer: int | None) -> list[Site]:
+        """Every site of one layer; none outside of the layers."""
+        return [self.site(name) for name, (tap, _) in self.taps.items() if layer is not None and tap.layer == layer]
+
     def weights(self, site: Site) -> dict[Node, str]:
         """Names of the weights that a site reads."""
         return {node: self.weight_names[node.name] for node in site.nodes if node.name in self.weight_names}
 
     def axis(self, tap: str) -> int:
-        """Axis of the positions of a tap's value, without the batch."""
-        shape = self.taps[tap][1].meta["val"].shape[1:]
-        return next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
+        """Axis of the positions of a tap's value, without the batch; the first where all sizes are fixed."""
+        return positions_axis(self.taps[tap][1])
 
     def spec(self, name: str) -> QuantSpec | None:
         """How the scheme of the runs holds a matrix; None as it is."""
@@ -150,6 +195,12 @@ class Context:
         if is_table(name):
             return Rows(weight=weight, change=lambda rows: rounded(rows, spec))
         return Rows(weight=Weight.of(dequantized(name, weight, scheme(self.quant))))
+
+
+def positions_axis(node: Node) -> int:
+    """See `Context.axis`."""
+    shape = node.meta["val"].shape[1:]
+    return next((axis for axis, size in enumerate(shape) if not isinstance(size, int)), 0)
 
 
 def rounded(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -116,12 +116,15 @@ def compare_runs(
     if first is not None:
         where = context.site(first.tap)
         verdict = _explain(where, first, *recordings({first.tap, *where.inputs.values()}), context)
-        return dataclasses.replace(verdict, compared=len(tap_differences))
-    logits = [difference for difference in tap_differences if difference.tap == LOGITS]
-    bare = ", but without taps only logits were compared" if len(logits) == len(tap_differences) else ""
+        return dataclasses.replace(verdict, entry=context.graph.task, compared=len(tap_differences))
+    results = [difference for difference in tap_differences if difference.tap == context.result]
+    bare = (
+        f", but without taps only {context.result_words} were compared" if len(results) == len(tap_differences) else ""
+    )
     return Verdict(
         diverged=False,
-        max_abs=max((float(difference.absolute.max()) for difference in logits), default=0.0),
+        entry=context.graph.task,
+        max_abs=max((float(difference.absolute.max()) for difference in results), default=0.0),
         relative=max(float(difference.relative.max()) for difference in tap_differences),
         cause=f"no value differs beyond the tolerance{bare}",
         compared=len(tap_differences),
@@ -135,7 +138,8 @@ def _explain(where: Site, difference: Difference, a: Recording, b: Recording, co
     share = _largest(difference.relative)
     differs = difference.relative > context.tolerance
     side, tried = _test(where, {"a": a, "b": b}, differs, context)
-    every = positions_of(where.tap.name, a.calls)
+    # Of an encoder, some taps have fewer positions than others.
+    every = positions_of(where.tap.name, a.calls)[: len(differs)]
     positions = every[differs]
     longest = max((window for window in windows(context).values() if window), default=None)
     pattern = describe_positions(positions, every, a.calls, longest)

@@ -7,19 +7,21 @@ the output.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, rms_norm, silu
 
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node
 from transom.validation.bisection.attention import of_attention
 from transom.validation.bisection.replay import RIGHT, Hypothesis, Replay, from_node
 from transom.validation.bisection.rope import of_rope
-from transom.validation.bisection.scalars import of_caps, of_scalars
-from transom.validation.bisection.weights import of_fitted_weights, of_rounding, of_weights
+from transom.validation.bisection.scalars import of_caps, of_scalars, scalars_of
+from transom.validation.bisection.weights import of_fitted_weights, of_order, of_rounding, of_weights
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "the exact gelu": gelu,
@@ -37,10 +39,11 @@ def hypotheses(replay: Replay) -> Iterator[Hypothesis]:
         yield from of_attention(replay)
     else:
         yield Hypothesis(RIGHT)
-    makers = {"norm": _of_norm, "rope": of_rope, "activation": _of_activation, "residual": _of_residual}
-    for maker in (makers.get(op), of_scalars, of_caps, of_rounding, of_weights, _of_output):
+    for maker in (_MAKERS.get(op), of_scalars, of_caps, of_rounding, of_weights, _of_output):
         if maker is not None:
             yield from maker(replay)
+    if op in ("projection", "activation"):
+        yield from of_order(replay)
     if op == "projection":
         yield from of_fitted_weights(replay)
 
@@ -58,6 +61,15 @@ def _of_norm(replay: Replay) -> Iterator[Hypothesis]:
     ((source, value),) = replay.inputs.items()
     value = value.reshape(replay.output.shape)
     yield Hypothesis("there is no norm: its input comes out", output=lambda _: value)
+    if layer_norms := site.calls(aten.layer_norm.default):
+        _, shape, weight, bias, epsilon = layer_norms[0].args[:5]
+        yield Hypothesis("the norm has no weight", {weight: from_node(weight, torch.ones_like)})
+        yield Hypothesis("the norm has no bias", {bias: from_node(bias, torch.zeros_like)})
+        yield Hypothesis("the norm multiplies by 1 + w in place of w", {weight: from_node(weight, lambda w: 1 + w)})
+        scaled = partial(rms_norm, value[None], shape, eps=epsilon)
+        cause = "the norm does not subtract the mean, as RMSNorm does"
+        yield Hypothesis(cause, {layer_norms[0]: lambda value_of: scaled(weight=value_of(weight)) + value_of(bias)})
+        return
     centred = replay.in_graph(source, value - value.mean(-1, keepdim=True))
     yield Hypothesis("the norm subtracts the mean, as LayerNorm does", {source: lambda _: centred})
 
@@ -104,6 +116,73 @@ def _of_residual(replay: Replay) -> Iterator[Hypothesis]:
         yield Hypothesis(cause, output=lambda _, value=value: value)  # type: ignore[misc]
 
 
+def _of_embedding(replay: Replay) -> Iterator[Hypothesis]:
+    """Soft tokens that stand elsewhere, or are not themselves; and vectors of places."""
+    site, context = replay.site, replay.context
+    soft = context.graph.inputs.get("soft")
+    if soft in site.nodes and is_call(site.node, aten.where.self) and context.prompt.blocks():
+        cause = "soft tokens are left out: their places are read as text"
+        yield Hypothesis(cause, {site.node: from_node(site.node.args[2])})
+        for _, _, factor in scalars_of(site):
+            cause = f"soft tokens are multiplied by the embedding's factor {factor:g}"
+            yield Hypothesis(cause, {soft: from_node(soft, partial(torch.mul, other=factor))})
+        yield from (Hypothesis(cause, {soft: from_node(soft, order)}) for cause, order in _places(replay))
+    for table in [node for node in replay.weights() if node in site.node.args]:
+        other = next(node for node in site.node.args if node is not table)
+        yield Hypothesis("positions have no vectors of their own", {site.node: from_node(other)})
+        cause = "the vectors of positions are added twice"
+        yield Hypothesis(cause, {table: from_node(table, lambda value: 2 * value)})
+        cause = "rows and columns of the vectors of positions are swapped"
+        yield Hypothesis(cause, {table: from_node(table, _grid_transposed)})
+
+
+def _places(replay: Replay) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Where soft tokens [1, T, D] may stand in place of their own places."""
+    images = [torch.arange(*block) for block in replay.context.prompt.blocks()]
+    at = torch.cat(images)
+
+    def taken(source: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+        return soft.index_copy(1, at, soft[:, source])
+
+    def from_start(soft: torch.Tensor) -> torch.Tensor:
+        moved = torch.zeros_like(soft)
+        for call in replay.calls:
+            inside = at[(at >= call.start) & (at < call.stop)]
+            moved[:, call.start : call.start + len(inside)] = soft[:, inside]
+        return moved
+
+    for shift, words in ((1, "late"), (-1, "early")):
+        yield f"soft tokens stand one position too {words}", partial(torch.roll, shifts=shift, dims=1)
+    yield "images stand last to first", partial(taken, torch.cat(images[::-1]))
+    yield "every image has the soft tokens of the first", partial(taken, torch.cat(images[:1] * len(images)))
+    yield "soft tokens stand at the beginning of a call, not in their places", from_start
+
+
+def _of_average(replay: Replay) -> Iterator[Hypothesis]:
+    yield Hypothesis("rows and columns of the averages are swapped", output=_grid_transposed)
+    for node in replay.site.calls(aten.mean.dim):
+        x, axes = node.args[:2]
+        shape = x.meta["val"].shape
+        for others in itertools.combinations(range(1, len(shape) - 1), len(axes)):
+            if math.prod(shape[axis] for axis in others) == math.prod(shape[axis] for axis in axes):
+                cause = f"averages are taken over axes {others} of {tuple(shape)} in place of {tuple(axes)}"
+                yield Hypothesis(cause, {node: from_node(x, partial(_mean_as, node.meta["val"].shape, others))})
+        cause = "the largest is taken in place of the average"
+        yield Hypothesis(cause, {node: from_node(x, partial(torch.amax, dim=axes))})
+
+
+def _mean_as(shape: torch.Size, axes: tuple[int, ...], value: torch.Tensor) -> torch.Tensor:
+    return value.mean(axes).reshape(shape)
+
+
+def _grid_transposed(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [side * side, ...] of a square, column after column; as they are if they are none."""
+    side = math.isqrt(len(rows))
+    if side * side != len(rows):
+        return rows
+    return rows.reshape(side, side, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+
 def _of_output(replay: Replay) -> Iterator[Hypothesis]:
     """Mistakes that any operation can make."""
     x, y = (value.double().flatten().nan_to_num(0.0) for value in (replay.run(), replay.output))
@@ -115,3 +194,13 @@ def _of_output(replay: Replay) -> Iterator[Hypothesis]:
     for shift, words in ((1, "before"), (-1, "after")):
         cause = f"every position has the output of the position {words} it"
         yield Hypothesis(cause, output=partial(torch.roll, shifts=shift, dims=0))
+
+
+_MAKERS: Mapping[str, Callable[[Replay], Iterator[Hypothesis]]] = {
+    "activation": _of_activation,
+    "average": _of_average,
+    "embedding": _of_embedding,
+    "norm": _of_norm,
+    "residual": _of_residual,
+    "rope": of_rope,
+}

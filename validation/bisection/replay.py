@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
-from transom.validation.bisection.context import Context, Rows, Site
+from transom.validation.bisection.context import Context, Rows, Site, positions_axis
 
 KEPT = 2**26
 """Bytes of the largest value that is kept from one run of a site to the next; larger ones are computed again."""
@@ -95,7 +95,10 @@ class Replay:
         return self.context.weights(self.site)
 
     def first(self, count: int) -> Replay:
-        """The first rows alone, which no later row bears on."""
+        """The first rows alone, and those that bear on them."""
+        if self.context.pixels is not None:
+            return self
+        count = next((end for first, end in self.context.prompt.blocks() if first < count < end), count)
         calls = tuple(range(call.start, min(call.stop, count)) for call in self.calls if call.start < count)
         inputs = {node: value[:count] for node, value in self.inputs.items()}
         return dataclasses.replace(self, inputs=inputs, output=self.output[:count], calls=calls)
@@ -136,9 +139,8 @@ class Replay:
 
     def in_graph(self, node: Node, value: torch.Tensor) -> torch.Tensor:
         """A value [rows, ...] in the layout that a tapped node has in the graph."""
-        shape = node.meta["val"].shape[1:]
-        axis = next(axis for axis, size in enumerate(shape) if not isinstance(size, int))
-        return value.reshape(len(value), *(size for size in shape if isinstance(size, int))).movedim(0, axis)[None]
+        axis, shape = positions_axis(node), node.meta["val"].shape[1:]
+        return value.reshape(len(value), *shape[:axis], *shape[axis + 1 :]).movedim(0, axis)[None]
 
     def _compute(self, node: Node, value_of: Callable[[Node], Any], changes: Changes) -> Any:
         if node in self.inputs:
@@ -159,11 +161,14 @@ class Replay:
         return node.target(*args, **kwargs)
 
     def _stand_in(self, node: Node) -> Any:
-        """An input of the graph: the ids, position 0, all rows, and caches of zeros."""
+        """An input of the graph: what ran, position 0, all rows, and caches of zeros."""
         rows, graph = len(self.output), self.context.graph
         (name,) = (name for name, each in graph.inputs.items() if each is node)
         if (state := graph.states.get(name)) is not None:
             return torch.zeros(state.shape(rows if self.slots is None else self.slots))
         if name == "start":
             return self.positions[0]
-        return torch.arange(rows) if name == "logit_positions" else torch.tensor([list(self.context.tokens[:rows])])
+        if name == "logit_positions":
+            return torch.arange(rows)
+        value, at = self.context.given[name], self.positions[:rows]
+        return value if name == "pixels" else value[at] if value.dim() == 1 else value[:, at]

@@ -47,7 +47,7 @@ def scalars_of(site: Site) -> list[tuple[Node, int, float]]:
     """Numbers that the computation contains, in order; not those that positions and shapes are made of."""
     return [
         (node, index, float(number))
-        for node in site.calls(*_PRODUCTS, aten.add.Tensor, aten.sub.Tensor, aten.pow.Scalar)
+        for node in site.calls(*_PRODUCTS, aten.add.Tensor, aten.sub.Tensor, aten.pow.Scalar, aten.layer_norm.default)
         if node.meta["val"].dtype.is_floating_point and not _is_cap(node)
         for index, number in enumerate(node.args)
         if isinstance(number, float) or (type(number) is int and node in site.moving)
@@ -71,6 +71,8 @@ def _role(replay: Replay, node: Node, number: float) -> tuple[str, Mapping[float
     site, op = replay.site, replay.site.tap.op
     if is_call(node, aten.pow.Scalar):
         return "the RoPE base" if op == "rope" else "the base of a power", dict.fromkeys(BASES, "")
+    if is_call(node, aten.layer_norm.default):
+        return "the norm's epsilon", dict.fromkeys(EPSILONS, "")
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
         if any(is_call(user, aten.rsqrt.default, aten.sqrt.default) for user in node.users):
             return "the norm's epsilon", dict.fromkeys(EPSILONS, "")

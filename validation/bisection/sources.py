@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transom.backends.artifact import Manifest, read_manifest
+from transom.backends.artifact import DECODE, Manifest, read_manifest
 from transom.backends.opening import open_session
+from transom.backends.reference.runtime import Interpreter
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.errors import InvariantError, TargetError
@@ -19,7 +20,8 @@ from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.passes.targets import TARGETS
-from transom.validation.bisection.eager import Eager
+from transom.validation.bisection.eager import Eager, EagerEncoder
+from transom.validation.bisection.recording import Run
 from transom.validation.candidates import Candidate, Opener
 from transom.validation.oracle import quantized
 from transom.zoo.model import Model
@@ -49,35 +51,54 @@ def manifest_of(source: Source) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def open_source(source: Source, model: Model, *, quant: str, context: int, chunk: int) -> Iterator[Session]:
-    """A session with taps; what had to be exported for it, in the scheme given, is removed at the end.
+def opened_once(source: Source, model: Model, *, quant: str, context: int, chunk: int) -> Iterator[Source]:
+    """A session of a target or a folder, which serves every entry; any other source as it is.
+
+    What had to be exported for it, in the scheme given, is removed at the end.
+
+    Raises:
+        ArtifactError: If a folder is no artifact.
+    """
+    if isinstance(source, str) and source in PIPELINES:
+        options = Options.of(model, target=source, quant=quant, context=context, chunk=chunk)
+        with _compiled(model, options) as session:
+            yield session
+    elif manifest_of(source) is not None:
+        yield open_session(Path(str(source)), verify=False)
+    else:
+        yield source
+
+
+def interpreted(graph: Graph, *, context: int, chunk: int) -> Run:
+    """A graph, of any entry, run node by node."""
+    if graph.task == DECODE:
+        return ReferenceSession(graph, context=context, chunk=chunk)
+    return Interpreter(graph).encode
+
+
+def open_source(source: Source, model: Model, entry: str, *, quant: str, context: int, chunk: int) -> Run:
+    """A run of an entry with taps, of what `opened_once` gave.
 
     Raises:
         TargetError: If a target or a pass is unknown.
         InvariantError: If a graph has no taps.
-        ArtifactError: If a folder is no artifact.
     """
     if isinstance(source, Session):
-        yield source
-    elif isinstance(source, Graph):
+        return source
+    if isinstance(source, Graph):
         if not source.taps:
             raise InvariantError("a graph without taps cannot be compared: run AddTaps on it before all other passes")
-        yield ReferenceSession(source, context=context, chunk=chunk)
-    elif source == EAGER:
-        yield Session(Eager(model, tapped(model.trace()), quant, context=context, chunk=chunk))
-    elif source == REFERENCE:
-        yield ReferenceSession(reference_graph(tapped(model.trace()), quant), context=context, chunk=chunk)
-    elif isinstance(source, str) and source in PIPELINES:
-        options = Options.of(model, target=source, quant=quant, context=context, chunk=chunk)
-        with _compiled(model, options) as session:
-            yield session
-    elif isinstance(source, str) and source.partition("@")[0] in PIPELINES:
-        target, _, stage = source.partition("@")
-        passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
-        graph, _ = Pipeline(until(passes, stage, target)).run(tapped(model.trace()))
-        yield ReferenceSession(graph, context=context, chunk=chunk)
-    else:
-        yield open_session(Path(source), verify=False)
+        return interpreted(source, context=context, chunk=chunk)
+    graph = tapped(model.trace(task=entry))
+    if source == EAGER and entry == DECODE:
+        return Session(Eager(model, graph, quant, context=context, chunk=chunk))
+    if source == EAGER:
+        return EagerEncoder(model, graph, quant)
+    if source == REFERENCE:
+        return interpreted(reference_graph(graph, quant), context=context, chunk=chunk)
+    target, _, stage = str(source).partition("@")
+    passes = pipeline(target, chunk=chunk, scheme=scheme(quant)).passes
+    return interpreted(Pipeline(until(passes, stage, target)).run(graph)[0], context=context, chunk=chunk)
 
 
 def rebuilt(manifest: Manifest, model: Model) -> contextlib.AbstractContextManager[Session]:

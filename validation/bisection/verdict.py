@@ -11,9 +11,10 @@ class Verdict:
     """Where two runs part.
 
     Attributes:
+        entry: Of the model: "decode", or "encode_image".
         layer: Index of the layer; None before the first and after the last, or without a divergence.
         op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
-            "residual" or "logits".
+            "residual", "average" or "logits".
         stage: The pass that brought it in, "lowering" if the graph that the passes leave is right, None if that was not
             examined or is not known.
         max_abs: Largest difference at that site; without a divergence, that of the logits. None if a value is NaN or
@@ -25,9 +26,11 @@ class Verdict:
         hypotheses: What was tried: (cause, error of the prediction as a share), best first.
         compared: How many taps were compared.
         tolerance: The share up to which values agree.
+        others: Verdicts of the model's other entries, if it has some; those that diverged first.
     """
 
     diverged: bool
+    entry: str = "decode"
     layer: int | None = None
     op: str | None = None
     stage: str | None = None
@@ -41,8 +44,9 @@ class Verdict:
     hypotheses: tuple[tuple[str, float], ...] = ()
     compared: int = 0
     tolerance: float = 0.0
+    others: tuple[Verdict, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         tried = [{"cause": cause, "error": error} for cause, error in self.hypotheses]
-        return {**vars(self), "hypotheses": tried}
+        return {**vars(self), "hypotheses": tried, "others": [other.to_json() for other in self.others]}

@@ -12,6 +12,8 @@ import torch
 from transom.errors import QuantizationError
 from transom.formats.schemes import SCHEMES, QuantSpec
 from transom.graphs.match import aten
+from transom.graphs.node import Node
+from transom.graphs.weight import Weight
 from transom.validation.bisection.context import Context, Rows, rounded
 from transom.validation.bisection.replay import Hypothesis, Replay, from_node, identity
 
@@ -24,22 +26,57 @@ def of_weights(replay: Replay) -> Iterator[Hypothesis]:
     context, site = replay.context, replay.site
     weights, heads = replay.weights(), site.calls(aten.linear.default)
     others = {name for other in context.sites(site.tap.op) for name in context.weights(other).values()}
+    near = {name for other in context.sites_of_layer(site.tap.layer) for name in context.weights(other).values()}
+    is_product = site.op in ("projection", "activation")
     for node, name in weights.items():
         shape = context.graph.weights[name].shape
-        for other in sorted(others - {*weights.values()}):
+        for other in sorted((others | near) - {*weights.values()}):
             if context.graph.weights[other].shape == shape:
                 belongs = "the norm has the weight of" if site.op == "norm" else "the weights are those of"
                 cause = f"{belongs} {other.removesuffix('.weight')}"
                 yield Hypothesis(cause, {node: context.rows(other)})
-        if site.op == "projection" and len(shape) == 1:
+            elif other in near and len(shape) == 2 and context.graph.weights[other].shape == shape[::-1]:
+                cause = f"the weights are those of {other.removesuffix('.weight')}, transposed"
+                yield Hypothesis(cause, {node: _turned(context, other)})
+        if is_product and len(shape) == 1:
             yield Hypothesis("the bias is left out", {node: from_node(node, torch.zeros_like)})
-        if site.op == "projection" and len(set(shape)) < len(shape):
-            turned = Rows(weight=context.graph.weights[name], change=lambda _, name=name: context.rows(name).read().T)  # type: ignore[misc]
-            yield Hypothesis("the weights are transposed", {node: turned})
+        if is_product and len(shape) == 2 and shape[0] == shape[1]:
+            yield Hypothesis("the weights are transposed", {node: _turned(context, name)})
     if site.op == "logits" and heads:
         width = heads[0].args[0].meta["val"].shape[-1] ** 0.5
         changes = {heads[0]: from_node(heads[0], lambda value: value * width)}
         yield Hypothesis("the head has the embedding's factor", changes)
+
+
+def _turned(context: Context, name: str) -> Rows:
+    return Rows(weight=Weight.of(context.rows(name).read().T.contiguous()))
+
+
+def of_order(replay: Replay) -> Iterator[Hypothesis]:
+    """Rows of the weights of one product in another order, with its bias and without."""
+    right, y = (value.flatten(1).double() for value in (replay.run(), replay.output))
+    matrices = _matrices(replay)
+    if len(matrices) != 1:
+        return
+    # A bias moves the whole of a column.
+    right, y = right - right.mean(0), (y - y.mean(0)).nan_to_num(0.0)
+    order = (right.square().sum(0) - 2 * (y.T @ right)).argmin(1)
+    at = torch.arange(len(order))
+    if torch.equal(order, at) or not torch.equal(order.sort().values, at):
+        return
+    ((node, name),) = matrices.items()
+    first = int((order != at).nonzero()[0])
+    cause = f"rows of the weights stand in another order: row {first} is row {int(order[first])} of the checkpoint"
+    rows = replay.context.rows(name).read()
+    is_moved = rows.shape[0] == len(order)
+    yield from [Hypothesis(cause, {node: Rows(weight=Weight.of(rows[order]))})] if is_moved else []
+    yield Hypothesis(f"{cause}, and of the bias", output=lambda value: value.flatten(1)[:, order].view_as(value))
+
+
+def _matrices(replay: Replay) -> dict[Node, str]:
+    """Names of the site's matrices."""
+    weights = replay.context.graph.weights
+    return {node: name for node, name in replay.weights().items() if len(weights[name].shape) == 2}
 
 
 def of_fitted_weights(replay: Replay) -> Iterator[Hypothesis]:
@@ -49,9 +86,9 @@ def of_fitted_weights(replay: Replay) -> Iterator[Hypothesis]:
     bias = error.median(0).values.view_as(right[0])
     yield Hypothesis("a bias is added", output=lambda value: value + bias)
     rows = (error.abs().amax(0) > replay.context.tolerance * y.abs().amax()).nonzero().flatten().tolist()
-    count, (x,) = error.shape[1], replay.inputs.values()
+    count, product = error.shape[1], replay.site.calls(aten.linear.default, aten.matmul.default)[-1]
     words = f"{len(rows)} of {count} output rows differ (first {rows[0] if rows else 0})"
-    x = x.flatten(1)
+    x = replay.value(product.args[0])[0].flatten(1)
     if x.shape[0] >= 1.2 * x.shape[1]:
         change = torch.linalg.lstsq(x.double(), error.double()).solution.float()
         largest = f"the largest change of a weight is {change.abs().max():.3g}"
@@ -69,7 +106,7 @@ def of_rounding(replay: Replay) -> Iterator[Hypothesis]:
     All matrices of a site are rounded alike: passes stack them.
     """
     context, weights = replay.context, replay.context.graph.weights
-    names = {node: name for node, name in replay.weights().items() if len(weights[name].shape) == 2}
+    names = _matrices(replay)
     if not names:
         return
 

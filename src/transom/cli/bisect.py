@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from transom.backends.artifact import DECODE
 from transom.cli.options import Json, Seed, Weights, check_weights, console, load_model, print_json
 from transom.errors import TargetError
 
@@ -37,6 +39,9 @@ def bisect(
     tolerance: Annotated[
         float | None, typer.Option(help="Share of a position's largest value up to which values agree.", min=0)
     ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision/--no-vision", help="Compare images too, if there is an encoder of them.")
+    ] = True,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     json: Json = False,
@@ -52,35 +57,43 @@ def bisect(
     from transom.validation.bisection.bisect import bisect as find
     from transom.validation.bisection.bisect import bisect_stages
 
-    loaded: Any = None if model is None else load_model(model, weights, seed)
-    sizes = {"length": length, "chunk": chunk, "decode": decode}
+    loaded: Any = None if model is None else load_model(model, weights, seed, images=vision)
+    sizes: dict[str, Any] = {"length": length, "chunk": chunk, "decode": decode, "vision": vision}
     if stages is not None:
         verdict = bisect_stages(stages, model=loaded, quant=quant, share=tolerance, **sizes)
     else:
         verdict = find(a, b, model=loaded, quant=quant, share=tolerance, **sizes)  # type: ignore[arg-type]
     if json:
         print_json(verdict.to_json())
-    elif not verdict.diverged:
-        console.print(
-            f"no divergence: {verdict.compared} values agree, the farthest within {verdict.relative:.1e} of its size "
-            f"(tolerance {verdict.tolerance:.0e}); logits differ by {verdict.max_abs:.1e} at most"
-        )
     else:
-        place = "outside of the layers" if verdict.layer is None else f"layer {verdict.layer}"
-        console.print(f"[red]diverged[/red] at {place}, {verdict.op} ({escape(str(verdict.tap))})", highlight=False)
-        console.print(f"  cause: {escape(verdict.cause)}", highlight=False)
-        if verdict.stage is not None:
-            console.print(f"  stage: {escape(verdict.stage)}", highlight=False)
-        blamed = {"a": a, "b": b, None: None}[verdict.side]
-        if stages is None and blamed is not None:
-            console.print(f"  at fault: {escape(blamed)}", highlight=False)
-        console.print(
-            f"  from position {verdict.position} on, {verdict.positions} in all; "
-            f"{_size(verdict)} (tolerance {verdict.tolerance:.0e})",
-            highlight=False,
-        )
+        verdicts = [verdict, *verdict.others]
+        for each in verdicts:
+            _show(each, {"a": a, "b": b}, f"{each.entry}: " if len(verdicts) > 1 else "")
     if verdict.diverged:
         raise typer.Exit(1)
+
+
+def _show(verdict: Verdict, sources: Mapping[str, str | None], entry: str) -> None:
+    """Print the verdict of an entry; `entry` stands before it, if there are several."""
+    if not verdict.diverged:
+        result = "logits" if verdict.entry == DECODE else "soft tokens"
+        console.print(
+            f"{entry}no divergence: {verdict.compared} values agree, the farthest within {verdict.relative:.1e} of its "
+            f"size (tolerance {verdict.tolerance:.0e}); {result} differ by {verdict.max_abs:.1e} at most"
+        )
+        return
+    place = "outside of the layers" if verdict.layer is None else f"layer {verdict.layer}"
+    console.print(f"{entry}[red]diverged[/red] at {place}, {verdict.op} ({escape(str(verdict.tap))})", highlight=False)
+    console.print(f"  cause: {escape(verdict.cause)}", highlight=False)
+    if verdict.stage is not None:
+        console.print(f"  stage: {escape(verdict.stage)}", highlight=False)
+    if (blamed := sources.get(verdict.side or "")) is not None:
+        console.print(f"  at fault: {escape(blamed)}", highlight=False)
+    console.print(
+        f"  from position {verdict.position} on, {verdict.positions} in all; "
+        f"{_size(verdict)} (tolerance {verdict.tolerance:.0e})",
+        highlight=False,
+    )
 
 
 def _size(verdict: Verdict) -> str:
