@@ -169,7 +169,7 @@ class PlainSession:
         return logits
 
     def decode(self, token: int) -> NDArray[Any]:
-        return self.feed([token], None)[0]
+        return np.asarray(self.feed([token], None)[0])
 
     def cache_slots(self) -> None:
         return None

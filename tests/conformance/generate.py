@@ -180,7 +180,7 @@ def _vision_tensors(width: int) -> dict[str, tuple[tuple[int, ...], float, float
         "multi_modal_projector.mm_soft_emb_norm.weight": ((E,), 0.0, 0.3),
     }
     tower = "vision_tower.vision_model."
-    shapes = {f"{tower}embeddings.patch_embedding": (E, 3, patch, patch)}
+    shapes: dict[str, tuple[int, ...]] = {f"{tower}embeddings.patch_embedding": (E, 3, patch, patch)}
     norms = [f"{tower}post_layernorm"]
     for index in range(_VISION["num_hidden_layers"]):
         layer = f"{tower}encoder.layers.{index}."

@@ -213,7 +213,8 @@ def encode_image(config: Config, weights: Weights, pixels: NDArray[Any]) -> Arra
     out = round(vision.soft_tokens**0.5)
     pooled_QE = x_PE.reshape(out, side // out, out, side // out, -1).mean((1, 3)).reshape(out * out, -1)
     own = _below(weights, "multi_modal_projector.")
-    return rms_norm(pooled_QE, own["mm_soft_emb_norm.weight"], vision.eps) @ own["mm_input_projection_weight"]
+    normed_QE = rms_norm(pooled_QE, own["mm_soft_emb_norm.weight"], vision.eps)
+    return np.asarray(normed_QE @ own["mm_input_projection_weight"])
 
 
 def compute_logits(config: Config, weights: Weights, tokens_T: NDArray[np.int64], soft: Array | None = None) -> Array:
