@@ -54,7 +54,8 @@ def logits(model: Model, text: Sequence) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "onnx", *BEFORE_WRITES])
-def test_caches_are_those_of_a_text_model(model: Model, target: str) -> None:
+def test_caches_are_those_of_a_text_model(target: str) -> None:
+    model = load("gemma3-vision-tiny", images=True)
     passes = pipeline(target, chunk=CHUNK, scheme=scheme("none"))
     seeing, text = (passes.run(one.trace())[0].states for one in (model, model.text()))
     assert seeing == text
