@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+SOFT_TOKENS = 16
+"""Soft tokens of an image: a square of averages, each of 2 x 2 patches."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -15,7 +18,7 @@ class Case:
         purpose: What it is for, in one line.
         layers: Kind of every layer: "L" local, "G" global.
         window: Keys that a local layer sees, itself included.
-        images: Positions [start, stop) of every image's tokens.
+        images: Positions [start, stop) of every image's soft tokens, of which an image has `SOFT_TOKENS`.
         softcap: Bound on the logits, or None.
         query_scalar: Scores are multiplied by its root's inverse; None: the head's width.
         rope_factor: Linear position scaling of global layers.
@@ -39,7 +42,7 @@ class Case:
     @property
     def needs(self) -> list[str]:
         """Capabilities that a runtime must have."""
-        return ["image_blocks"] if self.images else []
+        return ["images"] if self.images else []
 
     @property
     def long_chunk(self) -> int:
@@ -48,13 +51,18 @@ class Case:
 
     @property
     def prompt(self) -> int:
-        """Tokens of the long prompt."""
-        return 3 * self.window + 5
+        """Tokens of the long prompt, which holds every image."""
+        return max([3 * self.window + 5, *(stop + 3 for _, stop in self.images)])
+
+    @property
+    def ring(self) -> int:
+        """Most slots of a local layer's cache."""
+        return self.window + self.long_chunk - 1
 
     @property
     def length(self) -> int:
-        """Tokens of the text: decoding wraps twice around a ring of `window + chunk - 1` slots, and goes on."""
-        return 2 * (self.window + self.long_chunk - 1) + self.window + 5
+        """Tokens of the text: decoding wraps twice around such a ring, once behind the prompt, and goes on."""
+        return max(2 * self.ring + self.window + 5, self.prompt + self.ring)
 
 
 CASES = (
@@ -124,12 +132,19 @@ CASES = (
         softcap=3.0,
     ),
     Case(
-        name="image_blocks",
-        purpose="Tokens of an image see each other in both directions: an image across a window's edge, and one that "
-        "is longer than the window and crosses a chunk's edge.",
-        layers="LLGLG",
+        name="image_past_window",
+        purpose="Images longer than the window: one across a ring's end, two next to each other, one behind text.",
+        layers="LGL",
         window=8,
-        images=((3, 9), (15, 27)),
+        images=((7, 23), (25, 41), (45, 61)),
+    ),
+    Case(
+        name="image_in_window",
+        purpose="Images shorter than the window: one at the start, one across the window's edge, one across a ring's "
+        "end; a chunk holds two.",
+        layers="LLG",
+        window=24,
+        images=((1, 17), (19, 35), (46, 62), (64, 80)),
     ),
 )
 
@@ -150,7 +165,7 @@ def schedules(case: Case) -> list[dict[str, Any]]:
     sizes = [window + 1, 1, chunk, 3, max(1, window - 1), 2, window]
     ways.append({"name": "mixed_chunks", "chunk": chunk, "feeds": _feeds(case, sizes), "decode": window + 2})
     # The smallest cache that can be: an image must fit into one call, so images set the least chunk.
-    least = max((stop - start for start, stop in case.images), default=1)
+    least = SOFT_TOKENS if case.images else 1
     ways.append({"name": "smallest_cache", "chunk": least, "feeds": [prompt], "decode": 2 * window})
     return ways
 

@@ -16,27 +16,50 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from tests.conformance.cases import CASES, Case, cache_bounds, schedules
-from tests.conformance.reference import TEXT, compute_logits, read_config, read_weights
+from tests.conformance.cases import CASES, SOFT_TOKENS, Case, cache_bounds, schedules
+from tests.conformance.reference import SOFT, compute_logits, encode_image, read_config, read_weights
 
-FORMAT = 1
+FORMAT = 2
 _KINDS = {"L": "sliding_attention", "G": "full_attention"}
+
+_BEGIN, _END, _IMAGE = -3, -2, -1
+"""Ids around an image, and the one that Hugging Face writes for a soft token, from the end of the vocabulary."""
+
+_VISION: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 2,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": False,
+}
 
 
 def write_case(folder: Path, case: Case, seed: int = 0) -> None:
     """Write one case's folder."""
     folder.mkdir(parents=True)
     _write_json(folder / "config.json", _config(case))
-    tensors = {f"model.{name}": array for name, array in _weights(case, seed).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokens_T = (_uniform(f"{seed}/{case.name}/tokens", (case.length,)) * case.vocab_size).astype(np.int64)
-    blocks_T = np.full(case.length, TEXT)
-    for number, (start, stop) in enumerate(case.images):
-        blocks_T[start:stop] = number
-    np.savez(folder / "inputs.npz", tokens=tokens_T, blocks=blocks_T)
+    save_file(_weights(case, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    ids = case.vocab_size - 3 if case.images else case.vocab_size
+    tokens_T = (_uniform(f"{seed}/{case.name}/tokens", (case.length,)) * ids).astype(np.int64)
+    for start, stop in case.images:
+        tokens_T[start - 1], tokens_T[start:stop], tokens_T[stop] = ids, SOFT, ids + 1
     # From the files, so that what is expected belongs to what was written.
     config, weights = read_config(folder / "config.json"), read_weights(folder / "model.safetensors")
-    np.savez(folder / "expected.npz", logits=compute_logits(config, weights, tokens_T, blocks_T))
+    if case.images:
+        shape = (len(case.images), 3, _VISION["image_size"], _VISION["image_size"])
+        pixels = (2.0 * _uniform(f"{seed}/{case.name}/pixels", shape) - 1.0).astype(np.float32)
+        soft = np.stack([encode_image(config, weights, image) for image in pixels])
+        np.savez(folder / "inputs.npz", tokens=tokens_T, pixels=pixels)
+        np.savez(folder / "expected.npz", logits=compute_logits(config, weights, tokens_T, soft), soft=soft)
+    else:
+        np.savez(folder / "inputs.npz", tokens=tokens_T)
+        np.savez(folder / "expected.npz", logits=compute_logits(config, weights, tokens_T))
     _write_json(
         folder / "case.json",
         {
@@ -47,6 +70,7 @@ def write_case(folder: Path, case: Case, seed: int = 0) -> None:
             "layers": case.layers,
             "window": case.window,
             "context": case.length,
+            "image_tokens": SOFT_TOKENS if case.images else 0,
             "schedules": [{**schedule, "caches": cache_bounds(case, schedule)} for schedule in schedules(case)],
         },
     )
@@ -64,6 +88,23 @@ def write_suite(folder: Path, seed: int = 0) -> list[Path]:
 
 
 def _config(case: Case) -> dict[str, Any]:
+    if case.images:
+        text = {key: value for key, value in _text_config(case).items() if key != "architectures"}
+        return {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": text,
+            "vision_config": _VISION,
+            "mm_tokens_per_image": SOFT_TOKENS,
+            "boi_token_index": case.vocab_size + _BEGIN,
+            "eoi_token_index": case.vocab_size + _END,
+            "image_token_index": case.vocab_size + _IMAGE,
+            "tie_word_embeddings": True,
+        }
+    return _text_config(case)
+
+
+def _text_config(case: Case) -> dict[str, Any]:
     scaled = {"rope_type": "linear", "factor": case.rope_factor} if case.rope_factor != 1.0 else {}
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -102,6 +143,7 @@ def _weights(case: Case, seed: int) -> dict[str, NDArray[np.float32]]:
     """
     D, F, V = case.hidden_size, case.intermediate_size, case.vocab_size
     NH, KH, H = case.num_heads * case.head_dim, case.num_kv_heads * case.head_dim, case.head_dim
+    prefix = "language_model.model." if case.images else "model."
     drawn = {"embed_tokens.weight": ((V, D), 0.0, 0.5 * D**-0.5), "norm.weight": ((D,), 3.0, 0.3)}
     for index in range(len(case.layers)):
         layer = f"layers.{index}."
@@ -119,10 +161,39 @@ def _weights(case: Case, seed: int) -> dict[str, NDArray[np.float32]]:
             drawn[f"{layer}self_attn.{name}.weight"] = ((H,), 0.5, 0.3)
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             drawn[f"{layer}{name}_layernorm.weight"] = ((D,), 0.0, 0.3)
+    key = f"{seed}/{case.name}"
+    drawn = {f"{prefix}{name}": how for name, how in drawn.items()} | (_vision_tensors(D) if case.images else {})
     return {
-        name: (mean + deviation * 12**0.5 * (_uniform(f"{seed}/{case.name}/{name}", shape) - 0.5)).astype(np.float32)
+        name: (mean + deviation * 12**0.5 * (_uniform(f"{key}/{name.removeprefix(prefix)}", shape) - 0.5)).astype(
+            np.float32
+        )
         for name, (shape, mean, deviation) in drawn.items()
     }
+
+
+def _vision_tensors(width: int) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """Shape, mean and deviation of every tensor of the image encoder and what brings it to the decoder's width."""
+    E, F, patch = _VISION["hidden_size"], _VISION["intermediate_size"], _VISION["patch_size"]
+    patches = (_VISION["image_size"] // patch) ** 2
+    drawn: dict[str, tuple[tuple[int, ...], float, float]] = {
+        "multi_modal_projector.mm_input_projection_weight": ((E, width), 0.0, E**-0.5),
+        "multi_modal_projector.mm_soft_emb_norm.weight": ((E,), 0.0, 0.3),
+    }
+    tower = "vision_tower.vision_model."
+    shapes: dict[str, tuple[int, ...]] = {f"{tower}embeddings.patch_embedding": (E, 3, patch, patch)}
+    norms = [f"{tower}post_layernorm"]
+    for index in range(_VISION["num_hidden_layers"]):
+        layer = f"{tower}encoder.layers.{index}."
+        shapes |= {f"{layer}self_attn.{name}": (E, E) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        shapes |= {f"{layer}mlp.fc1": (F, E), f"{layer}mlp.fc2": (E, F)}
+        norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
+    for name, shape in shapes.items():
+        drawn[f"{name}.weight"] = (shape, 0.0, int(np.prod(shape[1:])) ** -0.5)
+        drawn[f"{name}.bias"] = (shape[:1], 0.0, 0.3)
+    for name in norms:
+        drawn |= {f"{name}.weight": ((E,), 1.0, 0.3), f"{name}.bias": ((E,), 0.0, 0.3)}
+    drawn[f"{tower}embeddings.position_embedding.weight"] = ((patches, E), 0.0, 1.0)
+    return drawn
 
 
 def _uniform(key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -1,10 +1,11 @@
-"""A Gemma 3 decoder in numpy and float64, to be read beside the paper: no cache, no chunk, every mask written out.
+"""Gemma 3 in numpy and float64, to be read beside the paper: no cache, no chunk, every mask written out.
 
 It shares no code with any runtime, so that agreement with it means something.
 
 Axes:
     T  tokens (queries)   J  tokens (keys)      D  model width   F  MLP width   V  vocabulary
     N  query heads        K  kv heads           H  head dim
+    P  patches            Q  soft tokens        E  width of the image encoder
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from safetensors.numpy import load_file
 Array = NDArray[np.float64]
 Weights = Mapping[str, NDArray[Any]]
 
+SOFT = -1
+"""Stands among token ids where a soft token of an image does."""
+
 TEXT = -1
 """Block of a token that belongs to no image."""
 
@@ -36,8 +40,19 @@ class LayerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image encoder: patches of `patch` x `patch` pixels, averaged to `soft_tokens`."""
+
+    num_layers: int
+    num_heads: int
+    patch: int
+    soft_tokens: int
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the numbers depend on."""
+    """What the numbers depend on; `vision` is None for a model of text."""
 
     layers: tuple[LayerConfig, ...]
     num_heads: int
@@ -46,12 +61,22 @@ class Config:
     scale: float
     eps: float
     softcap: float | None
+    vision: VisionConfig | None = None
 
 
 def read_config(path: Path) -> Config:
     """Read a `config.json` with Hugging Face's keys (those of transformers 5)."""
-    data = json.loads(path.read_text())
-    layers = []
+    outer = json.loads(path.read_text())
+    data, vision, layers = outer.get("text_config", outer), None, []
+    if "vision_config" in outer:
+        sizes = outer["vision_config"]
+        vision = VisionConfig(
+            num_layers=sizes["num_hidden_layers"],
+            num_heads=sizes["num_attention_heads"],
+            patch=sizes["patch_size"],
+            soft_tokens=outer["mm_tokens_per_image"],
+            eps=sizes["layer_norm_eps"],
+        )
     for kind in data["layer_types"]:
         rope = data["rope_parameters"][kind]
         window = data["sliding_window"] if kind == "sliding_attention" else None
@@ -64,12 +89,22 @@ def read_config(path: Path) -> Config:
         scale=data["query_pre_attn_scalar"] ** -0.5,
         eps=data["rms_norm_eps"],
         softcap=data["final_logit_softcapping"],
+        vision=vision,
     )
 
 
 def read_weights(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a safetensors file; names lose the leading `model.`."""
-    return {name.removeprefix("model."): array for name, array in load_file(path).items()}
+    """Read a safetensors file; names of the decoder lose what stands before `embed_tokens`, `layers` and `norm`."""
+    return {
+        name.removeprefix("language_model.").removeprefix("model."): array for name, array in load_file(path).items()
+    }
+
+
+def blocks_of(tokens_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of the image that each token belongs to, or `TEXT`: soft tokens in a row are one image's."""
+    is_soft_T = tokens_T == SOFT
+    begins_T = is_soft_T & ~np.concatenate(([False], is_soft_T[:-1]))
+    return np.where(is_soft_T, np.cumsum(begins_T) - 1, TEXT)
 
 
 def visible(blocks_T: NDArray[np.int64], window: int | None) -> NDArray[np.bool_]:
@@ -137,23 +172,68 @@ def mlp(x_TD: Array, weights: Weights) -> Array:
     return np.asarray((gelu_tanh(gate_TF) * up_TF) @ weights["down_proj.weight"].T)
 
 
-def compute_logits(
-    config: Config, weights: Weights, tokens_T: NDArray[np.int64], blocks_T: NDArray[np.int64] | None = None
-) -> Array:
+def layer_norm(x: Array, weights: Weights, eps: float) -> Array:
+    """`(x - mean(x)) / deviation(x) * weight + bias`."""
+    centred = x - x.mean(-1, keepdims=True)
+    return np.asarray(
+        centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps) * weights["weight"] + weights["bias"]
+    )
+
+
+def encode_image(config: Config, weights: Weights, pixels: NDArray[Any]) -> Array:
+    """Soft tokens [Q, D] of an image's pixels [3, S, S] between -1 and 1, rows of pixels from the top."""
+    vision, weights = config.vision, {name: array.astype(np.float64) for name, array in weights.items()}
+    assert vision is not None, "a model of text encodes no image"
+    tower = _below(weights, "vision_tower.vision_model.")
+
+    def linear(x: Array, own: Weights) -> Array:
+        return np.asarray(x @ own["weight"].reshape(own["weight"].shape[0], -1).T + own["bias"])
+
+    # Patches in rows, each as its colours, rows and columns.
+    side, patch = pixels.shape[1] // vision.patch, vision.patch
+    grid = pixels.astype(np.float64).reshape(3, side, patch, side, patch).transpose(1, 3, 0, 2, 4)
+    x_PE = linear(grid.reshape(side * side, -1), _below(tower, "embeddings.patch_embedding."))
+    x_PE = x_PE + tower["embeddings.position_embedding.weight"]
+    for index in range(vision.num_layers):
+        own = _below(tower, f"encoder.layers.{index}.")
+        normed_PE = layer_norm(x_PE, _below(own, "layer_norm1."), vision.eps)
+        q_NPH, k_NPH, v_NPH = (
+            linear(normed_PE, _below(own, f"self_attn.{name}_proj."))
+            .reshape(side * side, vision.num_heads, -1)
+            .transpose(1, 0, 2)
+            for name in "qkv"
+        )
+        weights_NPP = softmax(q_NPH @ k_NPH.transpose(0, 2, 1) * q_NPH.shape[-1] ** -0.5)
+        attended_PE = (weights_NPP @ v_NPH).transpose(1, 0, 2).reshape(x_PE.shape)
+        x_PE = x_PE + linear(attended_PE, _below(own, "self_attn.out_proj."))
+        normed_PE = layer_norm(x_PE, _below(own, "layer_norm2."), vision.eps)
+        x_PE = x_PE + linear(gelu_tanh(linear(normed_PE, _below(own, "mlp.fc1."))), _below(own, "mlp.fc2."))
+    x_PE = layer_norm(x_PE, _below(tower, "post_layernorm."), vision.eps)
+    # A soft token is the average of a square of patches.
+    out = round(vision.soft_tokens**0.5)
+    pooled_QE = x_PE.reshape(out, side // out, out, side // out, -1).mean((1, 3)).reshape(out * out, -1)
+    own = _below(weights, "multi_modal_projector.")
+    normed_QE = rms_norm(pooled_QE, own["mm_soft_emb_norm.weight"], vision.eps)
+    return np.asarray(normed_QE @ own["mm_input_projection_weight"])
+
+
+def compute_logits(config: Config, weights: Weights, tokens_T: NDArray[np.int64], soft: Array | None = None) -> Array:
     """Logits of every position, [T, V].
 
     Args:
         config: The model.
-        weights: By name, without the leading `model.`.
-        tokens_T: Token ids.
-        blocks_T: Number of the image that each token belongs to, or `TEXT`; by default all is text.
+        weights: As `read_weights` names them.
+        tokens_T: Token ids; `SOFT` where a soft token stands.
+        soft: Soft tokens in their order, [..., D]; None if there are none.
     """
-    blocks_T = np.full(tokens_T.shape, TEXT) if blocks_T is None else blocks_T
+    blocks_T = blocks_of(tokens_T)
     table = weights["embed_tokens.weight"]
     # The released implementations round this factor to the dtype of the weights.
     factor = np.float64(table.dtype.type(table.shape[1] ** 0.5))
     weights = {name: array.astype(np.float64) for name, array in weights.items()}
     x_TD = weights["embed_tokens.weight"][tokens_T] * factor
+    if soft is not None:
+        x_TD[tokens_T == SOFT] = soft.reshape(-1, x_TD.shape[1])
     for index, layer in enumerate(config.layers):
         own = _below(weights, f"layers.{index}.")
 

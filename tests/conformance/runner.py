@@ -11,7 +11,10 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
+
+SOFT = -1
+"""Stands among token ids where a soft token of an image does."""
 
 
 class Session(Protocol):
@@ -20,12 +23,16 @@ class Session(Protocol):
     def reset(self) -> None:
         """Forget all tokens. Memory may stay allocated; what stands in it must not be seen again."""
 
-    def feed(self, tokens: Sequence[int], blocks: Sequence[int]) -> NDArray[Any]:
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
+        """Soft tokens [Q, D] of an image's pixels [3, S, S] between -1 and 1. Never called without "images"."""
+
+    def feed(self, tokens: Sequence[int], soft: NDArray[Any] | None) -> NDArray[Any]:
         """Run tokens after those that are held; returns the logits [T, V] of each.
 
         Args:
-            tokens: Ids. May be more than the chunk that the session was opened with: cut them.
-            blocks: Of each token, the number of the image it belongs to, or -1. All -1 without "image_blocks".
+            tokens: Ids; -1 where a soft token stands. Those in a row are one image's. May be more than the chunk that
+                the session was opened with: cut them, but not within an image.
+            soft: Soft tokens in their order [n, D], as `encode_image` returned them; None if there are none.
         """
 
     def decode(self, token: int) -> NDArray[Any]:
@@ -47,7 +54,9 @@ class Runtime(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What it can do beyond text: "image_blocks"."""
+        """What it can do beyond text: "images"; and "wraps_early", if none of its calls crosses a ring's end, so that
+        local layers of models that see images may keep `chunk - 1` slots more.
+        """
 
     def open(self, folder: Path, *, chunk: int, context: int) -> Session:
         """Open a case's folder.
@@ -73,7 +82,7 @@ class Finding:
     Attributes:
         case: Name of the case.
         schedule: Name of the schedule.
-        kind: "logits", "cache" or "error".
+        kind: "logits", "soft" (tokens of an image), "cut" (an image was), "cache" or "error".
         text: What was expected and what came.
         position: First position whose logits are wrong.
         difference: Largest difference of logits over all positions.
@@ -81,7 +90,7 @@ class Finding:
 
     case: str
     schedule: str
-    kind: Literal["logits", "cache", "error"]
+    kind: Literal["logits", "soft", "cut", "cache", "error"]
     text: str
     position: int | None = None
     difference: float | None = None
@@ -99,7 +108,7 @@ class Report:
         findings: What is wrong.
         not_run: "CASE: not run: needs CAPABILITY" of every case left out.
         unchecked: What the runtime does not tell, so that nothing is known of it.
-        differences: Largest difference of logits, by (case, schedule).
+        differences: Largest difference of logits, by (case, schedule); of soft tokens by (case, "encode_image").
     """
 
     runtime: str
@@ -147,8 +156,11 @@ def _run_case(runtime: Runtime, folder: Path, tolerance: float, names: Sequence[
     if lacking := sorted(set(case["needs"]) - runtime.capabilities):
         report.not_run.append(f"{case['name']}: not run: needs {', '.join(lacking)}")
         return
-    inputs, expected = np.load(folder / "inputs.npz"), np.load(folder / "expected.npz")["logits"]
-    tokens, blocks = inputs["tokens"].tolist(), inputs["blocks"].tolist()
+    inputs, outputs = np.load(folder / "inputs.npz"), np.load(folder / "expected.npz")
+    tokens, expected = inputs["tokens"], outputs["logits"]
+    soft: NDArray[Any] | None = None
+    if case["image_tokens"] and names is None:
+        _check_refusal(runtime, folder, case, report)
     sessions: dict[int, Session] = {}
     for schedule in case["schedules"]:
         if names is not None and schedule["name"] not in names:
@@ -158,7 +170,10 @@ def _run_case(runtime: Runtime, folder: Path, tolerance: float, names: Sequence[
             if (chunk := schedule["chunk"]) not in sessions:
                 sessions[chunk] = runtime.open(folder, chunk=chunk, context=case["context"])
             session = sessions[chunk]
-            logits = _play(session, tokens, blocks, schedule)
+            if case["image_tokens"] and soft is None:
+                soft = np.concatenate([np.asarray(session.encode_image(image)) for image in inputs["pixels"]])
+                _check_soft(soft, outputs["soft"], case["name"], tolerance, report)
+            logits = _play(session, tokens, soft, schedule)
             slots, size = session.cache_slots(), session.cache_bytes()
         except Exception as error:  # a runtime may raise anything, and the other schedules still count
             report.findings.append(Finding(**where, kind="error", text=f"{type(error).__name__}: {error}"))
@@ -172,26 +187,54 @@ def _run_case(runtime: Runtime, folder: Path, tolerance: float, names: Sequence[
             report.findings.append(Finding(**where, kind="logits", text=text))
         elif (finding := _judge(where, difference, tolerance)) is not None:
             report.findings.append(finding)
-        texts = _check_caches(slots, size, case["layers"], schedule["caches"])
+        bounds = schedule["caches"]
+        if case["image_tokens"] and "wraps_early" in runtime.capabilities:
+            bounds = _widened(bounds, case["layers"], chunk - 1)
+        texts = _check_caches(slots, size, case["layers"], bounds)
         report.findings += [Finding(**where, kind="cache", text=text) for text in texts]
         if slots is None or size is None:
             report.unchecked.add(f"{case['name']}: the runtime does not tell the size of its caches: not checked")
 
 
+def _check_soft(soft: NDArray[Any], expected: NDArray[np.float64], case: str, tolerance: float, report: Report) -> None:
+    """Hold what the runtime makes of the images against what is expected."""
+    where = Where(case=case, schedule="encode_image")
+    difference = _difference(soft, expected.reshape(-1, expected.shape[-1]))
+    report.differences[case, "encode_image"] = float(difference.max())
+    if (finding := _judge(where, difference, tolerance, "soft")) is not None:
+        report.findings.append(finding)
+
+
+def _check_refusal(runtime: Runtime, folder: Path, case: Mapping[str, Any], report: Report) -> None:
+    """Calls that are too short for an image must be refused, when they are asked for or when an image comes."""
+    chunk = case["image_tokens"] - 1
+    pixels, tokens = np.load(folder / "inputs.npz")["pixels"][0], [SOFT] * case["image_tokens"]
+    try:
+        session = runtime.open(folder, chunk=chunk, context=case["context"])
+        session.reset()
+        session.feed(tokens, np.asarray(session.encode_image(pixels)))
+    except Exception:  # a runtime may raise anything
+        return
+    text = f"an image of {chunk + 1} tokens went through calls of {chunk}: its tokens cannot have seen each other"
+    report.findings.append(Finding(case=case["name"], schedule="short_chunk", kind="cut", text=text))
+
+
 def _play(
-    session: Session, tokens: Sequence[int], blocks: Sequence[int], schedule: Mapping[str, Any]
+    session: Session, tokens: NDArray[np.int64], soft: NDArray[Any] | None, schedule: Mapping[str, Any]
 ) -> NDArray[np.float64]:
     """Logits of every position that the schedule reaches."""
     session.reset()
     parts, position = [], 0
     for size in schedule["feeds"]:
         stop = position + size
-        logits = np.asarray(session.feed(tokens[position:stop], blocks[position:stop]), dtype=np.float64)
+        before, count = int((tokens[:position] == SOFT).sum()), int((tokens[position:stop] == SOFT).sum())
+        own = None if soft is None or not count else soft[before : before + count]
+        logits = np.asarray(session.feed(tokens[position:stop].tolist(), own), dtype=np.float64)
         if logits.shape[0] != size:
             raise ValueError(f"{size} tokens were fed and logits of {logits.shape[0]} came back")
         parts.append(logits)
         position = stop
-    for token in tokens[position : position + schedule["decode"]]:
+    for token in tokens[position : position + schedule["decode"]].tolist():
         parts.append(np.asarray(session.decode(token), dtype=np.float64)[None])
     return np.concatenate(parts)
 
@@ -204,7 +247,9 @@ def _difference(logits: NDArray[np.float64], expected: NDArray[np.float64]) -> N
     return np.where(np.isnan(difference), np.inf, difference)
 
 
-def _judge(where: Where, difference: NDArray[np.float64], tolerance: float) -> Finding | None:
+def _judge(
+    where: Where, difference: NDArray[np.float64], tolerance: float, kind: Literal["logits", "soft"] = "logits"
+) -> Finding | None:
     bad = np.flatnonzero(difference > tolerance)
     if not bad.size:
         return None
@@ -213,7 +258,21 @@ def _judge(where: Where, difference: NDArray[np.float64], tolerance: float) -> F
         f"wrong from position {first} on ({bad.size} of {difference.size} positions), "
         f"largest difference {largest:.2e}, tolerance {tolerance:.0e}"
     )
-    return Finding(**where, kind="logits", text=text, position=first, difference=largest)
+    return Finding(**where, kind=kind, text=text, position=first, difference=largest)
+
+
+def _widened(bounds: Sequence[Mapping[str, int]], layers: str, slots: int) -> list[Mapping[str, int]]:
+    """Bounds that allow some slots more in every local layer."""
+    return [
+        {
+            **bound,
+            "most_slots": bound["most_slots"] + slots,
+            "most_bytes": bound["most_bytes"] // bound["most_slots"] * (bound["most_slots"] + slots),
+        }
+        if layers[bound["layer"]] == "L"
+        else bound
+        for bound in bounds
+    ]
 
 
 def _check_caches(

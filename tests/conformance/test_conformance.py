@@ -1,5 +1,7 @@
 """Equal past the window: one matrix of runtimes and cases, and the only place that proves it for all of them.
 
+Models that see images have cells too: they encode their images, and feed soft tokens among those of text.
+
 A cell feeds a text in every way of `cases.schedules`: prompts of W-1, W, W+1 and 2W, one of 3W+5 and then decoding
 until every ring has wrapped twice, chunks of mixed sizes, and one token a call. Every position's logits, and the slots
 and bytes of every layer's cache, are those of a float64 reference without caches. Tests elsewhere add what has no cell:
@@ -15,7 +17,6 @@ import pytest
 
 from tests.conformance.adapters import ArtifactRuntime, HuggingFaceRuntime, StageRuntime
 from tests.conformance.cases import CASES
-from tests.conformance.eager import EagerRuntime
 from tests.conformance.runner import Runtime, run_suite
 from tests.tolerances import CONFORMANCE_FLOAT16, CONFORMANCE_LOGITS
 from transom.errors import TargetError
@@ -43,11 +44,11 @@ def cells() -> Iterator[tuple[str, str, str, tuple[str, ...] | None]]:
     for target in TARGETS:
         yield "artifact", target, "two_periods", None
         yield "artifact", target, "window_one", LONG
+        yield "artifact", target, "image_past_window", None
+        yield "artifact", target, "image_in_window", LONG
     for name in (*TEXT_CASES, *IMAGE_CASES):
         if name != "window_one":
             yield "transformers", "", name, None
-    for name in (*IMAGE_CASES, "two_periods", "odd_window"):
-        yield "eager", "", name, None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_equal_past_the_window(
     elif kind == "graph":
         runtime = StageRuntime(target)
     else:
-        runtime = HuggingFaceRuntime() if kind == "transformers" else EagerRuntime()
+        runtime = HuggingFaceRuntime()
     report = run_suite(runtime, [suite[name]], tolerance=tolerance, schedules=schedules)
     assert report.passed, str(report)
     assert not report.unchecked, str(report)
@@ -81,10 +82,3 @@ def test_hugging_face_forgets_to_forget_at_a_window_of_one(suite: dict[str, Path
     report = run_suite(HuggingFaceRuntime(), [suite["window_one"]], tolerance=CONFORMANCE_LOGITS)
     assert {finding.schedule for finding in report.findings} == {"decode_far", "mixed_chunks", "smallest_cache"}
     assert any("layer 0 (local) has 10 slots, expected 0 to 1" in finding.text for finding in report.findings)
-
-
-@pytest.mark.parametrize("target", PIPELINES)
-def test_what_a_runtime_cannot_do_is_not_run(target: str, suite: dict[str, Path]) -> None:
-    report = run_suite(StageRuntime(target), [suite["image_blocks"]], tolerance=CONFORMANCE_LOGITS)
-    assert report.not_run == ["image_blocks: not run: needs image_blocks"]
-    assert not report.passed, "nothing ran, so nothing is known"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from tests.conformance.adapters import StageRuntime, model_of
+from tests.conformance.adapters import PlainRuntime, StageRuntime, model_of
 from tests.conformance.cases import CASES
-from tests.conformance.eager import Eager, EagerRuntime
-from tests.conformance.runner import Report, run_suite
+from tests.conformance.runner import Report, Runtime, run_suite
 from tests.faults.configuration import CONFIG_FAULTS
 from tests.faults.graph import GRAPH_FAULTS, GraphFault
 from tests.faults.images import IMAGE_FAULTS
 from tests.tolerances import CONFORMANCE_FAULT, CONFORMANCE_LOGITS
-from transom.backends.session import Session
 from transom.graphs.graph import Graph
 from transom.passes.add_taps import AddTaps
 from transom.passes.base import Pass, Pipeline
@@ -26,8 +21,7 @@ from transom.passes.bound_local_caches import BoundLocalCaches
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
-from transom.validation.bisection.bisect import Context, bisect, bisect_stages, compare
-from transom.validation.bisection.recording import Recording, record
+from transom.validation.bisection.bisect import bisect, bisect_stages
 
 LONG = ("decode_far", "mixed_chunks")
 # Graphs of this case, LLG with a window of 13, are spoilt.
@@ -101,7 +95,7 @@ def test_a_wrong_configuration_turns_the_right_cases_red(name: str, suite: dict[
     others = [case.name for case in CASES if case.name not in cases][:2]
     folders = [suite[case] for case in (*cases, *others)]
     report = run_suite(
-        EagerRuntime(name, config=CONFIG_FAULTS[name].change), folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG
+        PlainRuntime(name, CONFIG_FAULTS[name].change), folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG
     )
     assert set(report.red()) == set(cases), str(report)
     assert all(loud(report, case) for case in cases)
@@ -112,39 +106,21 @@ def test_every_case_is_turned_red_by_some_fault() -> None:
     assert {case.name for case in CASES} == red
 
 
+IMAGE_CASES = [case.name for case in CASES if case.images]
+
+
 @pytest.mark.parametrize("name", IMAGE_FAULTS)
-def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path]) -> None:
+def test_wrong_images_turn_the_suite_red(name: str, suite: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fault = IMAGE_FAULTS[name]
-    report = run_suite(
-        EagerRuntime(name, visible=fault.visible, cut=fault.cut),
-        [suite["image_blocks"], suite["softcap"]],
-        tolerance=CONFORMANCE_LOGITS,
-    )
-    assert report.red() == ["image_blocks"]
-    assert loud(report, "image_blocks"), str(report)
+    runtime, folders = fault.runtime(), [suite[case] for case in IMAGE_CASES]
+    fault.plant(monkeypatch)
+    report = run_suite(runtime, folders, tolerance=CONFORMANCE_LOGITS, schedules=LONG)
+    assert report.red() == list(fault.red), str(report)
+    assert {finding.kind for finding in report.findings} == fault.kinds
+    assert all(loud(report, case) for case in fault.red), str(report)
 
 
-def images_recorded(suite: dict[str, Path], runtime: Eager, sizes: Sequence[int], context: Context) -> Recording:
-    """Taps of the case with images, cut as given."""
-    inputs = np.load(suite["image_blocks"] / "inputs.npz")
-    runtime.blocks = torch.from_numpy(inputs["blocks"])
-    calls = [range(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
-    return record(Session(runtime), calls, context)
-
-
-@pytest.mark.parametrize("name", [name for name, fault in IMAGE_FAULTS.items() if fault.layer is not None])
-def test_the_comparison_of_taps_names_the_layer_of_wrong_images(name: str, suite: dict[str, Path]) -> None:
-    fault = IMAGE_FAULTS[name]
-    inputs, model = np.load(suite["image_blocks"] / "inputs.npz"), model_of(suite["image_blocks"])
-    sizes = [15, 12, 2, *[1] * 30]
-    (images,) = ([case.images for case in CASES if case.images],)
-    graph, _ = Pipeline([AddTaps()]).run(model.trace())
-    context = Context(graph=graph, tokens=inputs["tokens"].tolist(), blocks=images[0])
-    right, wrong = (
-        images_recorded(suite, Eager(model, chunk=21, context=inputs["tokens"].size, **rule), sizes, context)
-        for rule in ({}, {"visible": fault.visible})
-    )
-    assert not compare(right, right, context).diverged
-    verdict = compare(right, wrong, context)
-    assert (verdict.layer, verdict.op, verdict.side) == (fault.layer, "mask", "b"), verdict
-    assert verdict.position == fault.position
+@pytest.mark.parametrize("runtime", {fault.runtime for fault in IMAGE_FAULTS.values()}, ids=lambda make: make().name)
+def test_without_a_fault_the_suite_is_green(runtime: Callable[[], Runtime], suite: dict[str, Path]) -> None:
+    report = run_suite(runtime(), [suite[case] for case in IMAGE_CASES], tolerance=CONFORMANCE_LOGITS)
+    assert report.passed, str(report)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import Gemma3ForConditionalGeneration, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
 
-from tests.conformance.cases import CASES, Case, cache_bounds, schedules
+from tests.conformance.cases import CASES, SOFT_TOKENS, Case, cache_bounds, schedules
 from tests.conformance.double import InDouble
 from tests.conformance.generate import write_case, write_suite
-from tests.conformance.reference import compute_logits, read_config, read_weights, visible
-from tests.tolerances import FLOAT64_LOGITS
+from tests.conformance.reference import SOFT, compute_logits, encode_image, read_config, read_weights, visible
+from tests.tolerances import CONFORMANCE_LOGITS, FLOAT64_LOGITS
+from transom.backends.prompt import Prompt
 from transom.zoo.model import load
 
 BY_NAME = {case.name: case for case in CASES}
 TEXT_CASES = [case.name for case in CASES if not case.images]
+IMAGE_CASES = [case.name for case in CASES if case.images]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -53,6 +57,50 @@ def test_the_zoo_agrees_in_float64(name: str, suite: dict[str, Path]) -> None:
     expected = np.load(suite[name] / "expected.npz")["logits"]
     assert expected.dtype == np.float64
     assert np.abs(compute_logits(config, weights, tokens_T) - expected).max() < FLOAT64_LOGITS
+
+
+@pytest.mark.parametrize("name", IMAGE_CASES)
+def test_the_zoo_agrees_in_float64_on_images(name: str, suite: dict[str, Path]) -> None:
+    inputs, expected = np.load(suite[name] / "inputs.npz"), np.load(suite[name] / "expected.npz")
+    config, weights = read_config(suite[name] / "config.json"), read_weights(suite[name] / "model.safetensors")
+    doubled = {key: array.astype(np.float64) for key, array in weights.items()}
+    module: Any = load(suite[name], images=True).eager(torch.float64)
+    with torch.no_grad(), InDouble():
+        soft = module.encode_image(torch.from_numpy(inputs["pixels"])).numpy()
+    assert soft.dtype == expected["soft"].dtype == np.float64
+    assert np.abs(soft - expected["soft"]).max() < FLOAT64_LOGITS
+    assert np.abs(encode_image(config, doubled, inputs["pixels"][0]) - soft[0]).max() < FLOAT64_LOGITS
+    tokens_T, soft_ND = inputs["tokens"], soft.reshape(-1, soft.shape[-1])
+    until = Prompt(tokens=tokens_T, soft=soft_ND).part(0, tokens_T.size, 0).until
+    placed_TD = np.zeros((tokens_T.size, soft.shape[-1]))
+    placed_TD[tokens_T == SOFT] = soft_ND
+    with torch.no_grad(), InDouble():
+        logits_BTV, _ = module(
+            torch.tensor(tokens_T)[None],
+            torch.tensor(0),
+            None,
+            until=torch.tensor(until),
+            soft=torch.tensor(placed_TD)[None],
+        )
+    assert np.abs(compute_logits(config, doubled, tokens_T, soft) - logits_BTV[0].numpy()).max() < FLOAT64_LOGITS
+    assert np.abs(compute_logits(config, weights, tokens_T, soft) - expected["logits"]).max() < FLOAT64_LOGITS
+
+
+@pytest.mark.parametrize("name", IMAGE_CASES)
+def test_hugging_face_agrees_on_images(name: str, suite: dict[str, Path]) -> None:
+    """Their whole model, which is given ids and pixels and makes its own masks, in one call."""
+    inputs, expected = np.load(suite[name] / "inputs.npz"), np.load(suite[name] / "expected.npz")["logits"]
+    theirs: Any = Gemma3ForConditionalGeneration.from_pretrained(
+        suite[name], attn_implementation="eager", dtype=torch.float32
+    )
+    tokens_BT = torch.from_numpy(inputs["tokens"])[None]
+    with torch.no_grad():
+        logits_BTV = theirs.eval()(
+            input_ids=tokens_BT.where(tokens_BT != SOFT, theirs.config.image_token_id),
+            token_type_ids=(tokens_BT == SOFT).long(),
+            pixel_values=torch.from_numpy(inputs["pixels"]),
+        ).logits
+    assert np.abs(logits_BTV[0].numpy() - expected).max() < CONFORMANCE_LOGITS
 
 
 @pytest.mark.parametrize("window", [1, 5, 8, 12, 13, 64])
@@ -91,12 +139,27 @@ def test_schedules_reach_every_edge(case: Case) -> None:
         stops = np.cumsum(schedule["feeds"])
         assert not any(start < stop < end for stop in stops for start, end in case.images), "a feed cuts an image"
         assert stops[-1] + schedule["decode"] <= case.length
-    ring = window + case.long_chunk - 1
     far = by_name["decode_far"]
-    assert sum(far["feeds"]) + far["decode"] == case.length > 2 * ring
+    assert sum(far["feeds"]) + far["decode"] == case.length > 2 * case.ring
+    assert far["decode"] >= case.ring or not case.images
     mixed = by_name["mixed_chunks"]
     assert max(mixed["feeds"]) > 2 * window
     assert min(mixed["feeds"]) == 1 or case.images
+
+
+def test_images_reach_every_edge() -> None:
+    """In rings that are written past their end, and in those that no call crosses, an image lies across the end."""
+    past, within = (BY_NAME[name] for name in IMAGE_CASES)
+    assert past.window < SOFT_TOKENS < within.window
+    for case in (past, within):
+        assert all(stop - start == SOFT_TOKENS for start, stop in case.images)
+        assert any(start < case.window < stop for start, stop in case.images)
+        assert any(start < case.ring < stop for start, stop in case.images)
+        assert any(start < case.long_chunk < stop for start, stop in case.images)
+        assert any(after == stop + 2 for (_, stop), (after, _) in itertools.pairwise(case.images))
+        assert any(after > stop + 2 for (_, stop), (after, _) in itertools.pairwise(case.images))
+    wrapped_early = past.ring + past.long_chunk - 1
+    assert any(start < wrapped_early < stop for start, stop in past.images)
 
 
 def test_cache_bounds_in_numbers(suite: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conformance.runner import Report, run_suite
+from tests.conformance.runner import SOFT, Report, run_suite
 
 TOLERANCE = 1e-6
 
@@ -25,20 +25,35 @@ class Oracle:
         change: What to do to the logits of a call.
         local: Slots of local layers.
         tells: Whether it tells the size of its caches.
+        refuses: Whether it refuses calls that are too short for an image.
+        soft: What it adds to soft tokens.
+        capabilities: What it can do beyond text.
     """
 
     name = "oracle"
-    capabilities = frozenset({"image_blocks"})
 
     def __init__(
-        self, change: Change = lambda oracle, logits: logits, local: int | None = None, tells: bool = True
+        self,
+        change: Change = lambda oracle, logits: logits,
+        local: int | None = None,
+        tells: bool = True,
+        *,
+        refuses: bool = True,
+        soft: float = 0.0,
+        capabilities: frozenset[str] = frozenset({"images"}),
     ) -> None:
-        self.change, self.local, self.tells = change, local, tells
+        self.change, self.local, self.tells, self.refuses, self.soft = change, local, tells, refuses, soft
+        self.capabilities = capabilities
         self.resets = 0
 
     def open(self, folder: Path, *, chunk: int, context: int) -> Oracle:
-        self.expected = np.load(folder / "expected.npz")["logits"]
         self.case = json.loads((folder / "case.json").read_text())
+        if self.refuses and chunk < self.case["image_tokens"]:
+            raise ValueError("an image does not fit into a call")
+        outputs, inputs = np.load(folder / "expected.npz"), np.load(folder / "inputs.npz")
+        self.expected = outputs["logits"]
+        if self.case["image_tokens"]:
+            self.images = dict(zip(map(bytes, inputs["pixels"]), outputs["soft"], strict=True))
         self.width = 2 * 4 * 2 * 16
         self.chunk = chunk
         return self
@@ -47,13 +62,17 @@ class Oracle:
         self.position = 0
         self.resets += 1
 
-    def feed(self, tokens: Sequence[int], blocks: Sequence[int]) -> NDArray[Any]:
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
+        return np.asarray(self.images[bytes(pixels)] + self.soft)
+
+    def feed(self, tokens: Sequence[int], soft: NDArray[Any] | None) -> NDArray[Any]:
+        assert tokens.count(SOFT) == (0 if soft is None else len(soft))
         start = self.position
         self.position += len(tokens)
         return self.change(self, self.expected[start : self.position].copy())
 
     def decode(self, token: int) -> NDArray[Any]:
-        return np.asarray(self.feed([token], [-1])[0])
+        return np.asarray(self.feed([token], None)[0])
 
     def cache_slots(self) -> Mapping[int, int] | None:
         if not self.tells:
@@ -70,13 +89,15 @@ def run(oracle: Oracle, suite: dict[str, Path], name: str = "two_periods") -> Re
     return run_suite(oracle, [suite[name]], tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["two_periods", "odd_window", "window_one", "image_blocks"])
+@pytest.mark.parametrize("name", ["two_periods", "odd_window", "window_one", "image_past_window"])
 def test_a_right_runtime_passes(name: str, suite: dict[str, Path]) -> None:
     oracle = Oracle()
     report = run(oracle, suite, name)
     assert report.passed, str(report)
     assert set(report.differences.values()) == {0.0}
-    assert oracle.resets == len(report.differences) == len(oracle.case["schedules"])
+    assert oracle.resets == len(oracle.case["schedules"])
+    encoded = {(name, "encode_image")} if oracle.case["needs"] else set()
+    assert report.differences.keys() == encoded | {(name, way["name"]) for way in oracle.case["schedules"]}
     assert "0 findings" in str(report)
 
 
@@ -143,6 +164,36 @@ def test_an_unknown_cache_size_is_said(suite: dict[str, Path]) -> None:
     report = run(Oracle(tells=False), suite)
     assert report.passed
     assert report.unchecked == {"two_periods: the runtime does not tell the size of its caches: not checked"}
+
+
+def test_wrong_soft_tokens_are_findings(suite: dict[str, Path]) -> None:
+    report = run(Oracle(soft=0.25), suite, "image_in_window")
+    (finding,) = report.findings
+    assert (finding.schedule, finding.kind, finding.position) == ("encode_image", "soft", 0)
+    assert finding.difference == pytest.approx(0.25)
+
+
+def test_calls_too_short_for_an_image_must_be_refused(suite: dict[str, Path]) -> None:
+    (finding,) = run(Oracle(refuses=False), suite, "image_in_window").findings
+    assert (finding.schedule, finding.kind) == ("short_chunk", "cut")
+    assert "an image of 16 tokens went through calls of 15" in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("slots", "early", "passes"), [(28, False, True), (29, False, False), (48, True, True), (49, True, False)]
+)
+def test_rings_that_no_call_crosses_may_be_larger(
+    slots: int, early: bool, passes: bool, suite: dict[str, Path]
+) -> None:
+    capabilities = frozenset({"images", *(["wraps_early"] if early else [])})
+    report = run(Oracle(local=slots, capabilities=capabilities), suite, "image_past_window")
+    assert passes == (not [one for one in report.findings if one.schedule == "decode_far"]), str(report)
+
+
+def test_what_a_runtime_cannot_do_is_not_run(suite: dict[str, Path]) -> None:
+    report = run(Oracle(capabilities=frozenset()), suite, "image_past_window")
+    assert report.not_run == ["image_past_window: not run: needs images"]
+    assert not report.passed, "nothing ran, so nothing is known"
 
 
 def test_a_suite_of_another_format_is_refused(suite: dict[str, Path], tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ CONFIG_FAULTS: Mapping[str, ConfigFault] = {
     "every layer as the first": ConfigFault(
         _as_the_first,
         ("two_periods", "one_global", "global_first", "odd_window", "window_one", "one_kv_head", "wide_heads",
-         "rope_factor", "softcap", "image_blocks"),
+         "rope_factor", "softcap", "image_past_window", "image_in_window"),
     ),
-    "a guessed period": ConfigFault(_period_of_two, ("one_global", "global_first", "image_blocks")),
+    "a guessed period": ConfigFault(_period_of_two, ("one_global", "global_first")),
     "window rounded up": ConfigFault(_round_window, ("odd_window", "window_one")),
     "scale of the head's width": ConfigFault(_scale_of_width, ("wide_heads",)),
     "no rope factor": ConfigFault(_no_rope_factor, ("rope_factor",)),

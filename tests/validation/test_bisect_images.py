@@ -13,7 +13,7 @@ import transom
 from tests.case import Case
 from tests.conftest import Cli
 from tests.export.test_images import window_on_both_sides
-from tests.faults.images import ENTRY_FAULTS, EntryFault, InEntry
+from tests.faults.image_graphs import ENTRY_FAULTS, EntryFault, InEntry
 from transom.backends.artifact import DECODE, ENCODE_IMAGE
 from transom.errors import ContextLengthError
 from transom.passes.add_taps import AddTaps

@@ -17,7 +17,6 @@ from tests.tolerances import FP32_LOGITS
 from transom.errors import CheckpointError, ConfigError
 from transom.zoo.architectures import architecture, build_empty, preset, tensor_shapes
 from transom.zoo.checkpoints.random import write_checkpoint
-from transom.zoo.gemma3_vision import Projector
 from transom.zoo.huggingface import read_config, write_config
 from transom.zoo.model import Model, load
 
@@ -59,31 +58,6 @@ def test_logits_are_those_of_transformers(model: Model, theirs: Any) -> None:
                 features = theirs.get_image_features(text.pixels).pooler_output.flatten(0, -2)
                 assert (features - text.soft[text.tokens < 0]).abs().max() < FP32_LOGITS
         assert (ours - expected).abs().max() < FP32_LOGITS, kinds
-
-
-def _transposed(self: Any, x_BPE: torch.Tensor) -> torch.Tensor:
-    side = self.patches
-    turned = x_BPE.view(len(x_BPE), side, side, -1).transpose(1, 2).flatten(1, 2)
-    soft: torch.Tensor = Projector._original(self, turned)  # type: ignore[attr-defined]
-    return soft
-
-
-def _without_one(self: Any, x_BPE: torch.Tensor) -> torch.Tensor:
-    self.mm_soft_emb_norm.offset = 0.0
-    soft: torch.Tensor = Projector._original(self, x_BPE)  # type: ignore[attr-defined]
-    return soft
-
-
-@pytest.mark.parametrize("fault", [_transposed, _without_one])
-def test_faults_of_the_projector_are_noticed(
-    model: Model, theirs: Any, monkeypatch: pytest.MonkeyPatch, fault: Any
-) -> None:
-    monkeypatch.setattr(Projector, "_original", Projector.forward, raising=False)
-    monkeypatch.setattr(Projector, "forward", fault)
-    text = sequence(model, "i")
-    with torch.no_grad():
-        features = theirs.get_image_features(text.pixels).pooler_output.flatten(0, -2)
-    assert (features - text.soft[text.tokens < 0]).abs().max() > 100 * FP32_LOGITS
 
 
 def test_without_images_it_is_its_text_decoder(model: Model) -> None:
