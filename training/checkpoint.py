@@ -35,6 +35,11 @@ _WRITTEN = frozenset(
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
+def checkpoint_files(folder: Path) -> set[str]:
+    """Names of what a checkpoint in a folder may consist of, and of what tells how it was trained."""
+    return {*_WRITTEN, *(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))}
+
+
 def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
     """What `write_quantized` and a training run write; the artifacts of a run are folders in it."""
     try:
@@ -43,11 +48,9 @@ def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
         return None
     if not {"scheme", "specs"} <= metadata.keys():
         return None
-    names = set(_WRITTEN)
+    names = checkpoint_files(folder)
     for path in folder.iterdir():
-        if _SHARD.fullmatch(path.name):
-            names.add(path.name)
-        elif path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             names |= {f"{path.name}/{name}" for name in ARTIFACT.files(path) or ()}
     return frozenset(names)
 

@@ -14,7 +14,20 @@ import typer
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, build, distill, evaluate, export, models, qat, quantize, ranges, run, validate
+from transom.cli import (
+    bisect,
+    build,
+    distill,
+    evaluate,
+    export,
+    finetune_vision,
+    models,
+    qat,
+    quantize,
+    ranges,
+    run,
+    validate,
+)
 from transom.cli.options import progress_console
 from transom.cli.signals import orderly_end
 from transom.cli.streams import abandon, flush, make_lenient
@@ -53,6 +66,7 @@ bisect.register(app)
 quantize.register(app)
 qat.register(app)
 distill.register(app)
+finetune_vision.register(app)
 evaluate.register(app)
 ranges.register(app)
 
