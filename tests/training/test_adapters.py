@@ -62,7 +62,7 @@ def soft_tokens(module: Any, pixels: torch.Tensor) -> torch.Tensor:
 def test_merged_is_what_stood_beside(model: Model, adapter: Path) -> None:
     merged = load(NAME, images=True, adapter=adapter)
     pixels = sequence(model, "ii").pixels
-    expected, actual = soft_tokens(trained(model)._module, pixels), soft_tokens(merged.eager(), pixels)
+    expected, actual = soft_tokens(trained(model).module, pixels), soft_tokens(merged.eager(), pixels)
     assert (actual - expected).abs().max() < FP32_LOGITS
     assert (actual - soft_tokens(model.eager(), pixels)).abs().max() > 100 * FP32_LOGITS
     # The decoder is the same object, and nothing is read before it is asked for.
@@ -158,6 +158,16 @@ def test_an_adapter_of_a_text_decoder(tmp_path: Path) -> None:
     merged = load("gemma3-tiny", adapter=tmp_path)
     torch.testing.assert_close(merged.weights[name].read(), text.weights[name].read() + 3 * b @ a)
     assert merged.revision.startswith("seed 0 + sha256:")
+
+
+def test_what_is_merged_is_not_rounded_again(model: Model, adapter: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, model.config, model.weights)
+    base, merged = load(tmp_path, images=True), load(tmp_path, images=True, adapter=adapter)
+    a, b = trained(model).factors()[PROJECTOR]
+    weight, stored = merged.weights[PROJECTOR], base.weights[PROJECTOR]
+    assert stored.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    torch.testing.assert_close(weight.read(), stored.read().float() + 1.5 * b @ a)
+    assert merged.weights["norm.weight"].dtype == torch.bfloat16
 
 
 def _tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -82,7 +82,7 @@ def _texts(pair: Pair) -> tuple[str, str]:
 def test_the_loss_is_that_of_the_answer(model: Model, data: Path) -> None:
     vision = objective(model, data, train="projector")
     example = vision._examples[1]
-    tokens, module = torch.from_numpy(example.tokens)[None], vision._module
+    tokens, module = torch.from_numpy(example.tokens)[None], vision.module
     with torch.no_grad():
         soft = torch.zeros(1, tokens.shape[1], model.config.hidden_size)
         soft[tokens < 0] = module.encode_image(vision._pixels(example.image))[0]
@@ -118,7 +118,7 @@ def test_gradients_are_only_where_they_belong(
     assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
     assert all(any(name.startswith(head) for name in found) for head in wanted)
     trained = {id(parameter) for parameter in vision.parameters.values()}
-    others = [parameter for parameter in vision._module.parameters() if id(parameter) not in trained]
+    others = [parameter for parameter in vision.module.parameters() if id(parameter) not in trained]
     assert others and not any(p.requires_grad or p.grad is not None for p in others)
     if method == "lora":
         projections = 12 if train == "tower" else 1 if train == "projector" else 13

@@ -184,10 +184,14 @@ class Vision(Objective):
         model: What to begin with.
         settings: How to train.
         examples: What it learns from.
+
+    Attributes:
+        settings: How it trains.
+        module: The plain module, with the matrices of low rank in it.
     """
 
     def __init__(self, model: Model, settings: VisionSettings, examples: Sequence[Example]) -> None:
-        self._settings, self._examples, self._device = settings, examples, device_of(settings.device)
+        self.settings, self._examples, self._device = settings, examples, device_of(settings.device)
         module = model.eager()
         names = trained_names(model, module, settings.train, settings.method)
         if settings.method == "full":
@@ -196,14 +200,14 @@ class Vision(Objective):
             self.parameters = self._add_products(module, names)
         if settings.recompute:
             _recompute_layers(module)
-        self._module: Any = module.to(self._device)
+        self.module: Any = module.to(self._device)
         assert model.config.images is not None
         self._spec, self._width = PixelSpec(size=model.config.images.size), model.config.hidden_size
         self._kept: dict[Path, torch.Tensor] = {}
 
     def _add_products(self, module: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Put A, drawn at random, and B, zeros, beside matrices."""
-        settings, parameters = self._settings, dict[str, torch.Tensor]()
+        settings, parameters = self.settings, dict[str, torch.Tensor]()
         generator = torch.Generator().manual_seed(settings.seed)
         for name in names:
             path, _, last = name.rpartition(".")
@@ -233,12 +237,12 @@ class Vision(Objective):
         return self.parameters[name].detach().cpu()
 
     def losses(self, step: int) -> Iterator[Loss]:
-        batch, groups = self._settings.batch, dict[Any, list[Example]]()
+        batch, groups = self.settings.batch, dict[Any, list[Example]]()
         for example in self._batch(step):
             groups.setdefault(example.layout, []).append(example)
         for rows in groups.values():
-            for first in range(0, len(rows), self._settings.rows):
-                chosen = rows[first : first + self._settings.rows]
+            for first in range(0, len(rows), self.settings.rows):
+                chosen = rows[first : first + self.settings.rows]
                 lost_B, right_B = self._run(chosen)
                 yield Loss(value=lost_B.sum() / batch, metrics={"exact": float(right_B.sum()) / batch})
 
@@ -259,13 +263,13 @@ class Vision(Objective):
         tokens_BT = torch.from_numpy(np.stack([example.tokens for example in examples])).to(self._device)
         until_T = torch.from_numpy(examples[0].until).to(self._device)
         pixels_BCYX = torch.cat([self._pixels(example.image) for example in examples]).to(self._device)
-        soft_BQD = self._module.encode_image(pixels_BCYX)
+        soft_BQD = self.module.encode_image(pixels_BCYX)
         is_soft_BT1 = (tokens_BT < 0)[..., None]
         soft_BTD = soft_BQD.new_zeros(*tokens_BT.shape, self._width).masked_scatter(is_soft_BT1, soft_BQD)
         start = torch.zeros((), dtype=torch.int64, device=self._device)
-        hidden_BTD, _ = self._module.hidden(tokens_BT, start, None, until=until_T, soft=soft_BTD)
+        hidden_BTD, _ = self.module.hidden(tokens_BT, start, None, until=until_T, soft=soft_BTD)
         first = examples[0].first
-        logits_BAV = self._module.head(hidden_BTD[:, first - 1 : -1])
+        logits_BAV = self.module.head(hidden_BTD[:, first - 1 : -1])
         answers_BA = tokens_BT[:, first:]
         lost_BA = nn.functional.cross_entropy(logits_BAV.float().transpose(1, 2), answers_BA, reduction="none")
         return lost_BA.mean(1), (logits_BAV.argmax(-1) == answers_BA).all(1)
@@ -281,14 +285,14 @@ class Vision(Objective):
 
     def _batch(self, step: int) -> Iterator[Example]:
         """Every pair once before any comes again, in an order that the seed alone decides."""
-        count, batch = len(self._examples), self._settings.batch
+        count, batch = len(self._examples), self.settings.batch
         for place in range(step * batch, (step + 1) * batch):
             epoch, offset = divmod(place, count)
             yield self._examples[self._order(epoch)[offset]]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._settings.seed + epoch)
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
         return torch.randperm(len(self._examples), generator=generator).tolist()
 
 
