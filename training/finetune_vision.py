@@ -108,6 +108,7 @@ def finetune_vision(
             "source": model.source,
             "revision": model.revision,
             "pairs": len(learnt),
+            "loss": [step["loss"] for step in metrics],
             "held_out": {"pairs": held_out, "before": before, "after": after},
         }
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")

@@ -192,7 +192,7 @@ class Vision(Objective):
 
     def __init__(self, model: Model, settings: VisionSettings, examples: Sequence[Example]) -> None:
         self.settings, self._examples, self._device = settings, examples, device_of(settings.device)
-        module = model.eager()
+        module = model.eager().to(self._device)
         names = trained_names(model, module, settings.train, settings.method)
         if settings.method == "full":
             self.parameters = {name: module.get_parameter(name).requires_grad_(True) for name in names}
@@ -200,7 +200,7 @@ class Vision(Objective):
             self.parameters = self._add_products(module, names)
         if settings.recompute:
             _recompute_layers(module)
-        self.module: Any = module.to(self._device)
+        self.module: Any = module
         assert model.config.images is not None
         self._spec, self._width = PixelSpec(size=model.config.images.size), model.config.hidden_size
         self._kept: dict[Path, torch.Tensor] = {}
@@ -219,7 +219,8 @@ class Vision(Objective):
                     "--rank"
                 )
             a_rK = (torch.rand((settings.rank, columns), generator=generator) * 2 - 1) * columns**-0.5
-            product = _AddProduct(a_rK, torch.zeros(rows, settings.rank), settings.factor / settings.rank)
+            b_Rr, scale = torch.zeros(rows, settings.rank), settings.factor / settings.rank
+            product = _AddProduct(a_rK.to(self._device), b_Rr.to(self._device), scale)
             parametrize.register_parametrization(owner, last, product)
             parameters |= {f"{name}.a": product.a, f"{name}.b": product.b}
         return parameters
@@ -288,12 +289,8 @@ class Vision(Objective):
         count, batch = len(self._examples), self.settings.batch
         for place in range(step * batch, (step + 1) * batch):
             epoch, offset = divmod(place, count)
-            yield self._examples[self._order(epoch)[offset]]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return torch.randperm(len(self._examples), generator=generator).tolist()
+            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+            yield self._examples[int(torch.randperm(count, generator=generator)[offset])]
 
 
 def _recompute_layers(module: nn.Module) -> None:
