@@ -22,6 +22,9 @@ from transom.images.resize import PixelSpec, check_image
 Part = str | Path | NDArray[np.uint8]
 """Text, or an image: its file, or uint8 [H, W, 3]."""
 
+MARKER = "<image>"
+"""Stands in a text where an image does."""
+
 SOFT = -1
 """Stands among token ids where a soft token does."""
 

@@ -40,6 +40,11 @@ def shards_of(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
 
 
+def checkpoint_files(folder: Path) -> set[str]:
+    """Names of what a checkpoint in a folder may consist of, and of what tells how it was trained."""
+    return {CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)}
+
+
 def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
     """What `write_quantized` and a training run write; the artifacts of a run are folders in it."""
     try:
@@ -48,7 +53,7 @@ def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:
         return None
     if not {"scheme", "specs"} <= metadata.keys():
         return None
-    names = {CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)}
+    names = checkpoint_files(folder)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             names |= {f"{path.name}/{name}" for name in ARTIFACT.files(path) or ()}
@@ -63,7 +68,7 @@ def _files_of_trained(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(report, dict) or not {"settings", "source"} <= report.keys():
         return None
-    return frozenset({CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)})
+    return frozenset(checkpoint_files(folder))
 
 
 TRAINED = Kind(title=f"a checkpoint that transom trained ({REPORT})", files=_files_of_trained)

@@ -239,11 +239,12 @@ def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
 def model_of(manifest: Manifest, folder: Path) -> Model:
     """Load the model that an artifact was made from, by the name in its manifest."""
     source, revision = manifest.source["name"], manifest.source["revision"]
-    images = manifest.images is not None
+    images, adapter = manifest.images is not None, manifest.source.get("adapter")
     try:
-        if source == "random" and (match := _SEED.fullmatch(revision)):
-            return load(manifest.model["name"], weights="random", seed=int(match[1]), images=images)
-        return load(source, images=images, mmproj=manifest.source.get("mmproj"))
+        # What an adapter adds to the revision is checked against the model.
+        if source == "random" and (match := _SEED.fullmatch(revision.partition(" + ")[0])):
+            return load(manifest.model["name"], weights="random", seed=int(match[1]), images=images, adapter=adapter)
+        return load(source, images=images, mmproj=manifest.source.get("mmproj"), adapter=adapter)
     except ConfigError as error:
         raise ConfigError(
             f"{folder} was made from {source!r}, which is not found ({error}): name it with --model"

@@ -118,6 +118,7 @@ class Architecture:
         chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
         text: Family of its text decoder, which the same checkpoints hold; None if it is a text decoder itself.
         mmproj: Format of what stands beside a GGUF file of its text decoder; None if nothing does.
+        image_parts: What makes soft tokens of images, part by part -> the head of its parameters' names.
     """
 
     name: str
@@ -130,3 +131,4 @@ class Architecture:
     chat: str | None = None
     text: str | None = None
     mmproj: MmprojFormat | None = None
+    image_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)

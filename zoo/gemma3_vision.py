@@ -297,6 +297,7 @@ ARCHITECTURE = Architecture(
     gguf=gemma3.ARCHITECTURE.gguf,
     text="gemma3",
     mmproj=_MMPROJ,
+    image_parts={"tower": "vision_tower.", "projector": _PROJECTOR},
     presets=_PRESETS,
     sampling=gemma3.ARCHITECTURE.sampling,
     chat=gemma3.ARCHITECTURE.chat,

@@ -21,6 +21,7 @@ from transom.json_object import is_file
 from transom.wording import shortened
 from transom.zoo.architectures import architecture, build_empty, preset, presets, tensor_shapes
 from transom.zoo.checkpoints import codes, gguf, layout, safetensors
+from transom.zoo.checkpoints.adapter import read_adapter
 from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
@@ -46,6 +47,7 @@ class Model:
         source: Where it came from: a path, a hub id or "random".
         revision: Identity of the weights: a hash, or the seed.
         mmproj: The file that its encoder of images came from, if that is another one than its source.
+        adapter: The folder of an adapter that is in its weights.
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
         generation: How its source says that text is generated.
         left_out: In plain words, what the source holds beside the model, such as a vision tower, what it asks for that
@@ -58,6 +60,7 @@ class Model:
     source: str
     revision: str
     mmproj: str | None = None
+    adapter: str | None = None
     quant: str = "none"
     generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
@@ -77,6 +80,21 @@ class Model:
         names = tensor_shapes(self.config.text)
         weights = {name: self.weights[name] for name in names}
         return dataclasses.replace(self, config=self.config.text, weights=weights)
+
+    def adapted(self, folder: Path) -> Model:
+        """The model with an adapter of low rank, in peft's format, in its weights.
+
+        Raises:
+            CheckpointError: If the adapter is damaged, of a kind that is not merged, or none of this model.
+        """
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        adapter = read_adapter(folder, shapes)
+        return dataclasses.replace(
+            self,
+            weights=adapter.merged(self.weights),
+            revision=f"{self.revision} + {adapter.revision}",
+            adapter=str(folder),
+        )
 
     def eager(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The plain PyTorch module with all weights in memory, for inference."""
@@ -115,6 +133,7 @@ def load(
     seed: int = 0,
     images: bool = False,
     mmproj: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
 
@@ -128,13 +147,16 @@ def load(
         seed: Of random weights.
         images: Whether to open the encoder of images too, if there is one.
         mmproj: A GGUF file of the encoder of images, which belongs to the .gguf file; implies `images`.
+        adapter: Folder of an adapter of low rank, in peft's format, to merge into the weights.
 
     Raises:
         ConfigError: If there is no such model, or it is one that the zoo does not hold, or `mmproj` does not belong to
             it.
-        CheckpointError: If its weights are missing or damaged, or cannot be downloaded.
+        CheckpointError: If its weights are missing or damaged, or cannot be downloaded, or `adapter` is none of it.
         TokenizerError: If its tokenizer is malformed.
     """
+    if adapter is not None:
+        return load(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj).adapted(Path(adapter))
     # Of what is refused below, no weights are fetched.
     fetched = ["*.safetensors"] if weights == "checkpoint" and mmproj is None else []
     patterns = ["*.json", "*.jinja", "tokenizer.model", *fetched]

@@ -37,11 +37,12 @@ def load(
     seed: int = 0,
     images: bool = False,
     mmproj: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
     from transom.zoo.model import load as load_model
 
-    return load_model(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj)
+    return load_model(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj, adapter=adapter)
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:

@@ -171,6 +171,7 @@ def compile_model(
                     "name": model.source,
                     "revision": model.revision,
                     **({} if model.mmproj is None else {"mmproj": model.mmproj}),
+                    **({} if model.adapter is None else {"adapter": model.adapter}),
                 },
                 quantization=options.quant,
                 dtype=options.dtype,

@@ -7,7 +7,10 @@ from pathlib import Path
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of an adapter (PEFT's LoRA and others), which means nothing without its base."""
 
-MERGE = "merge the adapter into its base first (PEFT: merge_and_unload, then save_pretrained)"
+MERGE = (
+    "merge the adapter into its base first (transom export BASE --adapter DIR, or PEFT: merge_and_unload, then "
+    "save_pretrained)"
+)
 
 _SAVE = "save the model as safetensors (transformers: from_pretrained, then save_pretrained)"
 _SAVE_FROM_PYTORCH = "save the model as safetensors from PyTorch"

@@ -125,6 +125,18 @@ def in_file(name: str, *, images: bool = False) -> str:
     return name if name == HEAD else ("model.language_model." if images else _PREFIXES[0]) + name
 
 
+def in_class(name: str) -> str:
+    """What transformers, from version 5 on, calls a tensor of the module in its class of models that see images."""
+    return f"model.{name}" if _part(name) is not None else in_file(name, images=True)
+
+
+def own_names(name: str) -> tuple[str, ...]:
+    """What modules may call a tensor that has a name in a class of transformers, of any generation."""
+    if _part(name) is not None:
+        return (_in_part(name),)
+    return tuple(dict.fromkeys(name.removeprefix(prefix) for prefix in _PREFIXES))
+
+
 def holds_encoder(names: Iterable[str]) -> bool:
     """Whether tensors of an encoder of images are among those of a checkpoint."""
     return any(_part(name) == _OTHER_PARTS["vision_tower"] for name in names)

@@ -14,7 +14,21 @@ import typer
 from rich.markup import escape
 
 from transom import __version__
-from transom.cli import bisect, build, distill, evaluate, export, merge, models, qat, quantize, ranges, run, validate
+from transom.cli import (
+    bisect,
+    build,
+    distill,
+    evaluate,
+    export,
+    finetune_vision,
+    merge,
+    models,
+    qat,
+    quantize,
+    ranges,
+    run,
+    validate,
+)
 from transom.cli.options import progress_console
 from transom.cli.signals import orderly_end
 from transom.cli.streams import abandon, flush, make_lenient
@@ -54,6 +68,7 @@ quantize.register(app)
 qat.register(app)
 distill.register(app)
 merge.register(app)
+finetune_vision.register(app)
 evaluate.register(app)
 ranges.register(app)
 

@@ -63,6 +63,10 @@ def export(
         Path | None,
         typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An adapter of low rank to merge into the weights, in peft's format."),
+    ] = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     taps: Annotated[bool, typer.Option("--taps", help="Return intermediate values too, for transom bisect.")] = False,
@@ -79,7 +83,7 @@ def export(
     check_absent(out, overwrite=overwrite)
     if mmproj is not None and not vision:
         raise ConfigError("--mmproj gives an encoder of images, and --no-vision leaves it out: drop one of them")
-    loaded = load_model(model, weights, seed, images=vision, mmproj=mmproj)
+    loaded = load_model(model, weights, seed, images=vision, mmproj=mmproj, adapter=adapter)
     options = Options.of(
         loaded, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
     )

@@ -26,7 +26,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
 
 
-def load_model(name: str, weights: str, seed: int, *, images: bool = False, mmproj: Path | None = None) -> Any:
+def load_model(
+    name: str,
+    weights: str,
+    seed: int,
+    *,
+    images: bool = False,
+    mmproj: Path | None = None,
+    adapter: Path | None = None,
+) -> Any:
     """Load a model, with the words that users type; with its encoder of images, if that is wanted and there is one.
 
     Raises:
@@ -36,7 +44,12 @@ def load_model(name: str, weights: str, seed: int, *, images: bool = False, mmpr
 
     check_weights(weights)
     return transom.load(
-        name, weights="random" if weights == "random" else "checkpoint", seed=seed, images=images, mmproj=mmproj
+        name,
+        weights="random" if weights == "random" else "checkpoint",
+        seed=seed,
+        images=images,
+        mmproj=mmproj,
+        adapter=adapter,
     )
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from transom.backends.prompt import Part, Prompt, split_at
+from transom.backends.prompt import MARKER, Part, Prompt, split_at
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session, TokenStream
 from transom.cli.options import Folder, Json, Threads, console, print_json, progress_console, size
@@ -32,7 +32,6 @@ TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keep
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that add up to this probability.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
 SampleSeed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
-MARKER = "<image>"
 
 
 class PanAndScanName(enum.StrEnum):
