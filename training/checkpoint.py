@@ -29,6 +29,9 @@ from transom.zoo.model import Model
 REPORT = "training.json"
 """How a checkpoint was trained."""
 
+RECIPE = "recipe.toml"
+"""Every number of a run that `transom align` made, as it reads them."""
+
 MODEL_FILES = frozenset({"config.json", "model.safetensors", "model.safetensors.index.json", *COMPANIONS})
 """What `write_checkpoint` and `write_companions` may write, beside shards."""
 
@@ -42,7 +45,7 @@ def shards_of(folder: Path) -> set[str]:
 
 def checkpoint_files(folder: Path) -> set[str]:
     """Names of what a checkpoint in a folder may consist of, and of what tells how it was trained."""
-    return {CODES_FILE, REPORT, METRICS, *MODEL_FILES, *shards_of(folder)}
+    return {CODES_FILE, REPORT, RECIPE, METRICS, *MODEL_FILES, *shards_of(folder)}
 
 
 def _files_of_checkpoint(folder: Path) -> frozenset[str] | None:

@@ -28,7 +28,7 @@ SETTINGS = LoopSettings(steps=6, learning_rate=3e-3, save_every=2, clip=1.0)
 class Watch(Method):
     """Keeps what it is given."""
 
-    own, anchored = 2, 3  # type: ignore[assignment]
+    own, anchored = 2, 3
 
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         self.given = own, anchored

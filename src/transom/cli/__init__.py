@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from transom import __version__
 from transom.cli import (
+    align,
     bisect,
     build,
     distill,
@@ -67,6 +68,7 @@ bisect.register(app)
 quantize.register(app)
 qat.register(app)
 distill.register(app)
+align.register(app)
 merge.register(app)
 finetune_vision.register(app)
 evaluate.register(app)

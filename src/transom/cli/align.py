@@ -1,0 +1,136 @@
+"""`transom align`: train a model on answers or rewards."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from transom.cli.export import stage_bars
+from transom.cli.options import Json, Model, Weights, console, load_model, print_json
+from transom.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transom.training.loop import Metrics
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(align)
+
+
+def align(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(metavar="JSONL", help="Lines with a `prompt`, and what objective or reward read.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="TOML", help="All numbers of the run; options given here go before it.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft, best_of_n, rloo, bond, jbond, dpo or rrhf; here or in the recipe.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A number of the objective's own, such as beta=0.1.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="mathematics, code, instructions or preference; none for sft.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.", min=1, show_default="500")] = None,
+    batch: Annotated[int | None, typer.Option(help="Prompts in a step.", min=1, show_default="16")] = None,
+    max_new: Annotated[
+        int | None, typer.Option(help="Most tokens of a continuation or answer.", min=1, show_default="64")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak.", min=0, show_default="3e-6")] = None,
+    anchor_rate: Annotated[
+        float | None,
+        typer.Option(help="Share of the policy that the anchor moves by after a step.", min=0, max=1, show_default="0"),
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat", help="Prompts are what a user says, in the model's chat template.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, xla.", show_default="cpu")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between two saved states.", min=1, show_default="50")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the order of prompts, and of draws.", min=0, show_default="0")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")
+    ] = "float32",
+    weights: Weights = "checkpoint",
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model on answers (sft) or rewards (the other objectives). A run that is stopped goes on."""
+    import torch
+
+    from transom.backends.folder import check_absent
+    from transom.training.align import AlignSettings, read_recipe
+    from transom.training.align import align as train
+    from transom.training.checkpoint import TRAINED
+
+    check_absent(out, overwrite=overwrite, kind=TRAINED)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise TrainingError(f"--dtype takes float32, bfloat16 or float16, not {dtype!r}")
+    given: dict[str, Any] = {
+        "objective": objective,
+        "options": _numbers(option) if option else None,
+        "reward": reward,
+        "steps": steps,
+        "batch": batch,
+        "max_new": max_new,
+        "learning_rate": learning_rate,
+        "anchor_rate": anchor_rate,
+        "chat": chat,
+        "device": device,
+        "save_every": save_every,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if recipe is None and objective is None:
+        raise TrainingError("what is to be learned is not said: give an --objective, or a --recipe with one")
+    settings = AlignSettings(**given) if recipe is None else read_recipe(recipe, **given)
+    loaded = load_model(model, weights, settings.seed)
+    recent: collections.deque[float] = collections.deque(maxlen=20)
+    with stage_bars() as on_progress:
+
+        def on_step(done: int, total: int, metrics: Metrics) -> None:
+            name = "anchor_reward" if "reward" not in metrics else "reward"
+            recent.append(metrics.get(name, metrics["loss"]))
+            mean = sum(recent) / len(recent)
+            what = "reward" if name in metrics else "loss"
+            words = f"step {done:,} of {total:,}, {what} {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
+            on_progress("train", done, total, words)
+
+        metrics = train(
+            loaded, settings, data=data, out=out, dtype=getattr(torch, dtype), overwrite=overwrite, on_step=on_step
+        )
+    if json:
+        print_json({"folder": str(out), "settings": dataclasses.asdict(settings), "metrics": metrics})
+        return
+    few = max(1, len(metrics) // 10)
+    changes = []
+    for name in ("loss", "reward", "anchor_reward", "kl_to_anchor"):
+        if name in metrics[0]:
+            first, last = (sum(line[name] for line in part) / few for part in (metrics[:few], metrics[-few:]))
+            changes.append(f"{name.replace('_', ' ')} {first:.4f} at first and {last:.4f} in the end")
+    words = f"{settings.objective}, {len(metrics):,} steps, {', '.join(changes)} (means of {few:,})"
+    console.print(f"{escape(str(out))}: {words}", highlight=False)
+
+
+def _numbers(options: list[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            numbers[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise TrainingError(f"--option takes NAME=NUMBER, not {option!r}") from None
+    return numbers

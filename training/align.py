@@ -1,0 +1,265 @@
+"""Align a checkpoint with rewards or answers: the run from prompts to folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom.backends.folder import new_folder
+from transom.errors import RewardError, TrainingError
+from transom.training.checkpoint import RECIPE, TRAINED, check_apart, write_trained
+from transom.training.loop import Loop, LoopSettings, Objective, OnStep
+from transom.training.objectives.alignment import Alignment, Method, Score
+from transom.training.objectives.sft import Sft, answer_ids
+from transom.training.policy import Policy
+from transom.training.prompts import Prompt, read_prompts
+from transom.training.rewards.reward import Reward, Sample, reward, score_many
+from transom.training.state import TrainingState
+from transom.zoo.architectures import build_empty
+from transom.zoo.model import Model
+
+METHODS = ("best_of_n", "rloo", "bond", "jbond", "dpo", "rrhf")
+"""Modules of `objectives`. Each ends with `METHOD`, a dataclass of the method's own numbers."""
+
+SFT = "sft"
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "Mapping": (dict,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignSettings:
+    """How to align: a recipe.
+
+    Attributes:
+        objective: "sft", or one of `METHODS`.
+        options: The method's own numbers, such as its `beta`.
+        reward: Name of a reward; "" for sft, which has answers.
+        reward_options: What the reward takes.
+        steps: Of the optimiser.
+        batch: Prompts in a step.
+        parts: In how many parts they go through the model.
+        max_new: Most tokens of a continuation.
+        temperature: Of sampling.
+        learning_rate: At its peak.
+        warmup: Share of the steps in which the rate rises.
+        last_rate: Share of the peak that is left at the end.
+        clip: Largest norm of a step's gradient.
+        anchor_rate: Share of the policy that the anchor moves by after every step; 0 for an anchor that stays.
+        chat: Whether prompts are what a user says, in the model's chat template.
+        train_table: Whether the table of tokens is trained too.
+        recompute: Compute every layer again on the way back: memory for time.
+        workers: Continuations that are scored at a time.
+        seed: Of the order of prompts, and of draws.
+        device: Where to compute.
+        save_every: Steps between two saved states.
+
+    Raises:
+        TrainingError: If an objective is unknown, or settings don't go together.
+    """
+
+    objective: str
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    reward: str = ""
+    reward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 500
+    batch: int = 16
+    parts: int = 1
+    max_new: int = 64
+    temperature: float = 1.0
+    learning_rate: float = 3e-6
+    warmup: float = 0.05
+    last_rate: float = 1.0
+    clip: float = 1.0
+    anchor_rate: float = 0.0
+    chat: bool = False
+    train_table: bool = True
+    recompute: bool = False
+    workers: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.objective != SFT and self.objective not in METHODS:
+            raise TrainingError(f"there is no objective {self.objective!r}: choose {', '.join((SFT, *METHODS))}")
+        if (self.objective == SFT) != (not self.reward):
+            raise TrainingError(
+                "sft learns answers, so it takes no reward: leave it out"
+                if self.reward
+                else f"the objective {self.objective} learns from a reward: name one"
+            )
+        if self.objective == SFT and (self.options or self.anchor_rate):
+            raise TrainingError("sft has no numbers of its own, nor an anchor: leave them out")
+        for name in ("steps", "batch", "parts", "max_new", "workers", "save_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.batch % self.parts:
+            raise TrainingError(f"{self.batch} prompts do not go into {self.parts} equal parts: choose another number")
+        if not 0 <= self.anchor_rate < 1:
+            raise TrainingError(f"the anchor's rate is {self.anchor_rate}: give a share from 0 to 1")
+
+    @property
+    def loop(self) -> LoopSettings:
+        """How the optimiser steps."""
+        return LoopSettings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            last_rate=self.last_rate,
+            clip=self.clip,
+            save_every=self.save_every,
+        )
+
+    def method(self) -> Method:
+        """The method with its numbers.
+
+        Raises:
+            TrainingError: If it takes other numbers.
+        """
+        create = importlib.import_module(f"transom.training.objectives.{self.objective}").METHOD
+        try:
+            method: Method = create(**self.options)
+        except TypeError:
+            fields = ", ".join(field.name for field in dataclasses.fields(create))
+            raise TrainingError(
+                f"the objective {self.objective} takes {fields}, not {', '.join(self.options)}"
+            ) from None
+        return method
+
+
+def read_recipe(path: Path, **changes: Any) -> AlignSettings:
+    """Settings from a TOML file, less what is changed.
+
+    Raises:
+        TrainingError: If it cannot be read, or a value is of no setting or of another type.
+    """
+    try:
+        values = {**tomllib.loads(path.read_text(encoding="utf-8")), **changes}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"cannot read the recipe {path} ({error}): write TOML") from error
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(AlignSettings)}
+    if unknown := values.keys() - kinds.keys():
+        raise TrainingError(f"{path} sets {', '.join(sorted(unknown))}, which is no setting: {', '.join(kinds)} are")
+    for name, value in values.items():
+        kind = kinds[name].partition("[")[0]
+        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise TrainingError(f"{path} sets {name} to {value!r}, which is no {kind.lower()}")
+    return AlignSettings(**values)
+
+
+def write_recipe(settings: AlignSettings, path: Path) -> None:
+    """Write settings as `read_recipe` reads them."""
+    values = dataclasses.asdict(settings)
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def align(
+    model: Model,
+    settings: AlignSettings,
+    *,
+    data: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    on_step: OnStep = lambda done, total, metrics: None,
+) -> list[Mapping[str, float]]:
+    """Train a model on prompts, and write it.
+
+    Args:
+        model: Where it begins, and the first anchor.
+        settings: How.
+        data: JSON lines, each with its `prompt`; for sft with its `answer`, else with what the reward reads.
+        out: Folder of the checkpoint; it appears only when it is whole.
+        dtype: Of the weights that are written.
+        overwrite: Whether to replace a folder that an earlier run wrote.
+        on_step: Told of every step.
+
+    Returns:
+        The metrics of every step.
+
+    Raises:
+        TrainingError: If settings or data don't fit, the device is missing, a saved state is of another run, or
+            training diverges.
+        RewardError: If the reward cannot be made, or too many continuations cannot be scored.
+        TokenizerError: If the model has no tokenizer, or no chat template that is asked for.
+        ContextLengthError: If a prompt leaves too little of the context.
+        ArtifactError: If `out` exists or cannot be written.
+    """
+    model = model.text()
+    check_apart(out, model)
+    prompts = read_prompts(model, data, max_new=settings.max_new, chat=settings.chat)
+    with new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
+        digest = hashlib.sha256(data.read_bytes()).hexdigest()
+        state = TrainingState(out, settings, model.revision, digest)
+        saved = state.load()
+        head = build_empty(model.config).head_weight
+        policy = Policy(
+            model,
+            device=settings.device,
+            trained=lambda name: settings.train_table or name != head,
+            recompute=settings.recompute,
+        )
+        objective = _objective(model, policy, prompts, settings)
+        metrics = Loop(objective, settings.loop, state=state, saved=saved, on_step=on_step).run()
+        report = {"settings": dataclasses.asdict(settings), "source": model.source, "data": digest}
+        write_trained(folder, policy.model(), report, dtype=dtype)
+        write_recipe(settings, folder / RECIPE)
+        state.finish(folder)
+    state.remove()
+    return metrics
+
+
+def _objective(model: Model, policy: Policy, prompts: list[Prompt], settings: AlignSettings) -> Objective:
+    tokenizer = model.tokenizer
+    assert tokenizer is not None, "prompts were read with it"
+    if settings.objective == SFT:
+        answers = answer_ids(tokenizer, prompts, settings.max_new)
+        return Sft(policy, prompts, answers, batch=settings.batch, parts=settings.parts, seed=settings.seed)
+    return Alignment(
+        policy,
+        Policy(model, device=settings.device, trained=lambda name: False),
+        settings.method(),
+        prompts,
+        _scores(reward(settings.reward, **settings.reward_options), settings.workers),
+        decode=tokenizer.decode,
+        stops=frozenset(tokenizer.stop_ids),
+        batch=settings.batch,
+        parts=settings.parts,
+        max_new=settings.max_new,
+        temperature=settings.temperature,
+        anchor_rate=settings.anchor_rate,
+        seed=settings.seed,
+    )
+
+
+def _scores(reward: Reward, workers: int) -> Score:
+    """A reward of whole batches. One without a value would have to be made up, so it ends the run."""
+
+    def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        samples = [Sample(prompt.text, text, prompt.reference) for prompt, text in zip(prompts, texts, strict=True)]
+        values = []
+        for result in score_many(reward, samples, workers=workers, most_failures=0.0).scores:
+            if result.value is None:
+                raise RewardError(result.reason)
+            values.append(result.value)
+        return values
+
+    return score
