@@ -40,6 +40,10 @@ class ImageError(TransomError):
     """An image cannot be read, is larger than any that are taken, or what reads images is not installed."""
 
 
+class PairsError(TransomError):
+    """A file of pairs of images and texts cannot be read, or a line of it is no pair."""
+
+
 class TraceError(TransomError):
     """A model could not be traced to a graph."""
 
