@@ -54,7 +54,7 @@ class Picture:
     @property
     def box(self) -> Box:
         """All of it."""
-        return pan_and_scan.boxes(*self.array.shape[:2], None)[0]
+        return pan_and_scan.boxes(self.array.shape[0], self.array.shape[1], None)[0]
 
     def to_json(self) -> dict[str, object]:
         """Plain data."""
@@ -78,7 +78,7 @@ def pictures(images: Images, files: Sequence[Path] = (), seed: int = 0) -> list[
     spec = PixelSpec(size=images.size)
     shown = []
     for name, array in arrays:
-        box = pan_and_scan.boxes(*array.shape[:2], None)[0]
+        box = pan_and_scan.boxes(array.shape[0], array.shape[1], None)[0]
         words = f"{name} ({array.shape[1]} x {array.shape[0]})"
         shown.append(Picture(name=words, array=array, pixels=pixels(array, box, spec)))
     return shown

@@ -69,9 +69,9 @@ class Oracle:
 
     def read_images(self, prompt: Prompt, until: Sequence[int]) -> Reading:
         """A text with images, whose soft tokens stand in the prompt; `until` is the last position that each sees."""
-        soft = torch.zeros(1, len(prompt), self._module.config.hidden_size)
-        if prompt.soft is not None:
-            soft[0, torch.from_numpy(prompt.tokens < 0)] = torch.from_numpy(prompt.soft)
+        assert prompt.soft is not None
+        soft = torch.zeros(1, len(prompt), prompt.soft.shape[1])
+        soft[0, torch.from_numpy(prompt.tokens < 0)] = torch.from_numpy(prompt.soft)
         return Reading(self._module, prompt.tokens.tolist(), until=torch.tensor(until), soft=soft)
 
 

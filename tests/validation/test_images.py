@@ -106,12 +106,12 @@ def other_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntime, "pixels", spoilt)
 
 
-IN_THE_EXPORT = {
+IN_THE_EXPORT: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     without_until: "one image, in calls of 24: logits differ from position 4 on",
     window_on_both_sides: "one image, in calls of 24: logits differ from position 4 on",
     without_one: "soft tokens differ from number 0 on",
 }
-AT_RUN_TIME = {
+AT_RUN_TIME: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     transposed: "soft tokens differ from number 1 on",
     cut: "two images side by side, in calls of 24: logits differ",
     other_pixels: "3 of 12,288 pixel values are not those of the rule",
