@@ -64,6 +64,11 @@ class Prompt:
         soft = None if self.soft is None else self.soft[skipped : skipped + int((tokens < 0).sum())]
         return Prompt(tokens=tokens, soft=soft)
 
+    def before(self, end: int) -> Prompt:
+        """The prompt's first tokens; an image is whole or left out."""
+        soft = None if self.soft is None else self.soft[: int((self.tokens[:end] < 0).sum())]
+        return Prompt(tokens=self.tokens[:end], soft=soft)
+
     def part(self, first: int, end: int, position: int) -> Call:
         """Tokens from `first` to `end` as a call at a position. It cuts no run of soft tokens."""
         tokens, start = self.tokens[first:end], np.array([position])

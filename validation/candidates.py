@@ -16,7 +16,7 @@ import torch
 from transom.backends.artifact import Manifest, read_manifest
 from transom.backends.folder import MANIFEST, check_absent
 from transom.backends.opening import open_session
-from transom.backends.reference.session import ReferenceSession
+from transom.backends.reference.runtime import Reference
 from transom.backends.session import Session
 from transom.backends.threads import check_threads
 from transom.compiler import compile_model, measure_on_text
@@ -124,7 +124,7 @@ class Opener:
             # What was written a moment ago need not be hashed again.
             yield open_session(folder, threads=candidate.threads, verify=False)
 
-    def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> ReferenceSession:
+    def _reference(self, candidate: Candidate, before: Sequence[Pass], on_progress: OnProgress) -> Session:
         options = candidate.options
         measured = measure_on_text(self.model, options, on_progress=on_progress).ranges
 
@@ -137,9 +137,15 @@ class Opener:
         # Activations stay as they are: what rounding them costs is for the comparison to tell.
         measure = Measure(ranges=ranges if measured else None)
         listed = pipeline(REFERENCE_PIPELINE, chunk=options.chunk, scheme=scheme(options.quant), measure=measure)
-        traced = self.model.trace(dtype=getattr(torch, options.dtype))
-        graph, _ = Pipeline([*before, *listed.passes]).run(traced)
-        return ReferenceSession(graph, context=options.context, chunk=options.chunk)
+        dtype, config = getattr(torch, options.dtype), self.model.config
+        graph, _ = Pipeline([*before, *listed.passes]).run(self.model.trace(dtype=dtype))
+        # What is measured on text says nothing of images.
+        plain = pipeline(REFERENCE_PIPELINE, chunk=options.chunk, scheme=scheme(options.quant))
+        encoder = None
+        for name in config.encoders:
+            encoder, _ = plain.run(self.model.trace(task=name, dtype=torch.float32 if measured else dtype))
+        runtime = Reference(graph, context=options.context, chunk=options.chunk, encoder=encoder)
+        return Session(runtime, images=config.images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,14 +169,18 @@ def read_inputs(
     seed: int,
     threads: int | None,
     same_weights: bool = True,
+    images: bool = False,
+    mmproj: Path | None = None,
 ) -> Inputs:
     """Tell models and artifacts apart, and load the model.
 
     `model` is the model if it is not named and not where the artifacts' manifests say. Without `same_weights`,
-    artifacts may be of other weights than a model that was named, such as those that were trained on from it.
+    artifacts may be of other weights than a model that was named, such as those that were trained on from it. With
+    `images`, a model that sees them is loaded with its encoder, `mmproj` if that is a file of its own.
 
     Raises:
-        ConfigError: If nothing, or more than one model, is given, or artifacts are not of the model.
+        ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or `mmproj` has no
+            model to belong to.
         ArtifactError: If an artifact is damaged.
         TargetError: If threads are far more than cores.
     """
@@ -184,10 +194,17 @@ def read_inputs(
         raise ConfigError("give one model, or artifacts, or one model and artifacts of it")
     manifests = {folder: read_manifest(folder) for folder in folders}
     chosen = models[0] if models else model
-    if chosen is not None:
-        loaded = chosen if isinstance(chosen, Model) else load(str(chosen), weights=weights, seed=seed)
+    if mmproj is not None and (chosen is None or isinstance(chosen, Model)):
+        raise ConfigError(f"{mmproj}: an mmproj file belongs to a .gguf file of the text decoder: name that too")
+    if isinstance(chosen, Model):
+        loaded = chosen
+    elif chosen is not None:
+        # Artifacts that see none are of a text decoder.
+        sees = images and (bool(models) or any(one.images is not None for one in manifests.values()))
+        loaded = load(str(chosen), weights=weights, seed=seed, images=sees, mmproj=mmproj)
     else:
-        loaded = model_of(manifests[folders[0]], folders[0])
+        folder = next((folder for folder in folders if manifests[folder].images is not None), folders[0])
+        loaded = model_of(manifests[folder], folder)
     artifacts = []
     for folder, manifest in manifests.items():
         check_same(loaded, manifest, folder, weights=same_weights or chosen is None)
@@ -195,8 +212,7 @@ def read_inputs(
         artifacts.append(
             Candidate(name=manifest.target, options=options, folder=folder, exported=True, threads=threads)
         )
-    # What is measured are texts.
-    return Inputs(model=loaded.text(), artifacts=tuple(artifacts), compiles=bool(models))
+    return Inputs(model=loaded if images else loaded.text(), artifacts=tuple(artifacts), compiles=bool(models))
 
 
 def refuse_idle(verb: str, remedy: str, **options: bool) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from transom.backends.prompt import Prompt
 from transom.backends.session import Session
 
 ROWS = 64
@@ -149,7 +150,7 @@ class Measurement(NamedTuple):
 
 def measure(
     session: Session,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | Prompt,
     expected: Logits,
     *,
     step: int,
@@ -157,21 +158,23 @@ def measure(
     unquantized: Logits | None = None,
     on_tokens: Callable[[int], None],
 ) -> Measurement:
-    """Run a text from empty caches, `step` tokens at once, whose logits stand in memory together.
+    """Run a text from empty caches, `step` tokens at once, whose logits stand in memory together; no image is cut.
 
     From position `first` on, its logits are compared with those of the oracle, which has read the tokens, and with
     those of the unquantised oracle if that is given. The target's may be NaN: the differences say where they are.
+    Where there are images, no likelihood of what follows is taken.
     """
+    prompt = Prompt.of(tokens)
     session.refuses_nonfinite = False
     session.reset()
     began = time.perf_counter()
     if first:
-        session.prefill(tokens[:first], on_chunk=on_tokens)
+        session.prefill(prompt.before(first), on_chunk=on_tokens)
     before, seconds = time.perf_counter() - began, 0.0
     parts = []
     # Fed a step at a time, so that no logits outlive their comparison.
-    for low in range(first, len(tokens), step):
-        calls = session.feed(tokens[low : low + step], wanted="all")
+    for low, high in _spans(prompt, first, step):
+        calls = session.feed(prompt.before(high).after(low), wanted="all")
         while True:
             began = time.perf_counter()
             # The runtime may take a step in two, where a ring ends within it.
@@ -180,8 +183,20 @@ def measure(
             if logits is None:
                 break
             position = session.position - len(logits)
-            following = tokens[position + 1 : session.position + 1]
+            following = () if prompt.soft is not None else prompt.tokens[position + 1 : session.position + 1].tolist()
             parts.append(compare(logits, expected, position, following=following, unquantized=unquantized))
             on_tokens(len(logits))
             del logits
     return Measurement(Differences.join(parts), seconds, before)
+
+
+def _spans(prompt: Prompt, first: int, step: int) -> Iterator[tuple[int, int]]:
+    """First and end of what is fed at once, `step` tokens or an image at most."""
+    blocks = prompt.blocks()
+    while first < len(prompt):
+        stop = min(first + step, len(prompt))
+        for low, high in blocks:
+            if low < stop < high:
+                stop = low if low > first else high
+        yield first, stop
+        first = stop

@@ -16,24 +16,27 @@ PLAN_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": 
 """The plan's names of what caches hold."""
 
 
-def judge(kind: str, differences: Differences, bound: Tolerance) -> list[str]:
-    """Why a run ("prefill" or "decode") fails; empty if it passes. What is not a number fails."""
+def judge(kind: str, differences: Differences, bound: Tolerance, where: str = "") -> list[str]:
+    """Why a run ("prefill" or "decode") fails; empty if it passes. What is not a number fails.
+
+    `where` names the run, if it is not one of text alone.
+    """
     length = differences.first + len(differences.kl)
-    where = f"a prompt of {length}" if kind == "prefill" else f"decoding {differences.first} to {length - 1}"
+    where = where or (f"a prompt of {length}" if kind == "prefill" else f"decoding {differences.first} to {length - 1}")
     failures = []
-    bad = _beyond(differences.relative, bound.relative, differences.first)
+    bad = beyond(differences.relative, bound.relative, differences.first)
     if bad and not (bad[2] <= bound.outliers * len(differences.kl) and bad[1] <= bound.outlier * bound.relative):
         position, value, count = bad
         failures.append(
             f"{where}: logits differ from position {position} on, by {value:.1e} of the largest; "
             f"{bound.relative:.0e} is allowed, {count} of {len(differences.kl)} positions are beyond it"
         )
-    if bad := _beyond(differences.kl, bound.kl_max, differences.first):
+    if bad := beyond(differences.kl, bound.kl_max, differences.first):
         position, value, _ = bad
         failures.append(f"{where}: KL is {value:.1e} nats at position {position}, {bound.kl_max:.0e} is allowed")
     if not (mean := differences.kl.mean()) <= bound.kl_mean:
         failures.append(f"{where}: mean KL is {mean:.1e} nats, {bound.kl_mean:.0e} is allowed")
-    if bad := _beyond(differences.gap / np.maximum(differences.magnitude, 1e-30), bound.tie, differences.first):
+    if bad := beyond(differences.gap / np.maximum(differences.magnitude, 1e-30), bound.tie, differences.first):
         position, _, count = bad
         failures.append(
             f"{where}: another token is the likeliest from position {position} on, at {count} of {len(differences.kl)} "
@@ -46,22 +49,23 @@ def judge(kind: str, differences: Differences, bound: Tolerance) -> list[str]:
     return failures
 
 
-def _beyond(values: Array, limit: float, first: int) -> tuple[int, float, int] | None:
+def beyond(values: Array, limit: float, first: int) -> tuple[int, float, int] | None:
     """Position of the first value beyond a limit, the largest value, and how many are; None if all are within."""
     bad = ~(values <= limit)
     return (first + int(bad.argmax()), float(values.max()), int(bad.sum())) if bad.any() else None
 
 
-def weigh(session: Session, config: DecoderConfig, tokens: int) -> tuple[CacheResult, list[str]]:
+def weigh(session: Session, config: DecoderConfig, tokens: int, slack: int) -> tuple[CacheResult, list[str]]:
     """Bytes of the caches as allocated against the slots that the artifact promises and those that a window needs.
 
-    The session has `tokens` tokens in its caches, the longest prompt, or has had more.
+    The session has `tokens` tokens in its caches, the longest prompt, or has had more. A local layer may have `slack`
+    slots beside its window.
     """
     cache_bytes, failures = session.cache_bytes(), []
     windows = [layer.window for layer in config.layers]
     local = [(state, window) for state in session.states if (window := windows[state.layer]) is not None]
     for state, window in local:
-        most = window + session.chunk - 1
+        most = window + slack
         if state.window is None or state.slots is None:
             failures.append(f"{state.name}: layer {state.layer} is local, but its cache grows with the context")
         elif state.slots > most:

@@ -46,16 +46,20 @@ class Schedule:
         return sum(self.prompts) + sum(stop for _, stop in self.decodes) + self.continued + self.new_tokens
 
 
-def default_chunk(window: int | None, context: int) -> int:
-    """A chunk longer than the window, so that a single call crosses it."""
-    window = window or SPAN
-    return min(window + window // 2, context)
+def default_chunk(window: int | None, context: int, image: int = 0) -> int:
+    """A chunk longer than the window, so that a single call crosses it, and than an image's tokens."""
+    longest = max(window or SPAN, image)
+    return min(longest + longest // 2, context)
 
 
-def default_context(window: int | None, most: int) -> int:
-    """A context that holds the longest prompt and its continuation, rounded up to a power of two."""
-    window = window or SPAN
-    needed = 4 * window + 3 + NEW_TOKENS
+def default_context(window: int | None, most: int, image: int = 0) -> int:
+    """A context that holds the longest prompt and its continuation, rounded up to a power of two.
+
+    With the tokens of an image, one that stands across the wrap of the longest ring, too.
+    """
+    needed = 4 * (window or SPAN) + 3 + NEW_TOKENS
+    if image:
+        needed = max(needed, (window or SPAN) + 2 * default_chunk(window, most, image) + image + 2 * AROUND)
     return min(most, 1 << (needed - 1).bit_length())
 
 

@@ -8,9 +8,12 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from transom.backends.prompt import Prompt
+from transom.backends.runtime import Float
 from transom.errors import InvariantError
 from transom.formats.schemes import scheme
 from transom.graphs import ops
@@ -26,10 +29,10 @@ from transom.zoo.model import Model
 class Reading:
     """What the oracle says of one text; logits on demand."""
 
-    def __init__(self, module: Decoder, tokens: Sequence[int]) -> None:
+    def __init__(self, module: Decoder, tokens: Sequence[int], **inputs: torch.Tensor) -> None:
         self._module = module
         with torch.no_grad():
-            self._hidden_TD = module.hidden(torch.tensor([list(tokens)]), torch.tensor(0), None)[0][0]
+            self._hidden_TD = module.hidden(torch.tensor([list(tokens)]), torch.tensor(0), None, **inputs)[0][0]
 
     def logits(self, first: int, stop: int) -> torch.Tensor:
         """Logits float32 [stop - first, V] of some positions."""
@@ -45,6 +48,8 @@ class Oracle:
         self._module = model.eager()
         if quant != "none":
             round_weights(self._module, model.trace(), quant)
+            for name in model.config.encoders:
+                round_weights(self._module, model.trace(task=name), quant)
         self.text = Reading(self._module, tokens)
         self._known: dict[tuple[int, ...], Reading] = {}
 
@@ -54,6 +59,20 @@ class Oracle:
         if key not in self._known:
             self._known = {key: Reading(self._module, tokens)}
         return self._known[key]
+
+    def encode_image(self, pixels: Float) -> Float:
+        """Soft tokens float32 [Q, D] of an image's pixels [1, 3, S, S]."""
+        module: Any = self._module
+        with torch.no_grad():
+            soft: Float = module.encode_image(torch.from_numpy(pixels))[0].numpy()
+        return soft
+
+    def read_images(self, prompt: Prompt, until: Sequence[int]) -> Reading:
+        """A text with images, whose soft tokens stand in the prompt; `until` is the last position that each sees."""
+        assert prompt.soft is not None
+        soft = torch.zeros(1, len(prompt), prompt.soft.shape[1])
+        soft[0, torch.from_numpy(prompt.tokens < 0)] = torch.from_numpy(prompt.soft)
+        return Reading(self._module, prompt.tokens.tolist(), until=torch.tensor(until), soft=soft)
 
 
 def quantized(traced: Graph, quant: str) -> Graph:

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from transom.validation.charts import STYLE, Series, embed, line_plot, thinned
-from transom.validation.result import TargetResult, Validation
+from transom.validation.result import ImagesResult, LengthResult, TargetResult, Validation
 
 
 def share(value: float) -> str:
@@ -54,6 +54,8 @@ def render(validation: Validation) -> str:
         steps=lambda target: ((tap.name, tap.op, number(tap.max_abs), number(tap.max_rel)) for tap in target.layers),
         facts=_facts,
         runs=_runs,
+        image_runs=_image_runs,
+        encoded=_encoded,
         cache_bytes=_cache_bytes,
     )
 
@@ -102,16 +104,40 @@ def _by_layer(targets: Mapping[str, TargetResult]) -> str:
 
 def _runs(target: TargetResult) -> Iterator[tuple[str, ...]]:
     for run in target.lengths:
+        yield (_tokens(run), *_figures(run))
+
+
+def _image_runs(images: ImagesResult) -> Iterator[tuple[str, ...]]:
+    for run in images.runs:
+        yield (run.case, _tokens(run), f"{run.step:,}", *_figures(run))
+
+
+def _encoded(images: ImagesResult) -> Iterator[tuple[str, ...]]:
+    for one in images.encoded:
         yield (
-            f"{run.length:,}" if run.kind == "prefill" else f"{run.first:,} to {run.length - 1:,}, one by one",
-            number(run.max_abs),
-            number(run.max_rel),
-            f"{run.worst:,}",
-            number(run.kl_mean),
-            number(run.kl_max),
-            f"{run.top1_agreement:.2%}",
-            f"{run.seconds:.2f}",
+            one.image,
+            f"{one.pixels_different:,}",
+            number(one.max_abs),
+            number(one.max_rel),
+            f"{one.worst:,}",
+            f"{one.seconds:.2f}",
         )
+
+
+def _tokens(run: LengthResult) -> str:
+    return f"{run.length:,}" if run.kind == "prefill" else f"{run.first:,} to {run.length - 1:,}, one by one"
+
+
+def _figures(run: LengthResult) -> tuple[str, ...]:
+    return (
+        number(run.max_abs),
+        number(run.max_rel),
+        f"{run.worst:,}",
+        number(run.kl_mean),
+        number(run.kl_max),
+        f"{run.top1_agreement:.2%}",
+        f"{run.seconds:.2f}",
+    )
 
 
 def _cache_bytes(target: TargetResult) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transom.validation.tolerances import Tolerance
+import numpy as np
+
+from transom.validation.compare import Measurement
+from transom.validation.tolerances import SoftTolerance, Tolerance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,108 @@ class LengthResult:
     kl_max: float
     top1_agreement: float
     seconds: float
+
+
+def length_values(kind: str, run: Measurement) -> dict[str, Any]:
+    """The fields of a `LengthResult`."""
+    differences = run.differences
+    return {
+        "kind": kind,
+        "first": differences.first,
+        "length": differences.first + len(differences.kl),
+        "max_abs": float(differences.max_abs.max()),
+        "max_rel": float(differences.relative.max()),
+        "worst": differences.first + int(np.argmax(differences.relative)),
+        "kl_mean": float(differences.kl.mean()),
+        "kl_max": float(differences.kl.max()),
+        "top1_agreement": differences.top1_agreement,
+        # What is decoded is timed alone: its prompt is no part of it.
+        "seconds": run.seconds + (run.seconds_before if kind == "prefill" else 0.0),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRun(LengthResult):
+    """One run of a prompt with images, from empty caches.
+
+    Attributes:
+        case: What the prompt is, in words.
+        step: Most tokens that were fed at once; an image is never cut.
+    """
+
+    case: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderResult:
+    """Soft tokens of one image, against the oracle's.
+
+    Attributes:
+        image: What it is, in words.
+        pixels_different: Values of the target's pixels that are not those of the rule.
+        max_abs: Largest difference of any value.
+        max_rel: The same as a share of the largest value of its soft token, which is `worst`.
+        seconds: Time of the target alone.
+    """
+
+    image: str
+    pixels_different: int
+    max_abs: float
+    max_rel: float
+    worst: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesResult:
+    """A target's images: its encoder, and its decoder on prompts with the oracle's soft tokens."""
+
+    tolerance: SoftTolerance
+    encoded: tuple[EncoderResult, ...]
+    runs: tuple[ImageRun, ...]
+
+    def worst(self, name: str) -> float:
+        """Largest value of a field over the runs."""
+        return _largest(float(getattr(run, name)) for run in self.runs)
+
+    def worst_soft(self, name: str) -> float:
+        """Largest value of a field over the images."""
+        return _largest(float(getattr(image, name)) for image in self.encoded)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Over the positions of all runs."""
+        return _agreement(self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the target alone."""
+        return sum(image.seconds for image in self.encoded) + sum(run.seconds for run in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the worst in front."""
+        return {
+            "soft_max_abs": self.worst_soft("max_abs"),
+            "soft_max_rel": self.worst_soft("max_rel"),
+            **{name: self.worst(name) for name in ("max_abs", "max_rel", "kl_max")},
+            "top1_agreement": self.top1_agreement,
+            **dataclasses.asdict(self),
+        }
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN if any is, or if there are none."""
+    listed = list(values)
+    return math.nan if any(map(math.isnan, listed)) else max(listed, default=math.nan)
+
+
+def _agreement(runs: Sequence[LengthResult]) -> float:
+    """Share of the positions of all runs with the same likeliest token; NaN if there are none."""
+    if not runs:
+        return math.nan
+    counts = [run.length - run.first for run in runs]
+    return sum(n * run.top1_agreement for n, run in zip(counts, runs, strict=True)) / sum(counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +190,7 @@ class TargetResult:
         kl_unquantized: Mean KL(unquantised oracle || target) over the longest prompt.
         kl_unquantized_limit: What it may be; None without quantisation.
         caches: Their bytes; None if it could not be run.
+        images: None if it takes none, or they were left out.
         not_reached: What the context leaves untested, in plain words.
         by_position: `max_rel` of every position of the longest prompt.
         note: What to know of how it was run; see `backends.session.Session.note`.
@@ -106,6 +212,7 @@ class TargetResult:
     kl_unquantized: float | None = None
     kl_unquantized_limit: float | None
     caches: CacheResult | None = None
+    images: ImagesResult | None = None
     not_reached: tuple[str, ...]
     failures: tuple[str, ...]
     by_position: tuple[float, ...] = ()
@@ -125,23 +232,19 @@ class TargetResult:
 
     def worst(self, name: str) -> float:
         """Largest value of a field over all runs; NaN if any is, or if there are none."""
-        values = [float(getattr(run, name)) for run in self.lengths]
-        return math.nan if any(map(math.isnan, values)) else max(values, default=math.nan)
+        return _largest(float(getattr(run, name)) for run in self.lengths)
 
     @property
     def top1_agreement(self) -> float:
         """Over the positions of all runs; NaN if there are none."""
-        if not self.lengths:
-            return math.nan
-        counts = [run.length - run.first for run in self.lengths]
-        shares = [run.top1_agreement for run in self.lengths]
-        return sum(n * share for n, share in zip(counts, shares, strict=True)) / sum(counts)
+        return _agreement(self.lengths)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the verdict in front."""
         data = dataclasses.asdict(self)
         data["cache_bytes"] = self.caches and self.caches.to_json()
         del data["caches"]
+        data["images"] = self.images and self.images.to_json()
         return {
             "passed": self.passed,
             "max_abs": self.worst("max_abs"),
@@ -160,6 +263,7 @@ class Validation:
 
     Attributes:
         oracle: What the targets are compared with, in words.
+        images: What was shown, by name and hash; empty if nothing was.
         targets: Results by name; artifacts of one target are told apart by their folders.
     """
 
@@ -167,6 +271,7 @@ class Validation:
     source: Mapping[str, str]
     oracle: str
     prompt: Mapping[str, Any]
+    images: tuple[Mapping[str, Any], ...] = ()
     date: str
     versions: Mapping[str, str]
     not_run: Mapping[str, str]

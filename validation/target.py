@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from transom.backends.session import Session
 from transom.errors import ArtifactError, SamplingError
-from transom.validation.candidates import Candidate
+from transom.formats.schemes import scheme
+from transom.passes.bound_local_caches import BoundLocalCaches
+from transom.passes.pipelines import pipeline
+from transom.validation.candidates import REFERENCE, REFERENCE_PIPELINE, Candidate
 from transom.validation.compare import Measurement, counter, measure
+from transom.validation.images import ImageOracle, image_cases, validate_images
 from transom.validation.judge import judge, weigh
 from transom.validation.lengths import schedule
 from transom.validation.oracle import Oracle, Reading
-from transom.validation.result import LengthResult, TargetResult
-from transom.validation.tolerances import quantization_limit, tolerance
+from transom.validation.result import LengthResult, TargetResult, length_values
+from transom.validation.tolerances import quantization_limit, soft_tolerance, tolerance
 from transom.zoo.config import DecoderConfig
 
 MESSAGE_LIMIT = 400
@@ -60,8 +63,8 @@ def validate_target(
     different, diverged = (_first_divergence(oracle, continued, new, tie) for tie in (0.0, bound.tie))
     longest = runs[len(plans.prompts) - 1][1].differences
     kl_unquantized = None if unquantized is None else float(longest.kl_unquantized.mean())
-    lengths = tuple(_length_result(kind, run) for kind, run in runs)
-    caches, failures = weigh(session, config, plans.longest)
+    lengths = tuple(LengthResult(**length_values(kind, run)) for kind, run in runs)
+    caches, failures = weigh(session, config, plans.longest, _slack(candidate, session))
     failures = [*(line for kind, run in runs for line in judge(kind, run.differences, bound)), *failures]
     if unchosen is not None:
         failures.append(f"the greedy continuation of a prompt of {plans.continued} ends at {len(new)}: {unchosen}")
@@ -93,6 +96,52 @@ def validate_target(
         note=session.note,
         seconds=sum(run.seconds for run in lengths) + seconds,
     )
+
+
+def add_images(
+    result: TargetResult,
+    session: Session,
+    candidate: Candidate,
+    config: DecoderConfig,
+    oracle: ImageOracle,
+    on_progress: Callable[[str, int, int], None],
+) -> TargetResult:
+    """The result of a target with that of its images, and its caches weighed again behind them."""
+    options = candidate.options
+    cases, missed = image_cases(
+        oracle.images, window=config.longest_window, rings=result.slots, chunk=session.chunk, context=session.context
+    )
+    try:
+        images, failures = validate_images(
+            session,
+            oracle,
+            cases,
+            logit_bound=result.tolerance,
+            soft_bound=soft_tolerance(candidate.target, dtype=options.dtype, quant=options.quant),
+            on_progress=on_progress,
+        )
+        longest = max((case.length(oracle.images) for case in cases), default=0)
+        weighed = weigh(session, config, longest, _slack(candidate, session))[1]
+        failures += [f"behind images, {line}" for line in weighed if not result.failures]
+    except Exception as error:
+        # Of the text, all is known: it must not be lost.
+        failures = [f"could not run images: {in_a_line(error)}"]
+        images = None
+    return dataclasses.replace(
+        result,
+        images=images,
+        not_reached=(*result.not_reached, *missed),
+        failures=(*result.failures, *failures),
+        seconds=result.seconds + (images.seconds if images else 0.0),
+    )
+
+
+def _slack(candidate: Candidate, session: Session) -> int:
+    """Slots that a local layer may have beside its window, by the passes of its target."""
+    name = REFERENCE_PIPELINE if candidate.target == REFERENCE else candidate.target
+    listed = pipeline(name, chunk=session.chunk, scheme=scheme(candidate.options.quant)).passes
+    whole = any(isinstance(one, BoundLocalCaches) and one.whole_calls for one in listed)
+    return (session.chunk - 1) * (2 if whole and session.images is not None else 1)
 
 
 def in_a_line(error: Exception) -> str:
@@ -148,20 +197,3 @@ def _first_divergence(oracle: Oracle, prompt: list[int], new: list[int], tie: fl
         if row.max() - row[token] > tie * row.abs().max():
             return index
     return None
-
-
-def _length_result(kind: str, run: Measurement) -> LengthResult:
-    differences = run.differences
-    return LengthResult(
-        kind=kind,
-        first=differences.first,
-        length=differences.first + len(differences.kl),
-        max_abs=float(differences.max_abs.max()),
-        max_rel=float(differences.relative.max()),
-        worst=differences.first + int(np.argmax(differences.relative)),
-        kl_mean=float(differences.kl.mean()),
-        kl_max=float(differences.kl.max()),
-        top1_agreement=differences.top1_agreement,
-        # What is decoded is timed alone: its prompt is no part of it.
-        seconds=run.seconds + (run.seconds_before if kind == "prefill" else 0.0),
-    )

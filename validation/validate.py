@@ -28,11 +28,12 @@ from transom.validation.candidates import (
     to_compile,
 )
 from transom.validation.certificate import check_writable, write_certificate
+from transom.validation.images import ImageOracle, Picture, pictures
 from transom.validation.layers import compare_layers
 from transom.validation.lengths import default_chunk, default_context, text_length
 from transom.validation.oracle import Oracle, Reading
 from transom.validation.result import TargetResult, Validation
-from transom.validation.target import failed_target, in_a_line, validate_target
+from transom.validation.target import add_images, failed_target, in_a_line, validate_target
 from transom.validation.tolerances import quantization_limit, tolerance
 from transom.zoo.model import Model
 from transom.zoo.prompt import Prompt, make_prompt
@@ -56,6 +57,9 @@ def validate_sources(
     seed: int = 0,
     threads: int | None = None,
     layers: bool = False,
+    vision: bool = True,
+    images: Sequence[str | Path] = (),
+    mmproj: str | Path | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Validation:
     """Hold targets against the plain module in float32.
@@ -80,9 +84,15 @@ def validate_sources(
         seed: Of random weights.
         threads: Threads of the runtimes.
         layers: Also compare the values after every step of every layer; compiles each target a second time.
+        vision: Whether to validate the images of a model that sees them, too: its encoder, and prompts of text and
+            images. Encoding an image of 896 x 896 in the oracle takes a minute or more of a CPU.
+        images: Files of images to show; by default images that are drawn from `seed`, one for an encoder of large
+            images and three else.
+        mmproj: The encoder of images of a .gguf file, a file of its own.
         on_progress: Called with (step, done, total).
 
     Raises:
+        ImageError: If an image cannot be read.
         ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or an option would
             do nothing.
         TargetError: If a target is unknown, or was named and its library is missing or it cannot hold the scheme.
@@ -95,7 +105,17 @@ def validate_sources(
         check_targets(list(targets), quant=quant or "none", dtype=dtype)
     if overwrite and out is None:
         raise ConfigError("nothing is kept that could replace anything: leave out --overwrite, or give --out")
-    inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads)
+    if not vision and (images or mmproj is not None):
+        raise ConfigError("images are left out: drop --no-vision, or --image and --mmproj")
+    inputs = read_inputs(
+        model_or_dirs,
+        model=model,
+        weights=weights,
+        seed=seed,
+        threads=threads,
+        images=vision,
+        mmproj=None if mmproj is None else Path(mmproj),
+    )
     config, not_run = inputs.model.config, dict[str, str]()
     if not inputs.compiles and targets is None:
         refuse_idle(
@@ -126,6 +146,11 @@ def validate_sources(
         text_length(window=config.longest_window, context=part.options.context, chunk=part.options.chunk)
         for part in candidates
     )
+    shown: list[Picture] = []
+    if config.images is not None:
+        shown = pictures(config.images, [Path(image) for image in images], seed)
+    elif images:
+        raise ConfigError(f"{config.name} sees no images: leave out --image")
     prompt = make_prompt(inputs.model, longest, None if text is None else Path(text), seed)
     opener = Opener(inputs.model)
     for candidate in inputs.artifacts:
@@ -136,12 +161,13 @@ def validate_sources(
         oracle="the model file in eager float32 PyTorch, without caches; of quantised targets, with the numbers that "
         "their codes mean",
         prompt={"source": prompt.source, "tokens": len(prompt.ids), "sha256": prompt.sha256},
+        images=tuple(picture.to_json() for picture in shown),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(LIBRARIES),
         not_run=not_run,
         targets={},
     )
-    results = _run(opener, candidates, prompt, layers, blank, on_progress)
+    results = _run(opener, candidates, prompt, shown, layers, blank, on_progress)
     # In the order in which they were asked for; they ran scheme by scheme.
     return dataclasses.replace(blank, targets={c.name: results[c.name] for c in candidates})
 
@@ -164,6 +190,7 @@ def _run(
     opener: Opener,
     candidates: Sequence[Candidate],
     prompt: Prompt,
+    shown: Sequence[Picture],
     layers: bool,
     blank: Validation,
     on_progress: OnProgress,
@@ -173,19 +200,32 @@ def _run(
     by_quant = sorted(candidates, key=lambda candidate: (candidate.options.quant != "none", candidate.options.quant))
     for quant, group in itertools.groupby(by_quant, key=lambda candidate: candidate.options.quant):
         if quant != "none" and unquantized is None:
-            unquantized = Oracle(model, "none", prompt.ids).text
+            unquantized = Oracle(model.text(), "none", prompt.ids).text
         on_progress("oracle", 0, 1)
         oracle = Oracle(model, quant, prompt.ids)
         on_progress("oracle", 1, 1)
         if quant == "none":
             unquantized = oracle.text
         beside = None if quant == "none" else unquantized
+        seen = _see(opener, oracle, prompt, shown, on_progress)
         for candidate in group:
-            result = _validate_one(opener, candidate, prompt, oracle, beside, layers, on_progress)
+            result = _validate_one(opener, candidate, prompt, oracle, beside, seen, layers, on_progress)
             results[candidate.name] = result
             if candidate.folder is not None and (candidate.folder / MANIFEST).is_file():
                 certify(candidate.folder, blank, candidate.name, result)
     return results
+
+
+def _see(
+    opener: Opener, oracle: Oracle, prompt: Prompt, shown: Sequence[Picture], on_progress: OnProgress
+) -> ImageOracle | None:
+    """The oracle's soft tokens; None if there is nothing to show."""
+    images = opener.model.config.images
+    if images is None or not shown:
+        return None
+    return ImageOracle(
+        oracle, images, shown, prompt.ids, lambda done, total: on_progress("oracle: images", done, total)
+    )
 
 
 def _validate_one(
@@ -194,6 +234,7 @@ def _validate_one(
     prompt: Prompt,
     oracle: Oracle,
     unquantized: Reading | None,
+    seen: ImageOracle | None,
     layers: bool,
     on_progress: OnProgress,
 ) -> TargetResult:
@@ -209,13 +250,25 @@ def _validate_one(
                 unquantized=unquantized,
                 on_progress=lambda done, total: on_progress(name, done, total),
             )
+            # An artifact may be of the text decoder alone.
+            if seen is not None and session.images is not None:
+                result = add_images(
+                    result,
+                    session,
+                    candidate,
+                    config,
+                    seen,
+                    lambda stage, done, total: on_progress(f"{name}: {stage}", done, total),
+                )
     except Exception as error:
         # Runtimes raise what they like, and what the other targets give must not be lost.
         return failed_target(candidate, config, error)
     if not layers or candidate.target == REFERENCE:
         return result
     try:
-        return dataclasses.replace(result, layers=compare_layers(candidate, opener, prompt.ids, on_progress))
+        return dataclasses.replace(
+            result, layers=compare_layers(candidate, Opener(opener.model.text()), prompt.ids, on_progress)
+        )
     except Exception as error:
         line = f"could not compare its layers: {in_a_line(error)}"
         return dataclasses.replace(result, failures=(*result.failures, line))
@@ -237,8 +290,9 @@ def _options(
     model: Model, target: str, quant: str, dtype: str | None, context: int | None, chunk: int | None
 ) -> Options:
     window, most = model.config.longest_window, model.config.context
-    context = default_context(window, most) if context is None else context
-    chunk = default_chunk(window, context) if chunk is None else chunk
+    image = 0 if model.config.images is None else model.config.images.soft_tokens
+    context = default_context(window, most, image) if context is None else context
+    chunk = default_chunk(window, context, image) if chunk is None else chunk
     if target != REFERENCE:
         return Options.of(model, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype)
     # The passes that all targets share, and any dtype.

@@ -163,13 +163,7 @@ def load(
     config, source = _locate(name_or_path, patterns, images=images)
     encoder = None
     if mmproj is not None:
-        if not isinstance(source, Header):
-            raise ConfigError(
-                f"{mmproj}: an mmproj file belongs to a .gguf file of the text decoder, and "
-                f"{shortened(str(name_or_path))} is none: give that file, or leave the mmproj file out"
-            )
-        encoder = read_header(Path(mmproj))
-        config, _ = read_mmproj(encoder, source)
+        config, encoder = _with_encoder(source, name_or_path, mmproj)
     named = presets()[config.name] if source is None else None
     encoder_missing: tuple[str, ...] = ()
     if config.images is not None and isinstance(source, Path) and weights == "checkpoint":
@@ -229,14 +223,27 @@ def _checked(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return {name: weight.refuse_nonfinite() for name, weight in weights.items()}
 
 
-def resolve_config(name_or_path: str | Path) -> DecoderConfig:
+def resolve_config(name_or_path: str | Path, *, mmproj: str | Path | None = None) -> DecoderConfig:
     """The configuration of anything that `load` takes, without its weights.
 
     Raises:
-        ConfigError: If there is no such model, or it is one that the zoo does not hold.
+        ConfigError: If there is no such model, or it is one that the zoo does not hold, or `mmproj` does not belong to
+            it.
         CheckpointError: If the file is damaged or cannot be downloaded.
     """
-    return _locate(name_or_path, patterns=["config.json"], images=True)[0]
+    config, source = _locate(name_or_path, patterns=["config.json"], images=True)
+    return config if mmproj is None else _with_encoder(source, name_or_path, mmproj)[0]
+
+
+def _with_encoder(source: Path | Header | None, name: str | Path, mmproj: str | Path) -> tuple[DecoderConfig, Header]:
+    """The configuration of a .gguf file with its mmproj file's, and the head of that."""
+    if not isinstance(source, Header):
+        raise ConfigError(
+            f"{mmproj}: an mmproj file belongs to a .gguf file of the text decoder, and "
+            f"{shortened(str(name))} is none: give that file, or leave the mmproj file out"
+        )
+    encoder = read_header(Path(mmproj))
+    return read_mmproj(encoder, source)[0], encoder
 
 
 def _locate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,29 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert code == 1 and '"rule": "attention-lengths"' in out
     code, out, _ = cli("verify", whole)
     assert code == 0 and f"{len(RULES)} rules" in out
+
+
+def test_the_command_on_an_artifact_checks_the_encoder_too(tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "a"
+    assert (
+        cli("export", "gemma3-vision-tiny", "--target", "tensorrt", "--chunk", 16, "--context", 64, "-o", folder)[0]
+        == 0
+    )
+    code, out, err = cli("verify", folder, "--json")
+    assert code == 0, out + err
+    data = json.loads(out)
+    assert data["files"] == [str(folder / "model.onnx"), str(folder / "encode_image.onnx")] and data["findings"] == []
+    onnx.save(BROKEN["nonpad_kv_seqlen"][1], folder / "encode_image.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["encode_image.onnx"]["bytes"] = (folder / "encode_image.onnx").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    code, out, _ = cli("verify", folder, "--json")
+    assert code == 1 and {finding["file"] for finding in json.loads(out)["findings"]} == {
+        str(folder / "encode_image.onnx")
+    }
+    assert cli("export", "gemma3-tiny", "--target", "tvm", "-o", tmp_path / "b")[0] == 0
+    code, out, err = cli("verify", tmp_path / "b")
+    assert code == 2 and "has no ONNX model" in err
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model", "DequantizeLinear with one input"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,10 @@ from rich.table import Table
 from transom.cli.export import stage_bars
 from transom.cli.options import Folder, Json, console, print_json, size
 from transom.errors import ArtifactError, TargetError
+from transom.wording import listed
+
+if TYPE_CHECKING:
+    from transom.export.tensorrt.verify.view import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -88,17 +92,56 @@ def compute_capabilities(text: str) -> list[int]:
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A tensorrt artifact, or any ONNX file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="An artifact, all of whose models are checked, or any ONNX file.")
+    ],
     json: Json = False,
 ) -> None:
-    """Check an ONNX model against what TensorRT takes, and what it would get wrong without a word."""
+    """Check ONNX models against what TensorRT takes, and what it would get wrong without a word."""
+    from transom.export.tensorrt.verify.verify import RULES
+
+    files = _models(path)
+    findings = [(file, finding) for file in files for finding in _findings(file)]
+    if json:
+        rows = [{"file": str(file), **dataclasses.asdict(finding)} for file, finding in findings]
+        print_json({"files": [str(file) for file in files], "rules": len(RULES), "findings": rows})
+    elif findings:
+        table = Table("file", "rule", "where", "what")
+        for file, finding in findings:
+            table.add_row(escape(file.name), finding.rule, escape(finding.where), escape(finding.what))
+        console.print(table)
+    else:
+        for file in files:
+            console.print(f"{escape(str(file))}: nothing breaks the {len(RULES)} rules", highlight=False)
+    if findings:
+        raise typer.Exit(1)
+
+
+def _models(path: Path) -> list[Path]:
+    """The model of every entry of an artifact; a file that is none; the model in any other folder."""
+    from transom.backends.artifact import MODEL_FILE, read_manifest
+    from transom.backends.folder import MANIFEST
+
+    if not path.is_dir():
+        return [path]
+    if not (path / MANIFEST).is_file():
+        return [path / MODEL_FILE]
+    payloads = [entry.payload for entry in read_manifest(path, verify=False).entries.values()]
+    if other := [name for name in payloads if not name.endswith(".onnx")]:
+        raise ArtifactError(f"{path} has no ONNX model, but {listed(other)}: name an artifact of ONNX, or an ONNX file")
+    return [path / name for name in payloads]
+
+
+def _findings(file: Path) -> list[Finding]:
+    """What TensorRT would not take of an ONNX file, or get wrong.
+
+    Raises:
+        ArtifactError: If it is no valid ONNX model.
+    """
     import onnx
 
-    from transom.backends.artifact import MODEL_FILE
-    from transom.export.tensorrt.verify.verify import RULES
     from transom.export.tensorrt.verify.verify import verify as find
 
-    file = path / MODEL_FILE if path.is_dir() else path
     try:
         model = onnx.load(file, load_external_data=False)
     except FileNotFoundError:
@@ -108,17 +151,6 @@ def verify(
     if not model.graph.node:
         raise ArtifactError(f"{file} is no ONNX model: it has no operations")
     try:
-        findings = find(model)
+        return find(model)
     except Exception as error:  # what is wrong with it, onnx says in several ways
         raise ArtifactError(f"{file} is no valid ONNX model ({str(error).strip().splitlines()[0]})") from error
-    if json:
-        print_json({"file": str(file), "rules": len(RULES), "findings": [dataclasses.asdict(one) for one in findings]})
-    elif findings:
-        table = Table("rule", "where", "what")
-        for finding in findings:
-            table.add_row(finding.rule, escape(finding.where), escape(finding.what))
-        console.print(table)
-    else:
-        console.print(f"{escape(str(file))}: nothing breaks the {len(RULES)} rules", highlight=False)
-    if findings:
-        raise typer.Exit(1)

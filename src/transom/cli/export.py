@@ -15,6 +15,7 @@ from rich.table import Table
 from transom.cli.options import (
     Folder,
     Json,
+    Mmproj,
     Model,
     Seed,
     Weights,
@@ -59,10 +60,7 @@ def export(
     vision: Annotated[
         bool, typer.Option("--vision/--no-vision", help="Export the encoder of images too, if there is one.")
     ] = True,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
-    ] = None,
+    mmproj: Mmproj = None,
     adapter: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="An adapter of low rank to merge into the weights, in peft's format."),

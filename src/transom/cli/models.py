@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from transom.cli.options import Json, Model, Seed, Weights, check_weights, console, print_json, size
+from transom.cli.options import Json, Mmproj, Model, Seed, Weights, check_weights, console, print_json, size
 
 TABLE_CONTEXTS = (512, 4096, 32_768, 131_072)
 
@@ -52,14 +52,16 @@ def list_models(json: Json = False) -> None:
     console.print(f"Quantisation: {', '.join(SCHEMES)}")
 
 
-def show(model: Model, weights: Weights = "checkpoint", seed: Seed = 0, json: Json = False) -> None:
+def show(
+    model: Model, mmproj: Mmproj = None, weights: Weights = "checkpoint", seed: Seed = 0, json: Json = False
+) -> None:
     """Show a model's configuration, layer by layer."""
     import dataclasses
 
     from transom.zoo.model import resolve_config
 
     check_weights(weights)
-    config = resolve_config(model)
+    config = resolve_config(model, mmproj=mmproj)
     data = dataclasses.asdict(config)
     if json:
         print_json(data)
@@ -78,6 +80,7 @@ def plan(
     quant: Annotated[str, typer.Option(help="Weight quantisation: a scheme of transom list.")] = "none",
     cache_dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "bf16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    mmproj: Mmproj = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     json: Json = False,
@@ -88,7 +91,7 @@ def plan(
     from transom.zoo.plan import plan_caches
 
     check_weights(weights)
-    config = resolve_config(model)
+    config = resolve_config(model, mmproj=mmproj)
 
     context = config.context if context is None else context
     model_plan = make_plan(config, context=context, quant=quant, cache_dtype=cache_dtype, batch=batch)

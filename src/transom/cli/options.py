@@ -23,6 +23,10 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An exported artifac
 Weights = Annotated[str, typer.Option(help='"checkpoint", or "random" to need none.')]
 Seed = Annotated[int, typer.Option(help="Seed of random weights.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Mmproj = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
 
 
