@@ -28,6 +28,7 @@ from transom.images.pairs import Pair
 from transom.images.resize import Box, PixelSpec, pixels
 from transom.training.device import device_of
 from transom.training.loop import LoopSettings, Loss, Objective
+from transom.training.text import index_at
 from transom.wording import listed
 from transom.zoo.architectures import architecture
 from transom.zoo.model import Model
@@ -238,8 +239,10 @@ class Vision(Objective):
         return self.parameters[name].detach().cpu()
 
     def losses(self, step: int) -> Iterator[Loss]:
+        """Mean -log p of answers' tokens, in nats; pairs that stand alike go through the model at once."""
         batch, groups = self.settings.batch, dict[Any, list[Example]]()
-        for example in self._batch(step):
+        for place in range(step * batch, (step + 1) * batch):
+            example = self._examples[index_at(place, len(self._examples), self.settings.seed)]
             groups.setdefault(example.layout, []).append(example)
         for rows in groups.values():
             for first in range(0, len(rows), self.settings.rows):
@@ -283,14 +286,6 @@ class Vision(Objective):
         if (len(self._kept) + 1) * values.nbytes <= KEPT_BYTES:
             self._kept[image] = values
         return values
-
-    def _batch(self, step: int) -> Iterator[Example]:
-        """Every pair once before any comes again, in an order that the seed alone decides."""
-        count, batch = len(self._examples), self.settings.batch
-        for place in range(step * batch, (step + 1) * batch):
-            epoch, offset = divmod(place, count)
-            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-            yield self._examples[int(torch.randperm(count, generator=generator)[offset])]
 
 
 def _recompute_layers(module: nn.Module) -> None:
