@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import transom
+from tests.conftest import Cli
 from tests.tolerances import FP32_LOGITS
 from tests.zoo.tiny_gguf import STORABLE, write_gguf, write_mmproj
 from transom.errors import CheckpointError, ConfigError, TransomError
@@ -26,8 +26,6 @@ from transom.zoo.checkpoints.gguf_mmproj import read_mmproj
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.model import Model, load
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 def _storable() -> Gemma3VisionConfig:
@@ -101,6 +99,25 @@ def test_the_revision_is_of_both_files(text: Path, mmproj: Path, tmp_path: Path)
 
 def test_without_it_there_are_no_images(text: Path) -> None:
     assert load(text, images=True).config == TINY.text
+
+
+@pytest.mark.parametrize("command", ["show", "plan"])
+def test_commands_tell_of_it(command: str, cli: Cli, text: Path, mmproj: Path) -> None:
+    reports = []
+    for more in ((), ("--mmproj", mmproj)):
+        code, out, err = cli(command, text, *more, "--json")
+        assert code == 0, err
+        reports.append(json.loads(out))
+    assert reports[0] != reports[1]
+
+
+def test_validate_measures_it(cli: Cli, text: Path, mmproj: Path, tmp_path: Path) -> None:
+    code, _, err = cli(
+        "validate", text, "--mmproj", mmproj, "--targets", "reference", "--json", tmp_path / "report.json"
+    )
+    assert code == 0, err
+    images = json.loads((tmp_path / "report.json").read_text())["targets"]["reference"]["images"]
+    assert images["encoded"] and images["runs"] and max(images["soft_max_rel"], images["max_rel"]) < FP32_LOGITS
 
 
 def test_random_weights_need_the_sizes_of_both(text: Path, mmproj: Path) -> None:
