@@ -6,7 +6,9 @@ import math
 from typing import Literal
 
 from transom.validation.charts import Draw, Point, embed, scatter_plot, write
+from transom.validation.evaluation.contest import WIN_RATE, Contest
 from transom.validation.evaluation.result import Axis, Evaluation, Row
+from transom.validation.evaluation.statistics import Estimate
 from transom.validation.report import number, page, share
 
 HEADER = (
@@ -33,6 +35,35 @@ def render_plot(evaluation: Evaluation, kind: Literal["svg", "png"]) -> bytes:
         PlotError: If matplotlib is not installed.
     """
     return write(list(plots(evaluation).values()), kind, f"{evaluation.model}: schemes")
+
+
+CONTEST_HEADER = ("measure", "artifact", "mean", "difference")
+
+
+def render_contest(contest: Contest) -> str:
+    """A whole page of artifacts beside each other."""
+    title = f"{contest.file}: {contest.kind}"
+    return page("contest.html", title, contest, header=CONTEST_HEADER, rows=contest_rows(contest))
+
+
+def contest_rows(contest: Contest) -> list[tuple[str, ...]]:
+    """Rows of the table under `CONTEST_HEADER`, as plain text, measure by measure."""
+    rows = []
+    for name in dict.fromkeys(name for each in contest.contenders for name in (*each.measures, *each.differences)):
+        for each in contest.contenders:
+            # A win rate is against the first contender already.
+            mean, difference = each.measures.get(name), each.differences.get(name)
+            if name == WIN_RATE:
+                mean, difference = difference, None
+            if mean is not None:
+                rows.append((name, each.name, _interval(mean), _interval(difference, "+")))
+    return rows
+
+
+def _interval(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
 
 
 def cells(evaluation: Evaluation, row: Row) -> tuple[str, ...]:

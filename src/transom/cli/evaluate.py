@@ -1,4 +1,4 @@
-"""`transom evaluate`: schemes weighed: perplexity, KL and top-1 against bytes and tokens a second."""
+"""`transom evaluate`: schemes weighed on a text; artifacts on pairs of image and text, or on tasks that are judged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Seed, Threads, Weights, check_outputs, check_weights, console, print_json, size
+from transom.cli.options import Threads, Weights, check_outputs, check_weights, console, print_json, size
+from transom.cli.run import PanAndScanName, PanAndScanOption
+from transom.errors import ConfigError, RewardError
+from transom.images.pan_and_scan import SETTINGS
 
 if TYPE_CHECKING:
+    from transom.validation.evaluation.contest import Contest
     from transom.validation.evaluation.result import Evaluation, Row
+    from transom.validation.evaluation.tasks import Reward
 
 ModelOrDirs = Annotated[
     list[str],
@@ -26,6 +31,10 @@ COLUMNS = (
 )  # fmt: skip
 WIDE = 140
 
+EVERYWHERE = frozenset(("model_or_dirs", "seed", "threads", "json_file", "html"))
+OF_PAIRS = frozenset(("pairs", "pan_and_scan"))
+OF_TASKS = frozenset(("tasks", "reward", "samples", "temperature", "max_new", "chat", "start"))
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -33,8 +42,19 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    call: typer.Context,
     model_or_dirs: ModelOrDirs,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to be scored on.")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to weigh schemes on.")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSONL", help="Lines of `image`, `prompt` and `answer`, to measure artifacts that see images on."
+        ),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Lines of a `prompt` and what --reward reads, for artifacts to continue."),
+    ] = None,
     schemes: Annotated[
         str | None, typer.Option(help="Names of transom list with commas between; by default none,int8,int4.")
     ] = None,
@@ -61,7 +81,18 @@ def evaluate(
         ),
     ] = None,
     weights: Weights = "checkpoint",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of random weights; else of draws and intervals.", min=0)] = 0,
+    reward: Annotated[str | None, typer.Option(help="What judges --tasks: mathematics, code or instructions.")] = None,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="Of --tasks; 0 takes the likeliest token.", min=0)] = 0.0,
+    max_new: Annotated[int, typer.Option(help="Most tokens of a continuation.", min=1)] = 256,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says, in the model's chat template.")
+    ] = False,
+    start: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Artifact to take the KL of continuations to.")
+    ] = None,
+    pan_and_scan: PanAndScanOption = PanAndScanName.off,
     threads: Threads = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE; - prints them.")
@@ -71,7 +102,39 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write the plots in one file: .png, else SVG.")
     ] = None,
 ) -> None:
-    """Weigh schemes on a text: perplexity, KL and top-1 against bytes and tokens a second, with the Pareto fronts."""
+    """Weigh schemes on a text, or measure artifacts on pairs of image and text, or on tasks that a reward judges.
+
+    --text tells perplexity, KL and top-1 against bytes and tokens a second, with the Pareto fronts. --pairs and --tasks
+    take exported artifacts, and tell means with 95% intervals and differences to the first artifact.
+    """
+    _check_given(call, text=text, pairs=pairs, tasks=tasks)
+    if text is None:
+        path = pairs or tasks
+        assert path is not None
+        check_outputs(json_file, html, inputs=[path, start, *map(Path, model_or_dirs)])
+        with stage_bars() as on_progress:
+            if pairs is not None:
+                from transom.validation.evaluation.pairs import evaluate_pairs
+
+                setting = None if pan_and_scan is PanAndScanName.off else SETTINGS[pan_and_scan]
+                contest = evaluate_pairs(
+                    model_or_dirs, pairs, pan_and_scan=setting, seed=seed, threads=threads, on_progress=on_progress
+                )
+            else:
+                from transom.validation.evaluation.tasks import TaskSettings, evaluate_tasks
+
+                settings = TaskSettings(samples=samples, temperature=temperature, max_new=max_new, chat=chat, seed=seed)
+                contest = evaluate_tasks(
+                    model_or_dirs,
+                    path,
+                    _judge(reward),
+                    settings=settings,
+                    start=start,
+                    threads=threads,
+                    on_progress=on_progress,
+                )
+        _write_contest(contest, json_file, html)
+        return
     from transom.backends.folder import replace_file
     from transom.validation.charts import check_installed
     from transom.validation.evaluation.evaluate import evaluate_sources
@@ -111,6 +174,70 @@ def evaluate(
     if json_file is not None:
         replace_file(json_file, json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n")
     _show(evaluation)
+
+
+def _check_given(call: typer.Context, **files: Path | None) -> None:
+    """Raise `ConfigError` unless one file is given, and no option that does nothing with it."""
+    named = [name for name, path in files.items() if path is not None]
+    if len(named) != 1:
+        raise ConfigError("give one of --text, --pairs and --tasks: what is to be measured on")
+    for parameter in call.command.params:
+        name = parameter.name or ""
+        source = call.get_parameter_source(name)
+        if name in EVERYWHERE or source is None or source.name != "COMMANDLINE":
+            continue
+        (kind,) = named
+        own = {"pairs": OF_PAIRS, "tasks": OF_TASKS}.get(kind)
+        if name not in own if own is not None else name in OF_PAIRS | OF_TASKS:
+            raise ConfigError(f"{parameter.opts[0]} does nothing beside --{kind}: leave it out")
+
+
+def _judge(name: str | None) -> Reward:
+    from transom.training.rewards.reward import reward
+
+    if name is None or name == "preference":
+        raise RewardError(
+            "what judges the continuations is not said: give --reward mathematics, code or instructions"
+            if name is None
+            else "preference needs a trained model: call evaluate_tasks from Python, or choose another --reward"
+        )
+    return reward(name).score
+
+
+def _write_contest(contest: Contest, json_file: Path | None, html: Path | None) -> None:
+    from transom.backends.folder import replace_file
+    from transom.validation.evaluation.report import CONTEST_HEADER, contest_rows, render_contest
+
+    if html is not None:
+        replace_file(html, render_contest(contest))
+    if str(json_file) == "-":
+        print_json(contest.to_json())
+        return
+    if json_file is not None:
+        replace_file(json_file, json.dumps(contest.to_json(), indent=1, allow_nan=False) + "\n")
+    console.print(
+        f"[bold]{escape(contest.file)}[/bold], {contest.rows:,} {contest.kind}: means, with 95% intervals by the "
+        f"bootstrap over {contest.kind}",
+        highlight=False,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in CONTEST_HEADER:
+        table.add_column(
+            name, justify="left" if name in ("measure", "artifact") else "right", no_wrap=name != "artifact"
+        )
+    for row in contest_rows(contest):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if len(contest.contenders) > 1:
+        console.print(
+            f"[dim]Differences and win rates are against {escape(contest.contenders[0].name)}, row by row[/dim]",
+            highlight=False,
+        )
+    for contender in contest.contenders:
+        for reason, count in contender.failures.items():
+            console.print(
+                f"[yellow]not scored:[/yellow] {count:,} of {escape(contender.name)}: {escape(reason)}", highlight=False
+            )
 
 
 def _names(option: str | None) -> list[str] | None:
