@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-PAGES = ("page.html", "parts.html", "validation.html", "evaluation.html", "report.css")
+PAGES = ("page.html", "parts.html", "validation.html", "contest.html", "evaluation.html", "report.css")
 DATA = ("transom/py.typed", "transom/zoo/prompt.txt", *(f"transom/validation/templates/{name}" for name in PAGES))
 """What the wheel holds beside modules: the text that validation reads, and the templates and style of its reports."""
 

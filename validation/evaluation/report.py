@@ -48,7 +48,7 @@ def render_contest(contest: Contest) -> str:
 
 def contest_rows(contest: Contest) -> list[tuple[str, ...]]:
     """Rows of the table under `CONTEST_HEADER`, as plain text, measure by measure."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for each in contest.contenders for name in (*each.measures, *each.differences)):
         for each in contest.contenders:
             # A win rate is against the first contender already.
