@@ -15,6 +15,7 @@ import torch
 
 from transom.backends.folder import new_folder
 from transom.errors import RewardError, TrainingError
+from transom.training.averaging import ETA, MU
 from transom.training.checkpoint import RECIPE, TRAINED, check_apart, write_trained
 from transom.training.loop import Loop, LoopSettings, Objective, OnStep
 from transom.training.objectives.alignment import Alignment, Method, Score
@@ -22,7 +23,9 @@ from transom.training.objectives.sft import Sft, answer_ids
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, read_prompts
 from transom.training.rewards.reward import Reward, Sample, reward, score_many
+from transom.training.runs import Runs
 from transom.training.state import TrainingState
+from transom.training.warp import WarpSettings, warp
 from transom.zoo.architectures import build_empty
 from transom.zoo.model import Model
 
@@ -63,7 +66,10 @@ class AlignSettings:
         train_table: Whether the table of tokens is trained too.
         recompute: Compute every layer again on the way back: memory for time.
         workers: Continuations that are scored at a time.
-        seed: Of the order of prompts, and of draws.
+        rounds: Of WARP: how often runs are merged, to begin the next ones there; 0 for a single run.
+        runs: Of WARP: how many in a round. All settings are each run's: `rounds * runs * steps` steps are taken.
+        eta: Of WARP: share of the way from a round's start to its merged runs.
+        seed: Of the order of prompts, and of draws; the runs of WARP have seeds of their own, which follow from it.
         device: Where to compute.
         save_every: Steps between two saved states.
 
@@ -89,6 +95,9 @@ class AlignSettings:
     train_table: bool = True
     recompute: bool = False
     workers: int = 1
+    rounds: int = 0
+    runs: int = 2
+    eta: float = ETA
     seed: int = 0
     device: str = "cpu"
     save_every: int = 50
@@ -104,13 +113,24 @@ class AlignSettings:
             )
         if self.objective == SFT and (self.options or self.anchor_rate):
             raise TrainingError("sft has no numbers of its own, nor an anchor: leave them out")
-        for name in ("steps", "batch", "parts", "max_new", "workers", "save_every"):
+        if self.objective == SFT and self.rounds:
+            raise TrainingError("rounds of runs (WARP) learn from rewards, not sft: choose another objective")
+        for name in ("steps", "batch", "parts", "max_new", "workers", "runs", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
         if self.batch % self.parts:
             raise TrainingError(f"{self.batch} prompts do not go into {self.parts} equal parts: choose another number")
         if not 0 <= self.anchor_rate < 1:
             raise TrainingError(f"the anchor's rate is {self.anchor_rate}: give a share from 0 to 1")
+        if self.rounds < 0 or not 0 <= self.eta <= 1:
+            raise TrainingError(f"{self.rounds} rounds and eta {self.eta}: give 0 or more, and a share from 0 to 1")
+
+    @classmethod
+    def of(cls, **values: Any) -> AlignSettings:
+        """Settings, with the paper's objective and anchor for WARP where none are given."""
+        if values.get("rounds"):
+            values = {"objective": "rloo", "anchor_rate": MU, **values}
+        return cls(**values)
 
     @property
     def loop(self) -> LoopSettings:
@@ -158,7 +178,9 @@ def read_recipe(path: Path, **changes: Any) -> AlignSettings:
         kind = kinds[name].partition("[")[0]
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
             raise TrainingError(f"{path} sets {name} to {value!r}, which is no {kind.lower()}")
-    return AlignSettings(**values)
+    if "objective" not in values and not values.get("rounds"):
+        raise TrainingError(f"{path} names no objective: set one, or give it beside the recipe")
+    return AlignSettings.of(**values)
 
 
 def write_recipe(settings: AlignSettings, path: Path) -> None:
@@ -193,7 +215,7 @@ def align(
         on_step: Told of every step.
 
     Returns:
-        The metrics of every step.
+        The metrics of every step; for WARP with the round and the run, counted from 1.
 
     Raises:
         TrainingError: If settings or data don't fit, the device is missing, a saved state is of another run, or
@@ -208,19 +230,32 @@ def align(
     prompts = read_prompts(model, data, max_new=settings.max_new, chat=settings.chat)
     with new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
-        state = TrainingState(out, settings, model.revision, digest)
-        saved = state.load()
         head = build_empty(model.config).head_weight
-        policy = Policy(
-            model,
-            device=settings.device,
-            trained=lambda name: settings.train_table or name != head,
-            recompute=settings.recompute,
-        )
-        objective = _objective(model, policy, prompts, settings)
-        metrics = Loop(objective, settings.loop, state=state, saved=saved, on_step=on_step).run()
-        report = {"settings": dataclasses.asdict(settings), "source": model.source, "data": digest}
-        write_trained(folder, policy.model(), report, dtype=dtype)
+
+        def objective(start: Model, seed: int) -> tuple[Policy, Objective]:
+            policy = Policy(
+                start,
+                device=settings.device,
+                trained=lambda name: settings.train_table or name != head,
+                recompute=settings.recompute,
+            )
+            return policy, _objective(start, policy, prompts, dataclasses.replace(settings, seed=seed))
+
+        report: dict[str, Any] = {"settings": dataclasses.asdict(settings), "source": model.source, "data": digest}
+        state: TrainingState | Runs
+        if settings.rounds:
+            shape = WarpSettings(rounds=settings.rounds, runs=settings.runs, eta=settings.eta, seed=settings.seed)
+            total = settings.rounds * settings.runs * settings.steps
+            state = Runs(out, settings, model.revision, digest, total=total, on_step=on_step)
+            trained, report["warp"] = warp(model, shape, state, settings.loop, lambda *start: objective(*start)[1])
+            metrics = state.metrics
+        else:
+            state = TrainingState(out, settings, model.revision, digest)
+            saved = state.load()
+            policy, learned = objective(model, settings.seed)
+            metrics = Loop(learned, settings.loop, state=state, saved=saved, on_step=on_step).run()
+            trained = policy.model()
+        write_trained(folder, trained, report, dtype=dtype)
         write_recipe(settings, folder / RECIPE)
         state.finish(folder)
     state.remove()

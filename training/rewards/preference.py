@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
-from transom.errors import RewardError
+from transom.errors import RewardError, TokenizerError
 from transom.json_object import read_object
+from transom.training.policy import Policy
 from transom.training.rewards.reward import Score
+from transom.zoo.model import Model, load
 
 WEIGHTS_FILE, CONFIG_FILE = "preference.safetensors", "preference.json"
 
@@ -118,9 +120,13 @@ class PreferenceModel(torch.nn.Module):
 
     def loss(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """The pairwise loss of some comparisons, in one batch."""
+        return pairwise_loss(*self.rewards(pairs))
+
+    def rewards(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards of what is chosen and of what is rejected, each float32 [B], in one batch."""
         chosen = [(pair.prompt, pair.chosen) for pair in pairs]
         rewards = self(chosen + [(pair.prompt, pair.rejected) for pair in pairs])
-        return pairwise_loss(*rewards.chunk(2))
+        return rewards[: len(pairs)], rewards[len(pairs) :]
 
     def save(self, folder: Path) -> None:
         """Write the head and what it is for; the model is saved by whoever holds it."""
@@ -229,4 +235,35 @@ class Preference:
         return Score(value, "by the preference model")
 
 
-REWARD = Preference
+def encoder(model: Model) -> Encode:
+    """How a model's tokenizer reads a prompt and a completion: one after the other, as a policy writes them.
+
+    Raises:
+        TokenizerError: If it has none.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise TokenizerError(f"{model.config.name} has no tokenizer, so it reads no pairs: give a source that has")
+    return lambda prompt, completion: [*tokenizer.encode(prompt), *tokenizer.encode(completion, bos=False)]
+
+
+def open_preference(model: str, device: str = "cpu") -> Preference:
+    """The reward of a folder that `transom reward-model` wrote.
+
+    Args:
+        model: The folder: a checkpoint, and the head beside it.
+        device: Where to compute.
+
+    Raises:
+        RewardError: If there is no head, or a damaged one.
+        TransomError: As `load` does.
+    """
+    folder = Path(model)
+    if not (folder / CONFIG_FILE).is_file():
+        raise RewardError(f"{folder} holds no {CONFIG_FILE}: give a folder that transom reward-model wrote")
+    body = load(folder).text()
+    policy = Policy(body, device=device, trained=lambda name: False)
+    return Preference(PreferenceModel.load(folder, policy.hidden, encoder(body)).to(policy.device))
+
+
+REWARD = open_preference

@@ -63,6 +63,15 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     return Checkpoint(weights=weights, copies=copies, left_out=lines)
 
 
+def open_weights(path: Path) -> dict[str, Weight]:
+    """Every tensor of one file as it stands there, by the file's names.
+
+    Raises:
+        CheckpointError: If the file is truncated or corrupt, or a dtype is none that weights have.
+    """
+    return {name: _weight(name, entry, entry.shape) for name, entry in read_entries(path)[0].items()}
+
+
 def tensor_names(folder: Path) -> tuple[str, ...]:
     """What a folder's tensors are called in the files.
 

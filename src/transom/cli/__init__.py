@@ -27,6 +27,7 @@ from transom.cli import (
     qat,
     quantize,
     ranges,
+    reward_model,
     run,
     validate,
 )
@@ -69,6 +70,7 @@ quantize.register(app)
 qat.register(app)
 distill.register(app)
 align.register(app)
+reward_model.register(app)
 merge.register(app)
 finetune_vision.register(app)
 evaluate.register(app)

@@ -33,7 +33,11 @@ def align(
         Path | None, typer.Option(metavar="TOML", help="All numbers of the run; options given here go before it.")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="sft, best_of_n, rloo, bond, jbond, dpo or rrhf; here or in the recipe.")
+        str | None,
+        typer.Option(
+            help="sft, best_of_n, rloo, bond, jbond, dpo or rrhf; here or in the recipe.",
+            show_default="rloo with --rounds",
+        ),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A number of the objective's own, such as beta=0.1.")
@@ -41,7 +45,13 @@ def align(
     reward: Annotated[
         str | None, typer.Option(help="mathematics, code, instructions or preference; none for sft.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.", min=1, show_default="500")] = None,
+    reward_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="What the reward takes, such as model=DIR for preference."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the optimiser, of each run.", min=1, show_default="500")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Prompts in a step.", min=1, show_default="16")] = None,
     max_new: Annotated[
         int | None, typer.Option(help="Most tokens of a continuation or answer.", min=1, show_default="64")
@@ -49,7 +59,23 @@ def align(
     learning_rate: Annotated[float | None, typer.Option(help="At its peak.", min=0, show_default="3e-6")] = None,
     anchor_rate: Annotated[
         float | None,
-        typer.Option(help="Share of the policy that the anchor moves by after a step.", min=0, max=1, show_default="0"),
+        typer.Option(
+            help="Share of the policy that the anchor moves by after a step.",
+            min=0,
+            max=1,
+            show_default="0; 0.01 with --rounds",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Of WARP: how often runs are merged; 0 for a single run.", min=0, show_default="0"),
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="Of WARP: runs in a round.", min=1, show_default="2")] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Of WARP: share of the way from a round's start to its merged runs.", min=0, max=1, show_default="0.3"
+        ),
     ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat", help="Prompts are what a user says, in the model's chat template.")
@@ -83,20 +109,24 @@ def align(
         "objective": objective,
         "options": _numbers(option) if option else None,
         "reward": reward,
+        "reward_options": dict(map(_named, reward_option)) if reward_option else None,
         "steps": steps,
         "batch": batch,
         "max_new": max_new,
         "learning_rate": learning_rate,
         "anchor_rate": anchor_rate,
+        "rounds": rounds,
+        "runs": runs,
+        "eta": eta,
         "chat": chat,
         "device": device,
         "save_every": save_every,
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if recipe is None and objective is None:
+    if recipe is None and objective is None and not rounds:
         raise TrainingError("what is to be learned is not said: give an --objective, or a --recipe with one")
-    settings = AlignSettings(**given) if recipe is None else read_recipe(recipe, **given)
+    settings = AlignSettings.of(**given) if recipe is None else read_recipe(recipe, **given)
     loaded = load_model(model, weights, settings.seed)
     recent: collections.deque[float] = collections.deque(maxlen=20)
     with stage_bars() as on_progress:
@@ -134,3 +164,10 @@ def _numbers(options: list[str]) -> dict[str, float]:
         except ValueError:
             raise TrainingError(f"--option takes NAME=NUMBER, not {option!r}") from None
     return numbers
+
+
+def _named(option: str) -> tuple[str, str]:
+    name, equals, value = option.partition("=")
+    if not name or not equals:
+        raise TrainingError(f"--reward-option takes NAME=VALUE, not {option!r}")
+    return name, value
