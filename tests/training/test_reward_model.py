@@ -81,7 +81,7 @@ def test_the_average_is_the_mean_of_the_members(
 ) -> None:
     """A head alone is where all begin; what is written is the average, body and head."""
     monkeypatch.setattr(Runs, "remove", lambda runs: None)
-    settings = dataclasses.replace(SHORT, steps=1, held_out=0)
+    settings = dataclasses.replace(SHORT, steps=1, held_out=0, learning_rates=(1e-3,))
     train_reward_model(tiny, settings, data=data, out=tmp_path / "out")
     digest = json.loads((tmp_path / "out/training.json").read_text())["data"]
     runs = Runs(tmp_path / "out", settings, tiny.revision, digest, total=0)
@@ -90,7 +90,9 @@ def test_the_average_is_the_mean_of_the_members(
     written = load(tmp_path / "out")
     head = PreferenceModel.load(tmp_path / "out", lambda tokens_BT: tokens_BT, lambda *_: []).head.weight
     for name, tensor in average.items():
-        assert not torch.equal(parts[0][name].read(), parts[1][name].read()), "members differ"
+        assert not torch.equal(parts[0][name].read(), parts[1][name].read()), (
+            "members of one rate differ by their order"
+        )
         assert torch.equal(head if name == HEAD else written.weights[name].read(), tensor)
         assert name == HEAD or not torch.equal(tensor, tiny.weights[name].read())
     assert not torch.equal(head, runs.weights("probe")[HEAD].read())
@@ -113,6 +115,19 @@ def test_the_reward_ranks_held_out_pairs(data: Path, whole: tuple[Path, list[Acc
     assert [(line["member"], line["step"]) for line in lines] == [
         (member, step) for member in (1, 2) for step in (1, 2, 3, 4)
     ]
+
+
+def test_rates_go_in_turn() -> None:
+    assert [SHORT.loop(member).learning_rate for member in range(3)] == [3e-4, 1e-3, 3e-4]
+
+
+def test_a_head_of_logits_that_no_reward_reads_stays(data: Path, tmp_path: Path) -> None:
+    model = load("llama3-tiny")
+    settings = dataclasses.replace(SHORT, members=1, steps=1, held_out=0)
+    train_reward_model(model, settings, data=data, out=tmp_path / "out")
+    written = load(tmp_path / "out").weights
+    moved = {name for name, weight in written.items() if not torch.equal(weight.read(), model.weights[name].read())}
+    assert moved == written.keys() - {"lm_head.weight"} != written.keys()
 
 
 def test_the_interval_is_wilson_s() -> None:
@@ -167,12 +182,12 @@ def test_what_is_refused(tiny: Model, tiny_folder: Path, data: Path, tmp_path: P
 
 
 def test_the_commands(cli: Cli, data: Path, tmp_path: Path) -> None:
-    short = ("--members", 2, "--steps", 1, "--batch", 2, "--learning-rates", "1e-4,1e-3")
+    short = ("--members", 1, "--steps", 1, "--batch", 2, "--learning-rates", "1e-4,1e-3")
     command = ("reward-model", "gemma3-tiny", "--data", data, "-o", tmp_path / "rm", *short)
     code, out, err = cli(*command, "--held-out", 3)
-    assert code == 0 and "average: " in out and "of 3 held-out pairs" in out, err
+    assert code == 0 and "member 1: " in out and "of 3 held-out pairs" in out, err
     code, out, err = cli(*command, "--overwrite", "--json")
-    assert code == 0 and json.loads(out)["accuracy"] == [] and len(json.loads(out)["metrics"]) == 2, err
+    assert code == 0 and json.loads(out)["accuracy"] == [] and len(json.loads(out)["metrics"]) == 1, err
     for more, message in (
         ((), "--overwrite"),
         (("--overwrite", "--learning-rates", "many"), "--learning-rates takes numbers"),
