@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transom.errors import TrainingError
 from transom.training.divergence import Head, Sparse
 from transom.training.state import digest
+from transom.training.text import generator_at
 
 CHUNK = 32
 """Sequences in a file."""
@@ -96,7 +97,7 @@ class TeacherSamples:
                 on_progress(index, len(self._sequences))
                 with torch.no_grad():
                     states_TD = hidden(self._sequences[index][None])[0]
-                    generator = torch.Generator(states_TD.device).manual_seed((self._seed << 40) + index)
+                    generator = generator_at(index, self._seed, states_TD.device)
                     parts.append(Sparse.draw(states_TD, head, self._count, generator, self._reading))
             self._write(file, parts)
         on_progress(len(self._sequences), len(self._sequences))

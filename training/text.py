@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -48,3 +49,9 @@ def index_at(place: int, count: int, seed: int) -> int:
 def order(count: int, seed: int) -> torch.Tensor:
     """The numbers below `count` in an order that the seed alone decides."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def generator_at(place: int, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Draws at a place of a run depend on the place and the seed alone, so a run that goes on draws the same."""
+    digest = hashlib.sha256(f"{seed} {place}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -15,7 +15,7 @@ import torch
 from transom.training.loop import Loss, Objective
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, continued
-from transom.training.text import index_at
+from transom.training.text import generator_at, index_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,7 @@ class Alignment(Objective):
         for part in range(step * self.parts, (step + 1) * self.parts):
             places = range(part * size, (part + 1) * size)
             prompts = [self._prompts[index_at(place, len(self._prompts), self._seed)] for place in places]
-            # A run that goes on draws as if it had not been stopped.
-            generator = torch.Generator().manual_seed((self._seed << 40) + part)
+            generator = generator_at(part, self._seed)
             own = self._samples(self._policy, prompts, self._method.own, generator)
             anchored = self._samples(self._anchor, prompts, self._method.anchored, generator)
             loss = self._method.loss(own, anchored)

@@ -15,7 +15,7 @@ from transom.training.divergence import READINGS, Full, Sparse, Targets, distill
 from transom.training.loop import LoopSettings, Loss, Objective
 from transom.training.policy import Policy
 from transom.training.teacher_samples import TeacherSamples
-from transom.training.text import index_at
+from transom.training.text import generator_at, index_at
 
 FULL = "full"
 """Targets that are the teacher's whole distribution."""
@@ -153,9 +153,8 @@ class Distillation(Objective):
         return Sparse.draw(hidden_ND, head, self._settings.samples, self._generator(place, 0), self._settings.targets)
 
     def _generator(self, place: int, kind: int) -> torch.Generator:
-        """Draws at a place depend on the place and the seed alone, so a run that goes on draws the same."""
-        device = self._student.device if kind == 0 else torch.device("cpu")
-        return torch.Generator(device).manual_seed((self._settings.seed << 40) + 2 * place + kind)
+        """Of the teacher's tokens (kind 0), or of what the student writes (1), which is drawn on the CPU."""
+        return generator_at(2 * place + kind, self._settings.seed, "cpu" if kind else self._student.device)
 
 
 def _turn(place: int, share: float) -> tuple[bool, int]:
