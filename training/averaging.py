@@ -134,8 +134,8 @@ def _shares(shares: Sequence[float] | None, count: int) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is done with some models; `Recipe.of` checks it.
+class Average:
+    """What is done with some models; `Average.of` checks it.
 
     Attributes:
         method: A key of `METHODS`.
@@ -157,8 +157,8 @@ class Recipe:
         shares: Sequence[float] | None = None,
         eta: float | None = None,
         mu: float | None = None,
-    ) -> Recipe:
-        """A recipe for `count` models, with the papers' numbers where none are given.
+    ) -> Average:
+        """An average for `count` models, with the papers' numbers where none are given.
 
         Raises:
             MergeError: If there is no such method, it takes another number of models, a number is out of range, or the
@@ -179,10 +179,10 @@ class Recipe:
                 raise MergeError(f"--{name} is {value}: it lies between 0 and 1")
         if method == "ema":
             mu = MU if mu is None else mu
-            return Recipe(method="ema", shares=(1.0 - mu, mu), mu=mu)
+            return Average(method="ema", shares=(1.0 - mu, mu), mu=mu)
         if method in ("liti", "warp"):
             eta = ETA if eta is None else eta
-        return Recipe(method=method, shares=_shares(shares, count), eta=eta)  # type: ignore[arg-type]
+        return Average(method=method, shares=_shares(shares, count), eta=eta)  # type: ignore[arg-type]
 
     @property
     def has_start(self) -> bool:
@@ -195,12 +195,12 @@ class Recipe:
         return self.method in ("slerp", "warp")
 
 
-def check_start(recipe: Recipe, given: bool) -> None:
-    """Raise `MergeError` if a recipe needs the model that training began at and has none, or the other way around."""
-    if recipe.has_start and not given:
-        raise MergeError(f"{recipe.method} goes from the model that training began at: give --start MODEL")
-    if given and not recipe.has_start:
-        raise MergeError(f"{recipe.method} reads no --start: leave it out, or choose slerp, liti or warp")
+def check_start(average: Average, given: bool) -> None:
+    """Raise `MergeError` if an average needs the model that training began at and has none, or the other way around."""
+    if average.has_start and not given:
+        raise MergeError(f"{average.method} goes from the model that training began at: give --start MODEL")
+    if given and not average.has_start:
+        raise MergeError(f"{average.method} reads no --start: leave it out, or choose slerp, liti or warp")
 
 
 class MergedTensor:
@@ -212,18 +212,18 @@ class MergedTensor:
 
     def __init__(
         self,
-        recipe: Recipe,
+        average: Average,
         parts: Sequence[Weight],
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Take the tensor of every model: of the start first, if the recipe has one.
+        """Take the tensor of every model: of the start first, if the average has one.
 
         Args:
-            recipe: What is done.
+            average: What is done.
             parts: Of one shape.
             on_bytes: Called with the number of bytes read each time.
         """
-        self._recipe, self._parts, self._on_bytes = recipe, tuple(parts), on_bytes
+        self._average, self._parts, self._on_bytes = average, tuple(parts), on_bytes
         self.arc: Arc | None = None
 
     def weight(self, origin: str) -> Weight:
@@ -249,12 +249,12 @@ class MergedTensor:
     @functools.cached_property
     def _coefficients(self) -> tuple[float, ...]:
         """What every part is multiplied with."""
-        recipe, scale = self._recipe, 1.0 if self._recipe.eta is None else self._recipe.eta
-        if not recipe.has_start:
-            return recipe.shares
-        ends = recipe.shares
-        if recipe.has_angles:
-            self.arc = arc(self._products(), recipe.shares)
+        average, scale = self._average, 1.0 if self._average.eta is None else self._average.eta
+        if not average.has_start:
+            return average.shares
+        ends = average.shares
+        if average.has_angles:
+            self.arc = arc(self._products(), average.shares)
             ends = self.arc.coefficients
         scaled = [scale * coefficient for coefficient in ends]
         return (1.0 - math.fsum(scaled), *scaled)
@@ -283,7 +283,7 @@ class MergedTensor:
 
 
 def merge_weights(
-    recipe: Recipe,
+    average: Average,
     ends: Sequence[Mapping[str, Weight]],
     start: Mapping[str, Weight] | None = None,
     *,
@@ -292,14 +292,14 @@ def merge_weights(
     """Every tensor of a merge, of which nothing is read yet.
 
     Args:
-        recipe: What is done.
+        average: What is done.
         ends: Weights of every model, by the same names, of the same shapes; see `Weight.of` for tensors in memory.
-        start: Those of the model that training began at, if the recipe has one.
+        start: Those of the model that training began at, if the average has one.
         on_bytes: Called with the number of bytes read each time.
 
     Raises:
-        MergeError: If the recipe has a start and there is none, or the other way around.
+        MergeError: If the average has a start and there is none, or the other way around.
     """
-    check_start(recipe, start is not None)
+    check_start(average, start is not None)
     models = [*([] if start is None else [start]), *ends]
-    return {name: MergedTensor(recipe, [model[name] for model in models], on_bytes) for name in models[0]}
+    return {name: MergedTensor(average, [model[name] for model in models], on_bytes) for name in models[0]}

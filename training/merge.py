@@ -18,7 +18,7 @@ from transom.backends.folder import Kind, new_folder
 from transom.errors import MergeError
 from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
-from transom.training.averaging import MergedTensor, Recipe, merge_weights
+from transom.training.averaging import Average, MergedTensor, merge_weights
 from transom.training.checkpoint import MODEL_FILES, check_apart, shards_of
 from transom.zoo.checkpoints.random import write_checkpoint
 from transom.zoo.checkpoints.safetensors import DTYPES
@@ -146,7 +146,7 @@ class Merge:
 
 def merge_models(
     models: Sequence[Model],
-    recipe: Recipe,
+    average: Average,
     *,
     out: Path,
     start: Model | None = None,
@@ -156,27 +156,27 @@ def merge_models(
 ) -> Merge:
     """Merge models and write a Hugging Face checkpoint, with the tokenizer and companions of the first.
 
-    Every tensor is read in blocks of rows, twice if the recipe needs angles, and written before the next one is read:
+    Every tensor is read in blocks of rows, twice if the average needs angles, and written before the next one is read:
     where a tensor fits the system's cache of files, the second time costs no disk.
 
     Args:
         models: Of one configuration and vocabulary.
-        recipe: What is done with them.
+        average: What is done with them.
         out: Folder to write; it appears only when it is whole.
-        start: The model that training began at, if the recipe has one.
+        start: The model that training began at, if the average has one.
         dtype: A key of `DTYPE_NAMES`; by default every tensor has the one that the models have, and the widest if they
             differ.
         overwrite: Whether to replace a folder that an earlier call wrote.
         on_progress: Called with ("merge", bytes read, of how many).
 
     Raises:
-        MergeError: If models differ, or hold codes, or the recipe does not fit them.
+        MergeError: If models differ, or hold codes, or the average does not fit them.
         CheckpointError: If a weight is NaN or infinite; it is named with its rows.
         RangeError: If `dtype` cannot hold a number of the result.
         ArtifactError: If `out` exists, is one of the models, or cannot be written.
     """
-    if len(models) != len(recipe.shares):
-        raise MergeError(f"the recipe is for {len(recipe.shares)} models, not {len(models)}")
+    if len(models) != len(average.shares):
+        raise MergeError(f"the average is for {len(average.shares)} models, not {len(models)}")
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise MergeError(f"no dtype named {dtype!r}: choose one of {', '.join(DTYPE_NAMES)}")
     everyone = [*models, *([] if start is None else [start])]
@@ -184,7 +184,7 @@ def merge_models(
         check_alike(models[0], model)
         _refuse_codes(model)
         check_apart(out, model)
-    total = sum(weight.bytes for model in everyone for weight in model.weights.values()) * (1 + recipe.has_angles)
+    total = sum(weight.bytes for model in everyone for weight in model.weights.values()) * (1 + average.has_angles)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -193,7 +193,7 @@ def merge_models(
         on_progress("merge", done, total)
 
     merged = merge_weights(
-        recipe, [model.weights for model in models], None if start is None else start.weights, on_bytes=on_bytes
+        average, [model.weights for model in models], None if start is None else start.weights, on_bytes=on_bytes
     )
     weights = {
         name: tensor.weight(f"the merged {name}").to(DTYPE_NAMES[dtype] if dtype else _dtype(name, models))
@@ -202,7 +202,7 @@ def merge_models(
     with one_thread(), new_folder(out, overwrite=overwrite, kind=MERGED) as folder:
         write_checkpoint(folder, models[0].config, weights, dtype=None)
         write_companions(models[0], folder)
-        report = _report(models, recipe, start, weights, merged)
+        report = _report(models, average, start, weights, merged)
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return Merge(folder=out, report=report)
 
@@ -213,7 +213,7 @@ def _dtype(name: str, models: Sequence[Model]) -> torch.dtype:
 
 def _report(
     models: Sequence[Model],
-    recipe: Recipe,
+    average: Average,
     start: Model | None,
     weights: dict[str, Weight],
     merged: dict[str, MergedTensor],
@@ -222,11 +222,11 @@ def _report(
         return {"source": model.source, "revision": model.revision}
 
     arcs = {name: tensor.arc for name, tensor in merged.items() if tensor.arc is not None}
-    numbers = {key: value for key, value in (("eta", recipe.eta), ("mu", recipe.mu)) if value is not None}
+    numbers = {key: value for key, value in (("eta", average.eta), ("mu", average.mu)) if value is not None}
     return {
-        "method": recipe.method,
+        "method": average.method,
         **numbers,
-        "sources": [{**identity(m), "share": share} for m, share in zip(models, recipe.shares, strict=True)],
+        "sources": [{**identity(m), "share": share} for m, share in zip(models, average.shares, strict=True)],
         "start": None if start is None else identity(start),
         "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
         "parameters": sum(math.prod(weight.shape) for weight in weights.values()),

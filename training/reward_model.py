@@ -18,7 +18,7 @@ import torch
 from transom.backends.folder import Kind, new_folder
 from transom.errors import TrainingError
 from transom.graphs.weight import Weight
-from transom.training.averaging import Recipe
+from transom.training.averaging import Average
 from transom.training.checkpoint import TRAINED, check_apart, write_trained
 from transom.training.loop import LoopSettings, Metrics, OnStep
 from transom.training.objectives.preference import HEAD, Preferences
@@ -218,7 +218,7 @@ def train_reward_model(
 
             runs.train(name, create, settings.loop(member), {"member": member + 1})
         if settings.members > 1:
-            runs.merge(AVERAGE, Recipe.of("mean", settings.members), names)
+            runs.merge(AVERAGE, Average.of("mean", settings.members), names)
         result = runs.weights(AVERAGE if settings.members > 1 else names[0])
         measured = [PROBE, *names, *([AVERAGE] if settings.members > 1 else [])] if held_out else []
         accuracies = [_accuracy(name, preference(runs.weights(name))[0], held_out) for name in measured]

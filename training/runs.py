@@ -20,7 +20,7 @@ from typing import Any
 from transom.errors import TrainingError
 from transom.graphs.threads import one_thread
 from transom.graphs.weight import Weight
-from transom.training.averaging import Recipe, merge_weights
+from transom.training.averaging import Average, merge_weights
 from transom.training.loop import Loop, LoopSettings, Metrics, Objective
 from transom.training.state import METRICS, TrainingState
 from transom.zoo.checkpoints import safetensors_writer
@@ -139,15 +139,15 @@ class Runs:
         finally:
             draft.unlink(missing_ok=True)
 
-    def merge(self, name: str, recipe: Recipe, ends: list[str], start: Mapping[str, Weight] | None = None) -> None:
+    def merge(self, name: str, average: Average, ends: list[str], start: Mapping[str, Weight] | None = None) -> None:
         """Merge the weights of runs; the result is kept under a name, float32, with the median angle as its note.
 
-        That is the angle between what two runs added to a tensor, in degrees; None for recipes without angles, or if
+        That is the angle between what two runs added to a tensor, in degrees; None for averages without angles, or if
         no tensor has one.
         """
         names = self.weights(ends[0])
         begin = None if start is None else {key: start[key] for key in names}
-        parts = merge_weights(recipe, [self.weights(end) for end in ends], begin)
+        parts = merge_weights(average, [self.weights(end) for end in ends], begin)
 
         def note() -> float | None:
             arcs = [part.arc for part in parts.values() if part.arc is not None]

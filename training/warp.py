@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from transom.training.averaging import Recipe
+from transom.training.averaging import Average
 from transom.training.loop import LoopSettings, Objective
 from transom.training.runs import Runs
 from transom.zoo.model import Model
@@ -58,7 +58,7 @@ def warp(
         The last start, and what was done in each round.
     """
     count = settings.runs
-    recipe = Recipe.of("warp" if count > 1 else "liti", count, eta=settings.eta)
+    average = Average.of("warp" if count > 1 else "liti", count, eta=settings.eta)
     starts = [f"start-{round + 1}" for round in range(settings.rounds)]
     # Those before the last one are forgotten.
     over = max((round + 1 for round, name in enumerate(starts) if runs.has(name)), default=0)
@@ -74,7 +74,7 @@ def warp(
 
             runs.train(name, create, loop, labels, merged=round < over)
         if round >= over:
-            runs.merge(merged, recipe, names, start.weights)
+            runs.merge(merged, average, names, start.weights)
         runs.forget(*names, *starts[:round])
         if runs.has(merged):
             start = dataclasses.replace(model, weights={**model.weights, **runs.weights(merged)}, quant="none")

@@ -1,4 +1,4 @@
-"""Averages of weights: the papers' known answers, and recipes that read blocks equal plain tensors."""
+"""Averages of weights: the papers' known answers, and averages that read blocks equal plain tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tolerances import FLOAT64_SUMS
 from transom.errors import MergeError
 from transom.graphs.weight import Weight
 from transom.training import averaging
-from transom.training.averaging import MergedTensor, Recipe, arc, liti, mean, merge_weights, slerp
+from transom.training.averaging import Average, MergedTensor, arc, liti, mean, merge_weights, slerp
 
 AXES = torch.eye(3, dtype=torch.float64)
 
@@ -105,9 +105,9 @@ def test_blocks_are_the_whole(method: str, shape: tuple[int, ...], monkeypatch: 
     monkeypatch.setattr(averaging, "BLOCK_NUMBERS", 11)
     draw = torch.Generator().manual_seed(2)
     start, *ends = (torch.randn(shape, generator=draw) for _ in range(3 if method == "ema" else 4))
-    recipe = Recipe.of(method, len(ends), shares=None if method == "ema" else (0.5, 0.3, 0.2))
-    given = {"w": Weight.of(start)} if recipe.has_start else None
-    merged = merge_weights(recipe, [{"w": Weight.of(end)} for end in ends], given)["w"].weight("merged")
+    average = Average.of(method, len(ends), shares=None if method == "ema" else (0.5, 0.3, 0.2))
+    given = {"w": Weight.of(start)} if average.has_start else None
+    merged = merge_weights(average, [{"w": Weight.of(end)} for end in ends], given)["w"].weight("merged")
     task_vectors = [end.double() - start.double() for end in ends]
     expected = {
         "mean": lambda: mean(ends, (0.5, 0.3, 0.2)),
@@ -132,7 +132,7 @@ def test_no_more_is_read_at_once_than_a_block(monkeypatch: pytest.MonkeyPatch) -
 
     table = Weight(shape=(5000, 64), dtype=torch.float32, read_rows=read_rows, origin="synthetic")
     counted: list[int] = []
-    tensor = MergedTensor(Recipe.of("warp", 2), [table, table, table], counted.append)
+    tensor = MergedTensor(Average.of("warp", 2), [table, table, table], counted.append)
     tensor.weight("merged").read()
     assert max(asked) == 15 * 64 <= 1000
     assert sum(asked) == 2 * 3 * 5000 * 64 == sum(counted) // 4, "twice every model: angles, then the sum"
@@ -157,12 +157,12 @@ BAD = {
 def test_what_is_refused(case: str) -> None:
     args, options, words = BAD[case]
     with pytest.raises(MergeError, match=words):
-        Recipe.of(*args, **options)  # type: ignore[arg-type]
+        Average.of(*args, **options)  # type: ignore[arg-type]
 
 
 def test_a_start_that_lacks_or_is_not_read() -> None:
     weights = {"w": Weight.of(torch.ones(2))}
     with pytest.raises(MergeError, match="give --start MODEL"):
-        merge_weights(Recipe.of("warp", 2), [weights, weights])
+        merge_weights(Average.of("warp", 2), [weights, weights])
     with pytest.raises(MergeError, match="reads no --start"):
-        merge_weights(Recipe.of("mean", 2), [weights, weights], weights)
+        merge_weights(Average.of("mean", 2), [weights, weights], weights)

@@ -15,7 +15,7 @@ from tests.conftest import Cli
 from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.errors import ArtifactError, CheckpointError, MergeError, RangeError
 from transom.graphs.weight import Weight
-from transom.training.averaging import METHODS, Recipe
+from transom.training.averaging import METHODS, Average
 from transom.training.merge import REPORT, load_alike, merge_models
 from transom.training.quantize import quantize_model
 from transom.zoo.architecture import Architecture
@@ -79,10 +79,10 @@ def expected(method: str, numbers: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_family_merges_as_plain_torch_does(family: Sources, method: str, tmp_path: Path) -> None:
-    recipe = Recipe.of(method, 2 if method == "ema" else 3)
+    average = Average.of(method, 2 if method == "ema" else 3)
     start, *ends = load_alike([str(path) for path in family])
-    ends = ends[: len(recipe.shares)]
-    merged = merge_models(ends, recipe, out=tmp_path / "m", start=start if recipe.has_start else None)
+    ends = ends[: len(average.shares)]
+    merged = merge_models(ends, average, out=tmp_path / "m", start=start if average.has_start else None)
     again = load(tmp_path / "m", images=True)
     assert dataclasses.replace(again.config, name="") == dataclasses.replace(start.config, name="")
     for name, weight in again.weights.items():
@@ -93,8 +93,8 @@ def test_every_family_merges_as_plain_torch_does(family: Sources, method: str, t
     assert report == merged.report and report["method"] == method
     assert [entry["source"] for entry in report["sources"]] == [model.source for model in ends]
     assert all(entry["revision"].startswith("headers-sha256:") for entry in report["sources"])
-    assert (report["start"] is None) != recipe.has_start
-    assert set(report["angles_degrees"]) == (set(start.weights) if recipe.has_angles else set())
+    assert (report["start"] is None) != average.has_start
+    assert set(report["angles_degrees"]) == (set(start.weights) if average.has_angles else set())
 
 
 def test_a_merge_runs_and_keeps_what_stands_beside_the_first(sources: Sources, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_merge_runs_and_keeps_what_stands_beside_the_first(sources: Sources, t
     vocabulary = first.tokenizer and first.tokenizer.vocabulary
     assert vocabulary and second.tokenizer is None, "one tokenizer is enough"
     first = dataclasses.replace(first, generation=dataclasses.replace(first.generation, sampling={"do_sample": False}))
-    merge_models([first, second], Recipe.of("mean", 2), out=tmp_path / "m")
+    merge_models([first, second], Average.of("mean", 2), out=tmp_path / "m")
     again = load(tmp_path / "m")
     assert again.generation.sampling == {"do_sample": False} and again.tokenizer is not None
     assert again.tokenizer.vocabulary == vocabulary
@@ -115,7 +115,7 @@ def test_a_merge_runs_and_keeps_what_stands_beside_the_first(sources: Sources, t
 def test_dtypes(dtype: str | None, tmp_path: Path) -> None:
     half = write_sources("gemma3-tiny", tmp_path, torch.bfloat16)
     start, a, b, _ = load_alike([str(path) for path in half])
-    merged = merge_models([a, b], Recipe.of("warp", 2), start=start, out=tmp_path / "m", dtype=dtype)
+    merged = merge_models([a, b], Average.of("warp", 2), start=start, out=tmp_path / "m", dtype=dtype)
     assert merged.report["dtypes"] == [dtype or "bfloat16"]
     name = "layers.1.mlp.up_proj.weight"
     wanted = expected("warp", [model.weights[name].read() for model in (start, a, b)])
@@ -126,14 +126,14 @@ def test_dtypes(dtype: str | None, tmp_path: Path) -> None:
 def test_of_two_dtypes_the_widest(sources: Sources, tmp_path: Path) -> None:
     halves = write_sources("gemma3-tiny", tmp_path, torch.bfloat16)
     a, b = load_alike([str(halves[1]), str(sources[2])])
-    assert merge_models([a, b], Recipe.of("mean", 2), out=tmp_path / "m").report["dtypes"] == ["float32"]
+    assert merge_models([a, b], Average.of("mean", 2), out=tmp_path / "m").report["dtypes"] == ["float32"]
 
 
 def test_progress_counts_every_byte_that_is_read(sources: Sources, tmp_path: Path) -> None:
     start, a, b, _ = load_alike([str(path) for path in sources])
     told: list[tuple[str, int, int]] = []
-    recipe = Recipe.of("warp", 2)
-    merge_models([a, b], recipe, start=start, out=tmp_path / "m", on_progress=lambda *args: told.append(args))
+    average = Average.of("warp", 2)
+    merge_models([a, b], average, start=start, out=tmp_path / "m", on_progress=lambda *args: told.append(args))
     total = 2 * 3 * sum(weight.bytes for weight in start.weights.values())
     assert told[-1] == ("merge", total, total) and [done for _, done, _ in told] == sorted(done for _, done, _ in told)
 
@@ -141,7 +141,7 @@ def test_progress_counts_every_byte_that_is_read(sources: Sources, tmp_path: Pat
 def test_what_no_training_moved_is_kept_and_told(sources: Sources, tmp_path: Path) -> None:
     start, a, b, _ = load_alike([str(path) for path in sources])
     frozen = [with_weights(model, {"norm.weight": start.weights["norm.weight"]}) for model in (a, b)]
-    merged = merge_models(frozen, Recipe.of("slerp", 2), start=start, out=tmp_path / "m")
+    merged = merge_models(frozen, Average.of("slerp", 2), start=start, out=tmp_path / "m")
     assert merged.report["angles_degrees"]["norm.weight"] == [None] and merged.straight == 1
     again = load(tmp_path / "m").weights["norm.weight"].read()
     assert torch.equal(again, start.weights["norm.weight"].read())
@@ -151,11 +151,11 @@ def test_what_no_training_moved_is_kept_and_told(sources: Sources, tmp_path: Pat
 
 def test_models_that_differ(sources: Sources, tiny: Model, tmp_path: Path) -> None:
     a, b = load_alike([str(path) for path in sources[1:3]])
-    recipe = Recipe.of("mean", 2)
+    average = Average.of("mean", 2)
 
     def refused(other: Model, words: str) -> None:
         with pytest.raises(MergeError, match=words):
-            merge_models([a, other], recipe, out=tmp_path / "m")
+            merge_models([a, other], average, out=tmp_path / "m")
 
     refused(load("llama3-tiny"), "the family is Gemma3Config here and Llama3Config there")
     refused(dataclasses.replace(b, config=dataclasses.replace(b.config, context=77)), "context is .* here and 77 there")
@@ -182,7 +182,7 @@ def test_codes_do_not_average(sources: Sources, tiny: Model, tmp_path: Path) -> 
     plain = [
         str(write_gguf(tmp_path / f"{seed}.gguf", config, random_weights(config, seed), types={})) for seed in (1, 2)
     ]
-    merge_models(load_alike(plain), Recipe.of("mean", 2), out=tmp_path / "m")
+    merge_models(load_alike(plain), Average.of("mean", 2), out=tmp_path / "m")
     assert load(tmp_path / "m").weights.keys() == load(plain[0]).weights.keys()
 
 
@@ -193,10 +193,10 @@ def test_numbers_that_are_none(sources: Sources, tmp_path: Path) -> None:
     spoilt[17, 3] = torch.nan
     bad = with_weights(b, {name: dataclasses.replace(Weight.of(spoilt), origin=f"b: {name}").refuse_nonfinite()})
     with pytest.raises(CheckpointError, match=f"b: {name} holds numbers that are not finite in row 17"):
-        merge_models([a, bad], Recipe.of("mean", 2), out=tmp_path / "m")
+        merge_models([a, bad], Average.of("mean", 2), out=tmp_path / "m")
     large = with_weights(b, {name: Weight.of(spoilt.nan_to_num(3e5))})
     with pytest.raises(RangeError, match=f"the merged {name} reaches .* in row 17, of which float16"):
-        merge_models([a, large], Recipe.of("mean", 2), out=tmp_path / "m", dtype="float16")
+        merge_models([a, large], Average.of("mean", 2), out=tmp_path / "m", dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
@@ -246,11 +246,11 @@ def test_what_the_command_refuses(case: str, cli: Cli, sources: Sources, tmp_pat
 
 def test_a_source_is_not_replaced(sources: Sources, tmp_path: Path) -> None:
     a, b, _ = load_alike([str(path) for path in sources[1:]])
-    merge_models([a, b], Recipe.of("mean", 2), out=tmp_path / "m")
+    merge_models([a, b], Average.of("mean", 2), out=tmp_path / "m")
     again = load(tmp_path / "m")
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     with pytest.raises(ArtifactError, match="is the model that is read"):
-        merge_models([again, b], Recipe.of("mean", 2), out=tmp_path / "m", overwrite=True)
+        merge_models([again, b], Average.of("mean", 2), out=tmp_path / "m", overwrite=True)
     with pytest.raises(ArtifactError, match="is the model that is read"):
-        merge_models([a, b], Recipe.of("slerp", 2), start=again, out=tmp_path / "m", overwrite=True)
+        merge_models([a, b], Average.of("slerp", 2), start=again, out=tmp_path / "m", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before

@@ -51,18 +51,18 @@ def merge(
 ) -> None:
     """Average checkpoints of one model, a block of rows at a time: memory does not grow with the model."""
     from transom.backends.folder import check_absent
-    from transom.training.averaging import Recipe, check_start
+    from transom.training.averaging import Average, check_start
     from transom.training.merge import MERGED, load_alike, merge_models
 
     # What can be refused at once should not wait for the weights.
     check_absent(out, overwrite=overwrite, kind=MERGED)
-    recipe = Recipe.of(method, len(models), shares=_numbers(shares), eta=eta, mu=mu)
-    check_start(recipe, start is not None)
+    average = Average.of(method, len(models), shares=_numbers(shares), eta=eta, mu=mu)
+    check_start(average, start is not None)
     loaded = load_alike([*models, *([] if start is None else [start])])
     with stage_bars() as on_progress:
         merged = merge_models(
             loaded[: len(models)],
-            recipe,
+            average,
             out=out,
             start=None if start is None else loaded[-1],
             dtype=dtype,
