@@ -18,8 +18,8 @@ from transom.training.loop import Metrics
 from transom.zoo.model import Model, load
 
 WARP = AlignSettings.of(
-    reward="instructions", steps=3, batch=2, max_new=4, learning_rate=1e-3, rounds=2, runs=2, eta=0.4, save_every=1,
-    options={"samples": 2}, seed=1,
+    reward="instructions", steps=3, batch=4, max_new=4, learning_rate=1e-3, rounds=2, runs=2, eta=0.4, save_every=1,
+    options={"samples": 4}, seed=1,
 )  # fmt: skip
 
 
