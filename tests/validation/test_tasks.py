@@ -96,6 +96,10 @@ def test_known_answers(folders: list[Path], tasks: Path) -> None:
         # What has no value is counted, and in no mean.
         assert sum(contender.failures.values()) == 1 and "x + 1" in next(iter(contender.failures))
     assert not echo.differences
+    judged = evaluate_tasks(
+        folders[:1], tasks, Mathematics().score, settings=TaskSettings(max_new=NEW, right=False), threads=1
+    )
+    assert list(judged.contenders[0].measures) == ["reward"]
     assert eight.differences["reward"].value == -0.25 and eight.differences[WIN_RATE].value == 0.5 * 3 / 4
     with pytest.raises(EvaluationError, match=r"nothing of onnxruntime none could be scored.*broken \(5\)"):
         evaluate_tasks(folders, tasks, lambda *_: (None, "broken"), settings=TaskSettings(max_new=NEW), threads=1)
@@ -187,7 +191,7 @@ def test_the_command(cli: Cli, folders: list[Path], tasks: Path, tmp_path: Path)
     ("options", "words"),
     [
         (("--tasks", "{tasks}"), "give --reward mathematics"),
-        (("--tasks", "{tasks}", "--reward", "preference"), "needs a trained model"),
+        (("--tasks", "{tasks}", "--reward", "preference"), "model"),
         (("--tasks", "{tasks}", "--reward", "luck"), "no reward 'luck'"),
         (("--tasks", "{tasks}", "--reward", "mathematics", "--samples", 2), "all the same"),
         (("--tasks", "{tasks}", "--reward", "mathematics", "--max-new", 999), "do not fit into the context"),

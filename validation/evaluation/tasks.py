@@ -55,6 +55,7 @@ class TaskSettings:
         temperature: Of sampling; 0 takes the likeliest token.
         max_new: Most tokens of a continuation.
         chat: Whether prompts are what a user says, in the model's chat template.
+        right: Whether a reward of 1 means a right answer; a preference model's means nothing of the kind.
         seed: Of the draws and of the bootstrap.
 
     Raises:
@@ -65,6 +66,7 @@ class TaskSettings:
     temperature: float = 0.0
     max_new: int = MAX_NEW
     chat: bool = False
+    right: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -253,10 +255,10 @@ def _measures(values: NDArray[np.float64], settings: TaskSettings) -> dict[str, 
     counted = (~np.isnan(values)).sum(1)
     passed = (values == 1).sum(1)
     some = np.maximum(counted, 1)
-    scores = {
-        "reward": np.where(counted > 0, np.nansum(values, 1) / some, np.nan),
-        "exact match": np.where(counted > 0, passed / some, np.nan),
-    }
+    scores = {"reward": np.where(counted > 0, np.nansum(values, 1) / some, np.nan)}
+    if not settings.right:
+        return scores
+    scores["exact match"] = np.where(counted > 0, passed / some, np.nan)
     for k in settings.tries:
         scores[f"pass@{k}"] = np.array(
             [pass_at_k(int(n), int(c), k) if n >= k else np.nan for n, c in zip(counted, passed, strict=True)]

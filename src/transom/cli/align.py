@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Json, Model, Weights, console, load_model, print_json
+from transom.cli.options import Json, Model, RewardOption, Weights, console, load_model, named, print_json
 from transom.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def align(
     reward: Annotated[
         str | None, typer.Option(help="mathematics, code, instructions or preference; none for sft.")
     ] = None,
-    reward_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="What the reward takes, such as model=DIR for preference."),
-    ] = None,
+    reward_option: RewardOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the optimiser, of each run.", min=1, show_default="500")
     ] = None,
@@ -109,7 +106,7 @@ def align(
         "objective": objective,
         "options": _numbers(option) if option else None,
         "reward": reward,
-        "reward_options": dict(map(_named, reward_option)) if reward_option else None,
+        "reward_options": named(reward_option) if reward_option else None,
         "steps": steps,
         "batch": batch,
         "max_new": max_new,
@@ -164,10 +161,3 @@ def _numbers(options: list[str]) -> dict[str, float]:
         except ValueError:
             raise TrainingError(f"--option takes NAME=NUMBER, not {option!r}") from None
     return numbers
-
-
-def _named(option: str) -> tuple[str, str]:
-    name, equals, value = option.partition("=")
-    if not name or not equals:
-        raise TrainingError(f"--reward-option takes NAME=VALUE, not {option!r}")
-    return name, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Threads, Weights, check_outputs, check_weights, console, print_json, size
+from transom.cli.options import (
+    RewardOption,
+    Threads,
+    Weights,
+    check_outputs,
+    check_weights,
+    console,
+    named,
+    print_json,
+    size,
+)
 from transom.cli.run import PanAndScanName, PanAndScanOption
 from transom.errors import ConfigError, RewardError
 from transom.images.pan_and_scan import SETTINGS
@@ -33,7 +44,7 @@ WIDE = 140
 
 EVERYWHERE = frozenset(("model_or_dirs", "seed", "threads", "json_file", "html"))
 OF_PAIRS = frozenset(("pairs", "pan_and_scan"))
-OF_TASKS = frozenset(("tasks", "reward", "samples", "temperature", "max_new", "chat", "start"))
+OF_TASKS = frozenset(("tasks", "reward", "reward_option", "samples", "temperature", "max_new", "chat", "start"))
 
 
 def register(app: typer.Typer) -> None:
@@ -82,7 +93,10 @@ def evaluate(
     ] = None,
     weights: Weights = "checkpoint",
     seed: Annotated[int, typer.Option(help="Of random weights; else of draws and intervals.", min=0)] = 0,
-    reward: Annotated[str | None, typer.Option(help="What judges --tasks: mathematics, code or instructions.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="What judges --tasks: mathematics, code, instructions or preference.")
+    ] = None,
+    reward_option: RewardOption = None,
     samples: Annotated[int, typer.Option(help="Continuations of each prompt.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="Of --tasks; 0 takes the likeliest token.", min=0)] = 0.0,
     max_new: Annotated[int, typer.Option(help="Most tokens of a continuation.", min=1)] = 256,
@@ -123,11 +137,18 @@ def evaluate(
             else:
                 from transom.validation.evaluation.tasks import TaskSettings, evaluate_tasks
 
-                settings = TaskSettings(samples=samples, temperature=temperature, max_new=max_new, chat=chat, seed=seed)
+                settings = TaskSettings(
+                    samples=samples,
+                    temperature=temperature,
+                    max_new=max_new,
+                    chat=chat,
+                    right=reward != "preference",
+                    seed=seed,
+                )
                 contest = evaluate_tasks(
                     model_or_dirs,
                     path,
-                    _judge(reward),
+                    _judge(reward, reward_option or ()),
                     settings=settings,
                     start=start,
                     threads=threads,
@@ -192,16 +213,14 @@ def _check_given(call: typer.Context, **files: Path | None) -> None:
             raise ConfigError(f"{parameter.opts[0]} does nothing beside --{kind}: leave it out")
 
 
-def _judge(name: str | None) -> Reward:
+def _judge(name: str | None, options: Sequence[str]) -> Reward:
     from transom.training.rewards.reward import reward
 
-    if name is None or name == "preference":
+    if name is None:
         raise RewardError(
-            "what judges the continuations is not said: give --reward mathematics, code or instructions"
-            if name is None
-            else "preference needs a trained model: call evaluate_tasks from Python, or choose another --reward"
+            "what judges the continuations is not said: give --reward mathematics, code, instructions or preference"
         )
-    return reward(name).score
+    return reward(name, **named(options)).score
 
 
 def _write_contest(contest: Contest, json_file: Path | None, html: Path | None) -> None:

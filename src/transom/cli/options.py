@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from transom.cli.streams import StreamConsole
-from transom.errors import ArtifactError, CheckpointError
+from transom.errors import ArtifactError, CheckpointError, RewardError
 
 console = StreamConsole(emoji=False)
 progress_console = StreamConsole(stderr=True, emoji=False)
@@ -22,6 +22,10 @@ Model = Annotated[
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An exported artifact.")]
 Weights = Annotated[str, typer.Option(help='"checkpoint", or "random" to need none.')]
 Seed = Annotated[int, typer.Option(help="Seed of random weights.", min=0)]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="What the reward takes, such as model=DIR for preference."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Mmproj = Annotated[
     Path | None,
@@ -85,6 +89,18 @@ def check_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> No
             raise ArtifactError(f"cannot write {path}: name a file in a folder that exists")
         if path.is_file() or not path.exists():
             check_writable(Path(place).parent)
+
+
+def named(options: Sequence[str]) -> dict[str, str]:
+    """Values by name, of options that are each NAME=VALUE.
+
+    Raises:
+        RewardError: If one is not.
+    """
+    for option in options:
+        if not all(option.partition("=")[:2]):
+            raise RewardError(f"--reward-option takes NAME=VALUE, not {option!r}")
+    return {name: value for name, _, value in (option.partition("=") for option in options)}
 
 
 def print_json(data: Any) -> None:
