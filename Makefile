@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# More for the benchmark, such as BENCH="--rounds 3".
+# More for a benchmark, such as BENCH="--rounds 3".
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-large validate lint bench clean install
+.PHONY: help demo test test-large validate lint bench ablation clean install
 
 help:
 	@echo "make demo    install, compile the real Gemma 3 270M, check it against the reference, generate text"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-large  models up to 27B through the TPU's compiler (a quarter of an hour)"
 	@echo "make lint    formatting, types, import contracts"
 	@echo "make bench   speed and quality beside llama.cpp and transformers (builds llama.cpp: minutes)"
+	@echo "make ablation  every alignment method on one small task, run for run (half an hour on two cores)"
 	@echo "make clean   remove the environment and everything that was made"
 
 $(BIN)/python:
@@ -52,6 +53,9 @@ lint: $(VENV)/.dev-installed
 
 bench: $(VENV)/.bench-installed
 	$(BIN)/python -m benchmarks.run --out benchmarks/results $(BENCH)
+
+ablation: $(VENV)/.plots-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ablation --jobs 2 --out benchmarks/results $(BENCH)
 
 clean:
 	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

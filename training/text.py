@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -46,8 +47,10 @@ def index_at(place: int, count: int, seed: int) -> int:
     return int(order(count, seed + epoch)[offset])
 
 
+# A step asks for the same order once for each of its sequences.
+@functools.lru_cache(maxsize=4)
 def order(count: int, seed: int) -> torch.Tensor:
-    """The numbers below `count` in an order that the seed alone decides."""
+    """The numbers below `count` in an order that the seed alone decides; all callers get one tensor."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 

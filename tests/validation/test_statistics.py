@@ -14,6 +14,7 @@ from transom.validation.evaluation import statistics
 from transom.validation.evaluation.statistics import (
     estimate_difference,
     estimate_mean,
+    estimate_runs,
     pass_at_k,
     passes_at_k,
     win_rate,
@@ -49,6 +50,20 @@ def test_the_interval_is_that_of_a_normal_distribution() -> None:
     assert (estimate.high - estimate.low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.03)
     wider = estimate_mean(scores, level=0.99)
     assert wider.low < estimate.low < estimate.high < wider.high
+
+
+def test_runs_and_prompts_both_count() -> None:
+    """Effects of runs and of prompts, whose variances the hand adds; one run alone is as `estimate_mean` says."""
+    draw = np.random.default_rng(2)
+    runs, prompts = draw.normal(0, 0.3, 40), draw.normal(0, 1.0, 500)
+    estimate = estimate_runs(runs[:, None] + prompts, resamples=4000)
+    error = math.sqrt(runs.var() / 40 + prompts.var() / 500)
+    assert estimate.value == pytest.approx(runs.mean() + prompts.mean()) and estimate.prompts == 500
+    assert (estimate.high - estimate.low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.05)
+    alone, plain = estimate_runs(prompts[None], resamples=4000), estimate_mean(prompts, resamples=4000)
+    assert (alone.low, alone.high) == pytest.approx((plain.low, plain.high), abs=0.01)
+    with pytest.raises(EvaluationError, match="a row a run"):
+        estimate_runs(prompts)
 
 
 def test_pairs_leave_out_how_hard_a_prompt_is() -> None:

@@ -61,8 +61,7 @@ def estimate_mean(scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLE
         EvaluationError: If there is no prompt, a score is not finite, or a setting is out of range.
     """
     scores_P = _vector(scores, "scores")
-    if resamples < 1 or not 0.0 < level < 1.0:
-        raise EvaluationError(f"{resamples} draws at the level {level}: give at least one, and a level between 0 and 1")
+    _check(resamples, level)
     draw, count = np.random.default_rng(seed), len(scores_P)
     means_R = np.empty(resamples)
     step = max(1, _DRAWN // count)
@@ -71,6 +70,39 @@ def estimate_mean(scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLE
         means_R[start : start + len(drawn_RP)] = scores_P[drawn_RP].mean(1)
     low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value=float(scores_P.mean()), low=float(low), high=float(high), prompts=count)
+
+
+def estimate_runs(scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
+    """The mean of a score that every one of a few runs has on the same prompts, with its interval.
+
+    Runs and prompts are drawn anew, each for itself: another training run and other prompts would both have given
+    another mean. With few runs the interval is too narrow, and with a single one it is of the prompts alone.
+
+    Args:
+        scores: [S, P] a number a run and prompt.
+        seed: See `estimate_mean`.
+        resamples: See `estimate_mean`.
+        level: See `estimate_mean`.
+
+    Raises:
+        EvaluationError: As `estimate_mean`, and if the scores are no table.
+    """
+    scores_SP = np.asarray(scores, np.float64)
+    if scores_SP.ndim != 2:
+        raise EvaluationError(f"scores of shape {list(scores_SP.shape)}: give a row a run and a column a prompt")
+    _vector(scores_SP.ravel(), "scores")
+    _check(resamples, level)
+    draw, (runs, count) = np.random.default_rng(seed), scores_SP.shape
+    means_R = np.empty(resamples)
+    step = max(1, _DRAWN // scores_SP.size)
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        # The mean over drawn runs, prompt by prompt, and of that the mean over drawn prompts.
+        means_RP = scores_SP[draw.integers(0, runs, (size, runs))].mean(1) if runs > 1 else scores_SP.repeat(size, 0)
+        drawn_RP = draw.integers(0, count, (size, count))
+        means_R[start : start + size] = np.take_along_axis(means_RP, drawn_RP, 1).mean(1)
+    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value=float(scores_SP.mean()), low=float(low), high=float(high), prompts=count)
 
 
 def estimate_difference(
@@ -141,6 +173,11 @@ def passes_at_k(samples: Sequence[int], passed: Sequence[int], k: int) -> NDArra
     if len(samples) != len(passed):
         raise EvaluationError(f"{len(samples)} prompts were sampled and {len(passed)} judged: give both of each")
     return np.array([pass_at_k(n, c, k) for n, c in zip(samples, passed, strict=True)])
+
+
+def _check(resamples: int, level: float) -> None:
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise EvaluationError(f"{resamples} draws at the level {level}: give at least one, and a level between 0 and 1")
 
 
 def _vector(scores: ArrayLike, what: str) -> NDArray[np.float64]:

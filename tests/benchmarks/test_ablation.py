@@ -1,0 +1,127 @@
+"""`benchmarks.ablation`: its problems, a run in miniature that is not run twice, and the report of a few runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import ablation
+from benchmarks.ablation import ANSWER, CONTENDERS, PROMPT, Cell, Study
+from transom.training.policy import Policy
+
+MINIATURE = Study(
+    splits={"base": 60, "prompts": 40, "tuning": 20, "unseen": 30},
+    answers=2, base_steps=4, steps=2, tuning_steps=2, samples=12, rates=(1e-3, 1e-2), every=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a base model, and the runs of two methods with two seeds of one and one of the other."""
+    path = tmp_path_factory.mktemp("ablation")
+    ablation.trained_base(MINIATURE, path)
+    for name, seeds in (("J-BOND", 2), ("SFT", 1)):
+        for cell in ablation.tuning_cells(name, MINIATURE):
+            ablation.run(cell, MINIATURE, path)
+        for cell in ablation.cells(name, MINIATURE, path, seeds):
+            ablation.run(cell, MINIATURE, path)
+    return path
+
+
+def test_no_problem_is_in_two_splits() -> None:
+    splits = ablation.split(Study())
+    assert {name: len(prompts) for name, prompts in splits.items()} == Study().splits
+    texts = [prompt.text for prompts in splits.values() for prompt in prompts]
+    assert len(set(texts)) == len(texts) == 20_000
+    with pytest.raises(ValueError, match="only 20,000"):
+        ablation.split(dataclasses.replace(Study(), splits={"base": 20_001}))
+
+
+def test_answers_are_right_and_fit() -> None:
+    prompts = ablation.problems()
+    for prompt in random.Random(0).sample(prompts, 500):
+        assert prompt.reference["answer"] == str(eval(prompt.text.removesuffix("=")))
+        assert len(prompt.ids) == PROMPT and ablation.decode(prompt.ids).strip() == prompt.text
+    assert max(len(ablation.answer_ids(prompt.reference["answer"])) for prompt in prompts) == ANSWER
+    assert ablation.untrained().config.longest_window == PROMPT < PROMPT + ANSWER
+    assert ablation.exact(prompts[:2], ["0", "0"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer", [0, 7, -99, 11, 198, 100])
+def test_slips_are_wrong(answer: int) -> None:
+    draw = random.Random(0)
+    slips = {ablation.slip(answer, draw) for _ in range(200)}
+    assert answer not in slips and len(slips) > 2 and max(len(str(wrong)) for wrong in slips) < ANSWER
+
+
+def test_every_method_gets_as_many_samples() -> None:
+    for contender in CONTENDERS.values():
+        assert contender.method is None or Study().samples % (contender.method.own + contender.method.anchored) == 0
+
+
+def test_runs_of_other_numbers_are_kept_apart() -> None:
+    """A rate more leaves what was run."""
+    study = Study()
+    assert dataclasses.replace(study, steps=159).digest != study.digest
+    assert dataclasses.replace(study, rates=(1e-2,)).digest == study.digest
+
+
+def test_a_run_is_not_run_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell(contender="J-BOND", rate=1e-2, seed=5, tuning=False)
+    first = ablation.run(cell, MINIATURE, folder)
+    assert [point["step"] for point in first["points"]] == [1, 2]
+    assert all(len(point[key]) == 30 for point in first["points"] for key in ("sampled", "greedy", "kl"))
+    assert first["points"][0]["seconds"] < first["points"][1]["seconds"]
+    monkeypatch.setattr(ablation, "Loop", None)
+    assert ablation.run(cell, MINIATURE, folder) == first
+    cell.path(folder).unlink()
+    with pytest.raises(TypeError):
+        ablation.run(cell, MINIATURE, folder)
+
+
+def test_what_is_measured(folder: Path) -> None:
+    """A model is no distance from itself; another is further the more it differs, and exact match is of its answers."""
+    base = ablation.trained_base(MINIATURE, folder)
+    start, policy, prompts = Policy(base), Policy(base), ablation.split(MINIATURE)["unseen"]
+    assert set(ablation.measure(policy, start, prompts, 2)["kl"]) == {0.0}
+    with torch.no_grad():
+        for weight in policy.weights.values():
+            weight.mul_(1.5)
+    figures = ablation.measure(policy, start, prompts, 8)
+    assert np.mean(figures["kl"]) > 0.01 and set(figures["greedy"]) <= {0.0, 1.0}
+
+
+def test_equal_time_lies_between_measurements() -> None:
+    points = [{"seconds": 2.0, "sampled": [0.5, 1.0]}, {"seconds": 4.0, "sampled": [1.0, 1.0]}]
+    for seconds, expected in ((1.0, [0.25, 0.5]), (2.0, [0.5, 1.0]), (3.0, [0.75, 1.0]), (9.0, [1.0, 1.0])):
+        assert ablation.sampled_at(seconds, points, [0.0, 0.0]).tolist() == expected
+
+
+def test_the_report_says_what_there_is(folder: Path, tmp_path: Path) -> None:
+    start = {key: [0.5] * 30 for key in ("sampled", "greedy", "kl")}
+    rows = ablation.rows(MINIATURE, folder, 2, start["sampled"])
+    assert {row.contender: len(row.seen) for row in rows} == {"SFT": 1, "J-BOND": 2}
+    ablation.report(MINIATURE, rows, start, tmp_path)
+    text, result = (tmp_path / "ablation.md").read_text(), json.loads((tmp_path / "ablation.json").read_text())
+    assert "| J-BOND | 2 |" in text and "| SFT | 1 |" in text and "no order can be told" in text
+    assert "Not run: best of 4, " in text and "J-BOND + WARM" in text
+    (row,) = (row for row in result["rows"] if row["contender"] == "J-BOND")
+    runs = [ablation.run(cell, MINIATURE, folder) for cell in ablation.cells("J-BOND", MINIATURE, folder, 2)]
+    assert row["greedy"]["value"] == pytest.approx(np.mean([run["points"][-1]["greedy"] for run in runs]))
+    assert row["rate"] == ablation.best_rate("J-BOND", MINIATURE, folder)
+
+
+def test_a_tie_is_called_one() -> None:
+    rows = [{"contender": name, "seeds": 5} for name in ("best", "near", "far")]
+    below = {
+        "near": {"value": -0.01, "low": -0.03, "high": 0.01},
+        "far": {"value": -0.2, "low": -0.25, "high": -0.15},
+    }
+    lines = ablation._verdict(rows, below)
+    assert lines[-2:] == ["- near: -0.010 (-0.030 to 0.010): a tie.", "- far: -0.200 (-0.250 to -0.150)."]
