@@ -105,11 +105,12 @@ def distill(
             shards=shards,
         )
         if samples is not None and master is not None:
-            samples.draw(
-                master.hidden,
-                master.head_of(pupil),
-                lambda done, total: shards.is_first and on_progress("draw samples of the teacher", done, total),
-            )
+
+            def on_drawn(done: int, total: int) -> None:
+                if shards.is_first:
+                    on_progress("draw samples of the teacher", done, total)
+
+            samples.draw(master.hidden, master.head_of(pupil), on_drawn)
         objective = Distillation(pupil, master, settings, sequences, replay_NT=replayed, samples=samples)
         loop = Loop(objective, settings.loop, state=state, saved=saved, on_step=on_step)
         losses = [metrics["loss"] for metrics in loop.run()]

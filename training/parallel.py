@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from transom.backends.folder import Kind, new_folder
 from transom.errors import TrainingError
@@ -95,12 +97,15 @@ class Shards:
         Raises:
             OSError: If it is damaged, or missing.
         """
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        with _as_os_errors():
-            entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-            tensors = {name: self._empty(entry.size, entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
-            dcp.load(dict(tensors), checkpoint_id=folder, no_dist=self.count == 1)
+        with _as_os_errors(), warnings.catch_warnings():
+            # That one process reads alone is what is wanted.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            entries: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+            tensors = {name: self._empty(entry.size, entry.properties.dtype) for name, entry in entries.items()}
+            load(dict(tensors), checkpoint_id=folder, no_dist=self.count == 1)
         return tensors
 
     def _empty(self, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +124,7 @@ class Processes(Shards):
 
     def __init__(self, device: str) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._mesh = dist.init_device_mesh(device, (self.count,))
+        self._mesh = init_device_mesh(device, (self.count,))
 
     def share(self, places: range) -> range:
         return places[self.rank :: self.count]
@@ -191,10 +196,10 @@ class Processes(Shards):
         dist.barrier()
 
     def save(self, tensors: Tensors, folder: Path) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         with _as_os_errors():
-            dcp.save(dict(tensors), checkpoint_id=folder)
+            save(dict(tensors), checkpoint_id=folder)
 
     def _empty(self, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         from torch.distributed.tensor import empty
