@@ -291,9 +291,7 @@ def processes(device: str) -> Iterator[Shards]:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        raise TrainingError(
-            f"another process of the run has ended, or does not answer ({_line(error)}): see what it told"
-        ) from error
+        raise TrainingError("another process of the run has ended, or does not answer: see what it told") from error
     finally:
         if own:
             dist.destroy_process_group()

@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 
 from tests.tolerances import PARALLEL_LOSSES, PARALLEL_WEIGHTS
 from tests.training.parallel_runs import FULL, begin, models, results
+from tests.training.test_loop import SETTINGS, Regression
+from transom.errors import TrainingError
 from transom.training.distill import distill
+from transom.training.loop import Loop
+from transom.training.parallel import processes
 from transom.zoo.model import load
 
 WAIT = 240
@@ -148,6 +152,18 @@ def test_an_error_of_one_ends_all(folder: Path, two: list[dict[str, Any]]) -> No
     assert sorted(path.name for path in (folder / "two").iterdir() if path.name[0] != ".") == [
         "drawn", "full", "gradients", "samples", "sft",
     ]  # fmt: skip
+
+
+def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds of training that are not spread, devices that have no group, and no torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="runs in one process: start it without torchrun"):
+        Loop(Regression(), SETTINGS)
+    with pytest.raises(TrainingError, match="not 'xla': start one process"), processes("xla"):
+        pass
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(TrainingError, match="start them with torchrun"), processes("cpu"):
+        pass
 
 
 @pytest.mark.slow
