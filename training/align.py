@@ -229,8 +229,8 @@ def align(
     check_apart(out, model)
     prompts = read_prompts(model, data, max_new=settings.max_new, chat=settings.chat)
     with processes(settings.device) as shards, shards.new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
-        if shards.count > 1 and (settings.objective != SFT or settings.rounds):
-            raise TrainingError("several processes align by sft alone, and in one run: start one process")
+        if shards.count > 1 and settings.objective != SFT:
+            raise TrainingError(f"several processes align by sft alone, not by {settings.objective}: start one")
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         head = build_empty(model.config).head_weight
 
