@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from transom.backends.folder import new_folder
 from transom.errors import RewardError, TrainingError
 from transom.training.averaging import ETA, MU
 from transom.training.checkpoint import RECIPE, TRAINED, check_apart, write_trained
 from transom.training.loop import Loop, LoopSettings, Objective, OnStep
 from transom.training.objectives.alignment import Alignment, Method, Score
 from transom.training.objectives.sft import Sft, answer_ids
+from transom.training.parallel import processes
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, read_prompts
 from transom.training.rewards.reward import Reward, Sample, reward, score_many
@@ -219,7 +219,7 @@ def align(
 
     Raises:
         TrainingError: If settings or data don't fit, the device is missing, a saved state is of another run, or
-            training diverges.
+            training diverges, or another process of the run ends.
         RewardError: If the reward cannot be made, or too many continuations cannot be scored.
         TokenizerError: If the model has no tokenizer, or no chat template that is asked for.
         ContextLengthError: If a prompt leaves too little of the context.
@@ -228,7 +228,9 @@ def align(
     model = model.text()
     check_apart(out, model)
     prompts = read_prompts(model, data, max_new=settings.max_new, chat=settings.chat)
-    with new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
+    with processes(settings.device) as shards, shards.new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
+        if shards.count > 1 and settings.objective != SFT:
+            raise TrainingError(f"several processes align by sft alone, not by {settings.objective}: start one")
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         head = build_empty(model.config).head_weight
 
@@ -238,6 +240,7 @@ def align(
                 device=settings.device,
                 trained=lambda name: settings.train_table or name != head,
                 recompute=settings.recompute,
+                shards=shards,
             )
             return policy, _objective(start, policy, prompts, dataclasses.replace(settings, seed=seed))
 
@@ -249,14 +252,15 @@ def align(
             state = Runs(out, settings, model.revision, digest, total=total, on_step=on_step)
             trained, report["warp"] = warp(model, shape, state, settings.loop, lambda *start: objective(*start)[1])
             metrics = state.metrics
+            write_trained(folder, trained, report, dtype=dtype)
         else:
-            state = TrainingState(out, settings, model.revision, digest)
+            state = TrainingState(out, settings, model.revision, digest, shards)
             saved = state.load()
             policy, learned = objective(model, settings.seed)
             metrics = Loop(learned, settings.loop, state=state, saved=saved, on_step=on_step).run()
-            trained = policy.model()
-        write_trained(folder, trained, report, dtype=dtype)
-        write_recipe(settings, folder / RECIPE)
+            policy.write(lambda trained: write_trained(folder, trained, report, dtype=dtype))
+        if shards.is_first:
+            write_recipe(settings, folder / RECIPE)
         state.finish(folder)
     state.remove()
     return metrics

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from transom.backends.folder import new_folder
 from transom.errors import TokenizerError, TrainingError
 from transom.training.checkpoint import TRAINED, check_apart, write_trained
 from transom.training.loop import Loop, OnStep
 from transom.training.objectives.distillation import FULL, Distillation, DistillSettings
+from transom.training.parallel import ONE, processes
 from transom.training.policy import Policy
 from transom.training.state import TrainingState, digest
 from transom.training.teacher_samples import TeacherSamples
@@ -55,7 +55,7 @@ def distill(
 
     Raises:
         TrainingError: If settings don't go together, the vocabularies differ, the device is missing, a saved state or
-            samples are of another run, or training diverges.
+            samples are of another run, training diverges, or another process of the run ends.
         TokenizerError: If a text cannot be read or is too short.
         ArtifactError: If `out` exists or cannot be written.
     """
@@ -67,14 +67,18 @@ def distill(
     check_vocabulary(student, teacher)
     for model in (student, teacher):
         check_apart(out, model)
-    with new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
+    with processes(settings.device) as shards, shards.new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
+        if shards.count > 1 and settings.online:
+            raise TrainingError("several processes draw no samples of the student: leave out --online, or start one")
         sequences = read_sequences(student, text, settings.length)
         replayed = None if replay is None else read_sequences(student, replay, settings.length)
         data = digest(sequences) if replayed is None else digest(torch.cat((sequences, replayed)))
-        state = TrainingState(out, settings, f"{student.revision} {teacher.revision}", data)
+        state = TrainingState(out, settings, f"{student.revision} {teacher.revision}", data, shards)
         saved = state.load()
         samples = None
         if teacher_samples is not None:
+            if not shards.is_first:
+                shards.wait()
             samples = TeacherSamples(
                 teacher_samples,
                 teacher=teacher.revision,
@@ -83,22 +87,30 @@ def distill(
                 count=settings.samples,
                 seed=settings.seed,
             )
+            if shards.is_first:
+                shards.wait()
         master = None
         if samples is None or samples.missing or settings.online or replayed is not None:
-            master = Policy(teacher, device=settings.device, trained=lambda name: False)
+            # Where one process may need the teacher while another reads samples, they cannot gather it together.
+            alone = samples is not None and replayed is not None
+            master = Policy(
+                teacher, device=settings.device, trained=lambda name: False, shards=ONE if alone else shards
+            )
         head = build_empty(student.config).head_weight
         pupil = Policy(
             student,
             device=settings.device,
             trained=lambda name: settings.train_table or name != head,
             recompute=settings.recompute,
+            shards=shards,
         )
         if samples is not None and master is not None:
-            samples.draw(
-                master.hidden,
-                master.head_of(pupil),
-                lambda done, total: on_progress("draw samples of the teacher", done, total),
-            )
+
+            def on_drawn(done: int, total: int) -> None:
+                if shards.is_first:
+                    on_progress("draw samples of the teacher", done, total)
+
+            samples.draw(master.hidden, master.head_of(pupil), on_drawn)
         objective = Distillation(pupil, master, settings, sequences, replay_NT=replayed, samples=samples)
         loop = Loop(objective, settings.loop, state=state, saved=saved, on_step=on_step)
         losses = [metrics["loss"] for metrics in loop.run()]
@@ -108,7 +120,7 @@ def distill(
             "source": student.source,
             "teacher": teacher.source,
         }
-        write_trained(folder, pupil.model(), report, dtype=dtype)
+        pupil.write(lambda model: write_trained(folder, model, report, dtype=dtype))
         state.finish(folder)
     state.remove()
     return losses

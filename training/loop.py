@@ -17,10 +17,14 @@ from typing import Any
 import torch
 
 from transom.errors import TrainingError
+from transom.training.parallel import ONE, Shards, started
 from transom.training.state import TrainingState
 
 Metrics = Mapping[str, float]
 """Of a step, by name; `loss` is one of them."""
+
+_VALUE, _STEP = "value", "step"
+"""Of a parameter's tensors in a saved state: itself, and what Adam counts. Others are Adam's moments."""
 
 OnStep = Callable[[int, int, Metrics], None]
 """Called after every step with (steps done, steps in all, its metrics)."""
@@ -45,14 +49,16 @@ class Objective(abc.ABC):
     Attributes:
         parameters: Leaf tensors that take gradients, by name.
         parts: In how many parts a step's batch goes through the model; its gradient is their mean.
+        shards: Where the parameters are, and whose parts are whose.
     """
 
     parameters: Mapping[str, torch.Tensor]
     parts: int = 1
+    shards: Shards = ONE
 
     @abc.abstractmethod
     def losses(self, step: int) -> Iterator[Loss]:
-        """The parts of a step, counted from 0. The loop goes back through each before it takes the next."""
+        """This process's parts of a step, counted from 0. The loop goes back through each before it takes the next."""
 
     def rate(self, name: str, peak: float) -> float:
         """Highest learning rate of a parameter, where the run's is `peak`."""
@@ -110,10 +116,13 @@ class Loop:
         settings: How.
         state: Where the run is saved; None for a run that is not.
         saved: What `state.load` returned: where to go on.
-        on_step: Told of every step.
+        on_step: Told of every step, on the first process.
 
     Attributes:
-        metrics: Of every step so far.
+        metrics: Of every step so far, over all processes.
+
+    Raises:
+        TrainingError: If the objective cannot be shared by the processes that there are.
     """
 
     def __init__(
@@ -126,6 +135,14 @@ class Loop:
         on_step: OnStep = lambda done, total, metrics: None,
     ) -> None:
         self.objective, self.settings, self._state, self._on_step = objective, settings, state, on_step
+        self._shards = objective.shards
+        if started() != self._shards.count:
+            raise TrainingError("this kind of training runs in one process: start it without torchrun")
+        if objective.parts % self._shards.count:
+            raise TrainingError(
+                f"the {objective.parts} parts of a step don't go evenly into {self._shards.count} processes: choose "
+                "another number of sequences (distill: --batch) or parts (align: `parts` in a recipe)"
+            )
         self.metrics: list[Metrics] = []
         self._optimizer = torch.optim.Adam(
             [{"params": [parameter], "name": name} for name, parameter in objective.parameters.items()],
@@ -153,7 +170,8 @@ class Loop:
                 self._state.log({"step": step + 1, **metrics, "seconds": time.perf_counter() - began})
                 if (step + 1) % self.settings.save_every == 0 and step + 1 < total:
                     self._state.save(self._saved())
-            self._on_step(step + 1, total, metrics)
+            if self._shards.is_first:
+                self._on_step(step + 1, total, metrics)
         return self.metrics
 
     def _step(self, step: int) -> Metrics:
@@ -163,12 +181,14 @@ class Loop:
             group["lr"] = shape * objective.rate(group["name"], settings.learning_rate)
         self._optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
+        parts = objective.parts // self._shards.count
         for loss in objective.losses(step):
-            (loss.value / objective.parts).backward()  # type: ignore[no-untyped-call]
+            (loss.value / parts).backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": float(loss.value.detach()), **loss.metrics}.items():
-                totals[name] = totals.get(name, 0.0) + value / objective.parts
+                totals[name] = totals.get(name, 0.0) + value / parts
         gradients = [p.grad for p in objective.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._shards.whole(torch.nn.utils.get_total_norm(gradients))
+        totals = self._shards.mean(totals)
         totals["gradient_norm"] = float(norm)
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(totals[name]):
@@ -184,17 +204,27 @@ class Loop:
         return totals
 
     def _saved(self) -> dict[str, Any]:
+        tensors = {}
+        for name, parameter in self.objective.parameters.items():
+            tensors[f"{name}/{_VALUE}"] = parameter.detach()
+            # Of a parameter that never had a gradient there are no moments.
+            tensors |= {f"{name}/{key}": tensor for key, tensor in self._optimizer.state.get(parameter, {}).items()}
         return {
-            "parameters": {name: parameter.detach() for name, parameter in self.objective.parameters.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "tensors": tensors,
             "objective": self.objective.state(),
             "metrics": self.metrics,
         }
 
     def _resume(self, saved: dict[str, Any]) -> None:
+        indices = {name: index for index, name in enumerate(self.objective.parameters)}
+        moments: dict[int, dict[str, torch.Tensor]] = {index: {} for index in indices.values()}
         with torch.no_grad():
-            for name, parameter in self.objective.parameters.items():
-                parameter.copy_(saved["parameters"][name])
-        self._optimizer.load_state_dict(saved["optimizer"])
+            for key, tensor in saved["tensors"].items():
+                name, _, part = key.rpartition("/")
+                if part == _VALUE:
+                    self.objective.parameters[name].copy_(self._shards.shard(tensor))
+                else:
+                    moments[indices[name]][part] = tensor if part == _STEP else self._shards.shard(tensor)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         self.objective.resume(saved["objective"])
         self.metrics = list(saved["metrics"])

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from transom.errors import ContextLengthError
+from transom.errors import ContextLengthError, TrainingError
 from transom.graphs.weight import Weight
 from transom.training.device import device_of
 from transom.training.divergence import Head
+from transom.training.parallel import ONE, Shards
 from transom.training.quantize import score_graph
 from transom.training.stages import Stages
 from transom.zoo.architectures import build_empty
@@ -29,11 +30,15 @@ class Policy:
         model: Of any architecture of the zoo; images are left out.
         device: Where to compute: "cpu", "cuda" and so on.
         trained: Whether a weight of that name takes gradients.
-        recompute: Compute every layer again on the way back: memory for time.
+        recompute: Compute every layer again on the way back: memory for time. Several processes always do, as each
+            layer would keep its gathered weights.
+        shards: Where the weights are.
 
     Attributes:
         device: Where it computes.
-        weights: By name, float32. Optimisers change them in place, and every method sees that.
+        shards: Where the weights are.
+        weights: By name, float32; of several processes, each has its rows. Optimisers change them in place, and every
+            method sees that.
 
     Raises:
         TrainingError: If there is no such device.
@@ -46,29 +51,34 @@ class Policy:
         device: str = "cpu",
         trained: Callable[[str], bool] = lambda name: True,
         recompute: bool = False,
+        shards: Shards = ONE,
     ) -> None:
-        self._model, self.device, self._recompute = model.text(), device_of(device), recompute
+        self._model, self.device, self.shards = model.text(), device_of(device), shards
+        self._recompute = recompute or shards.count > 1
         graph = score_graph(self._model)
         self._stages = Stages(graph, device=self.device)
         # Reading gives a tensor of its own, or one that others may see: only copies are changed in place.
         self.weights = {
-            name: weight.read().float().clone().to(self.device).requires_grad_(trained(name))
+            name: shards.shard(weight.read().float().clone().to(self.device)).requires_grad_(trained(name))
             for name, weight in graph.weights.items()
         }
+        self._whole = shards.gathered(self.weights)
         self._module = build_empty(self._model.config)
-        # The module's parameters are these very tensors.
-        state = {name: tensor.detach() for name, tensor in self.weights.items()}
-        self._module.load_state_dict(state, assign=True, strict=False)
+        if shards.count == 1:
+            # The module's parameters are these very tensors.
+            state = {name: tensor.detach() for name, tensor in self.weights.items()}
+            self._module.load_state_dict(state, assign=True, strict=False)
         self._module.requires_grad_(False)
 
     @property
     def head(self) -> Head:
         """How its hidden states become logits."""
-        return Head(table=self.weights[self._module.head_weight], softcap=self._module.softcap)
+        return Head(table=self._whole[self._module.head_weight], softcap=self._module.softcap)
 
     def head_of(self, other: Policy) -> Head:
         """The head for as many tokens as another policy knows."""
-        return dataclasses.replace(self.head, table=self.head.table[: other.head.table.shape[0]])
+        head = self.head
+        return dataclasses.replace(head, table=head.table[: other.weights[other._module.head_weight].shape[0]])
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
@@ -76,8 +86,15 @@ class Policy:
         return {name: weight for name, weight in self.weights.items() if weight.requires_grad}
 
     def model(self) -> Model:
-        """The model with the weights as they are now."""
-        weights = {name: Weight.of(tensor.detach().cpu().clone()) for name, tensor in self.weights.items()}
+        """The model with the weights as they are now, copied; of several processes, each gets all."""
+        whole = {name: self.shards.whole(tensor.detach()) for name, tensor in self.weights.items()}
+        return self._with({name: Weight.of(tensor.cpu().clone()) for name, tensor in whole.items()})
+
+    def write(self, write: Callable[[Model], None]) -> None:
+        """Call a function with the model as it is now, on the first process only; it must read all that it needs."""
+        self.shards.write(self.weights, lambda weights: write(self._with(weights)))
+
+    def _with(self, weights: Mapping[str, Weight]) -> Model:
         return dataclasses.replace(self._model, weights={**self._model.weights, **weights}, quant="none")
 
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -94,7 +111,7 @@ class Policy:
                 f"sequences of {tokens_BT.shape[1]:,} tokens are longer than the context of "
                 f"{self._model.config.context:,}: give shorter ones"
             )
-        return self._stages.hidden(tokens_BT.to(self.device), self.weights, recompute=self._recompute)
+        return self._stages.hidden(tokens_BT.to(self.device), self._whole, recompute=self._recompute)
 
     def log_probs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Log p of every token but the first, given those before it: float32 [B, T - 1], in nats."""
@@ -127,7 +144,10 @@ class Policy:
 
         Raises:
             ContextLengthError: If a prompt and its continuation could be longer than the model's context.
+            TrainingError: If the weights are spread over processes.
         """
+        if self.shards.count > 1:
+            raise TrainingError("a model that is spread over processes draws no samples: train in one process")
         longest = max(map(len, prompts), default=0) + max_new
         if longest > self._model.config.context:
             raise ContextLengthError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from transom.errors import TrainingError
+from transom.training.parallel import ONE, Shards
 
 METRICS = "metrics.jsonl"
 """A line a step: its number, from 1, and its metrics."""
@@ -29,14 +31,19 @@ def digest(sequences: torch.Tensor) -> str:
 class TrainingState:
     """Two files beside the folder that the run will write: `.NAME.training` and `.NAME.metrics.jsonl`.
 
+    Several processes write tensors into a folder `.NAME.training.step-N`, each its own. Then the first one writes the
+    file, which names the folder. Any number of processes takes up either.
+
     Args:
         out: The folder.
         settings: The run's, a dataclass; a state of other settings is refused, apart from how often it is saved.
         revision: Of the model.
         data: Identity of what it learns from, such as a digest.
+        shards: Where tensors are. Only the first process writes files.
     """
 
-    def __init__(self, out: Path, settings: Any, revision: str, data: str) -> None:
+    def __init__(self, out: Path, settings: Any, revision: str, data: str, shards: Shards = ONE) -> None:
+        self._shards = shards
         parent = out.resolve().parent
         self.path, self._log = parent / f".{out.name}.training", parent / f".{out.name}.{METRICS}"
         fixed_settings = {key: value for key, value in dataclasses.asdict(settings).items() if key != "save_every"}
@@ -46,13 +53,27 @@ class TrainingState:
         """What was saved last; None if nothing was.
 
         Raises:
-            TrainingError: If it is damaged, or of a run with another model, text or settings.
+            TrainingError: If it is damaged, or of a run with another model, text or settings, or not all processes see
+                the same.
         """
+        saved = self._load()
+        self._shards.check_same(
+            (self._identity, None if saved is None else len(saved["metrics"])),
+            f"the processes don't see the same {self.path}, model or text: name folders that all of them share",
+        )
+        return saved
+
+    def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         try:
-            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            # Of several processes, each reads its rows only.
+            saved: dict[str, Any] = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=self._shards.count > 1
+            )
             identity = saved.pop("identity")
+            if identity == self._identity and isinstance(saved["tensors"], str):
+                saved["tensors"] = self._shards.load(self.path.with_name(saved["tensors"]))
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{self.path} cannot be read ({_line(error)}): remove it to begin again") from error
         if identity != self._identity:
@@ -71,12 +92,24 @@ class TrainingState:
         draft = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({**state, "identity": self._identity}, draft)
-            os.replace(draft, self.path)
+            folder = None
+            if self._shards.count > 1:
+                folder = self.path.with_name(f"{self.path.name}.step-{len(state['metrics'])}")
+                self._shards.save(state["tensors"], folder)
+                state = {**state, "tensors": folder.name}
+            if self._shards.is_first:
+                torch.save({**state, "identity": self._identity}, draft)
+                os.replace(draft, self.path)
+                self._remove_folders(but=folder)
         except (OSError, RuntimeError) as error:
             raise TrainingError(f"cannot save the state of the run to {self.path} ({_line(error)})") from error
         finally:
             draft.unlink(missing_ok=True)
+
+    def _remove_folders(self, but: Path | None = None) -> None:
+        for folder in self.path.parent.glob(f"{glob.escape(self.path.name)}.step-*"):
+            if folder != but:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def begin_log(self, metrics: Iterable[Mapping[str, float]]) -> None:
         """Write the metrics of the steps that are saved; those of later ones will come again.
@@ -95,6 +128,8 @@ class TrainingState:
         self._write("a", line)
 
     def _write(self, mode: str, *lines: Mapping[str, float]) -> None:
+        if not self._shards.is_first:
+            return
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open(mode) as file:
@@ -104,12 +139,15 @@ class TrainingState:
 
     def finish(self, folder: Path) -> None:
         """Copy the metrics into the folder that the run writes."""
-        shutil.copyfile(self._log, folder / METRICS)
+        if self._shards.is_first:
+            shutil.copyfile(self._log, folder / METRICS)
 
     def remove(self) -> None:
         """Forget it: the run is over."""
-        for path in (self.path, self._log):
-            path.unlink(missing_ok=True)
+        if self._shards.is_first:
+            for path in (self.path, self._log):
+                path.unlink(missing_ok=True)
+            self._remove_folders()
 
 
 def _line(error: Exception) -> str:

@@ -104,14 +104,14 @@ class Distillation(Objective):
         replay_NT: torch.Tensor | None = None,
         samples: TeacherSamples | None = None,
     ) -> None:
-        self.parameters, self.parts = student.parameters, settings.batch
+        self.parameters, self.parts, self.shards = student.parameters, settings.batch, student.shards
         self._student, self._teacher, self._settings = student, teacher, settings
         self._sequences, self._replay, self._samples = sequences_NT, replay_NT, samples
 
     def losses(self, step: int) -> Iterator[Loss]:
         """Mean divergence of each sequence of a step, in nats."""
         settings, seed = self._settings, self._settings.seed
-        for place in range(step * settings.batch, (step + 1) * settings.batch):
+        for place in self.shards.share(range(step * settings.batch, (step + 1) * settings.batch)):
             replayed, ahead = _turn(place, settings.replay if self._replay is not None else 0.0)
             if replayed and self._replay is not None:
                 tokens_BT = self._replay[index_at(ahead, len(self._replay), seed)][None]

@@ -58,13 +58,13 @@ class Sft(Objective):
         parts: int = 1,
         seed: int = 0,
     ) -> None:
-        self.parameters, self.parts = policy.parameters, parts
+        self.parameters, self.parts, self.shards = policy.parameters, parts, policy.shards
         self._policy, self._prompts, self._answers, self._batch, self._seed = policy, prompts, answers, batch, seed
 
     def losses(self, step: int) -> Iterator[Loss]:
         """Mean -log p of the answers' tokens in each part, in nats."""
         size = self._batch // self.parts
-        for part in range(step * self.parts, (step + 1) * self.parts):
+        for part in self.shards.share(range(step * self.parts, (step + 1) * self.parts)):
             places = range(part * size, (part + 1) * size)
             chosen = [index_at(place, len(self._prompts), self._seed) for place in places]
             tokens_BT, counts_BT = continued([self._prompts[i] for i in chosen], [self._answers[i] for i in chosen])

@@ -98,6 +98,7 @@ def align(
     from transom.training.align import AlignSettings, read_recipe
     from transom.training.align import align as train
     from transom.training.checkpoint import TRAINED
+    from transom.training.parallel import is_first
 
     check_absent(out, overwrite=overwrite, kind=TRAINED)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -139,6 +140,8 @@ def align(
         metrics = train(
             loaded, settings, data=data, out=out, dtype=getattr(torch, dtype), overwrite=overwrite, on_step=on_step
         )
+    if not is_first():
+        return
     if json:
         print_json({"folder": str(out), "settings": dataclasses.asdict(settings), "metrics": metrics})
         return

@@ -77,6 +77,7 @@ def distill(
     from transom.training.checkpoint import TRAINED
     from transom.training.distill import distill as train
     from transom.training.objectives.distillation import DistillSettings
+    from transom.training.parallel import is_first
 
     check_absent(out, overwrite=overwrite, kind=TRAINED)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -120,6 +121,8 @@ def distill(
             on_step=on_step,
             on_progress=on_progress,
         )
+    if not is_first():
+        return
     if json:
         print_json({"folder": str(out), "teacher": teacher, "steps": len(losses), "loss": losses})
         return
