@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from transom.compiler import versions
 from transom.graphs.weight import Weight
-from transom.training.loop import Loop, LoopSettings, Metrics, Objective
+from transom.training.averaging import liti, slerp
+from transom.training.loop import Loop, LoopSettings, Metrics, Objective, OnStep
 from transom.training.objectives.alignment import Alignment, Method
 from transom.training.objectives.best_of_n import BestOfN
 from transom.training.objectives.bond import Bond
@@ -60,6 +61,9 @@ PROMPT, ANSWER = 6, 4
 
 LARGEST = 99
 """Of the numbers that are added or subtracted."""
+
+ETA = 0.5
+"""WARP's share of the way from a round's start to what its runs were merged to."""
 
 ENOUGH_SEEDS = 5
 """With fewer, the report puts no method before another."""
@@ -113,11 +117,15 @@ class Contender:
     Attributes:
         method: What is learned from samples; None for right answers, of which nothing is sampled.
         moves: Whether the anchor moves after the policy.
+        rounds: Of WARP; 0 for a plain run. The steps are shared by the runs of all rounds.
+        runs: Of a round.
         note: In plain words.
     """
 
     method: Method | None
     moves: bool = False
+    rounds: int = 0
+    runs: int = 1
     note: str
 
 
@@ -128,10 +136,17 @@ CONTENDERS: Mapping[str, Contender] = {
     "RLOO": Contender(method=Rloo(samples=4, beta=0.02), note="four samples, KL to the start 0.02"),
     "BOND": Contender(method=Bond(n=4, samples=4, beta=0.5), moves=True, note="best of four, Jeffreys (beta 0.5)"),
     "J-BOND": Contender(method=JBond(beta=0.5, gamma=0.0), moves=True, note="beta 0.5, gamma 0"),
+    "J-BOND + WARP": Contender(
+        method=JBond(beta=0.5, gamma=0.0),
+        moves=True,
+        rounds=2,
+        runs=2,
+        note="two rounds of two runs, of 40 steps each: SLERP, then half of the way (LITI)",
+    ),
     "DPO": Contender(method=Dpo(samples=4, beta=0.3), moves=True, note="best against worst of four, beta 0.3"),
     "RRHF": Contender(method=Rrhf(samples=4), moves=True, note="ranks four"),
 }
-MISSING = ("J-BOND + WARM", "J-BOND + WARP", "J-BOND + WARM + WARP")
+MISSING = ("J-BOND + WARM", "J-BOND + WARM + WARP")
 """Rows that belong to the table and have no code here yet."""
 
 
@@ -285,6 +300,50 @@ def objective_of(
     )  # fmt: skip
 
 
+def train(
+    contender: Contender,
+    study: Study,
+    policy: Policy,
+    anchor: Policy,
+    prompts: list[Prompt],
+    cell: Cell,
+    steps: int,
+    on_step: OnStep,
+) -> None:
+    """Train the policy; the anchor is where it begins. Of WARP only merged models are told to `on_step`."""
+    # A rate that does not fall: what is measured on the way is what a shorter run would give.
+    settings = LoopSettings(steps=steps, learning_rate=cell.rate, warmup=1 / 8, last_rate=1.0, clip=1.0)
+    if not contender.rounds:
+        objective = objective_of(contender, study, policy, anchor, prompts, cell.seed)
+        Loop(objective, settings, on_step=on_step).run()
+        return
+    runs, of_round = contender.runs, steps // contender.rounds
+    settings = dataclasses.replace(settings, steps=of_round // runs)
+    begin = {name: weight.detach().clone() for name, weight in policy.weights.items()}
+    for round in range(contender.rounds):
+        ends: list[dict[str, torch.Tensor]] = []
+        metrics: Metrics = {}
+        for index in range(runs):
+            for one in (policy, anchor):
+                put(one, begin)
+            seed = (cell.seed * contender.rounds + round) * runs + index
+            objective = objective_of(contender, study, policy, anchor, prompts, seed)
+            metrics = Loop(objective, settings).run()[-1]
+            ends.append({name: weight.detach().clone() for name, weight in policy.weights.items()})
+        for name, first in begin.items():
+            merged = first + slerp([end[name] - first for end in ends])
+            begin[name] = liti(first, merged, ETA)
+        put(policy, begin)
+        on_step((round + 1) * of_round, steps, metrics)
+
+
+@torch.no_grad()
+def put(policy: Policy, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set a policy's weights."""
+    for name, weight in policy.weights.items():
+        weight.copy_(weights[name])
+
+
 def run(cell: Cell, study: Study, folder: Path) -> dict[str, Any]:
     """A run's figures, from its file once there is one."""
     path = cell.path(folder)
@@ -294,10 +353,7 @@ def run(cell: Cell, study: Study, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     base, data = trained_base(study, folder), split(study)
     policy, anchor, start = Policy(base), Policy(base, trained=_none), Policy(base, trained=_none)
-    objective = objective_of(CONTENDERS[cell.contender], study, policy, anchor, data["prompts"], cell.seed)
-    steps = study.tuning_steps if cell.tuning else study.steps
-    # A rate that does not fall: what is measured on the way is what a shorter run would give.
-    settings = LoopSettings(steps=steps, learning_rate=cell.rate, warmup=1 / 8, last_rate=1.0, clip=1.0)
+    contender, steps = CONTENDERS[cell.contender], study.tuning_steps if cell.tuning else study.steps
     points: list[dict[str, Any]] = []
     # Measuring is not the method's time.
     began, measuring = time.process_time(), 0.0
@@ -310,7 +366,7 @@ def run(cell: Cell, study: Study, folder: Path) -> dict[str, Any]:
             points.append({"step": done, "seconds": at - began - measuring, **figures})
         measuring += time.process_time() - at
 
-    Loop(objective, settings, on_step=on_step).run()
+    train(contender, study, policy, anchor, data["prompts"], cell, steps, on_step)
     seen = [] if cell.tuning else measure(policy, start, data["prompts"][:1000], 1)["sampled"]
     figures = {**dataclasses.asdict(cell), "points": points, "seen": seen}
     write(path, lambda draft: draft.write_text(json.dumps(figures)))

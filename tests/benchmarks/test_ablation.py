@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,26 @@ def test_a_run_is_not_run_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     cell.path(folder).unlink()
     with pytest.raises(TypeError):
         ablation.run(cell, MINIATURE, folder)
+
+
+def test_warp_goes_from_round_to_round(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run begins where its round does, with an anchor and a seed of its own; merged models alone are measured."""
+    begins, seeds = [], []
+    original = ablation.objective_of
+
+    def watch(contender: ablation.Contender, study: Study, policy: Policy, anchor: Policy, *rest: Any) -> Any:
+        begins.append([one.weights["norm.weight"].detach().clone() for one in (policy, anchor)])
+        seeds.append(rest[-1])
+        return original(contender, study, policy, anchor, *rest)
+
+    monkeypatch.setattr(ablation, "objective_of", watch)
+    study = dataclasses.replace(MINIATURE, steps=4, every=2)
+    cell = Cell(contender="J-BOND + WARP", rate=1e-2, seed=3, tuning=False)
+    assert [point["step"] for point in ablation.run(cell, study, folder)["points"]] == [2, 4]
+    assert seeds == [12, 13, 14, 15]
+    assert all(torch.equal(policy, anchor) for policy, anchor in begins)
+    first, second, third, fourth = (policy for policy, _ in begins)
+    assert torch.equal(first, second) and torch.equal(third, fourth) and not torch.equal(first, third)
 
 
 def test_what_is_measured(folder: Path) -> None:
