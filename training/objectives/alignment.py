@@ -53,6 +53,22 @@ class Method(abc.ABC):
         """The loss of a few prompts; samples are None where none are needed."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorMethod(Method):
+    """A method that learns from the anchor's samples alone.
+
+    Attributes:
+        samples: Of each prompt.
+    """
+
+    samples: int = 4
+
+    @property
+    def anchored(self) -> int:
+        """Samples of the anchor."""
+        return self.samples
+
+
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 """Rewards of continuations, each with its prompt."""
 

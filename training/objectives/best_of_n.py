@@ -5,23 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import Method, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BestOfN(Method):
+class BestOfN(AnchorMethod):
     """Learn the best sample.
 
     Attributes:
         samples: n.
     """
-
-    samples: int = 4
-
-    @property
-    def anchored(self) -> int:
-        """Samples of the anchor."""
-        return self.samples
 
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """Mean -log p of the best samples, in nats. Of equal ones the first counts, which is any of them."""

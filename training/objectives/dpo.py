@@ -7,11 +7,11 @@ import dataclasses
 import torch
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import Method, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dpo(Method):
+class Dpo(AnchorMethod):
     """Learn preferences.
 
     Attributes:
@@ -19,13 +19,7 @@ class Dpo(Method):
         beta: Of the implied reward, beta log(policy / anchor).
     """
 
-    samples: int = 4
     beta: float = 0.1
-
-    @property
-    def anchored(self) -> int:
-        """Samples of the anchor."""
-        return self.samples
 
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """Mean of the pairs' losses; nothing is learned where there is no pair."""

@@ -5,23 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import Method, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rrhf(Method):
+class Rrhf(AnchorMethod):
     """Learn a ranking.
 
     Attributes:
         samples: Of the anchor.
     """
-
-    samples: int = 4
-
-    @property
-    def anchored(self) -> int:
-        """Samples of the anchor."""
-        return self.samples
 
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """How far pairs in the wrong order are from the right one, and -log p of the best (equations 2 to 4)."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, RewardOption, Weights, console, load_model, named, print_json
+from transom.cli.steps import WrittenDtype, changes, step_words, written_dtype
 from transom.errors import TrainingError
-
-if TYPE_CHECKING:
-    from transom.training.loop import Metrics
 
 
 def register(app: typer.Typer) -> None:
@@ -84,16 +81,12 @@ def align(
     seed: Annotated[
         int | None, typer.Option(help="Of the order of prompts, and of draws.", min=0, show_default="0")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")
-    ] = "float32",
+    dtype: WrittenDtype = "float32",
     weights: Weights = "checkpoint",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
     json: Json = False,
 ) -> None:
     """Train a model on answers (sft) or rewards (the other objectives). A run that is stopped goes on."""
-    import torch
-
     from transom.backends.folder import check_absent
     from transom.training.align import AlignSettings, read_recipe
     from transom.training.align import align as train
@@ -101,8 +94,7 @@ def align(
     from transom.training.parallel import is_first
 
     check_absent(out, overwrite=overwrite, kind=TRAINED)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise TrainingError(f"--dtype takes float32, bfloat16 or float16, not {dtype!r}")
+    written = written_dtype(dtype)
     given: dict[str, Any] = {
         "objective": objective,
         "options": _numbers(option) if option else None,
@@ -126,33 +118,17 @@ def align(
         raise TrainingError("what is to be learned is not said: give an --objective, or a --recipe with one")
     settings = AlignSettings.of(**given) if recipe is None else read_recipe(recipe, **given)
     loaded = load_model(model, weights, settings.seed)
-    recent: collections.deque[float] = collections.deque(maxlen=20)
     with stage_bars() as on_progress:
-
-        def on_step(done: int, total: int, metrics: Metrics) -> None:
-            name = "anchor_reward" if "reward" not in metrics else "reward"
-            recent.append(metrics.get(name, metrics["loss"]))
-            mean = sum(recent) / len(recent)
-            what = "reward" if name in metrics else "loss"
-            words = f"step {done:,} of {total:,}, {what} {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
-            on_progress("train", done, total, words)
-
-        metrics = train(
-            loaded, settings, data=data, out=out, dtype=getattr(torch, dtype), overwrite=overwrite, on_step=on_step
-        )
+        on_step = step_words(on_progress, "reward", "anchor_reward", "loss")
+        metrics = train(loaded, settings, data=data, out=out, dtype=written, overwrite=overwrite, on_step=on_step)
     if not is_first():
         return
     if json:
         print_json({"folder": str(out), "settings": dataclasses.asdict(settings), "metrics": metrics})
         return
-    few = max(1, len(metrics) // 10)
-    changes = []
-    for name in ("loss", "reward", "anchor_reward", "kl_to_anchor"):
-        if name in metrics[0]:
-            first, last = (sum(line[name] for line in part) / few for part in (metrics[:few], metrics[-few:]))
-            changes.append(f"{name.replace('_', ' ')} {first:.4f} at first and {last:.4f} in the end")
-    words = f"{settings.objective}, {len(metrics):,} steps, {', '.join(changes)} (means of {few:,})"
-    console.print(f"{escape(str(out))}: {words}", highlight=False)
+    names = ("loss", "reward", "anchor_reward", "kl_to_anchor")
+    words = changes(metrics, {name: name.replace("_", " ") for name in names})
+    console.print(f"{escape(str(out))}: {settings.objective}, {words}", highlight=False)
 
 
 def _numbers(options: list[str]) -> dict[str, float]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
-from transom.errors import TrainingError
-
-if TYPE_CHECKING:
-    from transom.training.loop import Metrics
+from transom.cli.steps import WrittenDtype, changes, step_words, written_dtype
 
 
 def register(app: typer.Typer) -> None:
@@ -60,9 +56,7 @@ def distill(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")
-    ] = "float32",
+    dtype: WrittenDtype = "float32",
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
     save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
     weights: Weights = "checkpoint",
@@ -71,8 +65,6 @@ def distill(
     json: Json = False,
 ) -> None:
     """Train a student on the next-token probabilities of a teacher. A run that is stopped goes on."""
-    import torch
-
     from transom.backends.folder import check_absent
     from transom.training.checkpoint import TRAINED
     from transom.training.distill import distill as train
@@ -80,8 +72,7 @@ def distill(
     from transom.training.parallel import is_first
 
     check_absent(out, overwrite=overwrite, kind=TRAINED)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise TrainingError(f"--dtype takes float32, bfloat16 or float16, not {dtype!r}")
+    written = written_dtype(dtype)
     settings = DistillSettings(
         steps=steps,
         length=length,
@@ -100,15 +91,7 @@ def distill(
         save_every=save_every,
     )
     models = load_model(student, weights, seed), load_model(teacher, "checkpoint", 0)
-    recent: collections.deque[float] = collections.deque(maxlen=20)
     with stage_bars() as on_progress:
-
-        def on_step(done: int, total: int, metrics: Metrics) -> None:
-            recent.append(metrics["loss"])
-            mean = sum(recent) / len(recent)
-            words = f"step {done:,} of {total:,}, loss {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
-            on_progress("train", done, total, words)
-
         losses = train(
             *models,
             settings,
@@ -116,9 +99,9 @@ def distill(
             out=out,
             replay=replay,
             teacher_samples=teacher_samples,
-            dtype=getattr(torch, dtype),
+            dtype=written,
             overwrite=overwrite,
-            on_step=on_step,
+            on_step=step_words(on_progress, "loss"),
             on_progress=on_progress,
         )
     if not is_first():
@@ -126,7 +109,5 @@ def distill(
     if json:
         print_json({"folder": str(out), "teacher": teacher, "steps": len(losses), "loss": losses})
         return
-    few = max(1, len(losses) // 10)
-    first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
-    words = f"{len(losses):,} steps, loss {first:.4f} at first and {last:.4f} in the end (means of {few:,})"
+    words = changes([{"loss": loss} for loss in losses], {"loss": "loss"})
     console.print(f"{escape(str(out))}: {words}", highlight=False)

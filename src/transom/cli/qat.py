@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
+from transom.cli.steps import changes, step_words
 from transom.errors import TrainingError
-
-if TYPE_CHECKING:
-    from transom.training.loop import Metrics
 
 
 def register(app: typer.Typer) -> None:
@@ -84,15 +81,7 @@ def qat(
         save_every=save_every,
     )
     loaded = load_model(model, weights, seed)
-    recent: collections.deque[float] = collections.deque(maxlen=20)
     with stage_bars() as on_progress:
-
-        def on_step(done: int, total: int, metrics: Metrics) -> None:
-            recent.append(metrics["loss"])
-            mean = sum(recent) / len(recent)
-            words = f"step {done:,} of {total:,}, KL {recent[-1]:.4f}, mean of the last {len(recent)} {mean:.4f}"
-            on_progress("train", done, total, words)
-
         losses = train(
             loaded,
             settings,
@@ -100,7 +89,7 @@ def qat(
             out=out,
             target=None if target == "none" else target,
             overwrite=overwrite,
-            on_step=on_step,
+            on_step=step_words(on_progress, "loss", word="KL"),
             on_progress=on_progress,
         )
     report = {
@@ -113,7 +102,5 @@ def qat(
     if json:
         print_json(report)
         return
-    few = max(1, len(losses) // 10)
-    first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
-    words = f"{scheme}, {len(losses):,} steps, KL {first:.4f} at first and {last:.4f} in the end (means of {few:,})"
+    words = f"{scheme}, {changes([{'loss': kl} for kl in losses], {'loss': 'KL'})}"
     console.print(f"{escape(str(out))}: {words}", highlight=False)

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
+from transom.cli.steps import WrittenDtype, written_dtype
 from transom.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -39,23 +40,18 @@ def reward_model(
     ] = False,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
     save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")
-    ] = "float32",
+    dtype: WrittenDtype = "float32",
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
     json: Json = False,
 ) -> None:
     """Train a reward model on pairs, for the reward `preference` of align. A run that is stopped goes on."""
-    import torch
-
     from transom.backends.folder import check_absent
     from transom.training.reward_model import REWARD_MODEL, RewardModelSettings, train_reward_model
 
     check_absent(out, overwrite=overwrite, kind=REWARD_MODEL)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise TrainingError(f"--dtype takes float32, bfloat16 or float16, not {dtype!r}")
+    written = written_dtype(dtype)
     try:
         rates = tuple(map(float, learning_rates.split(",")))
     except ValueError:
@@ -80,7 +76,7 @@ def reward_model(
             on_progress("train", done, total, words)
 
         accuracies, metrics = train_reward_model(
-            loaded, settings, data=data, out=out, dtype=getattr(torch, dtype), overwrite=overwrite, on_step=on_step
+            loaded, settings, data=data, out=out, dtype=written, overwrite=overwrite, on_step=on_step
         )
     if json:
         measured = [each.to_json() for each in accuracies]
