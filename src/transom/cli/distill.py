@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
-from transom.cli.steps import WrittenDtype, changes, step_words, written_dtype
+from transom.cli.steps import Device, Recompute, SaveEvery, WrittenDtype, changes, step_words, written_dtype
 
 
 def register(app: typer.Typer) -> None:
@@ -53,12 +53,10 @@ def distill(
         typer.Option(metavar="DIR", help="Keep the teacher's samples here, and draw only those that it lacks."),
     ] = None,
     freeze_table: Annotated[bool, typer.Option("--freeze-table", help="Leave the table of tokens as it is.")] = False,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
-    ] = False,
+    recompute: Recompute = False,
     dtype: WrittenDtype = "float32",
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
+    device: Device = "cpu",
+    save_every: SaveEvery = 50,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,

@@ -9,7 +9,8 @@ import typer
 from rich.markup import escape
 
 from transom.cli.export import stage_bars
-from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
+from transom.cli.options import Json, Mmproj, Model, Seed, Weights, console, load_model, print_json
+from transom.cli.steps import Recompute, SaveEvery
 from transom.errors import TrainingError
 
 
@@ -44,15 +45,10 @@ def finetune_vision(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a whole checkpoint with the adapter in its weights.")
     ] = False,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
-    ] = False,
+    recompute: Recompute = False,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
-    ] = None,
+    save_every: SaveEvery = 50,
+    mmproj: Mmproj = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,

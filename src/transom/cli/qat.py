@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
-from transom.cli.steps import changes, step_words
+from transom.cli.steps import Device, Recompute, SaveEvery, changes, step_words
 from transom.errors import TrainingError
 
 
@@ -38,14 +38,12 @@ def qat(
     head_dtype: Annotated[
         str, typer.Option(help="Of the products with the table: float32, or bfloat16 to be faster.")
     ] = "float32",
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
-    ] = False,
+    recompute: Recompute = False,
     target: Annotated[str, typer.Option(help="Also compile the result, into DIR/TARGET; none for no artifact.")] = (
         "onnxruntime"
     ),
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
+    device: Device = "cpu",
+    save_every: SaveEvery = 50,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from transom.cli.export import stage_bars
 from transom.cli.options import Json, Model, Seed, Weights, console, load_model, print_json
-from transom.cli.steps import WrittenDtype, written_dtype
+from transom.cli.steps import Device, Recompute, SaveEvery, WrittenDtype, written_dtype
 from transom.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -35,11 +35,9 @@ def reward_model(
     batch: Annotated[int, typer.Option(help="Pairs in a step.", min=1)] = 16,
     parts: Annotated[int, typer.Option(help="In how many parts they go through the model.", min=1)] = 1,
     held_out: Annotated[int, typer.Option(help="Pairs at the end of the file to measure on.", min=0)] = 0,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")] = "cpu",
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 50,
+    recompute: Recompute = False,
+    device: Device = "cpu",
+    save_every: SaveEvery = 50,
     dtype: WrittenDtype = "float32",
     weights: Weights = "checkpoint",
     seed: Seed = 0,

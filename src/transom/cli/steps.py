@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 WrittenDtype = Annotated[str, typer.Option(help="Of the weights that are written: float32, bfloat16, float16.")]
 
+Recompute = Annotated[bool, typer.Option("--recompute", help="Compute layers again on the way back: memory for time.")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, xla.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between two saved states.", min=1)]
+
 RECENT = 20
 """Steps that the mean beside a bar is of."""
 
