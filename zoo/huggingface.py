@@ -20,7 +20,7 @@ from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, read_decoder
 from transom.zoo.config_keys import Keys, is_positive, short
-from transom.zoo.rope import Llama3Rope, Rope
+from transom.zoo.rope import Llama3Rope, Rope, YarnRope, yarn_magnitude
 
 CONFIG = "config.json"
 
@@ -36,6 +36,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
+    # transformers 5 takes it for that of rope_parameters.
+    "original_max_position_embeddings": (None,),
 }
 # What other tools write into a config whose tensors they packed.
 _PACKED = ("quantization_config", "compression_config", "quantization")
@@ -149,19 +151,20 @@ def read_layer_types(text: Keys, *, count: int, pattern: int) -> list[str]:
     return list(names)
 
 
+_PLAIN_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 _ROPE_KEYS = {
-    "default": ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
-    "linear": ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
-    "llama3": (
-        "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-        "high_freq_factor",
+    "default": _PLAIN_ROPE_KEYS,
+    "linear": _PLAIN_ROPE_KEYS,
+    "llama3": (*_PLAIN_ROPE_KEYS, "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *_PLAIN_ROPE_KEYS, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim",
     ),
 }  # fmt: skip
 """Kind of rotary embedding -> the keys that it has a use for, or that transformers passes over."""
 
 
 def read_ropes(
-    text: Keys, thetas: Mapping[str, tuple[str, float]], scaled: str, *, kinds: Sequence[str] = ("default", "linear")
+    text: Keys, thetas: Mapping[str, tuple[str, float]], scaled: str, *, beside: Sequence[str] = ()
 ) -> dict[str, Rope]:
     """The rotary embedding of each type of layer, from the keys of both generations, which must agree.
 
@@ -173,12 +176,12 @@ def read_ropes(
         thetas: Type of layer -> the older key of its theta, and the theta of configs that do not say. One type of ""
             stands for all layers, whose parameters are not nested.
         scaled: The type that `rope_scaling` is about.
-        kinds: Rope types that the family has.
+        beside: Keys that stand among the parameters and that the family reads itself.
 
     Raises:
         ConfigError: If they contradict each other or are not supported.
     """
-    known = tuple(dict.fromkeys(key for kind in kinds for key in _ROPE_KEYS[kind]))
+    known = tuple(dict.fromkeys((*(key for keys in _ROPE_KEYS.values() for key in keys), *beside)))
     parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
     for key, entries, names in (
         ("rope_parameters", parameters, known if "" in thetas else tuple(thetas)),
@@ -186,8 +189,8 @@ def read_ropes(
     ):
         if others := sorted(name for name, value in entries.items() if name not in names and value is not None):
             text.refuse(key, f"{', '.join(others)} is not understood there, only {', '.join(names)}")
-    # transformers 4 takes `type` for `rope_type`; 5 overlooks it.
-    if scaling.get("type") is not None and scaling.get("rope_type") is None:
+    # transformers 4 takes `type` for `rope_type`; 5 overlooks it where parameters stand by type of layer.
+    if "" not in thetas and scaling.get("type") is not None and scaling.get("rope_type") is None:
         text.refuse("rope_scaling", "call its type rope_type: versions of transformers read type differently")
     ropes = {}
     for layer_type, (theta_key, theta) in thetas.items():
@@ -197,20 +200,25 @@ def read_ropes(
         older = {} if theta_key not in text.values else {"rope_theta": text.values[theta_key]}
         if layer_type == scaled:
             older |= scaling
-        ropes[layer_type] = _rope(text, layer_type, theta, entry, older, kinds)
+        ropes[layer_type] = _rope(text, layer_type, theta, entry, older, beside)
     return ropes
 
 
 def _rope(
-    text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any], kinds: Sequence[str]
+    text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any], beside: Sequence[str]
 ) -> Rope:
     def refuse(reason: str) -> NoReturn:
         raise ConfigError(f"{text.path}: {text.prefix}{layer_type or 'rope_parameters'}: {reason}")
 
-    def number(key: str, what: str) -> float:
-        if not is_positive(values.get(key)):
-            refuse(f"{what} is {short(values.get(key))}, expected a positive finite number")
-        return float(values[key])
+    def number(key: str, default: float | None = None) -> float:
+        """A number; the default, if there is one, where the key is absent or null."""
+        value: Any = values.get(key)
+        if value is None and default is not None:
+            return default
+        if not is_positive(value):
+            what = "the factor of its rotary embedding" if key == "factor" else key
+            refuse(f"{what} is {short(value)}, expected a positive finite number")
+        return float(value)
 
     for key, value in older.items():
         if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
@@ -220,43 +228,78 @@ def _rope(
     if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
         refuse(f"rope_type {short(values.get('rope_type'))} and type {short(values.get('type'))} must be one name")
     rope_type = names.pop() if names else "default"
-    known = _ROPE_KEYS.get(rope_type, _ROPE_KEYS["default"])
+    known = (*_ROPE_KEYS.get(rope_type, _PLAIN_ROPE_KEYS), *beside)
     if others := sorted(name for name, value in values.items() if name not in known and value is not None):
         refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(known)}")
-    if rope_type not in kinds:
-        refuse(f"rope_type {rope_type!r} is not supported, only {' and '.join(kinds)} are")
-    factor: Any = values.get("factor")
+    if rope_type not in _ROPE_KEYS:
+        refuse(f"rope_type {rope_type!r} is not supported, only {', '.join(_ROPE_KEYS)} are")
     if rope_type == "default":
-        if factor not in (None, 1):
+        if (factor := values.get("factor")) not in (None, 1):
             refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
         values["factor"] = 1
-    factor = number("factor", "the factor of its rotary embedding")
-    theta = number("rope_theta", "rope_theta")
-    if rope_type != "llama3":
-        return Rope(theta=theta, factor=factor)
+    plain = {"theta": number("rope_theta"), "factor": number("factor")}
+    if rope_type in ("default", "linear"):
+        return Rope(**plain)
     original = values.get("original_max_position_embeddings")
     if type(original) is not int or not 1 <= original <= LARGEST["context"]:
         refuse(f"original_max_position_embeddings is {short(original)}, expected a whole number from 1 on")
-    low, high = (number(key, key) for key in ("low_freq_factor", "high_freq_factor"))
-    if low >= high:
-        refuse(f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
-    return Llama3Rope(theta=theta, factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original)
+    if rope_type == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        if low >= high:
+            refuse(f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
+        return Llama3Rope(**plain, low_freq_factor=low, high_freq_factor=high, original_context=original)
+    truncate = values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        refuse(f"truncate is {short(truncate)}, expected true or false")
+    if layer_type and not truncate:
+        refuse("truncate is false, which transformers overlooks where parameters stand by type of layer")
+    slow, fast = number("beta_slow", 1.0), number("beta_fast", 32.0)
+    if slow >= fast:
+        refuse(f"beta_slow {slow:g} must be less than beta_fast {fast:g}")
+    if plain["theta"] <= 1:
+        refuse(f"rope_theta is {plain['theta']:g}, expected more than 1, as pairs slow down with their index")
+    attention_factor = None
+    if values.get("attention_factor") is not None:
+        attention_factor = number("attention_factor")
+    elif values.get("mscale") and values.get("mscale_all_dim"):
+        weights = number("mscale"), number("mscale_all_dim")
+        above, below = (yarn_magnitude(plain["factor"], weight) for weight in weights)
+        attention_factor = above / below
+    return YarnRope(
+        **plain,
+        original_context=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=truncate,
+        attention_factor=attention_factor,
+    )
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:
     """What `rope_parameters` holds of a rotary embedding."""
-    if isinstance(rope, Llama3Rope):
-        return {
-            "rope_type": "llama3",
-            "rope_theta": rope.theta,
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_context,
-        }
+    plain = {"rope_theta": rope.theta, "factor": rope.factor}
+    match rope:
+        case Llama3Rope():
+            return {
+                "rope_type": "llama3",
+                **plain,
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+                "original_max_position_embeddings": rope.original_context,
+            }
+        case YarnRope():
+            return {
+                "rope_type": "yarn",
+                **plain,
+                "beta_fast": rope.beta_fast,
+                "beta_slow": rope.beta_slow,
+                "truncate": rope.truncate,
+                "original_max_position_embeddings": rope.original_context,
+                **({} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}),
+            }
     if rope.factor == 1.0:
         return {"rope_type": "default", "rope_theta": rope.theta}
-    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
+    return {"rope_type": "linear", **plain}
 
 
 def _refuse_packed(keys: Keys) -> None:

@@ -173,7 +173,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **sizes,
         "depth": depth,
-        "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "", kinds=("default", "linear", "llama3"))[""],
+        "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "")[""],
         "norm_eps": text.number("rms_norm_eps", _EPS),
         "tied": tied,
     }
@@ -212,8 +212,6 @@ _HUGGINGFACE = HuggingFaceFormat(
         "pretraining_tp": (1, None),
         "rope_interleaved": (False, None),
         "text_config": (None,),
-        # transformers 5 takes it for that of rope_parameters.
-        "original_max_position_embeddings": (None,),
     },
     keys=frozenset(
         {

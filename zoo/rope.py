@@ -20,6 +20,11 @@ class Rope:
     theta: float
     factor: float = 1.0
 
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied with, so that scores are with its square."""
+        return 1.0
+
     def frequencies(
         self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
@@ -58,10 +63,66 @@ class Llama3Rope(Rope):
         return torch.where(turns > self.high_freq_factor, plain, scaled)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRope(Rope):
+    """YaRN: slow pairs are divided by `factor`, fast ones are left, and a ramp over the pairs lies between.
+
+    The ramp is straight in the pair's index, where Llama 3.1's is in its turns, and scores grow with the factor.
+
+    Source: arXiv 2309.00071 (sections 3.2 and 3.4), with the bounds and defaults that transformers 5.23 computes.
+
+    Attributes:
+        original_context: Tokens that the model was trained on before it was extended.
+        beta_fast: Pairs that turn more often than this within the original context are fast.
+        beta_slow: Pairs that turn fewer times than this within it are slow.
+        truncate: Whether the ramp begins and ends at whole pairs.
+        attention_factor: What cosines and sines are multiplied with; None for `0.1 * ln(factor) + 1`.
+    """
+
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied with, so that scores are with its square."""
+        return yarn_magnitude(self.factor) if self.attention_factor is None else self.attention_factor
+
+    def frequencies(
+        self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Radians that each pair turns by a position, [head_dim / 2]."""
+
+        def pair(turns: float) -> float:
+            """Index of the pair that turns so often within the original context; a fraction."""
+            return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        first, last = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        if first == last:
+            last += 0.001
+        # 0 where a pair is fast, 1 where it is slow.
+        share = ((torch.arange(head_dim // 2, device=device, dtype=dtype) - first) / (last - first)).clamp(0, 1)
+        periods = self.theta ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+        left = 1 - share
+        return 1.0 / (self.factor * periods) * (1 - left) + 1.0 / periods * left
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """By what YaRN multiplies cosines and sines: `0.1 * weight * ln(factor) + 1`, and 1 where nothing is stretched."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def rotation(positions_T: torch.Tensor, rope: Rope, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles, float32 [T, head_dim / 2] each."""
+    """Cosines and sines of every position's angles, times the rope's magnitude, float32 [T, head_dim / 2] each."""
     angles = positions_T[:, None].float() * rope.frequencies(head_dim, device=positions_T.device)
-    return angles.cos(), angles.sin()
+    if rope.magnitude == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
 
 
 def rotate(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,9 @@ VALUES: list[Any] = [
     {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2.0, "high_freq_factor": 2.0,
      "original_max_position_embeddings": 32},
     {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.0},
+    {"full_attention": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "rope_theta": 1e6}},
+    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "truncate": False},
 ]  # fmt: skip
 ADDED = [
     "rope_parameters", "layer_types", "_sliding_window_pattern", "use_sliding_window", "is_causal", "hidden_act",

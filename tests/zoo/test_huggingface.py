@@ -126,7 +126,7 @@ def test_thetas_and_softcap_are_read(tmp_path: Path) -> None:
         ({"hidden_activation": "relu"}, 'hidden_activation is "relu": only "gelu_pytorch_tanh"'),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_type 'dynamic'"),
         ({"layer_types": ["full_attention"]}, "1 layer_types for 26 layers"),
         ({"layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
         ({"num_key_value_heads": 3}, "heads"),
