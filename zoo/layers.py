@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
     def split(self, x_BTX: torch.Tensor) -> torch.Tensor:
         """Heads before tokens, [B, N, T, H]."""
-        return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x_BTX.view(*x_BTX.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(
         self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cos_sin: Rotation | None, cache: LayerCache | None
