@@ -94,11 +94,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in self.SIZES:
-            size: Any = getattr(self, name)
-            if type(size) is not int or not 1 <= size <= LARGEST[name]:
-                raise ConfigError(
-                    f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}"
-                )
+            self._check_size(name)
         for name in self.POSITIVE:
             value: Any = self
             for attribute in name.split("."):
@@ -114,6 +110,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")
+
+    def _check_size(self, name: str) -> None:
+        size: Any = getattr(self, name)
+        if type(size) is not int or not 1 <= size <= LARGEST[name]:
+            raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}")
 
     @property
     def layers(self) -> tuple[AttentionLayer, ...]:
@@ -153,6 +154,35 @@ class DecoderConfig:
     def longest_window(self) -> int | None:
         """The longest window of the local layers; None if there are none."""
         return max((layer.window for layer in self.layers if layer.window is not None), default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalGlobalConfig(DecoderConfig):
+    """A text decoder each of whose layers is local or global, and equal in everything else.
+
+    Attributes:
+        layer_kinds: Kind of every layer, first to last.
+        window: Keys that a local layer sees, itself included; None if no layer is local.
+    """
+
+    layer_kinds: tuple[LayerKind, ...]
+    window: int | None
+
+    def __post_init__(self) -> None:
+        if self.window is not None or "local" in self.layer_kinds:
+            self._check_size("window")
+        super().__post_init__()
+
+    @property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """What every layer keeps, first to last."""
+        windows = {"local": self.window, "global": None}
+        return tuple(
+            AttentionLayer(
+                kv_heads=self.num_kv_heads, key_width=self.head_dim, value_width=self.head_dim, window=windows[kind]
+            )
+            for kind in self.layer_kinds
+        )
 
 
 def tile(pattern: str, num_layers: int) -> tuple[LayerKind, ...]:

@@ -54,6 +54,13 @@ class Keys:
             self.refuse(key, "expected a positive finite number")
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false, or raise `ConfigError`; the default if the key is absent, but not if null."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, "expected true or false")
+        return value
+
     def mapping(self, key: str) -> dict[str, Any]:
         """A copy of an object, or raise `ConfigError`; empty where it is absent or null."""
         value = self.get(key)

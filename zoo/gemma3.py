@@ -16,36 +16,27 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from transom.graphs.weight import Weight
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes
+from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_windows
 from transom.zoo.checkpoints.gguf_metadata import Metadata
-from transom.zoo.config import AttentionLayer, DecoderConfig, LayerKind, tile
+from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import (
-    LAYER_KINDS,
-    LAYER_TYPES,
-    read_layer_types,
-    read_ropes,
-    read_sizes,
-    rope_parameters,
-)
+from transom.zoo.huggingface import read_ropes, read_sizes, read_windows, rope_parameters, windows
 from transom.zoo.layers import Decoder, GatedMLP, LayerCache, RMSNorm, attend
 from transom.zoo.packaged import assembled
 from transom.zoo.rope import Rope, rotate, rotation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Config(DecoderConfig):
+class Gemma3Config(LocalGlobalConfig):
     """A local:global text decoder.
 
     Attributes:
-        layer_kinds: Kind of every layer, first to last.
-        window: Keys that a local layer sees, itself included.
+        window: As in every local:global decoder, but never None.
         rope_local: Rotary embedding of local layers.
         rope_global: Rotary embedding of global layers.
         attention_scale: Factor on the scores.
@@ -56,26 +47,14 @@ class Gemma3Config(DecoderConfig):
         "rope_local.theta", "rope_local.factor", "rope_global.theta", "rope_global.factor", "attention_scale",
         "norm_eps", "logit_softcap",
     )  # fmt: skip
-    SIZES = (*DecoderConfig.SIZES, "window")
+    SIZES = (*LocalGlobalConfig.SIZES, "window")
 
     architecture: str = "gemma3"
-    layer_kinds: tuple[LayerKind, ...]
     window: int
     rope_local: Rope
     rope_global: Rope
     attention_scale: float
     logit_softcap: float | None = None
-
-    @property
-    def layers(self) -> tuple[AttentionLayer, ...]:
-        """What every layer keeps, first to last."""
-        windows = {"local": self.window, "global": None}
-        return tuple(
-            AttentionLayer(
-                kv_heads=self.num_kv_heads, key_width=self.head_dim, value_width=self.head_dim, window=windows[kind]
-            )
-            for kind in self.layer_kinds
-        )
 
 
 _Norm = functools.partial(RMSNorm, offset=1.0)
@@ -213,12 +192,7 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 def read_text(text: Keys, outer: Keys) -> dict[str, Any]:
     """Fields of a text decoder's configuration, less its name."""
-    layer_types = read_layer_types(text, count=_SIZES["num_hidden_layers"], pattern=_PATTERN)
-    if "sliding_attention" in layer_types and text.values.get("sliding_window", "") is None:
-        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
-    window = _SIZES["sliding_window"]
-    if text.values.get("sliding_window", window) is not None:
-        window = text.whole("sliding_window", window)
+    layers = read_windows(text, _SIZES, _PATTERN)
     scalar = text.number("query_pre_attn_scalar", _SCALAR)
     sizes = read_sizes(text, _FIELDS, _SIZES)
     ropes = read_ropes(text, _THETAS, "full_attention")
@@ -230,8 +204,8 @@ def read_text(text: Keys, outer: Keys) -> dict[str, Any]:
         softcap = text.number("final_logit_softcapping", 0)
     return {
         **sizes,
-        "layer_kinds": tuple(LAYER_KINDS[name] for name in layer_types),
-        "window": window,
+        "layer_kinds": layers["layer_kinds"],
+        "window": layers["window"] or _SIZES["sliding_window"],
         "rope_local": ropes["sliding_attention"],
         "rope_global": ropes["full_attention"],
         "attention_scale": scalar**-0.5,
@@ -250,8 +224,7 @@ def _write(config: Gemma3Config) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         # Their class accepts whole numbers only, and the square of a root is a hair off.
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
-        "sliding_window": config.window,
-        "layer_types": [LAYER_TYPES[kind] for kind in config.layer_kinds],
+        **windows(config),
         "rope_parameters": {
             "sliding_attention": rope_parameters(config.rope_local),
             "full_attention": rope_parameters(config.rope_global),
@@ -342,38 +315,17 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
         lines.append(f"{keys.prefix}rope.scaling.factor is missing: 8, as Ollama takes it at this context length")
     scale = (sizes.hidden_size // sizes.num_heads if sizes.num_layers == 62 else sizes.head_dim) ** -0.5
     keys.agree("attention.scale", scale)
+    kinds, window = read_gguf_windows(sizes, keys, lines, _PATTERN)
     return {
-        "layer_kinds": _gguf_layer_kinds(keys, sizes, lines),
+        "layer_kinds": kinds,
         # A model without local layers has no window; the context is one that hides nothing.
-        "window": keys.size("attention.sliding_window", 0, minimum=0) or sizes.context,
+        "window": window or sizes.context,
         "rope_local": Rope(theta=1e4 if local is None else local),
         "rope_global": Rope(theta=theta, factor=1.0 if factor is None else factor),
         "attention_scale": scale,
         "norm_eps": keys.number("attention.layer_norm_rms_epsilon", _EPS if ollama else None),
         "logit_softcap": keys.number("final_logit_softcapping", 0.0, zero=True) or None,
     }
-
-
-def _gguf_layer_kinds(keys: Metadata, sizes: Sizes, lines: list[str]) -> tuple[LayerKind, ...]:
-    """Kinds from the metadata: every n-th layer is global, or whether each layer is local. Most files say nothing."""
-    key, num_layers = "attention.sliding_window_pattern", sizes.num_layers
-    pattern = keys.values.get(key, _PATTERN)
-    wrong = keys.refuse(key, f"which does not fit {sizes.blocks} layers: convert the model again")
-    kinds: tuple[LayerKind, ...]
-    if isinstance(pattern, np.ndarray | list):
-        flags = np.asarray(pattern)
-        if flags.dtype.kind not in "biu" or flags.shape != (sizes.blocks,) or not np.isin(flags, (0, 1)).all():
-            raise wrong
-        kinds = tuple("local" if flag else "global" for flag in flags[:num_layers].tolist())
-    elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 2**31:
-        kinds = tuple("global" if (index + 1) % pattern == 0 else "local" for index in range(num_layers))
-    else:
-        raise wrong
-    if keys.size("attention.sliding_window", 0, minimum=0) == 0 and "local" in kinds:
-        stated = "zero" if "attention.sliding_window" in keys else "missing"
-        lines.append(f"{keys.prefix}attention.sliding_window is {stated}: every layer is global, as llama.cpp takes it")
-        return tile("G", num_layers)
-    return kinds
 
 
 def _gguf_rows(config: Gemma3Config, name: str) -> Callable[[Weight], Weight] | None:

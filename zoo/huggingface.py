@@ -18,7 +18,7 @@ from transom.json_object import read_object
 from transom.zoo.architecture import Architecture, HuggingFaceFormat
 from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
-from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, read_decoder
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, LocalGlobalConfig, read_decoder
 from transom.zoo.config_keys import Keys, is_positive, short
 from transom.zoo.rope import Llama3Rope, Rope, YarnRope, yarn_magnitude
 
@@ -120,6 +120,79 @@ def read_sizes(text: Keys, fields: Mapping[str, str], defaults: Mapping[str, int
     if sizes["hidden_size"] % sizes["num_heads"]:
         text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {sizes['num_heads']}")
     return sizes
+
+
+_USUAL = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "context": "max_position_embeddings",
+}
+
+
+def read_usual_sizes(text: Keys, defaults: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by the keys that most families share; heads of keys and values, and their width, follow from others.
+
+    Args:
+        text: Keys that describe the decoder.
+        defaults: What an absent key means. Without `num_key_value_heads`, there are as many as query heads.
+
+    Raises:
+        ConfigError: As `read_sizes` does.
+    """
+    sizes = read_sizes(text, _USUAL, defaults)
+    heads, per_head = sizes["num_heads"], sizes["hidden_size"] // sizes["num_heads"]
+    absent = {"num_key_value_heads": defaults.get("num_key_value_heads", heads), "head_dim": per_head}
+    for field, key, null in (("num_kv_heads", "num_key_value_heads", heads), ("head_dim", "head_dim", per_head)):
+        stated = key in text.values
+        sizes[field] = null if stated and text.get(key) is None else text.whole(key, absent[key])
+    return sizes
+
+
+def usual_sizes(config: DecoderConfig) -> dict[str, Any]:
+    """The keys that `read_usual_sizes` reads, number of layers and activation, and no tokens that begin or end a text.
+
+    Those stand in the tokenizer's files and in generation_config.json.
+    """
+    return {
+        **{key: getattr(config, field) for field, key in _USUAL.items()},
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def read_windows(text: Keys, defaults: Mapping[str, int], pattern: int) -> dict[str, Any]:
+    """`layer_kinds` and `window` of a `LocalGlobalConfig`.
+
+    Args:
+        text: Keys that describe the decoder.
+        defaults: What an absent `num_hidden_layers` or `sliding_window` means.
+        pattern: Every n-th layer is global, where the config does not say.
+
+    Raises:
+        ConfigError: If the keys contradict each other, or a type of layer is unknown.
+    """
+    layer_types = read_layer_types(text, count=defaults["num_hidden_layers"], pattern=pattern)
+    window = None
+    if text.values.get("sliding_window", "") is not None:
+        window = text.whole("sliding_window", defaults["sliding_window"])
+    elif "sliding_attention" in layer_types:
+        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
+    return {"layer_kinds": tuple(LAYER_KINDS[name] for name in layer_types), "window": window}
+
+
+def windows(config: LocalGlobalConfig) -> dict[str, Any]:
+    """The keys that `read_windows` reads."""
+    return {
+        "sliding_window": config.window,
+        "layer_types": [LAYER_TYPES[kind] for kind in config.layer_kinds],
+    }
 
 
 def read_layer_types(text: Keys, *, count: int, pattern: int) -> list[str]:

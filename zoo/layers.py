@@ -1,4 +1,4 @@
-"""Pieces that model files share: norms, gated MLPs, and what a cache is.
+"""Pieces that model files share: norms, attention, gated MLPs, what a decoder is, and what a cache is.
 
 Axes:
     B  batch            T  new tokens        S  cache slots      D  model width      F  MLP width
@@ -7,15 +7,20 @@ Axes:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from transom.zoo.config import DecoderConfig
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each [B, K, S, H]."""
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the new tokens' angles, each [T, H / 2]."""
 
 
 class Decoder(nn.Module):
@@ -29,6 +34,9 @@ class Decoder(nn.Module):
 
     softcap: float | None = None
     """`cap * tanh(logits / cap)` on the logits, or None."""
+
+    logit_scale: float = 1.0
+    """Factor on the logits, before their cap."""
 
     def hidden(
         self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
@@ -49,6 +57,8 @@ class Decoder(nn.Module):
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of states [..., D] that `hidden` returned."""
         logits = nn.functional.linear(x, self.get_parameter(self.head_weight))
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def forward(
@@ -57,6 +67,44 @@ class Decoder(nn.Module):
         """Run the new tokens: logits [B, T, V] and the caches; arguments as `hidden` takes them."""
         x_BTD, written = self.hidden(tokens_BT, start, caches, **inputs)
         return self.head(x_BTD), written
+
+
+class StackedDecoder(Decoder):
+    """A table of tokens, layers that differ at most in window and rotation, a norm, and a head."""
+
+    def __init__(self, config: DecoderConfig, layer: Callable[..., nn.Module], norm: nn.Module, *, tied: bool) -> None:
+        """Build it.
+
+        Args:
+            config: Goes to every layer.
+            layer: Builds a layer of the configuration and its index; it is called with states, positions, its rotation
+                or None, and its cache or None, and returns states and the cache.
+            norm: Of the last states.
+            tied: Whether the head is the table of tokens.
+        """
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_layers))
+        self.norm = norm
+        if not tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head_weight = "lm_head.weight"
+
+    def rotations(self, positions_T: torch.Tensor) -> Sequence[Rotation | None]:
+        """By what each layer rotates queries and keys; None for a layer without positions."""
+        raise NotImplementedError
+
+    def hidden(
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        positions_T = start + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.embed_tokens(tokens_BT)
+        written: list[LayerCache] = []
+        for index, (layer, cos_sin) in enumerate(zip(self.layers, self.rotations(positions_T), strict=True)):
+            x_BTD, cache = layer(x_BTD, positions_T, cos_sin, None if caches is None else caches[index])
+            written.append(cache)
+        return self.norm(x_BTD), written
 
 
 class RMSNorm(nn.Module):
@@ -77,6 +125,18 @@ class RMSNorm(nn.Module):
         return (normed * scale).type_as(x)
 
 
+class LayerNorm(nn.Module):
+    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps).type_as(x)
+
+
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`, without biases (arXiv 2002.05202)."""
 
@@ -91,6 +151,59 @@ class GatedMLP(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         out_BTD: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out_BTD
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without biases; local or global by its layer's window.
+
+    A family says in `place` what happens to queries and keys between the projections and the scores.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim, self.window = H, config.layers[index].window
+        self.q_proj = nn.Linear(D, N * H, bias=False)
+        self.k_proj = nn.Linear(D, K * H, bias=False)
+        self.v_proj = nn.Linear(D, K * H, bias=False)
+        self.o_proj = nn.Linear(N * H, D, bias=False)
+
+    def place(
+        self, q_BTX: torch.Tensor, k_BTX: torch.Tensor, cos_sin: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, N, T, H] and keys [B, K, T, H] of what the projections say, normed and rotated."""
+        raise NotImplementedError
+
+    def split(self, x_BTX: torch.Tensor) -> torch.Tensor:
+        """Heads before tokens, [B, N, T, H]."""
+        return x_BTX.view(*x_BTX.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cos_sin: Rotation | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, LayerCache]:
+        q_BNTH, k_BKTH = self.place(self.q_proj(x_BTD), self.k_proj(x_BTD), cos_sin)
+        v_BKTH = self.split(self.v_proj(x_BTD))
+        scale, window = self.head_dim**-0.5, self.window
+        attended_BTX, cache = attend(q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=scale, window=window)
+        return self.o_proj(attended_BTX), cache
+
+
+class PostNormLayer(nn.Module):
+    """One block; norms stand on what attention and MLP give, before it is added (OLMo 2, arXiv 2501.00656)."""
+
+    def __init__(self, config: DecoderConfig, attention: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cos_sin: Rotation | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, LayerCache]:
+        attended_BTD, cache = self.self_attn(x_BTD, positions_T, cos_sin, cache)
+        x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
+        return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)), cache
 
 
 def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from transom.errors import ConfigError
-from transom.graphs.weight import Weight
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes
+from transom.zoo.checkpoints.gguf_config import Sizes, neighbours_to_halves, read_gguf_rope
 from transom.zoo.checkpoints.gguf_metadata import Metadata
-from transom.zoo.checkpoints.gguf_weight import read_vector
 from transom.zoo.config import LARGEST, AttentionLayer, DecoderConfig
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_sizes, rope_parameters
+from transom.zoo.huggingface import read_ropes, read_usual_sizes, rope_parameters, usual_sizes
 from transom.zoo.layers import Decoder, GatedMLP, LayerCache, RMSNorm, attend
 from transom.zoo.packaged import shipped
 from transom.zoo.rope import Llama3Rope, Rope, rotate, rotation
@@ -146,36 +142,21 @@ _SIZES = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "context": "max_position_embeddings",
-}
 _EPS = 1e-6
 
 
 def _read(text: Keys, outer: Keys) -> dict[str, Any]:
-    sizes = read_sizes(text, _FIELDS, _SIZES)
-    optional = {"num_kv_heads": ("num_key_value_heads", sizes["num_heads"])}
-    optional["head_dim"] = ("head_dim", sizes["hidden_size"] // sizes["num_heads"])
-    for field, (key, default) in optional.items():
-        sizes[field] = default if text.get(key) is None else text.whole(key, default)
-    tied = text.values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        text.refuse("tie_word_embeddings", "expected true or false")
     depth = text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"])
     if "layer_types" in text.values and text.values["layer_types"] not in (None, ["full_attention"] * depth):
         text.refuse(
             "layer_types", f"expected full_attention for each of {depth} layers, as other kinds are not supported"
         )
     return {
-        **sizes,
+        **read_usual_sizes(text, _SIZES),
         "depth": depth,
         "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "")[""],
         "norm_eps": text.number("rms_norm_eps", _EPS),
-        "tied": tied,
+        "tied": text.flag("tie_word_embeddings", False),
     }
 
 
@@ -183,17 +164,10 @@ def _write(config: Llama3Config) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{key: getattr(config, field) for field, key in _FIELDS.items()},
-        "num_hidden_layers": config.depth,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **usual_sizes(config),
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope_parameters(config.rope),
-        "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
-        # What begins and ends a text stands in the tokenizer's files and in generation_config.json.
-        "bos_token_id": None,
-        "eos_token_id": None,
     }
 
 
@@ -226,43 +200,13 @@ _HUGGINGFACE = HuggingFaceFormat(
 
 
 def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]:
-    """What llama.cpp takes when a key is missing: a theta of 10,000. Llama 3.1's scaling stands in a tensor."""
     keys.agree("attention.scale", sizes.head_dim**-0.5)
-    theta, factor = keys.number("rope.freq_base", 1e4), keys.rope_factor(lines)
-    rope = Rope(theta=theta, factor=1.0 if factor is None else factor)
-    divisors = read_vector(sizes.header, "rope_freqs.weight")
-    if divisors is not None:
-        rope = _scaled(sizes, rope, divisors)
     return {
         "depth": sizes.num_layers,
-        "rope": rope,
+        "rope": read_gguf_rope(sizes, keys, lines),
         "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tied": "output.weight" not in sizes.header.tensors,
     }
-
-
-def _scaled(sizes: Sizes, rope: Rope, divisors: torch.Tensor) -> Rope:
-    """The scaling whose frequencies are a rope's divided by some numbers, which is all that a file stores of it."""
-    plain = rope.frequencies(sizes.head_dim, dtype=torch.float64)
-    scaled = Llama3Rope(theta=rope.theta, factor=float(divisors.max()))
-    for candidate in (Rope(theta=rope.theta), scaled):
-        if divisors.shape == plain.shape and rope.factor == 1.0:
-            wanted = plain / candidate.frequencies(sizes.head_dim, dtype=torch.float64)
-            if torch.allclose(divisors.double(), wanted, rtol=1e-5):
-                return candidate
-    raise ConfigError(
-        f"{sizes.header.path}: rope_freqs.weight scales positions in another way than Llama 3.1 does (slow pairs by "
-        "one factor, within 8,192 tokens of original context): choose another model"
-    )
-
-
-def _gguf_rows(config: Llama3Config, name: str) -> Callable[[Weight], Weight] | None:
-    """llama.cpp rotates neighbours, so rows of queries and keys are stored in pairs (i, i + H/2)."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return None
-    half = config.head_dim // 2
-    order = tuple(2 * index + side for side in (0, 1) for index in range(half))
-    return lambda weight: weight.reorder_rows(order)
 
 
 _GGUF = GGUFFormat(
@@ -283,7 +227,7 @@ _GGUF = GGUFFormat(
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     },
-    rows=_gguf_rows,
+    rows=neighbours_to_halves,
     frequencies=True,
 )
 

@@ -129,3 +129,10 @@ def rotate(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
     """Rotate the pairs (x[i], x[i + H/2]) of every head, computed in float32."""
     low, high = x_BNTH.chunk(2, dim=-1)
     return torch.cat((low * cos_TH - high * sin_TH, high * cos_TH + low * sin_TH), dim=-1).type_as(x_BNTH)
+
+
+def rotate_interleaved(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[2 i], x[2 i + 1]) of every head, computed in float32."""
+    first, second = x_BNTH.view(*x_BNTH.shape[:-1], -1, 2).unbind(-1)
+    pairs = (first * cos_TH - second * sin_TH, second * cos_TH + first * sin_TH)
+    return torch.stack(pairs, dim=-1).flatten(-2).type_as(x_BNTH)

@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 from transom.errors import CheckpointError, ConfigError
+from transom.graphs.weight import Weight
 from transom.wording import listed
 from transom.zoo.architecture import Architecture
 from transom.zoo.architectures import architectures
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
-from transom.zoo.config import LARGEST, DecoderConfig, read_decoder
+from transom.zoo.checkpoints.gguf_weight import read_vector
+from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, read_decoder, tile
+from transom.zoo.rope import Llama3Rope, Rope
 
 PARTS_OF_KEYS = ("vision.", "mm.", "audio.")
 """Keys (without the architecture) that describe a part beside the language model; see `gguf_tensors.PARTS`."""
@@ -212,7 +219,9 @@ def _check_agreement(keys: Metadata, config: DecoderConfig, family: Architecture
         raise keys.refuse("rope.scaling.finetuned", "expected true or false: convert the model again")
     keys.unread.discard("rope.scaling.finetuned")
     for key, allowed in {**_NEUTRAL, **family.gguf.neutral}.items():
-        keys.only(key, allowed)
+        # What the family reads is a computation that it has.
+        if key in keys.unread:
+            keys.only(key, allowed)
 
 
 def _judge_others(header: Header, keys: Metadata) -> list[str]:
@@ -242,3 +251,81 @@ def judge(header: Header, keys: Metadata, others: list[str], concerned: list[str
     unread = [keys.prefix + key for key in others]
     unread += [key for key in header.metadata if not key.startswith((keys.prefix, *_OTHER_NAMESPACES))]
     return [f"metadata that the model has no use for: {', '.join(unread)}"] if unread else []
+
+
+def read_gguf_windows(
+    sizes: Sizes, keys: Metadata, lines: list[str], pattern: int
+) -> tuple[tuple[LayerKind, ...], int | None]:
+    """Kinds of layers, and the window of the local ones; without one, every layer is global.
+
+    Args:
+        sizes: Of the model.
+        keys: Of the file.
+        lines: Gets one if layers are global for want of a window.
+        pattern: Every n-th layer is global, where the file does not say; it may say another n, or whether each layer is
+            local.
+
+    Raises:
+        ConfigError: If the kinds do not fit the layers.
+    """
+    key, num_layers = "attention.sliding_window_pattern", sizes.num_layers
+    stated = keys.values.get(key, pattern)
+    wrong = keys.refuse(key, f"which does not fit {sizes.blocks} layers: convert the model again")
+    kinds: tuple[LayerKind, ...]
+    if isinstance(stated, np.ndarray | list):
+        flags = np.asarray(stated)
+        if flags.dtype.kind not in "biu" or flags.shape != (sizes.blocks,) or not np.isin(flags, (0, 1)).all():
+            raise wrong
+        kinds = tuple("local" if flag else "global" for flag in flags[:num_layers].tolist())
+    elif isinstance(stated, int) and not isinstance(stated, bool) and 0 < stated < 2**31:
+        kinds = tuple("global" if (index + 1) % stated == 0 else "local" for index in range(num_layers))
+    else:
+        raise wrong
+    window = keys.size("attention.sliding_window", 0, minimum=0) or None
+    if window is None and "local" in kinds:
+        what = "zero" if "attention.sliding_window" in keys else "missing"
+        lines.append(f"{keys.prefix}attention.sliding_window is {what}: every layer is global, as llama.cpp takes it")
+        kinds = tile("G", num_layers)
+    return kinds, window
+
+
+def read_gguf_rope(sizes: Sizes, keys: Metadata, lines: list[str]) -> Rope:
+    """What llama.cpp takes: a theta of 10,000 if the key is missing. Llama 3.1's scaling stands in a tensor.
+
+    Args:
+        sizes: Of the model.
+        keys: Of the file.
+        lines: As `Metadata.rope_factor` takes it.
+
+    Raises:
+        ConfigError: If the keys contradict each other, or positions are scaled in another way.
+        CheckpointError: If the tensor is damaged.
+    """
+    theta, factor = keys.number("rope.freq_base", 1e4), keys.rope_factor(lines)
+    rope = Rope(theta=theta, factor=1.0 if factor is None else factor)
+    divisors = read_vector(sizes.header, "rope_freqs.weight")
+    return rope if divisors is None else _scaled(sizes, rope, divisors)
+
+
+def _scaled(sizes: Sizes, rope: Rope, divisors: torch.Tensor) -> Rope:
+    """The scaling whose frequencies are a rope's divided by some numbers, which is all that a file stores of it."""
+    plain = rope.frequencies(sizes.head_dim, dtype=torch.float64)
+    scaled = Llama3Rope(theta=rope.theta, factor=float(divisors.max()))
+    for candidate in (Rope(theta=rope.theta), scaled):
+        if divisors.shape == plain.shape and rope.factor == 1.0:
+            wanted = plain / candidate.frequencies(sizes.head_dim, dtype=torch.float64)
+            if torch.allclose(divisors.double(), wanted, rtol=1e-5):
+                return candidate
+    raise ConfigError(
+        f"{sizes.header.path}: rope_freqs.weight scales positions in another way than Llama 3.1 does (slow pairs by "
+        "one factor, within 8,192 tokens of original context): choose another model"
+    )
+
+
+def neighbours_to_halves(config: DecoderConfig, name: str) -> Callable[[Weight], Weight] | None:
+    """Rows of queries and keys as pairs (i, i + H/2), where a file stores those pairs as neighbours, to rotate them."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return None
+    half = config.head_dim // 2
+    order = tuple(2 * index + side for side in (0, 1) for index in range(half))
+    return lambda weight: weight.reorder_rows(order)
