@@ -249,7 +249,7 @@ def measure(policy: Policy, start: Policy, prompts: Sequence[Prompt], draws: int
     sampled = policy.sample([prompt.ids for prompt in repeated], max_new=ANSWER, stops=stops, generator=generator)
     tokens_BT, counts_BT = continued(repeated, sampled)
     with torch.no_grad():
-        ratios = ((policy.log_probs(tokens_BT) - start.log_probs(tokens_BT)) * counts_BT).sum(-1)
+        ratios = (policy.log_probs(tokens_BT, counts_BT) - start.log_probs(tokens_BT, counts_BT)).sum(-1)
     rewards = torch.tensor(exact(repeated, [text_of(new) for new in sampled]))
     return {
         "sampled": rewards.view(-1, draws).mean(1).tolist(),

@@ -113,11 +113,18 @@ class Policy:
             )
         return self._stages.hidden(tokens_BT.to(self.device), self._whole, recompute=self._recompute)
 
-    def log_probs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Log p of every token but the first, given those before it: float32 [B, T - 1], in nats."""
+    def log_probs(self, tokens_BT: torch.Tensor, counts_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Log p of every token but the first, given those before it: float32 [B, T - 1], in nats.
+
+        Args:
+            tokens_BT: As `hidden` takes them.
+            counts_BT: bool [B, T - 1]: the tokens that are wanted. The others are 0, and cost no logits.
+        """
         tokens_BT = tokens_BT.to(self.device)
-        hidden_ND = self.hidden(tokens_BT)[:, :-1].flatten(0, 1)
-        return token_log_probs(hidden_ND, self.head, tokens_BT[:, 1:].flatten()).view(len(tokens_BT), -1)
+        hidden_BTD, next_BT = self.hidden(tokens_BT)[:, :-1], tokens_BT[:, 1:]
+        wanted_BT = torch.ones_like(next_BT, dtype=torch.bool) if counts_BT is None else counts_BT.to(self.device)
+        log_probs_N = token_log_probs(hidden_BTD[wanted_BT], self.head, next_BT[wanted_BT])
+        return log_probs_N.new_zeros(next_BT.shape).masked_scatter(wanted_BT, log_probs_N)
 
     def sample(
         self,

@@ -23,14 +23,15 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_gradients_are_the_modules(rows: int, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the window, a batch of unequal sequences, logits for a few positions at a time or all at once."""
+    """Past the window, a batch of unequal sequences; logits of wanted positions one at a time, or of all at once."""
     monkeypatch.setattr(divergence, "LOGITS", rows * model.config.vocab_size)
     policy, module = Policy(model, recompute=rows == 1), model.eager().requires_grad_(True)
     window = model.config.longest_window or 16
     sequences = [[(7 * i + j) % 500 for i in range(length)] for j, length in enumerate((3 * window + 5, window, 4))]
     tokens = padded(sequences)
     mask = torch.tensor([[t < len(s) - 1 for t in range(tokens.shape[1] - 1)] for s in sequences])
-    log_probs = policy.log_probs(tokens)
+    log_probs = policy.log_probs(tokens, mask if rows == 1 else None)
+    assert rows > 1 or not log_probs[~mask].any()
     (log_probs * mask).sum().backward()  # type: ignore[no-untyped-call]
     total = torch.zeros(())
     for row, sequence in enumerate(sequences):

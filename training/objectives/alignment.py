@@ -150,8 +150,8 @@ class Alignment(Objective):
         rewards = torch.tensor(self._score(repeated, texts))
         tokens_BT, counts_BT = continued(repeated, continuations)
         with torch.no_grad():
-            anchor_log_probs = (self._anchor.log_probs(tokens_BT).cpu() * counts_BT).sum(-1)
-        log_probs = (self._policy.log_probs(tokens_BT).cpu() * counts_BT).sum(-1)
+            anchor_log_probs = self._anchor.log_probs(tokens_BT, counts_BT).cpu().sum(-1)
+        log_probs = self._policy.log_probs(tokens_BT, counts_BT).cpu().sum(-1)
         shape = (len(prompts), copies)
         return Samples(
             log_probs=log_probs.view(shape),

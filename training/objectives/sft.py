@@ -68,5 +68,5 @@ class Sft(Objective):
             places = range(part * size, (part + 1) * size)
             chosen = [index_at(place, len(self._prompts), self._seed) for place in places]
             tokens_BT, counts_BT = continued([self._prompts[i] for i in chosen], [self._answers[i] for i in chosen])
-            log_probs_BT = self._policy.log_probs(tokens_BT).cpu() * counts_BT
+            log_probs_BT = self._policy.log_probs(tokens_BT, counts_BT).cpu()
             yield Loss(value=-log_probs_BT.sum() / counts_BT.sum())
