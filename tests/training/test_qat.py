@@ -19,6 +19,7 @@ from transom.passes.base import Pipeline, rewrites
 from transom.passes.fake_quantize import FakeQuantize, FakeQuantized
 from transom.training.latent import dithered, into_cells
 from transom.training.loop import Metrics
+from transom.training.objectives import qat
 from transom.training.objectives.qat import Qat, QatSettings
 from transom.training.qat import train
 from transom.training.quantize import quantize_model, score_graph
@@ -55,6 +56,18 @@ def test_calibration_is_where_it_begins(tiny: Model, words: Path, tmp_path: Path
         settings = dataclasses.replace(SHORT, steps=1, start=start, learning_rate=0.0)
         (first[start],) = train(tiny, settings, text=words, out=tmp_path / start, target=None)
     assert first["gptq"] < 0.5 * first["nearest"]
+
+
+def test_sequences_lose_together_what_they_lose_one_by_one(
+    tiny: Model, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SHORT, steps=2, batch=6, start="nearest")
+    assert settings.rows == 6 and dataclasses.replace(settings, length=200).rows == 2
+    together = train(tiny, settings, text=words, out=tmp_path / "together", target=None)
+    monkeypatch.setattr(qat, "PART_TOKENS", 1)
+    assert settings.rows == 1
+    one_by_one = train(tiny, settings, text=words, out=tmp_path / "one", target=None)
+    assert together == pytest.approx(one_by_one, rel=1e-4)
 
 
 @pytest.mark.parametrize("quant", ["int4_block32", "int4", "fp8_e4m3:none"])

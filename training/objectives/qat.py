@@ -34,6 +34,9 @@ from transom.zoo.model import Model
 CALIBRATION_TOKENS = 8192
 """Of the text, that calibration reads before training begins."""
 
+PART_TOKENS = 512
+"""That go through the model together, where sequences are short enough: weights are rounded once for all of them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QatSettings:
@@ -74,6 +77,12 @@ class QatSettings:
         """How the optimiser steps."""
         return LoopSettings(steps=self.steps, learning_rate=self.learning_rate, save_every=self.save_every)
 
+    @property
+    def rows(self) -> int:
+        """Sequences that go through the model together; all parts of a step have as many."""
+        most = max(1, PART_TOKENS // self.length)
+        return max(rows for rows in range(1, min(most, self.batch) + 1) if self.batch % rows == 0)
+
 
 class Qat(Objective):
     """The student and its teacher.
@@ -98,7 +107,7 @@ class Qat(Objective):
         begun: bool,
     ) -> None:
         self.settings, self.device = settings, device_of(settings.device)
-        self.parts = settings.batch
+        self.parts = settings.batch // settings.rows
         self._sequences = sequences_NT
         self._generator = torch.Generator().manual_seed(settings.seed)
         traced = score_graph(model)
@@ -161,11 +170,11 @@ class Qat(Objective):
         return parameters
 
     def losses(self, step: int) -> Iterator[Loss]:
-        """Mean KL(teacher || student) of each sequence of a step, in nats."""
+        """Mean KL(teacher || student) of each part of a step, in nats."""
         settings, count = self.settings, len(self._sequences)
-        for place in range(step * settings.batch, (step + 1) * settings.batch):
-            index = index_at(place, count, settings.seed)
-            tokens_BT = self._sequences[index : index + 1].to(self.device)
+        for first in range(step * settings.batch, (step + 1) * settings.batch, settings.rows):
+            places = range(first, first + settings.rows)
+            tokens_BT = self._sequences[[index_at(place, count, settings.seed) for place in places]].to(self.device)
             with torch.no_grad():
                 taught = self._teacher_stages.hidden(tokens_BT, self._teacher).flatten(0, 1)
                 targets = self._targets(taught)
