@@ -91,19 +91,25 @@ def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float)
 
 @torch.library.custom_op("transom::rotary", mutates_args=())
 @_body
-def rotary(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + H/2]).
+def rotary(
+    x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool, interleaved: bool = False
+) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + H/2]), or (x[2 i], x[2 i + 1]) if `interleaved`.
 
     `x` is [B, N, T, H] if `heads_first`, else [B, T, N, H]; cosines and sines are [T, H / 2], and the sums are taken in
     their dtype.
     """
     cos, sin = (cos_TH, sin_TH) if heads_first else (cos_TH[:, None], sin_TH[:, None])
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    low, high = x.view(*x.shape[:-1], -1, 2).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = low * cos - high * sin, high * cos + low * sin
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x.dtype)
 
 
 @rotary.register_fake
-def _(x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool) -> torch.Tensor:
+def _(
+    x: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, heads_first: bool, interleaved: bool = False
+) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 

@@ -86,7 +86,8 @@ def _heads_last(graph: Graph, value: Node, known: dict[Node, Node]) -> Node:
         if is_transpose(value, 1, 2):
             known[value] = value.args[0]
         elif is_call(value, ops.ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
-            turned = graph.call(ops.ROTARY, (value.args[0].args[0], value.args[1], value.args[2], False), value)
+            x, cos, sin, _, *pairs = value.args
+            turned = graph.call(ops.ROTARY, (x.args[0], cos, sin, False, *pairs), value)
             value.replace_all_uses_with(
                 graph.call(aten.transpose.int, (turned, 1, 2), value), delete_user_cb=lambda user: user.op == "output"
             )

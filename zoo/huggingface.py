@@ -172,16 +172,16 @@ def read_windows(text: Keys, defaults: Mapping[str, int], pattern: int) -> dict[
 
     Args:
         text: Keys that describe the decoder.
-        defaults: What an absent `num_hidden_layers` or `sliding_window` means.
+        defaults: What an absent `num_hidden_layers` or `sliding_window` means; the latter may be left out for none.
         pattern: Every n-th layer is global, where the config does not say.
 
     Raises:
         ConfigError: If the keys contradict each other, or a type of layer is unknown.
     """
     layer_types = read_layer_types(text, count=defaults["num_hidden_layers"], pattern=pattern)
-    window = None
-    if text.values.get("sliding_window", "") is not None:
-        window = text.whole("sliding_window", defaults["sliding_window"])
+    window = text.values.get("sliding_window", defaults.get("sliding_window"))
+    if window is not None:
+        window = text.whole("sliding_window", window)
     elif "sliding_attention" in layer_types:
         text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
     return {"layer_kinds": tuple(LAYER_KINDS[name] for name in layer_types), "window": window}

@@ -9,24 +9,12 @@ import torch
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Emitter
-from transom.export.onnx.lowerings import SHARED, cast
+from transom.export.onnx.lowerings import SHARED
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 
 ENCODERS = Table(SHARED)
-
-
-@ENCODERS.lowers(aten.layer_norm.default)
-def _layer_norm(emitter: Emitter, node: Node) -> str:
-    """In float32, as torch computes it."""
-    x, shape, weight, bias, *rest = node.args
-    inputs = [
-        cast(emitter, emitter.value(value), value.meta["val"].dtype, torch.float32) for value in (x, weight, bias)
-    ]
-    epsilon = rest[0] if rest else 1e-5
-    normed = emitter.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=epsilon)
-    return cast(emitter, normed, torch.float32, node.meta["val"].dtype)
 
 
 @ENCODERS.lowers(aten.permute.default)

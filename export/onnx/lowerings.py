@@ -152,6 +152,20 @@ def _silu(emitter: Emitter, node: Node) -> str:
     return activate(emitter, emitter.value(node.args[0]), "silu")
 
 
+@SHARED.lowers(aten.layer_norm.default)
+def _layer_norm(emitter: Emitter, node: Node) -> str:
+    """In float32, as torch computes it."""
+    x, shape, weight, *rest = node.args
+    bias, epsilon = (*rest, *(None, 1e-5)[len(rest) :])[:2]
+    inputs = [
+        cast(emitter, emitter.value(value), value.meta["val"].dtype, torch.float32)
+        for value in (x, weight, bias)
+        if value is not None
+    ]
+    normed = emitter.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=epsilon)
+    return cast(emitter, normed, torch.float32, node.meta["val"].dtype)
+
+
 @SHARED.lowers(ops.GATED)
 def _gated(emitter: Emitter, node: Node) -> str:
     width = int(node.meta["val"].shape[-1])
@@ -162,15 +176,16 @@ def _gated(emitter: Emitter, node: Node) -> str:
 
 @SHARED.lowers(ops.ROTARY)
 def _rotary(emitter: Emitter, node: Node) -> str | None:
-    x, cos, sin, heads_first = node.args
+    x, cos, sin, heads_first, *pairs = node.args
     tables = [_rotation_table(emitter, table, x.meta["val"].shape[0]) for table in (cos, sin)]
     narrow, wide = x.meta["val"].dtype, cos.meta["val"].dtype
+    interleaved = int(any(pairs))
     if heads_first:
         value = cast(emitter, emitter.value(x), narrow, wide)
-        return cast(emitter, emitter.op("RotaryEmbedding", value, *tables), wide, narrow)
+        return cast(emitter, emitter.op("RotaryEmbedding", value, *tables, interleaved=interleaved), wide, narrow)
     heads = int(x.meta["val"].shape[2])
     value = cast(emitter, emitter.flattened(x), narrow, wide)
-    rotated = emitter.op("RotaryEmbedding", value, *tables, num_heads=heads)
+    rotated = emitter.op("RotaryEmbedding", value, *tables, num_heads=heads, interleaved=interleaved)
     emitter.flat[node] = cast(emitter, rotated, wide, narrow)
     return None
 

@@ -265,13 +265,13 @@ def _embedding_quantized(emitter: Emitter, node: Node) -> Any:
 def _layer_norm(emitter: Emitter, node: Node) -> Any:
     x, shape, *rest = node.args
     weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
-    if len(shape) != 1 or x.meta["val"].dim() != 3 or weight is None or bias is None:
-        raise emitter.refuse(node, "rows are normalised, with a weight and a bias")
-    h = emitter.width(x)
+    if len(shape) != 1 or x.meta["val"].dim() != 3 or weight is None:
+        raise emitter.refuse(node, "rows are normalised, with a weight")
+    h, biased = emitter.width(x), bias is not None
     (result,) = emitter.call(
-        ("layer_norm", h, eps),
-        lambda: rows.layer_norm(h, eps, emitter.tile),
-        [emitter.value(value) for value in (x, weight, bias)],
+        ("layer_norm", h, eps, biased),
+        lambda: rows.layer_norm(h, eps, emitter.tile, biased=biased),
+        [emitter.value(value) for value in (x, weight, bias if biased else weight)],
         emitter.shape(node),
     )
     return result
@@ -308,13 +308,13 @@ def _add_rms_norm(emitter: Emitter, node: Node) -> list[Any]:
 
 @TABLE.lowers(ops.ROTARY)
 def _rotary(emitter: Emitter, node: Node) -> Any:
-    x, cos, sin, heads_first = node.args
+    x, cos, sin, heads_first, *pairs = node.args
     if heads_first:
         raise emitter.refuse(node, "heads must come after tokens")
     heads, h = (int(size) for size in x.meta["val"].shape[2:])
     (result,) = emitter.call(
-        ("rotary", heads, h),
-        lambda: rows.rotary(heads, h, emitter.tile),
+        ("rotary", heads, h, any(pairs)),
+        lambda: rows.rotary(heads, h, emitter.tile, interleaved=any(pairs)),
         (emitter.value(x), emitter.value(cos), emitter.value(sin)),
         emitter.shape(node),
     )

@@ -229,10 +229,15 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 @TABLE.lowers(ops.ROTARY)
-def _rotary(x: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, heads_first: bool) -> jax.Array:
+def _rotary(
+    x: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, heads_first: bool, interleaved: bool = False
+) -> jax.Array:
     cos, sin = (table if heads_first else table[:, None] for table in (cos_TH, sin_TH))
-    low, high = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate((low * cos - high * sin, high * cos + low * sin), -1).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    low, high = (wide[..., 0::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, -1)
+    turned = low * cos - high * sin, high * cos + low * sin
+    joined = jnp.stack(turned, -1).reshape(x.shape) if interleaved else jnp.concatenate(turned, -1)
+    return joined.astype(x.dtype)
 
 
 @TABLE.lowers(ops.WRITE_CACHE)

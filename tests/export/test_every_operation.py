@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transom.errors import QuantizationError, TransomError, UnsupportedOpsError
 from transom.formats.schemes import SCHEMES, QuantSpec, Scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.match import aten
 from transom.passes.base import Pass, Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
@@ -159,6 +161,24 @@ def _rms_norm(target: str) -> Iterator[Sample]:
         yield Sample(name="bfloat16", rows=of_rows, tensors=tensors, tolerance=BF16_RESULTS, dtype=torch.bfloat16)
 
 
+@samples_of(aten.layer_norm.default)
+def _layer_norm(target: str) -> Iterator[Sample]:
+    """Rows far from zero, with a bias and without."""
+
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, biased: bool) -> Any:
+        bias = self.bias if biased else None
+        return nn.functional.layer_norm(look_up(self.table, tokens), self.weight.shape, self.weight, bias, EPS)
+
+    tensors = {"table": normal(VOCABULARY, 24, mean=3), "weight": normal(24, seed=1), "bias": normal(24, seed=2)}
+    for biased in (False, True):
+        yield Sample(
+            name="bias" if biased else "no bias",
+            rows=functools.partial(rows, biased=biased),
+            tensors=tensors,
+            tolerance=FP32_SUMS,
+        )
+
+
 @samples_of(ops.ADD_RMS_NORM)
 def _add_rms_norm(target: str) -> Iterator[Sample]:
     def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
@@ -173,20 +193,20 @@ def _add_rms_norm(target: str) -> Iterator[Sample]:
 
 @samples_of(ops.ROTARY)
 def _rotary(target: str) -> Iterator[Sample]:
-    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, heads_first: bool) -> Any:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, heads_first: bool, interleaved: bool) -> Any:
         x_BTNH = by_heads(look_up(self.table, tokens))
         positions_T = torch.arange(tokens.shape[1]) + start
         angles_TF = positions_T.float().unsqueeze(-1) * self.frequencies
         cos, sin = angles_TF.cos(), angles_TF.sin()
         if heads_first:
-            return by_rows(ops.ROTARY(x_BTNH.transpose(1, 2), cos, sin, True).transpose(1, 2))
-        return by_rows(ops.ROTARY(x_BTNH, cos, sin, False))
+            return by_rows(ops.ROTARY(x_BTNH.transpose(1, 2), cos, sin, True, interleaved).transpose(1, 2))
+        return by_rows(ops.ROTARY(x_BTNH, cos, sin, False, interleaved))
 
     tensors = {"table": normal(VOCABULARY, HEADS * HEAD), "frequencies": torch.logspace(0, -2, HEAD // 2)}
-    for heads_first in (False, True):
+    for heads_first, interleaved in itertools.product((False, True), repeat=2):
         yield Sample(
-            name="heads first" if heads_first else "heads last",
-            rows=functools.partial(rows, heads_first=heads_first),
+            name=("heads first" if heads_first else "heads last") + (", neighbours" if interleaved else ""),
+            rows=functools.partial(rows, heads_first=heads_first, interleaved=interleaved),
             tensors=tensors,
             tolerance=FP32_SUMS,
             refused=(UnsupportedOpsError, "heads before tokens") if heads_first and target == "tvm" else None,
@@ -419,8 +439,10 @@ def _attend(target: str) -> Iterator[Sample]:
         )
 
 
-OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__ == ops.__name__}
-"""Those of `graphs.ops`; what training and observers add is for no target."""
+OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__ == ops.__name__} | {
+    aten.layer_norm.default
+}
+"""Those of `graphs.ops`, and torch's own that is as large; what training and observers add is for no target."""
 
 PAIRS = {(operation, target) for target, table in TABLES.items() for operation in OPERATIONS & table.keys()}
 """Every lowering of a fused operation: the operation, and the target."""

@@ -70,6 +70,7 @@ def test_fake_shapes_are_real_shapes() -> None:
         (transom.add_rms_norm, (x, x, weight, 1e-6), {}),
         (transom.rotary, (x, table_TH, table_TH, False), {}),
         (transom.rotary, (x.transpose(1, 2), table_TH, table_TH, True), {}),
+        (transom.rotary, (x, table_TH, table_TH, False, True), {}),
         *((transom.gated, (x, activation), {}) for activation in ops.ACTIVATIONS),
         (transom.write_cache, (cache, new.transpose(1, 2), start), {"heads_first": True}),
         (transom.write_cache, (cache[:, :, :2], new, start), {"heads_first": False}),

@@ -32,6 +32,7 @@ from transom.passes.fuse_rotary import FuseRotary
 from transom.passes.pack_projections import PackProjections
 from transom.passes.select_logits import SelectLogits
 from transom.passes.share_embedding import ShareEmbedding
+from transom.zoo.rope import rotate_interleaved
 
 D = 64
 
@@ -93,6 +94,22 @@ def turn_interleaved(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
+def turn_neighbours(x: torch.Tensor) -> torch.Tensor:
+    return rotate_interleaved(heads(x), *angles(8))
+
+
+def turn_halves_to_neighbours(x: torch.Tensor) -> torch.Tensor:
+    (low, high), (cos, sin) = heads(x).chunk(2, dim=-1), angles(8)
+    return torch.stack((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(-2)
+
+
+def turn_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Neighbours of another axis."""
+    cos, sin = (table[:2] for table in angles(16))
+    low, high = heads(x).view(2, 2, 2, 5, 16)[..., :2, :].unbind(1)
+    return torch.stack((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(-2)
+
+
 def turn_part(x: torch.Tensor) -> torch.Tensor:
     """Two of four quarters turn."""
     (low, high, *rest), (cos, sin) = heads(x).chunk(4, dim=-1), angles(4)
@@ -131,6 +148,9 @@ SITES: list[tuple[str, Body, list[Pass], Pass, object, int]] = [
     ("rotation backwards", lambda m, x: turn_backwards(x), [], FuseRotary(), ops.ROTARY, 0),
     ("rotation of swapped halves", lambda m, x: turn_swapped(x), [], FuseRotary(), ops.ROTARY, 0),
     ("interleaved rotation", lambda m, x: turn_interleaved(x), [], FuseRotary(), ops.ROTARY, 0),
+    ("rotation of neighbours", lambda m, x: turn_neighbours(x), [], FuseRotary(), ops.ROTARY, 1),
+    ("rotation of halves into neighbours", lambda m, x: turn_halves_to_neighbours(x), [], FuseRotary(), ops.ROTARY, 0),
+    ("rotation of other neighbours", lambda m, x: turn_tokens(x), [], FuseRotary(), ops.ROTARY, 0),
     ("partial rotation", lambda m, x: turn_part(x), [], FuseRotary(), ops.ROTARY, 0),
     ("rotation of three pieces", lambda m, x: turn_uneven(x), [], FuseRotary(), ops.ROTARY, 0),
     ("one angle for all", lambda m, x: turn(heads(x), *(t[:, :1] for t in angles(8))), [], FuseRotary(), ops.ROTARY, 0),

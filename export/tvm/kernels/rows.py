@@ -79,9 +79,9 @@ def add_rms_norm(h: int, eps: float, tile: Tile) -> Any:
     return add_rms_norm_rows
 
 
-def layer_norm(h: int, eps: float, tile: Tile) -> Any:
-    """X [M, H], weight [H], bias [H] -> Y [M, H]."""
-    lanes = divisor(h, tile.lanes)
+def layer_norm(h: int, eps: float, tile: Tile, *, biased: bool = True) -> Any:
+    """X [M, H], weight [H], bias [H] -> Y [M, H]; any numbers stand in the bias's place where there is none."""
+    lanes, share = divisor(h, tile.lanes), float(biased)
 
     @T.prim_func(private=True, s_tir=True)
     def layer_norm_rows(x: T.handle, w: T.handle, b: T.handle, y: T.handle) -> None:
@@ -113,15 +113,16 @@ def layer_norm(h: int, eps: float, tile: Tile) -> Any:
                 for lane in T.vectorized(lanes):
                     Y[row, step * lanes + lane] = (X[row, step * lanes + lane] - mean[0]) * factor[0] * W[
                         step * lanes + lane
-                    ] + B[step * lanes + lane]
+                    ] + B[step * lanes + lane] * T.float32(share)
 
     return layer_norm_rows
 
 
-def rotary(heads: int, h: int, tile: Tile) -> Any:
-    """X [M, N * H], cosines and sines [M, H / 2] -> Y [M, N * H]: the pairs (x[i], x[i + H / 2]) turned."""
+def rotary(heads: int, h: int, tile: Tile, *, interleaved: bool = False) -> Any:
+    """X [M, N * H], cosines and sines [M, H / 2] -> Y [M, N * H]: pairs (x[i], x[i + H / 2]) or neighbours, turned."""
     half = h // 2
     lanes = divisor(half, tile.lanes)
+    stride, other = (2, 1) if interleaved else (1, half)
 
     @T.prim_func(private=True, s_tir=True)
     def rotary_rows(x: T.handle, c: T.handle, s: T.handle, y: T.handle) -> None:
@@ -135,13 +136,13 @@ def rotary(heads: int, h: int, tile: Tile) -> Any:
             for head in T.serial(heads):
                 for step in T.serial(half // lanes):
                     for lane in T.vectorized(lanes):
-                        Y[row, head * h + step * lanes + lane] = (
-                            X[row, head * h + step * lanes + lane] * C[row, step * lanes + lane]
-                            - X[row, head * h + half + step * lanes + lane] * S[row, step * lanes + lane]
+                        Y[row, head * h + stride * (step * lanes + lane)] = (
+                            X[row, head * h + stride * (step * lanes + lane)] * C[row, step * lanes + lane]
+                            - X[row, head * h + other + stride * (step * lanes + lane)] * S[row, step * lanes + lane]
                         )
-                        Y[row, head * h + half + step * lanes + lane] = (
-                            X[row, head * h + half + step * lanes + lane] * C[row, step * lanes + lane]
-                            + X[row, head * h + step * lanes + lane] * S[row, step * lanes + lane]
+                        Y[row, head * h + other + stride * (step * lanes + lane)] = (
+                            X[row, head * h + other + stride * (step * lanes + lane)] * C[row, step * lanes + lane]
+                            + X[row, head * h + stride * (step * lanes + lane)] * S[row, step * lanes + lane]
                         )
 
     return rotary_rows
