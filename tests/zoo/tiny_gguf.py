@@ -13,11 +13,15 @@ import numpy as np
 
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import architecture as architecture_of
-from transom.zoo.config import DecoderConfig, tile
+from transom.zoo.cohere2 import Cohere2Config
+from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
+from transom.zoo.exaone4 import Exaone4Config
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.llama3 import Llama3Config
+from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.rope import Llama3Rope, Rope
+from transom.zoo.smollm3 import SmolLM3Config
 
 TINY = Gemma3Config(
     name="tiny",
@@ -37,20 +41,58 @@ TINY = Gemma3Config(
 )
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "context": 512,
+}
+
 STORABLE: dict[str, DecoderConfig] = {
     "gemma3": TINY,
     "llama3": Llama3Config(
         name="tiny",
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=256,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
         depth=2,
         rope=Llama3Rope(theta=5e5, factor=8.0),
         tied=False,
-        context=512,
+        **SIZES,
+    ),
+    "olmo3": Olmo3Config(
+        name="tiny",
+        layer_kinds=tile("LLG", 3),
+        window=16,
+        rope_local=Rope(theta=5e5),
+        rope_global=Rope(theta=5e5, factor=8.0),
+        **SIZES,
+    ),
+    "exaone4": Exaone4Config(
+        name="tiny",
+        layer_kinds=tile("LG", 2),
+        window=16,
+        rope=Llama3Rope(theta=1e6, factor=16.0),
+        tied=False,
+        **SIZES,
+    ),
+    "cohere2": Cohere2Config(
+        name="tiny",
+        layer_kinds=tile("LLG", 3),
+        window=16,
+        rope=Rope(theta=5e4),
+        logit_scale=0.25,
+        norm_eps=1e-5,
+        **SIZES,
+    ),
+    "smollm3": SmolLM3Config(
+        name="tiny",
+        layer_kinds=tile("G", 5),
+        window=None,
+        rope=Rope(theta=5e6),
+        rotated=(True, True, True, False, True),
+        tied=True,
+        **SIZES,
     ),
 }
 """A configuration of every family that the format can hold: it leaves some numbers to convention."""
@@ -75,12 +117,39 @@ def _gemma3(config: Gemma3Config) -> dict[str, object]:
     return {"attention.sliding_window": config.window, "rope.freq_base": rope.theta, **scaling}
 
 
-def _llama3(config: Llama3Config) -> dict[str, object]:
+def _rope(config: Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
     return {"rope.freq_base": config.rope.theta, "rope.dimension_count": config.head_dim}
 
 
-_OWN: dict[str, Callable[[Any], dict[str, object]]] = {"gemma3": _gemma3, "llama3": _llama3}
-"""Metadata of each family."""
+def _windows(config: LocalGlobalConfig) -> dict[str, object]:
+    local = [kind == "local" for kind in config.layer_kinds]
+    return {"attention.sliding_window": config.window, "attention.sliding_window_pattern": local}
+
+
+def _olmo3(config: Olmo3Config) -> dict[str, object]:
+    rope = config.rope_global
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    return {**_windows(config), "rope.freq_base": rope.theta, **scaling}
+
+
+def _exaone4(config: Exaone4Config) -> dict[str, object]:
+    return {**_windows(config), **_rope(config)}
+
+
+def _cohere2(config: Cohere2Config) -> dict[str, object]:
+    epsilon = {"attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": config.norm_eps}
+    return {**_windows(config), **_rope(config), **epsilon, "logit_scale": config.logit_scale}
+
+
+_OWN: dict[str, Callable[[Any], dict[str, object]]] = {
+    "gemma3": _gemma3,
+    "llama3": _rope,
+    "olmo3": _olmo3,
+    "exaone4": _exaone4,
+    "cohere2": _cohere2,
+    "smollm3": _rope,
+}
+"""Metadata of each family; None leaves a key out."""
 
 
 def _norms_shifted(config: DecoderConfig, name: str, values: np.ndarray) -> np.ndarray:
@@ -98,8 +167,9 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
 _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
     "gemma3": _norms_shifted,
     "llama3": _heads_permuted,
+    "smollm3": _heads_permuted,
 }
-"""What each family's tensors become in the file."""
+"""What a family's tensors become in the file, where they do not stay as they are."""
 
 
 def _divisors(head_dim: int, rope: Llama3Rope) -> np.ndarray:
@@ -162,18 +232,21 @@ def write_gguf(
     values |= metadata or {}
     _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
     add_byte_tokenizer(writer, config.vocab_size, tokens)
-    kinds = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "llama3": gguf.MODEL_ARCH.LLAMA}
-    names = gguf.get_tensor_name_map(kinds[config.architecture], config.num_layers)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture_of(config.architecture).gguf.name], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
         whole = name if name.startswith("lm_head") else f"model.{name}"
         in_file = names.get_name(whole, try_suffixes=(".weight",))
         if in_file in skip:
             continue
-        stored = _STORED[config.architecture](config, name, weight.read().float().numpy())
+        stored = weight.read().float().numpy()
+        if config.architecture in _STORED:
+            stored = _STORED[config.architecture](config, name, stored)
         _add_tensor(writer, in_file, stored, types or {}, rng)
-    if isinstance(config, Llama3Config) and isinstance(config.rope, Llama3Rope):
-        writer.add_tensor("rope_freqs.weight", _divisors(config.head_dim, config.rope))
+    rope = getattr(config, "rope", None)
+    if isinstance(rope, Llama3Rope):
+        writer.add_tensor("rope_freqs.weight", _divisors(config.head_dim, rope))
     return _write(writer, path)
 
 
