@@ -26,6 +26,13 @@ def is_call(value: Any, *targets: Any) -> bool:
     return is_node(value) and value.op == "call_function" and value.target in targets
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """All that a call passes to its operation, by the names of its schema; defaults for what it leaves out."""
+    schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
+
+
 def skip_casts(value: Any) -> Any:
     """Walk up through changes of dtype."""
     while is_call(value, *CASTS):

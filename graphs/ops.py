@@ -160,30 +160,46 @@ def attention(
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
     until: torch.Tensor | None = None,
+    sinks_N: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attend over slots that the new tokens were written to (or, with `start` None, over the new tokens themselves).
 
     Returns [B, N, T, H]. A local layer needs `window + T - 1` slots: the last new token overwrites what the first one
     would see in a smaller ring. `until` [T] is the last position that each token sees, a new one; None for its own.
+    Scores become `softcap * tanh(scores / softcap)` before the mask; 0 for no cap. `sinks_N` are scores of one more key
+    per query head, which every token sees and which has no value.
     """
     seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window, until)
-    return _weighted_values(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale)
+    return _weighted_values(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale, softcap, sinks_N)
 
 
 def _weighted_values(
-    q_BNTH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, seen_TS: torch.Tensor | None, scale: float
+    q_BNTH: torch.Tensor,
+    k_BKSH: torch.Tensor,
+    v_BKSH: torch.Tensor,
+    seen_TS: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, 1), v_BKSH.repeat_interleave(groups, 1)
     if q_BNTH.dtype == torch.float16:  # which may not hold a product of queries and keys before its scale
         q_BNTH, k_BNSH = q_BNTH.float(), k_BNSH.float()
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3) * scale).float()
+    if softcap:
+        scores_BNTS = torch.tanh(scores_BNTS / softcap) * softcap
     if seen_TS is not None:
         scores_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf"))
-    return scores_BNTS.softmax(-1).to(v_BNSH.dtype) @ v_BNSH
+    if sinks_N is not None:
+        sinks_BNT1 = sinks_N.float()[:, None, None].expand(*scores_BNTS.shape[:3], 1)
+        scores_BNTS = torch.cat((scores_BNTS, sinks_BNT1), -1)
+    weights_BNTS = scores_BNTS.softmax(-1)[..., : v_BNSH.shape[2]]
+    return weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
 
 
 @attention.register_fake
@@ -193,9 +209,11 @@ def _(
     v_BKSH: torch.Tensor,
     start: torch.Tensor | None,
     until: torch.Tensor | None = None,
+    sinks_N: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     return q_BNTH.new_empty((*q_BNTH.shape[:3], v_BKSH.shape[3]))
 
@@ -222,14 +240,17 @@ def attend(
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
     until: torch.Tensor | None = None,
+    sinks_N: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attend over caches as they were before the new tokens, and over the new tokens. Returns [B, T, N, H].
 
     A local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees. `until`
-    [T] is the last position that each token sees, a new one; None for its own.
+    [T] is the last position that each token sees, a new one; None for its own. Soft caps and sinks are those of
+    `attention`.
     """
     k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
@@ -237,7 +258,7 @@ def attend(
     keys_J = torch.cat((slot_positions(start, 0, slots), positions_T))
     seen_TJ = seen(keys_J, positions_T, window, until)
     k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
-    out_BNTH = _weighted_values(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale)
+    out_BNTH = _weighted_values(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale, softcap, sinks_N)
     return out_BNTH.transpose(1, 2).contiguous()
 
 
@@ -250,9 +271,11 @@ def _(
     v_cache_BKSH: torch.Tensor,
     start: torch.Tensor,
     until: torch.Tensor | None = None,
+    sinks_N: torch.Tensor | None = None,
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     return q_BTNH.new_empty((*q_BTNH.shape[:3], v_BTKH.shape[3]))
 

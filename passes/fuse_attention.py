@@ -3,10 +3,12 @@
 Precondition: `Canonicalize` has run.
 Rewrite: a softmax over masked scores `q @ k.T * scale`, or `scaled_dot_product_attention` with a mask, whose mask is
 found *by evaluation* to be causal or a causal window; `until` may open it as far as the end of each token's image.
-Repeated kv heads are folded in. In a graph without positions, such as an image encoder's, a softmax without a mask is
-attention over all keys.
-Skips: any other mask, soft-capped scores, dropout, sinks: the site stays as it is and is reported, as is every softmax
-that is left before a product with values, whatever stands between. A window is never guessed.
+Repeated kv heads are folded in, and so are a soft cap `cap * tanh(scores / cap)` before the mask, and sinks: see
+`passes.sinks`. In a graph without positions, such as an image encoder's, a softmax without a mask is attention over all
+keys.
+Skips: any other mask, a cap behind the mask, dropout, caps and sinks without a mask: the site stays as it is and is
+reported, as is every softmax that is left before a product with values, whatever stands between. A window is never
+guessed.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.left_softmaxes import left_softmaxes
+from transom.passes.sinks import split_rescaling, split_sinks, without_maximum
 
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -38,6 +41,8 @@ class _Site:
     hidden: bool
     """Whether a bool mask is True where a key is hidden."""
     scale: float
+    softcap: float = 0.0
+    sinks: Node | None = None
     full: bool = False
     """Whether every key is seen."""
 
@@ -76,6 +81,8 @@ class FuseAttention(Pass):
                 reported.add(node)
                 continue
             _fuse(graph, site, reading, cached)
+            if site.out is not node:
+                graph.fx.erase_node(node)
             changes += 1
         skipped += [_where(node, reason) for node, reason in left_softmaxes(graph, reported)]
         return Rewrite(changes=changes, skipped=tuple(skipped))
@@ -91,23 +98,28 @@ def _match(node: Node) -> _Site | str | None:
         return _match_sdpa(node)
     if not is_call(node, aten.matmul.default, aten.bmm.default):
         return None
-    weights = node.args[0]
-    while is_call(weights, aten.dropout.default):
-        weights = weights.args[0]
-    weights = skip_casts(weights)
+    kept = _skip_dropout(node.args[0])
+    weights = _skip_dropout(kept.args[0]) if is_call(kept, aten.slice.Tensor) else kept
     if not is_call(weights, aten.softmax.int, aten._softmax.default):
         return None
     if weights.args[1] not in (-1, 3):
         return "the softmax is not over the keys"
-    masked = skip_casts(weights.args[0])
+    masked, sinks = skip_casts(without_maximum(skip_casts(weights.args[0]))), None
+    if kept is not weights or is_call(masked, aten.cat.default):
+        split = split_sinks(masked, kept)
+        if split is None:
+            return "what is added to the scores or cut off from the weights is not a column of sinks"
+        masked, sinks = split
     parts = _split_mask(masked)
     if isinstance(parts, str):
         return parts
     scores, mask, hidden = parts or (masked, None, False)
-    scores, scale = skip_casts(scores), 1.0
-    while (scaled := split_scalar(scores, aten.mul.Tensor, aten.div.Tensor)) is not None:
-        scale *= scaled[1] if scores.target is aten.mul.Tensor else 1 / scaled[1]
-        scores = skip_casts(scaled[0])
+    scores, scale = _split_scale(scores)
+    softcap = 0.0
+    if is_call(scores, aten.tanh.default):
+        softcap = abs(scale)
+        scores, factor = _split_scale(scores.args[0])
+        scale *= factor
     if not is_call(scores, aten.matmul.default):
         if parts is None:
             return "the softmax has no mask that could be recognised"
@@ -119,7 +131,29 @@ def _match(node: Node) -> _Site | str | None:
     k, v = _unrepeat_both(k_transposed.args[0], node.args[1], q)
     if len({side.meta["val"].dtype for side in (q, k, v, node)}) > 1:
         return "queries, keys, values and the result are not of one dtype"
-    return _Site(out=node, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale, full=parts is None)
+    out = node
+    if sinks is None and (rescaled := split_rescaling(node, masked)) is not None:
+        out, sinks = rescaled
+    full = parts is None
+    if full and (softcap or sinks is not None):
+        return "attention over all keys has no soft cap and no sinks"
+    return _Site(out=out, q=q, k=k, v=v, mask=mask, hidden=hidden, scale=scale, softcap=softcap, sinks=sinks, full=full)
+
+
+def _skip_dropout(value: Any) -> Any:
+    """Walk up through dropout, then through casts."""
+    while is_call(value, aten.dropout.default):
+        value = value.args[0]
+    return skip_casts(value)
+
+
+def _split_scale(scores: Any) -> tuple[Any, float]:
+    """A value less all of its numeric factors and casts, and their product."""
+    value, scale = skip_casts(scores), 1.0
+    while (scaled := split_scalar(value, aten.mul.Tensor, aten.div.Tensor)) is not None:
+        scale *= scaled[1] if value.target is aten.mul.Tensor else 1 / scaled[1]
+        value = skip_casts(scaled[0])
+    return value, scale
 
 
 def _before_widening(value: Any) -> Any:
@@ -221,10 +255,10 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
 
 def _fuse(graph: Graph, site: _Site, reading: MaskReading, cached: bool) -> None:
     start = graph.inputs["start"] if cached else None
-    until = () if reading.until is None else (reading.until,)
-    options = {"scale": site.scale, "window": reading.window}
+    options = {"scale": site.scale, "window": reading.window, "softcap": site.softcap}
     with graph.fx.inserting_before(site.out):
-        new = graph.call(ops.ATTENTION, (site.q, site.k, site.v, start, *until), site.out, options)
+        args = site.q, site.k, site.v, start, reading.until, site.sinks
+        new = graph.call(ops.ATTENTION, args, site.out, options)
     _replace(graph, site.out, new)
 
 

@@ -235,6 +235,8 @@ def attend(
     scale: float,
     window: int | None,
     until_T: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LayerCache]:
     """Grouped-query attention: write the new keys and values, then softmax over the keys that each token sees.
 
@@ -247,6 +249,9 @@ def attend(
         scale: Factor on the scores.
         window: Keys that each token sees, itself included; None for all.
         until_T: Last position that each token sees, a new one; None for its own.
+        softcap: `cap * tanh(scores / cap)` before the mask (Gemma 2, arXiv 2408.00118, section 2); None for none.
+        sinks_N: A score of every query head that takes part in the softmax and has no value, so that a token may attend
+            to nothing (gpt-oss); None for none.
 
     Returns:
         The values' means [B, T, N * H], and the cache with the new tokens in it.
@@ -257,9 +262,16 @@ def attend(
         k_BKSH, v_BKSH = (write_cache(old, new, positions_T) for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True))
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (x.repeat_interleave(groups, dim=1) for x in (k_BKSH, v_BKSH))
-    scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * scale
+    scores_BNTS = ((q_BNTH @ k_BNSH.transpose(2, 3)) * scale).float()
+    if softcap is not None:
+        scores_BNTS = torch.tanh(scores_BNTS / softcap) * softcap
     seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window, until_T)
-    weights_BNTS = scores_BNTS.float().masked_fill(~seen_TS, float("-inf")).softmax(-1).type_as(v_BNSH)
-    out_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
+    masked_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf"))
+    if sinks_N is None:
+        weights_BNTS = masked_BNTS.softmax(-1)
+    else:
+        sinks_BNT1 = sinks_N.float()[None, :, None, None].expand(*masked_BNTS.shape[:3], 1)
+        weights_BNTS = torch.cat((masked_BNTS, sinks_BNT1), -1).softmax(-1)[..., :-1]
+    out_BTNH = (weights_BNTS.type_as(v_BNSH) @ v_BNSH).transpose(1, 2)
     B, T, N, H = out_BTNH.shape
     return out_BTNH.reshape(B, T, N * H), (k_BKSH, v_BKSH)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.lowerings import INT32, new_positions, start
 from transom.export.onnx.rings import seen
@@ -29,7 +30,7 @@ def attend_until(emitter: Emitter, node: Node) -> str:
 
     The attended values are those of `transom.attend`, read from the caches before the operator writes them.
     """
-    q, k, v, _, _, _, until = node.args
+    q, k, v, until = *node.args[:3], node.args[6]
     queries = emitter.flattened(q)
     ahead = any_ahead(emitter, until)
     # What both branches use is to stand before them.
@@ -56,7 +57,8 @@ def _attended(emitter: Emitter, node: Node, positions: str, until: str) -> str:
     end = emitter.op("Squeeze", emitter.op("Add", first, emitter.size(tokens)))
     keys = emitter.op("Range", oldest, end, emitter.op("Squeeze", one))
     mask = seen(emitter, keys, positions, window, until)
-    out = emitter.op("Attention", _heads_first(emitter, q), *parts, mask, scale=node.kwargs["scale"], is_causal=0)
+    sizes: dict[str, Any] = {"heads": int(heads), "key_heads": int(k.meta["val"].shape[2]), "tokens": tokens}
+    out = attend_masked(emitter, node, [_heads_first(emitter, q), *parts], mask, **sizes)
     turned = emitter.op("Transpose", out, perm=[0, 2, 1, 3])
     return str(emitter.op("Reshape", turned, emitter.constant(np.array([0, 0, int(heads * width)]))))
 

@@ -17,13 +17,13 @@ from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.encoders import attend_in_blocks
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.images import any_ahead, attend_until
-from transom.export.onnx.lowerings import INT32, add_bias, start
+from transom.export.onnx.lowerings import INT32, add_bias, cast, start
 from transom.export.onnx.offsets import add_to_product, add_to_rows, is_offsets
 from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs import ops
-from transom.graphs.match import aten, is_transpose
+from transom.graphs.match import arguments, aten, is_transpose
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -140,8 +140,9 @@ def _attend(emitter: Emitter, node: Node) -> None:
     It sees no later key. Where an image's tokens see each other, a branch attends in its place, and takes its turn
     first, as its result is what the operator gets for queries: by then the caches are as they were.
     """
-    q, k, v, k_cache, v_cache, _, *until = node.args
-    scale, window = node.kwargs["scale"], node.kwargs["window"]
+    q, k, v, k_cache, v_cache = node.args[:5]
+    given = arguments(node)
+    scale, window, softcap, until, sinks = (given[name] for name in ("scale", "window", "softcap", "until", "sinks_N"))
     batch, tokens, heads, width = q.meta["val"].shape
     if int(width) % HEAD_STEP:
         raise TargetError(
@@ -152,9 +153,10 @@ def _attend(emitter: Emitter, node: Node) -> None:
             f"the target 'onnxruntime' takes values as wide as keys, not {value_width} where keys have {width}: choose "
             "'onnx'"
         )
-    local: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
+    options: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
+    options |= {"softcap": softcap} if softcap else {}
     queries, *new = (emitter.flattened(value) for value in (q, k, v))
-    if until:
+    if until is not None:
         queries = attend_until(emitter, node)
     out, k_out, v_out = emitter.op(
         "GroupQueryAttention",
@@ -164,15 +166,21 @@ def _attend(emitter: Emitter, node: Node) -> None:
         emitter.value(v_cache),
         _last_positions(emitter, batch, tokens),
         _total_length(emitter, tokens),
+        *_sinks(emitter, sinks, q.meta["val"].dtype),
         domain=MICROSOFT,
         outputs=3,
         num_heads=int(heads),
         kv_num_heads=int(k.meta["val"].shape[2]),
         scale=scale,
-        **local,
+        **options,
     )
-    emitter.flat[node] = emitter.op("Where", any_ahead(emitter, until[0]), queries, out) if until else out
+    emitter.flat[node] = out if until is None else emitter.op("Where", any_ahead(emitter, until), queries, out)
     emitter.written |= {(k_cache, k): k_out, (v_cache, v): v_out}
+
+
+def _sinks(emitter: Emitter, sinks: Node | None, dtype: torch.dtype) -> list[str]:
+    """The last of the operator's inputs that are given; those between are rotations, positions and a bias."""
+    return [] if sinks is None else [*[""] * 4, cast(emitter, emitter.value(sinks), sinks.meta["val"].dtype, dtype)]
 
 
 @TABLE.replaces(ops.FULL_ATTENTION)

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from transom.export.lowering import Table
+from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.encoders import ENCODERS
 from transom.export.onnx.lowerings import new_positions, start
 from transom.graphs import ops
+from transom.graphs.match import arguments
 from transom.graphs.node import Node
 
 OPSET = 24
@@ -44,17 +46,17 @@ def write_cache(emitter: Emitter, node: Node) -> str:
 @RINGS.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
     emitter.require_opset(OPSET)
-    q, k, v, position, *until = node.args
-    scale, window = node.kwargs["scale"], node.kwargs["window"]
-    tokens, slots = q.meta["val"].shape[2], k.meta["val"].shape[2]
+    q, k, v, position = node.args[:4]
+    window, until = (arguments(node)[name] for name in ("window", "until"))
+    (_, heads, tokens, _), (_, key_heads, slots, _) = (value.meta["val"].shape for value in (q, k))
     # Over themselves, new tokens are as far from each other wherever they stand.
     first = emitter.constant(np.array(0)) if position is None else start(emitter)
-    last_seen = emitter.value(until[0]) if until else None
+    last_seen = None if until is None else emitter.value(until)
     mask = emitter.once(
         ("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first, last_seen)
     )
     inputs = [emitter.value(value) for value in (q, k, v)]
-    return str(emitter.op("Attention", *inputs, mask, scale=scale, is_causal=0))
+    return attend_masked(emitter, node, inputs, mask, heads=int(heads), key_heads=int(key_heads), tokens=tokens)
 
 
 def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str, until: str | None) -> str:

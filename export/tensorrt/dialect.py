@@ -18,6 +18,7 @@ from onnx import TensorProto
 from transom.backends.tensorrt.rings import SLOT_POSITIONS, WRITE_SLOT
 from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
+from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.encoders import ENCODERS
@@ -25,7 +26,7 @@ from transom.export.onnx.lowerings import add_bias, cast, new_positions, start
 from transom.export.onnx.rings import seen
 from transom.formats.quantized import block_of
 from transom.graphs import ops
-from transom.graphs.match import aten, layer_path
+from transom.graphs.match import arguments, aten, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -204,9 +205,10 @@ def _is_told(emitter: Emitter, cache: Node) -> bool:
 
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
-    q, k, v, position, *until = node.args
-    scale, window = node.kwargs["scale"], node.kwargs["window"]
-    tokens, slots = q.meta["val"].shape[2], emitter.fixed(k.meta["val"].shape[2])
+    q, k, v, position = node.args[:4]
+    window, until = (arguments(node)[name] for name in ("window", "until"))
+    (_, heads, tokens, _), (_, key_heads, slots, _) = (value.meta["val"].shape for value in (q, k))
+    slots = emitter.fixed(slots)
     if position is None:
         raise UnsupportedOpsError(
             f"the target 'tensorrt' attends over caches only, and {layer_path(node) or node.name} reads none"
@@ -216,12 +218,12 @@ def _attention(emitter: Emitter, node: Node) -> str:
         if "until" not in emitter.graph.inputs:
             return _mask(emitter, tokens, slots, window)
         keys = _key_positions(emitter, slots, told=_is_told(emitter, k))
-        last_seen = emitter.value(until[0]) if until else None
+        last_seen = None if until is None else emitter.value(until)
         return seen(emitter, keys, new_positions(emitter, tokens, start(emitter)), window, last_seen)
 
-    mask = emitter.once(("mask", str(slots), window, *until), make)
+    mask = emitter.once(("mask", str(slots), window, until), make)
     inputs = [emitter.value(value) for value in (q, k, v)]
-    return str(emitter.op("Attention", *inputs, mask, scale=scale))
+    return attend_masked(emitter, node, inputs, mask, heads=int(heads), key_heads=int(key_heads), tokens=tokens)
 
 
 def _slots(emitter: Emitter, slots: int) -> str:

@@ -12,7 +12,7 @@ from transom.export.tvm.emitter import Emitter, dtype_name, is_symbol
 from transom.export.tvm.kernels import attention, linear, quantized, rows
 from transom.formats.quantized import block_of
 from transom.graphs import ops
-from transom.graphs.match import aten, is_call, is_transpose
+from transom.graphs.match import arguments, aten, is_call, is_transpose
 from transom.graphs.node import Node, is_node
 
 TABLE = Table()
@@ -74,7 +74,16 @@ for _target, _operation in (
 
 @TABLE.lowers(aten.gelu.default)
 def _gelu(emitter: Emitter, node: Node) -> Any:
-    name, k = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", emitter.width(node)
+    return _activated(emitter, node, "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu")
+
+
+@TABLE.lowers(aten.tanh.default)
+def _tanh(emitter: Emitter, node: Node) -> Any:
+    return _activated(emitter, node, "tanh")
+
+
+def _activated(emitter: Emitter, node: Node, name: str) -> Any:
+    k = emitter.width(node)
     (result,) = emitter.call(
         ("activated", k, name),
         lambda: rows.activated(k, name, emitter.tile),
@@ -336,18 +345,20 @@ def _gated(emitter: Emitter, node: Node) -> Any:
 
 @TABLE.lowers(ops.ATTEND)
 def _attend(emitter: Emitter, node: Node) -> Any:
-    scale, window = node.kwargs["scale"], node.kwargs["window"]
+    given = arguments(node)
+    scale, window, softcap, until, sinks = (given[name] for name in ("scale", "window", "softcap", "until", "sinks_N"))
     heads, h = (int(size) for size in node.args[0].meta["val"].shape[2:])
     key_heads = int(node.args[1].meta["val"].shape[2])
     if (value_width := int(node.args[2].meta["val"].shape[3])) != h:
         raise emitter.refuse(node, f"values are {value_width} wide, keys {h}: choose 'onnx'")
     single = emitter.is_single(node.args[0])
     # One token sees no later one.
-    inputs = node.args[:6] if single else node.args
-    images = len(inputs) > 6
+    images, has_sinks = until is not None and not single, sinks is not None
+    inputs = [*node.args[:6], *([until] if images else []), sinks if has_sinks else node.args[0]]
+    rule = attention.Rule(window=window, scale=scale, softcap=softcap, images=images, sinks=has_sinks)
     (attended,) = emitter.call(
-        ("attend", heads, key_heads, h, window, scale, single, images),
-        lambda: attention.attend(heads, key_heads, h, window, scale, emitter.tile, single=single, images=images),
+        ("attend", heads, key_heads, h, rule, single),
+        lambda: attention.attend(heads, key_heads, h, rule, emitter.tile, single=single),
         [emitter.value(tensor) for tensor in inputs],
         emitter.shape(node),
     )

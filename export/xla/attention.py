@@ -10,6 +10,7 @@ least that a static program can:
   arXiv 2205.14135).
 - Images, whose tokens see each other: a block of queries goes on to the end of the farthest image among them. Of a text
   alone no further key is visited.
+- Sinks begin the online softmax: a score that was seen before all keys, without a value.
 - Encoders, where every token sees every other: blocks of queries one after the other, each over all keys.
 
 A write of one token, or into a global layer's cache, is a `dynamic_update_slice`, in place when the caches are donated.
@@ -58,10 +59,12 @@ def attend(
     v_cache_BKSH: jax.Array,
     start: jax.Array,
     until_T: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
     *,
     count: jax.Array,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Attend over the caches as they were, and over the new tokens. Returns [B, T, N, H].
 
@@ -73,26 +76,29 @@ def attend(
         v_cache_BKSH: Values.
         start: Position of the first new token, an int32 scalar.
         until_T: Last position that each new token sees, a new one: the end of its image; None for its own.
+        sinks_N: Scores without values, which every token sees; None for none.
         count: How many of the new tokens are real, an int32 scalar from 1 to T; the rest is padding, whose rows of the
             result mean nothing.
         scale: What scores are multiplied by.
         window: Keys that a token sees, itself included; 0 for all.
+        softcap: Bound on the scores; 0 for none.
     """
     B, T, N, H = q_BTNH.shape
     K = k_cache_BKSH.shape[1]
+    rule = Scores.of(scale, softcap, sinks_N, K)
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     pairs = (k_cache_BKSH, k_BTKH.swapaxes(1, 2)), (v_cache_BKSH, v_BTKH.swapaxes(1, 2))
     # Padding is nobody's image.
     until_T = None if until_T is None else jnp.minimum(until_T, start + count - 1)
     if T > 1 and window:
         k_BKEH, v_BKEH = (_by_position(cache, new, start) for cache, new in pairs)
-        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, until_T, count, scale, window)
+        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, until_T, count, rule, window)
     else:
         k_BKSH, v_BKSH = (write(cache, new, start, count, wraps=bool(window)) for cache, new in pairs)
         if T == 1:
-            out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, scale, window)
+            out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, rule, window)
         else:
-            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, until_T, count, scale)
+            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, until_T, count, rule)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3])
 
 
@@ -142,6 +148,39 @@ def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start: jax.Array, count: j
     return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, kept_BKTH, begin, 2)
 
 
+class Scores(NamedTuple):
+    """How scores are made.
+
+    Attributes:
+        scale: What products of queries and keys are multiplied by.
+        softcap: Bound on the scores; 0 for none.
+        sinks: Scores without values, float32 [K, G, 1]; None for none.
+    """
+
+    scale: float
+    softcap: float
+    sinks: jax.Array | None
+
+    @staticmethod
+    def of(scale: float, softcap: float, sinks_N: jax.Array | None, key_heads: int) -> Scores:
+        sinks = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(key_heads, -1, 1)
+        return Scores(scale, softcap, sinks)
+
+    def between(self, q_BKGTH: jax.Array, k_BKJH: jax.Array) -> jax.Array:
+        """Scores [B, K, G, T, J] before any mask, float32."""
+        scores = jnp.einsum("bkgth,bkjh->bkgtj", q_BKGTH, k_BKJH, preferred_element_type=jnp.float32) * self.scale
+        return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+
+    def weights(self, masked_BKGTJ: jax.Array) -> jax.Array:
+        """The softmax of all of a query's scores, in which the sinks take part."""
+        if self.sinks is None:
+            return jax.nn.softmax(masked_BKGTJ, -1)
+        sinks = self.sinks[..., None]
+        top = jnp.maximum(masked_BKGTJ.max(-1, keepdims=True), sinks)
+        weights = jnp.exp(masked_BKGTJ - top)
+        return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sinks - top))
+
+
 class _Softmax(NamedTuple):
     """State of an online softmax, float32.
 
@@ -156,16 +195,17 @@ class _Softmax(NamedTuple):
     out: jax.Array
 
     @staticmethod
-    def empty(q_BKGTH: jax.Array, v_BKSH: jax.Array) -> _Softmax:
+    def empty(q_BKGTH: jax.Array, v_BKSH: jax.Array, rule: Scores) -> _Softmax:
+        """The state before any key: a sink is the largest score so far, and has a weight of 1."""
         zero_BKGT = jnp.zeros(q_BKGTH.shape[:-1], jnp.float32)
-        return _Softmax(zero_BKGT + HIDDEN, zero_BKGT, _zeros(q_BKGTH, v_BKSH).astype(jnp.float32))
+        top, total = (HIDDEN, 0) if rule.sinks is None else (rule.sinks, 1)
+        return _Softmax(zero_BKGT + top, zero_BKGT + total, _zeros(q_BKGTH, v_BKSH).astype(jnp.float32))
 
     def over(
-        self, q_BKGTH: jax.Array, k_BKJH: jax.Array, v_BKJH: jax.Array, seen_TJ: jax.Array, scale: float
+        self, q_BKGTH: jax.Array, k_BKJH: jax.Array, v_BKJH: jax.Array, seen_TJ: jax.Array, rule: Scores
     ) -> _Softmax:
         """The state after more keys; `seen_TJ` may have one row for all queries."""
-        scores = jnp.einsum("bkgth,bkjh->bkgtj", q_BKGTH, k_BKJH, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(seen_TJ, scores, HIDDEN)
+        scores = jnp.where(seen_TJ, rule.between(q_BKGTH, k_BKJH), HIDDEN)
         top = jnp.maximum(self.top, scores.max(-1))
         weights, fade = jnp.exp(scores - top[..., None]), jnp.exp(self.top - top)
         more = jnp.einsum("bkgtj,bkjh->bkgth", weights.astype(v_BKJH.dtype), v_BKJH, preferred_element_type=jnp.float32)
@@ -185,7 +225,7 @@ def _slice(x_BKSH: jax.Array, begin: jax.Array | int, size: int) -> jax.Array:
 
 
 def _decode(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, scale: float, window: int
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, rule: Scores, window: int
 ) -> jax.Array:
     """One token over a ring that already holds it."""
     slots = k_BKSH.shape[2]
@@ -198,9 +238,9 @@ def _decode(
         seen_J = (distance_J <= start) & (slots_J >= begin)
         if window and window < slots:
             seen_J &= distance_J < window
-        return state.over(q_BKGTH, _slice(k_BKSH, first, size), _slice(v_BKSH, first, size), seen_J[None], scale)
+        return state.over(q_BKGTH, _slice(k_BKSH, first, size), _slice(v_BKSH, first, size), seen_J[None], rule)
 
-    state = _Softmax.empty(q_BKGTH, v_BKSH)
+    state = _Softmax.empty(q_BKGTH, v_BKSH, rule)
     if slots <= DECODE_BLOCK:
         return block(state, 0, slots).result(q_BKGTH.dtype)
     live = jnp.minimum(start + 1, slots)
@@ -227,7 +267,7 @@ def _banded(
     start: jax.Array,
     until_T: jax.Array | None,
     count: jax.Array,
-    scale: float,
+    rule: Scores,
     window: int,
 ) -> jax.Array:
     """Blocks of queries, each over the keys from one window before it to its end, or to that of its last image."""
@@ -250,9 +290,9 @@ def _banded(
             keys_J = start + begin + jnp.arange(width)
             seen_TJ = (keys_J >= 0) & (keys_J <= last_T[:, None]) & (positions_T[:, None] - keys_J < window)
             k, v = (_slice(x, slots + begin, width) for x in (k_BKEH, v_BKEH))
-            return state.over(q, k, v, seen_TJ, scale)
+            return state.over(q, k, v, seen_TJ, rule)
 
-        state = over(_Softmax.empty(q, v_BKEH), first - before, before + size)
+        state = over(_Softmax.empty(q, v_BKEH, rule), first - before, before + size)
         further = (last_T.max() - start - first) // size
         state = jax.lax.fori_loop(1, further + 1, lambda j, state: over(state, first + j * size, size), state)
         return state.result(q.dtype)
@@ -263,8 +303,7 @@ def _banded(
         if until_T is None:
             k, v = (_slice(x, first + slots - before, before + size) for x in (k_BKEH, v_BKEH))
             seen_TJ = in_band_TJ & (start + first + keys_J >= 0)
-            scores = jnp.einsum("bkgth,bkjh->bkgtj", q, k, preferred_element_type=jnp.float32) * scale
-            weights = jax.nn.softmax(jnp.where(seen_TJ, scores, HIDDEN), -1).astype(v.dtype)
+            weights = rule.weights(jnp.where(seen_TJ, rule.between(q, k), HIDDEN)).astype(v.dtype)
             out = jnp.einsum("bkgtj,bkjh->bkgth", weights, v)
         else:
             out = with_images(q, first)
@@ -287,7 +326,7 @@ def _causal(
     start: jax.Array,
     until_T: jax.Array | None,
     count: jax.Array,
-    scale: float,
+    rule: Scores,
 ) -> jax.Array:
     """Blocks of queries over a cache that already holds them, a block of live slots at a time."""
     tokens, slots = q_BKGTH.shape[3], k_BKSH.shape[2]
@@ -303,10 +342,10 @@ def _causal(
             first = jnp.minimum(j * width, slots - width)
             slots_J = first + jnp.arange(width)
             seen_TJ = (slots_J <= last_T[:, None]) & (slots_J >= j * width)
-            return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, scale)
+            return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, rule)
 
         live = jnp.minimum(start + (i + 1) * size if until_T is None else last_T.max() + 1, slots)
-        state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q, v_BKSH))
+        state = jax.lax.fori_loop(0, (live + width - 1) // width, over, _Softmax.empty(q, v_BKSH, rule))
         return jax.lax.dynamic_update_slice_in_dim(out_BKGTH, state.result(q.dtype), i * size, 3)
 
     blocks = (count + size - 1) // size

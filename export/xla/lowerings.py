@@ -258,9 +258,11 @@ def _attention(
     v_BKSH: jax.Array,
     start: jax.Array | None,
     until_T: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
     count: jax.Array,
 ) -> jax.Array:
     B, N, T, H = q_BNTH.shape
@@ -273,8 +275,9 @@ def _attention(
     if window:
         seen_TS &= distance_TS < window
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(seen_TS, scores, attention.HIDDEN), -1).astype(v_BKSH.dtype)
+    rule = attention.Scores.of(scale, softcap, sinks_N, K)
+    scores = jnp.where(seen_TS, rule.between(q_BKGTH, k_BKSH), attention.HIDDEN)
+    weights = rule.weights(scores).astype(v_BKSH.dtype)
     out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH, preferred_element_type=jnp.float32)
     return out.reshape(B, N, T, v_BKSH.shape[3]).astype(q_BNTH.dtype)
 

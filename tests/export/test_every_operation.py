@@ -348,15 +348,27 @@ GROWN = 48
 
 def _tables(heads: int) -> dict[str, torch.Tensor]:
     widths = {"queries": heads, "keys": KEY_HEADS, "values": KEY_HEADS}
-    return {name: normal(VOCABULARY, width * HEAD, seed=seed) for seed, (name, width) in enumerate(widths.items())}
+    tables = {name: normal(VOCABULARY, width * HEAD, seed=seed) for seed, (name, width) in enumerate(widths.items())}
+    # Below all scores, among them, and above.
+    return {**tables, "sinks": torch.linspace(-6, 6, heads)}
+
+
+def _caps(weights: Any) -> dict[str, Any]:
+    """A cap that most scores feel, and sinks."""
+    return {"sinks_N": weights.sinks, "softcap": 1.5}
 
 
 @samples_of(ops.ATTENTION)
 def _attention(target: str) -> Iterator[Sample]:
-    for window in WINDOWS:
+    for cap, window in [*((False, window) for window in WINDOWS), (True, 9), (True, None)]:
 
         def rows(
-            self: Any, tokens: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor, window: int = window or 0
+            self: Any,
+            tokens: torch.Tensor,
+            start: torch.Tensor,
+            *caches: torch.Tensor,
+            window: int = window or 0,
+            cap: bool = cap,
         ) -> Any:
             q, k, v = (
                 by_heads(look_up(table, tokens)).transpose(1, 2) for table in (self.queries, self.keys, self.values)
@@ -364,13 +376,14 @@ def _attention(target: str) -> Iterator[Sample]:
             k_cache, v_cache = (
                 ops.WRITE_CACHE(*pair, start, heads_first=True) for pair in zip(caches, (k, v), strict=True)
             )
-            out_BNTH = ops.ATTENTION(q, k_cache, v_cache, start, scale=SCALE, window=window)
+            caps = _caps(self) if cap else {}
+            out_BNTH = ops.ATTENTION(q, k_cache, v_cache, start, scale=SCALE, window=window, **caps)
             return by_rows(out_BNTH.transpose(1, 2)), k_cache, v_cache
 
         # Written before they are read, new keys must leave room for those that the first of them sees.
         slots = GROWN if window is None else window + LONG - 1
         yield Sample(
-            name=f"window {window}",
+            name=f"window {window}{', cap and sinks' * cap}",
             rows=rows,
             tensors=_tables(HEADS),
             tolerance=FP32_ATTENTION,
@@ -413,13 +426,25 @@ def _full_attention(target: str) -> Iterator[Sample]:
 
 @samples_of(ops.ATTEND)
 def _attend(target: str) -> Iterator[Sample]:
-    for heads, window in [*((HEADS, window) for window in WINDOWS), (KEY_HEADS, 9)]:
+    uses = [
+        *((HEADS, window, False) for window in WINDOWS),
+        (KEY_HEADS, 9, False),
+        (HEADS, 9, True),
+        (HEADS, None, True),
+    ]
+    for heads, window, cap in uses:
 
         def rows(
-            self: Any, tokens: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor, window: int = window or 0
+            self: Any,
+            tokens: torch.Tensor,
+            start: torch.Tensor,
+            *caches: torch.Tensor,
+            window: int = window or 0,
+            cap: bool = cap,
         ) -> Any:
             q, k, v = (by_heads(look_up(table, tokens)) for table in (self.queries, self.keys, self.values))
-            out_BTNH = ops.ATTEND(q, k, v, *caches, start, scale=SCALE, window=window)
+            caps = _caps(self) if cap else {}
+            out_BTNH = ops.ATTEND(q, k, v, *caches, start, scale=SCALE, window=window, **caps)
             after = (ops.WRITE_CACHE(*pair, start, heads_first=False) for pair in zip(caches, (k, v), strict=True))
             return by_rows(out_BTNH), *after
 
@@ -427,7 +452,7 @@ def _attend(target: str) -> Iterator[Sample]:
         own_order = target == "onnxruntime" and window is not None
         slots = GROWN if window is None else window + LONG - 1 if own_order else window
         yield Sample(
-            name=f"{heads} heads, window {window}",
+            name=f"{heads} heads, window {window}{', cap and sinks' * cap}",
             rows=rows,
             tensors=_tables(heads),
             tolerance=FP32_ATTENTION,

@@ -203,7 +203,7 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
     for single, activation in itertools.product({False, m == 1}, ops.ACTIVATIONS):
         found, _ = run(rows.gated(h, activation, tile, single=single), packed, out=(m, h))
         close(found, ops.gated(packed, activation))
-    for activation, function in ops.ACTIVATIONS.items():
+    for activation, function in {**ops.ACTIVATIONS, "tanh": torch.tanh}.items():
         found, _ = run(rows.activated(2 * h, activation, tile), packed, out=packed.shape)
         close(found, function(packed))
     bias = torch.randn(heads * h)
@@ -216,27 +216,30 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
 @pytest.mark.parametrize(
-    ("m", "heads", "key_heads", "h", "slots", "window", "start"),
+    ("m", "heads", "key_heads", "h", "slots", "window", "start", "softcap"),
     [
-        (1, 4, 1, 32, 16, 16, 0),
-        (1, 4, 1, 32, 16, 16, 1000),
-        (1, 4, 2, 32, 300, 0, 299),
-        (37, 4, 2, 32, 52, 16, 5),
-        (37, 4, 2, 32, 16, 16, 50),
-        (70, 2, 2, 10, 66, 66, 66),
-        (5, 6, 2, 24, 200, 0, 195),
+        (1, 4, 1, 32, 16, 16, 0, 0),
+        (1, 4, 1, 32, 16, 16, 1000, 2),
+        (1, 4, 2, 32, 300, 0, 299, 0),
+        (37, 4, 2, 32, 52, 16, 5, 0),
+        (37, 4, 2, 32, 16, 16, 50, 2),
+        (70, 2, 2, 10, 66, 66, 66, 0),
+        (5, 6, 2, 24, 200, 0, 195, 50),
     ],
 )
 def test_attention_and_writes(
-    m: int, heads: int, key_heads: int, h: int, slots: int, window: int, start: int, tile: Tile
+    m: int, heads: int, key_heads: int, h: int, slots: int, window: int, start: int, softcap: float, tile: Tile
 ) -> None:
+    """Capped scores come with sinks, some far above all scores."""
+    sinks = torch.linspace(-3, 9, heads) if softcap else None
     q, k, v = (torch.randn(1, m, count, h) for count in (heads, key_heads, key_heads))
     caches = [torch.randn(1, key_heads, slots, h) for _ in range(2)]
     position = torch.tensor(start)
-    expected = ops.attend(q, k, v, *caches, position, scale=0.3, window=window)
-    kernel = attention.attend(heads, key_heads, h, window, 0.3, tile, single=m == 1)
+    expected = ops.attend(q, k, v, *caches, position, None, sinks, scale=0.3, window=window, softcap=softcap)
+    rule = attention.Rule(window=window, scale=0.3, softcap=softcap, sinks=sinks is not None)
+    kernel = attention.attend(heads, key_heads, h, rule, tile, single=m == 1)
     flat = [value.view(m, -1) for value in (q, k, v)]
-    attended, inputs = run(kernel, *flat, *caches, position, out=(m, heads * h))
+    attended, inputs = run(kernel, *flat, *caches, position, flat[0] if sinks is None else sinks, out=(m, heads * h))
     assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION
     assert torch.equal(inputs[3], caches[0]) and torch.equal(inputs[4], caches[1])
     written = ops.write_cache(caches[0], k, position, heads_first=False)
@@ -254,9 +257,9 @@ def test_images_are_seen_to_their_ends(window: int, blocks: Sequence[tuple[int, 
     for first, end in blocks:
         until[first:end] = start + end - 1
     expected = ops.attend(q, k, v, *caches, position, until, scale=0.3, window=window)
-    kernel = attention.attend(heads, key_heads, h, window, 0.3, tile, images=True)
+    kernel = attention.attend(heads, key_heads, h, attention.Rule(window=window, scale=0.3, images=True), tile)
     flat = [value.view(m, -1) for value in (q, k, v)]
-    attended, _ = run(kernel, *flat, *caches, position, until, out=(m, heads * h))
+    attended, _ = run(kernel, *flat, *caches, position, until, flat[0], out=(m, heads * h))
     assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION
 
 

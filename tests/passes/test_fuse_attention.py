@@ -139,10 +139,6 @@ def subtracted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return torch.add(scores(q, k), bias, alpha=-1).softmax(-1) @ grown(v)
 
 
-def soft_capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (torch.tanh(scores(q, k) / 5) * 5).masked_fill(hidden(q.shape[2]), INF).softmax(-1) @ grown(v)
-
-
 def unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return scores(q, k).softmax(-1) @ grown(v)
 
@@ -187,7 +183,6 @@ MISSES: dict[Attend, str] = {
     where_zero: "fill",
     where_computed: "fill",
     subtracted: "no mask",
-    soft_capped: "scores come from",
     biased: "adds a bias",
     chunked: "neither causal nor a causal window",
     masked_by_values: "depends on the values of k",

@@ -17,12 +17,6 @@ def masked(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return scores(q, k).masked_fill(hidden(q.shape[2]), INF)
 
 
-def sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A learned logit a head, concatenated and cut off again."""
-    sink = torch.linspace(-1, 1, q.shape[1])[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
-    return torch.cat((masked(q, k), sink), -1).softmax(-1)[..., :-1] @ grown(v)
-
-
 def sinks_in_front(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     sink = torch.zeros(q.shape[0], q.shape[1], q.shape[2], 1)
     weights = torch.cat((sink, masked(q, k)), -1).softmax(-1, dtype=torch.float32)
@@ -84,7 +78,6 @@ def in_linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 LEFT: dict[Attend, str] = {
-    sinks: "by softmax, slice and matmul",
     sinks_in_front: "by softmax, split_with_sizes, getitem",
     by_hand: "by exp, div and matmul",
     normalised_last: "by exp and matmul",
@@ -124,7 +117,7 @@ def test_layers_are_reported_beside_what_is_fused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(Attention(attend) for attend in (plain, sinks, next(iter(MISSES))))
+            self.layers = nn.ModuleList(Attention(attend) for attend in (plain, sinks_in_front, next(iter(MISSES))))
 
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:

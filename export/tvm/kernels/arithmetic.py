@@ -12,6 +12,14 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _LOWEST, _HIGHEST = -87.0, 88.0
 _MANTISSA_BITS, _BIAS = 23, 127
 
+# Coefficients of Eigen's tanh: odd powers of x over even ones, lowest first; beyond the bound, tanh rounds to 1.
+_TANH_ABOVE = (
+    4.89352455891786e-3, 6.37261928875436e-4, 1.48572235717979e-5, 5.12229709037114e-8, -8.60467152213735e-11,
+    2.00018790482477e-13, -2.76076847742355e-16,
+)  # fmt: skip
+_TANH_BELOW = (4.89352518554385e-3, 2.26843463243900e-3, 1.18534705686654e-4, 1.19825839466702e-6)
+_TANH_BOUND = 7.90531110763549805
+
 
 def exponential(x: Any) -> Any:
     """`exp(x)` of a float32 expression, to 2 units in the last place; x is clipped to [-87, 88]."""
@@ -24,6 +32,20 @@ def exponential(x: Any) -> Any:
     series = series * rest * rest + rest + T.float32(1)
     bits = (T.Cast("int32", power) + T.int32(_BIAS)) << T.int32(_MANTISSA_BITS)
     return series * T.reinterpret("float32", bits)
+
+
+def hyperbolic_tangent(x: Any) -> Any:
+    """`tanh(x)` of a float32 expression, to 2e-7 of itself."""
+    x = T.max(T.min(x, T.float32(_TANH_BOUND)), T.float32(-_TANH_BOUND))
+    return x * _polynomial(_TANH_ABOVE, x * x) / _polynomial(_TANH_BELOW, x * x)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
+    """Lowest power first."""
+    total = T.float32(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * x + T.float32(coefficient)
+    return total
 
 
 def lane_sum(total: Any, row: Any, lanes: int) -> Any:

@@ -12,11 +12,12 @@ Axes: M new tokens, N query heads, K key heads, R = N / K, S slots, H numbers of
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tvm.script import tirx as T
 
-from transom.export.tvm.kernels.arithmetic import exponential, lane_sum
+from transom.export.tvm.kernels.arithmetic import exponential, hyperbolic_tangent, lane_sum
 from transom.export.tvm.kernels.tile import Tile, divisor, part
 
 BLOCK = 64
@@ -69,9 +70,9 @@ def soften(scores, best, top, total, shift, groups, place, lanes):  # type: igno
 
 @T.inline
 def visit(  # type: ignore[no-untyped-def]
-    number, Q, K, V, row, head, first, count, scale, scores, top, total, out, groups, h, lanes, strip, keys
+    number, Q, K, V, row, head, first, count, score, scores, top, total, out, groups, h, lanes, strip, keys
 ):
-    """Attend over `count` keys from `first` on; `number` reads K and V."""
+    """Attend over `count` keys from `first` on; `number` reads K and V, `score` makes a score of a product."""
     shift = T.alloc_buffer((groups,), "float32", scope="local")
     best = T.alloc_buffer((groups, lanes), "float32", scope="local")
     for block in T.serial((count + T.int64(BLOCK - 1)) // T.int64(BLOCK)):
@@ -99,9 +100,7 @@ def visit(  # type: ignore[no-untyped-def]
             for group in T.unroll(groups):
                 for key in T.unroll(keys):
                     if block * BLOCK + quad * keys + key < count:
-                        scores[group, quad * keys + key] = lane_sum(products, group * keys + key, lanes) * T.float32(
-                            scale
-                        )
+                        scores[group, quad * keys + key] = score(lane_sum(products, group * keys + key, lanes))
         soften(scores, best, top, total, shift, groups, group_itself, lanes)
         for wide in T.serial(h // (strip * lanes)):
             sums = T.alloc_buffer((groups * strip, lanes), "float32", scope="local")
@@ -124,39 +123,61 @@ def visit(  # type: ignore[no-untyped-def]
                         out[group, (wide * strip + item) * lanes + lane] = sums[group * strip + item, lane]
 
 
-def attend(
-    heads: int,
-    key_heads: int,
-    h: int,
-    window: int,
-    scale: float,
-    tile: Tile,
-    *,
-    single: bool = False,
-    images: bool = False,
-) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a token sees, and how keys score.
+
+    Attributes:
+        window: Keys that a token sees, at most S; 0 for all.
+        scale: Factor of the scores.
+        softcap: Bound on the scores; 0 for none.
+        images: Whether the last position that each token sees is an input.
+        sinks: Whether scores of every head that have no value are an input.
+    """
+
+    window: int
+    scale: float
+    softcap: float = 0.0
+    images: bool = False
+    sinks: bool = False
+
+    def score(self, product: Any) -> Any:
+        """The score of a product of a query and a key."""
+        if not self.softcap:
+            return product * T.float32(self.scale)
+        return hyperbolic_tangent(product * T.float32(self.scale / self.softcap)) * T.float32(self.softcap)
+
+    def first_score(self, sinks: Any, head: Any) -> Any:
+        """The largest score before any key."""
+        return sinks[head] if self.sinks else T.float32(EMPTY)
+
+
+def attend(heads: int, key_heads: int, h: int, rule: Rule, tile: Tile, *, single: bool = False) -> Any:
     """Queries [M, N * H], new keys and values [M, K * H], caches before them [1, K, S, H], start [] -> [M, N * H].
+
+    Then, of images, the last positions that tokens see, [M]; then sinks, [N], or without any the queries once more.
 
     Args:
         heads: N.
         key_heads: K.
         h: H.
-        window: Keys that a token sees, at most S; 0 for all.
-        scale: Factor of the scores.
+        rule: What tokens see.
         tile: Sizes of the innermost loops.
         single: Whether M is 1.
-        images: Whether there is one more input, the last position that each token sees, [M].
     """
     groups, lanes = heads // key_heads, divisor(h, tile.lanes)
     # Half of the registers accumulate, the rest is for what they are made of.
     keys = divisor(4, max(1, tile.registers // 2 // groups))
     strip = divisor(h // lanes, keys)
     new = fresh(h)
-    reach = window or 2**62
+    reach = rule.window or 2**62
     loop = T.serial if single and key_heads == 1 else T.parallel
 
+    def sinks_shape(m: Any) -> Any:
+        return (heads,) if rule.sinks else (m, heads * h)
+
     @T.inline
-    def attend_tasks(Q, K, V, K_cache, V_cache, start, output, newest, m, s):  # type: ignore[no-untyped-def]
+    def attend_tasks(Q, K, V, K_cache, V_cache, start, sinks, output, newest, m, s):  # type: ignore[no-untyped-def]
         """Every token's queries of a key head; `newest` tells how many new tokens a token sees."""
         for task in loop(m * key_heads):
             # Threads get runs of tasks, and later tokens see more: early and late ones take turns.
@@ -170,8 +191,9 @@ def attend(
             total = T.alloc_buffer((groups,), "float32", scope="local")
             out = T.alloc_buffer((groups, h), "float32", scope="local")
             for group in T.unroll(groups):
-                top[group] = T.float32(EMPTY)
-                total[group] = T.float32(0)
+                # A sink has a weight of 1 until a key scores more.
+                top[group] = rule.first_score(sinks, task % key_heads * groups + group)
+                total[group] = T.float32(float(rule.sinks))
                 for step in T.serial(h // lanes):
                     for lane in T.vectorized(lanes):
                         out[group, step * lanes + lane] = T.float32(0)
@@ -184,7 +206,7 @@ def attend(
                 task % key_heads,
                 T.truncmod(first[0], s),
                 start[()] - first[0],
-                scale,
+                rule.score,
                 scores,
                 top,
                 total,
@@ -204,7 +226,7 @@ def attend(
                 task % key_heads,
                 T.max(first[0] - start[()], T.int64(0)),
                 newest(row[0]) - T.max(first[0] - start[()], T.int64(0)),
-                scale,
+                rule.score,
                 scores,
                 top,
                 total,
@@ -222,11 +244,19 @@ def attend(
                             out[group, step * lanes + lane] / total[group]
                         )
 
-    if images:
+    if rule.images:
 
         @T.prim_func(private=True, s_tir=True)
         def attend_rows_of_images(
-            q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, u: T.handle, o: T.handle
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            kc: T.handle,
+            vc: T.handle,
+            p: T.handle,
+            u: T.handle,
+            x: T.handle,
+            o: T.handle,
         ) -> None:
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             m = T.int64()
@@ -238,16 +268,17 @@ def attend(
             V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
             start = T.match_buffer(p, (), "int64")
             until = T.match_buffer(u, (m,), "int64")
+            sinks = T.match_buffer(x, sinks_shape(m), "float32")
             output = T.match_buffer(o, (m, heads * h), "float32")
             attend_tasks(
-                Q, K, V, K_cache, V_cache, start, output, lambda row: T.min(until[row] - start[()] + 1, m), m, s
+                Q, K, V, K_cache, V_cache, start, sinks, output, lambda row: T.min(until[row] - start[()] + 1, m), m, s
             )
 
         return attend_rows_of_images
 
     @T.prim_func(private=True, s_tir=True)
     def attend_rows(
-        q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, o: T.handle
+        q: T.handle, k: T.handle, v: T.handle, kc: T.handle, vc: T.handle, p: T.handle, x: T.handle, o: T.handle
     ) -> None:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         m = T.int64()
@@ -258,8 +289,9 @@ def attend(
         K_cache = T.match_buffer(kc, (1, key_heads, s, h), "float32")
         V_cache = T.match_buffer(vc, (1, key_heads, s, h), "float32")
         start = T.match_buffer(p, (), "int64")
+        sinks = T.match_buffer(x, sinks_shape(m), "float32")
         output = T.match_buffer(o, (m, heads * h), "float32")
-        attend_tasks(Q, K, V, K_cache, V_cache, start, output, lambda row: row + 1, m, s)
+        attend_tasks(Q, K, V, K_cache, V_cache, start, sinks, output, lambda row: row + 1, m, s)
 
     return attend_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from transom.export.tvm.kernels.arithmetic import exponential, lane_sum
+from transom.export.tvm.kernels.arithmetic import exponential, hyperbolic_tangent, lane_sum
 from transom.export.tvm.kernels.tile import Tile, divisor
 
 GELU_FACTOR, GELU_CUBE = 0.7978845608028654, 0.044715
@@ -164,7 +164,7 @@ def silu(x: Any) -> Any:
     return x / (T.float32(1) + exponential(-x))
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "tanh": hyperbolic_tangent}
 
 
 def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:
