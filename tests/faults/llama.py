@@ -9,7 +9,7 @@ from transom.graphs.node import Node
 from transom.passes.base import Pass
 
 
-def _other_number(old: float, new: float) -> Edit:
+def other_number(old: float, new: float) -> Edit:
     """Another number where a given one stands."""
 
     def edit(_: Graph, node: Node) -> None:
@@ -50,7 +50,7 @@ def _near(graph: Graph, node: Node) -> None:
 
 LLAMA_FAULTS: dict[str, tuple[Pass, int | None, str, str]] = {
     "another epsilon": (
-        Spoil(aten.add.Tensor, _other_number(1e-6, 1e-3), "layers.1.input_layernorm"),
+        Spoil(aten.add.Tensor, other_number(1e-6, 1e-3), "layers.1.input_layernorm"),
         1, "norm", "the norm's epsilon is 0.001 in place of 1e-06",
     ),
     "another norm's weight": (
@@ -58,10 +58,10 @@ LLAMA_FAULTS: dict[str, tuple[Pass, int | None, str, str]] = {
         0, "norm", "the norm has the weight of layers.2.input_layernorm",
     ),
     "another base": (
-        Spoil(aten.pow.Scalar, _other_number(1e4, 5e5), ""), 0, "rope", "the RoPE base is 500000 in place of 10000",
+        Spoil(aten.pow.Scalar, other_number(1e4, 5e5), ""), 0, "rope", "the RoPE base is 500000 in place of 10000",
     ),
     "a base that no list has": (
-        Spoil(aten.pow.Scalar, _other_number(1e4, 23_450.0), ""),
+        Spoil(aten.pow.Scalar, other_number(1e4, 23_450.0), ""),
         0, "rope", "the RoPE base is 2.345e+04 in place of 1e+04",
     ),
     "an activation": (
@@ -72,7 +72,7 @@ LLAMA_FAULTS: dict[str, tuple[Pass, int | None, str, str]] = {
         2, "mask", "the global layer is bounded to a window of 8 keys",
     ),
     "scores without a scale": (
-        Spoil(aten.mul.Tensor, _other_number(32**-0.5, 1.0), "layers.0.self_attn"),
+        Spoil(aten.mul.Tensor, other_number(32**-0.5, 1.0), "layers.0.self_attn"),
         0, "softmax", "the scores are not scaled",
     ),
     "the keys' weights for values": (

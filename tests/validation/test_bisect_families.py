@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from tests.case import Case
+from tests.faults.families import FAMILY_FAULTS
 from tests.faults.llama import LLAMA_FAULTS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
@@ -62,3 +65,25 @@ def test_the_module_of_a_llama_agrees_with_its_graph(llama: Model, context: Cont
 def test_a_quantised_llama_is_compared_with_what_its_codes_mean(llama: Model) -> None:
     verdict = bisect("eager", "onnx@ConvertQuantized", model=llama, quant="int8", chunk=CHUNK, length=30, decode=2)
     assert not verdict.diverged, verdict
+
+
+@functools.cache
+def tapped(name: str) -> tuple[Context, Recording]:
+    """A tiny model as it is traced, over three windows, and what its taps are when nothing is wrong."""
+    model = load(name)
+    graph = Case(graph=model.trace()).run(AddTaps()).graph
+    calls = plan_calls(window=model.config.longest_window or 8, chunk=CHUNK, decode=4)
+    ids = torch.randint(0, model.config.vocab_size, (calls[-1].stop,), generator=torch.Generator().manual_seed(3))
+    context = Context(graph=graph, tokens=ids.tolist())
+    return context, record(ReferenceSession(graph, context=256, chunk=CHUNK), calls, context)
+
+
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+def test_a_fault_of_a_family_is_placed_and_named(fault: str) -> None:
+    name, spoil, layer, op, cause = FAMILY_FAULTS[fault]
+    context, right = tapped(name)
+    calls = plan_calls(window=load(name).config.longest_window or 8, chunk=CHUNK, decode=4)
+    session = ReferenceSession(Case(graph=context.graph).run(spoil).graph, context=256, chunk=CHUNK)
+    verdict = compare(right, record(session, calls, context), context)
+    assert (verdict.diverged, verdict.layer, verdict.op, verdict.side) == (True, layer, op, "b"), verdict
+    assert cause in verdict.cause

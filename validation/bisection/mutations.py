@@ -64,11 +64,13 @@ def _of_norm(replay: Replay) -> Iterator[Hypothesis]:
     if layer_norms := site.calls(aten.layer_norm.default):
         _, shape, weight, bias, epsilon = layer_norms[0].args[:5]
         yield Hypothesis("the norm has no weight", {weight: from_node(weight, torch.ones_like)})
-        yield Hypothesis("the norm has no bias", {bias: from_node(bias, torch.zeros_like)})
+        if bias is not None:
+            yield Hypothesis("the norm has no bias", {bias: from_node(bias, torch.zeros_like)})
         yield Hypothesis("the norm multiplies by 1 + w in place of w", {weight: from_node(weight, lambda w: 1 + w)})
         scaled = partial(rms_norm, value[None], shape, eps=epsilon)
         cause = "the norm does not subtract the mean, as RMSNorm does"
-        yield Hypothesis(cause, {layer_norms[0]: lambda value_of: scaled(weight=value_of(weight)) + value_of(bias)})
+        added = (lambda value_of: 0.0) if bias is None else (lambda value_of: value_of(bias))
+        yield Hypothesis(cause, {layer_norms[0]: lambda known: scaled(weight=known(weight)) + added(known)})
         return
     centred = replay.in_graph(source, value - value.mean(-1, keepdim=True))
     yield Hypothesis("the norm subtracts the mean, as LayerNorm does", {source: lambda _: centred})

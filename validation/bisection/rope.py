@@ -56,9 +56,10 @@ def _of_angles(replay: Replay, layers: Mapping[int | None, int | None]) -> Itera
         tried.append(angles)
         kind = _kind(layers, other)
         whose = f"{kind} layers" if kind != own_kind else f"layer {other.tap.layer}"
-        cause = (
-            f"the {own_kind} layer is rotated with the RoPE base of {whose}: {_words(other)} in place of {_words(site)}"
-        )
+        theirs, ours = _words(other), _words(site)
+        cause = f"the {own_kind} layer is rotated with the RoPE base of {whose}: {theirs} in place of {ours}"
+        if theirs == ours:
+            cause = f"the {own_kind} layer is rotated with the angles of {whose}, whose RoPE base is the same"
         # The other layer's part of the graph makes its angles, of this one's positions.
         elsewhere = Replay(site=other, context=replay.context, inputs={}, output=replay.output, calls=replay.calls)
         values = {mine: elsewhere.value(theirs) for mine, theirs in zip(own, angles, strict=True)}
