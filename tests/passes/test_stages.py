@@ -92,7 +92,7 @@ def test_the_score_graph_keeps_its_numbers(
         scored, on_pass=lambda ran, graph: found.update({ran.name: graph.clone()})
     )
     sites = [(node.args[3], node.kwargs) for node in found[name].calls(transom.attention.default)]
-    assert sites == [(None, {"scale": 40**-0.5, "window": window}) for window in (16, 16, 0, 16, 16, 0)]
+    assert sites == [(None, {"scale": 40**-0.5, "window": window, "softcap": 0.0}) for window in (16, 16, 0, 16, 16, 0)]
     (logits,) = run_graph(found[name], torch.tensor([text]))
     assert np.abs(logits[0].numpy() - text_logits).max() < FP32_LOGITS
 
