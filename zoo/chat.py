@@ -17,6 +17,14 @@ from transom.errors import TokenizerError
 if TYPE_CHECKING:
     import jinja2
 
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The form of conversations that several families share: turns between two special tokens, the role on a line first."""
+
 
 class Message(TypedDict):
     """One turn.

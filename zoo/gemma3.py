@@ -328,7 +328,7 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
     }
 
 
-def _gguf_rows(config: Gemma3Config, name: str) -> Callable[[Weight], Weight] | None:
+def gguf_rows(config: Gemma3Config, name: str) -> Callable[[Weight], Weight] | None:
     """Norms are stored as 1 + w."""
     return (lambda weight: weight.map_rows(lambda rows: rows - 1)) if name.endswith("norm.weight") else None
 
@@ -354,7 +354,7 @@ _GGUF = GGUFFormat(
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
-    rows=_gguf_rows,
+    rows=gguf_rows,
 )
 
 

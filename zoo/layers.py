@@ -19,8 +19,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each [B, K, S, H]."""
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of the new tokens' angles, each [T, H / 2]."""
+Rotation = tuple[torch.Tensor, ...]
+"""Cosines and sines of the new tokens' angles, each [T, H / 2]; those of keys follow where they are others."""
 
 
 class Decoder(nn.Module):
@@ -154,18 +154,19 @@ class GatedMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without biases; local or global by its layer's window.
+    """Grouped-query attention; local or global by its layer's window.
 
     A family says in `place` what happens to queries and keys between the projections and the scores.
     """
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
+    def __init__(self, config: DecoderConfig, index: int, *, bias: bool = False) -> None:
+        """Build it; `bias` says whether queries, keys and values have biases."""
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.head_dim, self.window = H, config.layers[index].window
-        self.q_proj = nn.Linear(D, N * H, bias=False)
-        self.k_proj = nn.Linear(D, K * H, bias=False)
-        self.v_proj = nn.Linear(D, K * H, bias=False)
+        self.q_proj = nn.Linear(D, N * H, bias=bias)
+        self.k_proj = nn.Linear(D, K * H, bias=bias)
+        self.v_proj = nn.Linear(D, K * H, bias=bias)
         self.o_proj = nn.Linear(N * H, D, bias=False)
 
     def place(
@@ -186,6 +187,24 @@ class Attention(nn.Module):
         scale, window = self.head_dim**-0.5, self.window
         attended_BTX, cache = attend(q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=scale, window=window)
         return self.o_proj(attended_BTX), cache
+
+
+class PreNormLayer(nn.Module):
+    """One block; norms stand before attention and MLP, whose activation is SiLU (Llama, arXiv 2302.13971)."""
+
+    def __init__(self, config: DecoderConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, nn.functional.silu)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cos_sin: Rotation | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, LayerCache]:
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
 
 
 class PostNormLayer(nn.Module):

@@ -62,6 +62,8 @@ for _target, _kind in (
 for _target, _kind in (
     (aten.cos.default, "Cos"),
     (aten.sin.default, "Sin"),
+    (aten.log.default, "Log"),
+    (aten.floor.default, "Floor"),
     (aten.tanh.default, "Tanh"),
     (aten.sigmoid.default, "Sigmoid"),
 ):

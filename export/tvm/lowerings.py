@@ -66,6 +66,8 @@ def _unary(operation: Any) -> Any:
 for _target, _operation in (
     (aten.cos.default, relax.op.cos),
     (aten.sin.default, relax.op.sin),
+    (aten.log.default, relax.op.log),
+    (aten.floor.default, relax.op.floor),
     (aten.sigmoid.default, relax.op.sigmoid),
     (aten.silu.default, relax.op.nn.silu),
 ):

@@ -68,6 +68,8 @@ for _target, _function in (
     (aten.rsqrt.default, jax.lax.rsqrt),
     (aten.cos.default, jnp.cos),
     (aten.sin.default, jnp.sin),
+    (aten.log.default, jnp.log),
+    (aten.floor.default, jnp.floor),
     (aten.tanh.default, jnp.tanh),
     (aten.sigmoid.default, jax.nn.sigmoid),
     (aten.silu.default, jax.nn.silu),

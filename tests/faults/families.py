@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tests.faults.graph import Edit, Spoil, argument
+from tests.faults.graph import LINEAR, Edit, Spoil, argument
 from tests.faults.llama import other_number
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass
+from transom.zoo.rope import yarn_magnitude
 
 
 def _angles_of(path: str) -> Edit:
@@ -40,6 +41,13 @@ def _rms(graph: Graph, node: Node) -> None:
     node.replace_all_uses_with(other)
 
 
+def _norm_of_keys(graph: Graph, node: Node) -> None:
+    """The keys' weight for the queries'."""
+    if node.args[1].meta["val"].dim() == 1:
+        names = {name: placeholder for placeholder, name in graph.weight_names().items()}
+        node.update_arg(1, graph.placeholders()[names["layers.1.self_attn.k_norm.weight"]])
+
+
 FAMILY_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "a rotation that is scaled in a local layer": (
         "olmo3-tiny", Spoil(aten.cat.default, _angles_of("layers.3.self_attn"), "layers.1.self_attn"),
@@ -63,6 +71,30 @@ FAMILY_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "logits without their scale": (
         "cohere2-tiny", Spoil(aten.mul.Tensor, other_number(0.25, 1.0), ""),
         None, "logits", "the value is not multiplied by 0.25",
+    ),
+    "a bias": (
+        "qwen2-tiny", Spoil(LINEAR, argument(2, None), "layers.1.self_attn.k_proj"),
+        1, "projection", "the bias is left out",
+    ),
+    "queries that are normed as keys": (
+        "qwen3-tiny", Spoil(aten.mul.Tensor, _norm_of_keys, "layers.1.self_attn.q_norm"),
+        1, "norm", "the norm has the weight of layers.1.self_attn.k_norm",
+    ),
+    "no window": (
+        "qwen3-tiny", Spoil(aten.lt.Scalar, argument(1, 400), "layers.1.self_attn"),
+        1, "mask", "the window is ignored",
+    ),
+    "a window of one key less": (
+        "mistral-tiny", Spoil(aten.lt.Scalar, argument(1, 15), "layers.2.self_attn"),
+        2, "mask", "the window is off by one: 15 keys",
+    ),
+    "queries that grow faster": (
+        "ministral3-tiny", Spoil(aten.mul.Tensor, other_number(0.1, 0.2), ""),
+        0, "rope", "factor is 0.2 in place of 0.1",
+    ),
+    "a rotation without its magnitude": (
+        "ministral3-tiny", Spoil(aten.mul.Tensor, other_number(yarn_magnitude(16.0), 1.0), ""),
+        0, "rope", "multiplied by 0.782927",
     ),
 }  # fmt: skip
 """The model, the fault, the layer and the operation that bisection names, and words of the cause."""

@@ -13,14 +13,18 @@ import numpy as np
 
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import architecture as architecture_of
+from transom.zoo.checkpoints.gguf_config import gguf_format
 from transom.zoo.cohere2 import Cohere2Config
 from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
 from transom.zoo.exaone4 import Exaone4Config
-from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
+from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.llama3 import Llama3Config
+from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config
-from transom.zoo.rope import Llama3Rope, Rope
+from transom.zoo.qwen2 import Qwen2Config
+from transom.zoo.qwen3 import Qwen3Config
+from transom.zoo.rope import Llama3Rope, Rope, YarnRope
 from transom.zoo.smollm3 import SmolLM3Config
 
 TINY = Gemma3Config(
@@ -55,7 +59,7 @@ STORABLE: dict[str, DecoderConfig] = {
     "gemma3": TINY,
     "llama3": Llama3Config(
         name="tiny",
-        depth=2,
+        layer_kinds=tile("G", 2),
         rope=Llama3Rope(theta=5e5, factor=8.0),
         tied=False,
         **SIZES,
@@ -92,6 +96,28 @@ STORABLE: dict[str, DecoderConfig] = {
         rope=Rope(theta=5e6),
         rotated=(True, True, True, False, True),
         tied=True,
+        **SIZES,
+    ),
+    "qwen2": Qwen2Config(
+        name="tiny",
+        layer_kinds=tile("G", 2),
+        rope=YarnRope(theta=1e6, factor=4.0, original_context=128),
+        tied=True,
+        **SIZES,
+    ),
+    "qwen3": Qwen3Config(
+        name="tiny",
+        layer_kinds=tile("G", 2),
+        rope=Rope(theta=1e6, factor=2.0),
+        tied=False,
+        **SIZES,
+    ),
+    "ministral3": Ministral3Config(
+        name="tiny",
+        layer_kinds=tile("G", 2),
+        rope=YarnRope(theta=1e6, factor=16.0, original_context=32, attention_factor=1.0),
+        query_growth=0.1,
+        tied=False,
         **SIZES,
     ),
 }
@@ -141,9 +167,36 @@ def _cohere2(config: Cohere2Config) -> dict[str, object]:
     return {**_windows(config), **_rope(config), **epsilon, "logit_scale": config.logit_scale}
 
 
+def _qwen(config: Qwen2Config | Qwen3Config) -> dict[str, object]:
+    rope = config.rope
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    if isinstance(rope, YarnRope):
+        scaling |= {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": rope.original_context}
+    return {"rope.freq_base": rope.theta, **scaling}
+
+
+def _ministral3(config: Ministral3Config) -> dict[str, object]:
+    """As a published file has them."""
+    rope = config.rope
+    return {
+        "rope.freq_base": rope.theta,
+        "rope.dimension_count": config.head_dim,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope.factor,
+        "rope.scaling.yarn_beta_fast": rope.beta_fast,
+        "rope.scaling.yarn_beta_slow": rope.beta_slow,
+        "rope.scaling.yarn_log_multiplier": 1.0,
+        "rope.scaling.original_context_length": rope.original_context,
+        "attention.temperature_scale": config.query_growth,
+    }
+
+
 _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "gemma3": _gemma3,
     "llama3": _rope,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "ministral3": _ministral3,
     "olmo3": _olmo3,
     "exaone4": _exaone4,
     "cohere2": _cohere2,
@@ -168,6 +221,7 @@ _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
     "gemma3": _norms_shifted,
     "llama3": _heads_permuted,
     "smollm3": _heads_permuted,
+    "ministral3": _heads_permuted,
 }
 """What a family's tensors become in the file, where they do not stay as they are."""
 
@@ -215,7 +269,7 @@ def write_gguf(
         general: Metadata by their whole keys.
         tokens: Pieces by id, in the place of unused ones.
     """
-    architecture = architecture or architecture_of(config.architecture).gguf.name
+    architecture = architecture or gguf_format(architecture_of(config.architecture)).name
     writer = gguf.GGUFWriter(path, architecture)
     values: dict[str, object] = {
         "context_length": config.context,
@@ -233,11 +287,11 @@ def write_gguf(
     _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
     add_byte_tokenizer(writer, config.vocab_size, tokens)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture_of(config.architecture).gguf.name], config.num_layers)
+    names = gguf.get_tensor_name_map(kinds[gguf_format(architecture_of(config.architecture)).name], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
         whole = name if name.startswith("lm_head") else f"model.{name}"
-        in_file = names.get_name(whole, try_suffixes=(".weight",))
+        in_file = names.get_name(whole, try_suffixes=(".weight", ".bias"))
         if in_file in skip:
             continue
         stored = weight.read().float().numpy()

@@ -17,7 +17,7 @@ from transom.wording import listed
 from transom.zoo.architecture import GGUFFormat
 from transom.zoo.architectures import architecture, tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint
-from transom.zoo.checkpoints.gguf_config import read_metadata
+from transom.zoo.checkpoints.gguf_config import gguf_format, read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tensors import FREQUENCIES, HEAD, account
 from transom.zoo.checkpoints.gguf_weight import gguf_package, open_weight
@@ -47,7 +47,7 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     header = header_of(source)
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
-    form = architecture(config.architecture).gguf
+    form = gguf_format(architecture(config.architecture))
     names = {name: _name_in_file(form, name) for name in shapes}
     gguf = gguf_package()
     weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))

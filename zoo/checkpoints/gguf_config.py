@@ -23,7 +23,7 @@ import torch
 from transom.errors import CheckpointError, ConfigError
 from transom.graphs.weight import Weight
 from transom.wording import listed
-from transom.zoo.architecture import Architecture
+from transom.zoo.architecture import Architecture, GGUFFormat
 from transom.zoo.architectures import architectures
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
@@ -101,14 +101,21 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
         CheckpointError: If the embedding is missing, whose rows are the vocabulary, or contradicts the metadata.
     """
     family = architecture_of(header)
-    keys = Metadata(header, family.gguf.name)
+    form = gguf_format(family)
+    keys = Metadata(header, form.name)
     lines: list[str] = []
     sizes = _sizes(header, keys)
-    fields = {**sizes.fields(), **family.gguf.read(sizes, keys, lines)}
+    fields = {**sizes.fields(), **form.read(sizes, keys, lines)}
     config = read_decoder(header.path, family.config, name=header.name, architecture=family.name, **fields)
-    _check_agreement(keys, config, family)
+    _check_agreement(keys, config, form)
     lines += _judge_others(header, keys)
     return config, tuple(lines)
+
+
+def gguf_format(family: Architecture) -> GGUFFormat:
+    """Format of the GGUF files of a family that has them, which all do whose files were opened."""
+    assert family.gguf is not None, family.name
+    return family.gguf
 
 
 def _sizes(header: Header, keys: Metadata) -> Sizes:
@@ -177,7 +184,8 @@ def architecture_of(header: Header) -> Architecture:
     if adapter := next((key for key in metadata if key.startswith("adapter.")), None):
         raise ConfigError(f"{path}: {adapter} says that it is an adapter: {advice['adapter']}")
     architecture = metadata.get("general.architecture")
-    families = {family.gguf.name: family for family in architectures() if family.text is None}
+    texts = [family for family in architectures() if family.text is None]
+    families = {family.gguf.name: family for family in texts if family.gguf is not None}
     if not isinstance(architecture, str) or architecture not in families:
         what = advice["mmproj"] if str(architecture) == "clip" else "choose another model"
         raise ConfigError(
@@ -199,7 +207,7 @@ def _vocab_size(header: Header, hidden_size: int) -> int:
     return shape[0]
 
 
-def _check_agreement(keys: Metadata, config: DecoderConfig, family: Architecture) -> None:
+def _check_agreement(keys: Metadata, config: DecoderConfig, form: GGUFFormat) -> None:
     """Keys that say again what others say."""
     sizes = {
         "vocab_size": config.vocab_size,
@@ -218,7 +226,7 @@ def _check_agreement(keys: Metadata, config: DecoderConfig, family: Architecture
     if "rope.scaling.finetuned" in keys and not isinstance(keys.values["rope.scaling.finetuned"], bool):
         raise keys.refuse("rope.scaling.finetuned", "expected true or false: convert the model again")
     keys.unread.discard("rope.scaling.finetuned")
-    for key, allowed in {**_NEUTRAL, **family.gguf.neutral}.items():
+    for key, allowed in {**_NEUTRAL, **form.neutral}.items():
         # What the family reads is a computation that it has.
         if key in keys.unread:
             keys.only(key, allowed)
@@ -295,14 +303,13 @@ def read_gguf_rope(sizes: Sizes, keys: Metadata, lines: list[str]) -> Rope:
     Args:
         sizes: Of the model.
         keys: Of the file.
-        lines: As `Metadata.rope_factor` takes it.
+        lines: As `Metadata.rope` takes it.
 
     Raises:
         ConfigError: If the keys contradict each other, or positions are scaled in another way.
         CheckpointError: If the tensor is damaged.
     """
-    theta, factor = keys.number("rope.freq_base", 1e4), keys.rope_factor(lines)
-    rope = Rope(theta=theta, factor=1.0 if factor is None else factor)
+    rope = keys.rope(keys.number("rope.freq_base", 1e4), sizes.context, lines)
     divisors = read_vector(sizes.header, "rope_freqs.weight")
     return rope if divisors is None else _scaled(sizes, rope, divisors)
 
@@ -312,7 +319,7 @@ def _scaled(sizes: Sizes, rope: Rope, divisors: torch.Tensor) -> Rope:
     plain = rope.frequencies(sizes.head_dim, dtype=torch.float64)
     scaled = Llama3Rope(theta=rope.theta, factor=float(divisors.max()))
     for candidate in (Rope(theta=rope.theta), scaled):
-        if divisors.shape == plain.shape and rope.factor == 1.0:
+        if divisors.shape == plain.shape and rope == Rope(theta=rope.theta):
             wanted = plain / candidate.frequencies(sizes.head_dim, dtype=torch.float64)
             if torch.allclose(divisors.double(), wanted, rtol=1e-5):
                 return candidate
