@@ -29,7 +29,7 @@ from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
 from transom.zoo.checkpoints.gguf_weight import read_vector
 from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, read_decoder, tile
-from transom.zoo.rope import Llama3Rope, Rope
+from transom.zoo.rope import Llama3Rope, Rope, YarnRope, yarn_magnitude
 
 PARTS_OF_KEYS = ("vision.", "mm.", "audio.")
 """Keys (without the architecture) that describe a part beside the language model; see `gguf_tensors.PARTS`."""
@@ -300,18 +300,44 @@ def read_gguf_windows(
 def read_gguf_rope(sizes: Sizes, keys: Metadata, lines: list[str]) -> Rope:
     """What llama.cpp takes: a theta of 10,000 if the key is missing. Llama 3.1's scaling stands in a tensor.
 
+    For YaRN it takes the context, bounds of 32 and 1, and no multiplier, where those keys are missing.
+
     Args:
         sizes: Of the model.
         keys: Of the file.
-        lines: As `Metadata.rope` takes it.
+        lines: As `Metadata.rope_factor` takes it.
 
     Raises:
         ConfigError: If the keys contradict each other, or positions are scaled in another way.
         CheckpointError: If the tensor is damaged.
     """
-    rope = keys.rope(keys.number("rope.freq_base", 1e4), sizes.context, lines)
+    theta = keys.number("rope.freq_base", 1e4)
+    if keys.values.get("rope.scaling.type") == "yarn":
+        rope = _yarn(theta, sizes, keys)
+    else:
+        rope = Rope(theta=theta, factor=keys.rope_factor(lines) or 1.0)
     divisors = read_vector(sizes.header, "rope_freqs.weight")
     return rope if divisors is None else _scaled(sizes, rope, divisors)
+
+
+def _yarn(theta: float, sizes: Sizes, keys: Metadata) -> Rope:
+    keys.unread.discard("rope.scaling.type")
+    # Its own weight of what is not interpolated; another one is no YaRN.
+    keys.only("rope.scaling.yarn_ext_factor", (1, -1))
+    factor, weight = keys.number("rope.scaling.factor"), keys.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
+    slow, fast = keys.number("rope.scaling.yarn_beta_slow", 1.0), keys.number("rope.scaling.yarn_beta_fast", 32.0)
+    if slow >= fast:
+        raise keys.refuse("rope.scaling.yarn_beta_slow", f"expected less than yarn_beta_fast, {fast:g}")
+    if theta <= 1:
+        raise keys.refuse("rope.freq_base", "expected more than 1, as pairs slow down with their index")
+    return YarnRope(
+        theta=theta,
+        factor=factor,
+        original_context=keys.size("rope.scaling.original_context_length", sizes.context),
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=yarn_magnitude(factor) / yarn_magnitude(factor, weight) if weight else None,
+    )
 
 
 def _scaled(sizes: Sizes, rope: Rope, divisors: torch.Tensor) -> Rope:

@@ -11,12 +11,9 @@ import numpy as np
 from transom.errors import ConfigError
 from transom.wording import shortened
 from transom.zoo.checkpoints.gguf_header import Header
-from transom.zoo.rope import Rope, YarnRope, yarn_magnitude
 
 _SIZE_LIMIT = 2**31
 """Sizes lie below it: a larger one is a flipped bit, and products of two such fit the counts of tensors."""
-
-_WEIGHT = "rope.scaling.yarn_log_multiplier"
 
 
 class Metadata:
@@ -151,39 +148,6 @@ class Metadata:
             lines.append(f"{self.prefix}{names[0]} is {factor}, but rope.scaling.type is none: nothing is scaled")
             return 1.0
         return factor
-
-    def rope(self, theta: float, context: int, lines: list[str]) -> Rope:
-        """A rotary embedding that is plain, linear or YaRN's, as llama.cpp reads it.
-
-        What it takes for YaRN when a key is missing: the context, 32 and 1 as bounds, no multiplier.
-
-        Args:
-            theta: Its base.
-            context: Of the model.
-            lines: As in `rope_factor`.
-
-        Raises:
-            ConfigError: If the keys contradict each other or ask for another kind of scaling.
-        """
-        if self.values.get("rope.scaling.type") != "yarn":
-            return Rope(theta=theta, factor=self.rope_factor(lines) or 1.0)
-        self.unread.discard("rope.scaling.type")
-        # Its own weight of what is not interpolated; another one is no YaRN.
-        self.only("rope.scaling.yarn_ext_factor", (1, -1))
-        factor, weight = self.number("rope.scaling.factor"), self.number(_WEIGHT, 0.0, zero=True)
-        slow, fast = self.number("rope.scaling.yarn_beta_slow", 1.0), self.number("rope.scaling.yarn_beta_fast", 32.0)
-        if slow >= fast:
-            raise self.refuse("rope.scaling.yarn_beta_slow", f"expected less than yarn_beta_fast, {fast:g}")
-        if theta <= 1:
-            raise self.refuse("rope.freq_base", "expected more than 1, as pairs slow down with their index")
-        return YarnRope(
-            theta=theta,
-            factor=factor,
-            original_context=self.size("rope.scaling.original_context_length", context),
-            beta_fast=fast,
-            beta_slow=slow,
-            attention_factor=yarn_magnitude(factor) / yarn_magnitude(factor, weight) if weight else None,
-        )
 
     def string(self, key: str, default: str) -> str:
         """A string.
