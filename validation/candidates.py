@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -171,12 +172,14 @@ def read_inputs(
     same_weights: bool = True,
     images: bool = False,
     mmproj: Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Inputs:
     """Tell models and artifacts apart, and load the model.
 
     `model` is the model if it is not named and not where the artifacts' manifests say. Without `same_weights`,
     artifacts may be of other weights than a model that was named, such as those that were trained on from it. With
-    `images`, a model that sees them is loaded with its encoder, `mmproj` if that is a file of its own.
+    `images`, a model that sees them is loaded with its encoder, `mmproj` if that is a file of its own. A model that is
+    named is stretched by `rope_scaling`.
 
     Raises:
         ConfigError: If nothing, or more than one model, is given, artifacts are not of the model, or `mmproj` has no
@@ -196,12 +199,14 @@ def read_inputs(
     chosen = models[0] if models else model
     if mmproj is not None and (chosen is None or isinstance(chosen, Model)):
         raise ConfigError(f"{mmproj}: an mmproj file belongs to a .gguf file of the text decoder: name that too")
+    if rope_scaling is not None and chosen is None:
+        raise ConfigError("artifacts keep the rope scaling that they have: leave out --rope-scaling, or name a model")
     if isinstance(chosen, Model):
-        loaded = chosen
+        loaded = chosen if rope_scaling is None else chosen.scaled(rope_scaling)
     elif chosen is not None:
         # Artifacts that see none are of a text decoder.
         sees = images and (bool(models) or any(one.images is not None for one in manifests.values()))
-        loaded = load(str(chosen), weights=weights, seed=seed, images=sees, mmproj=mmproj)
+        loaded = load(str(chosen), weights=weights, seed=seed, images=sees, mmproj=mmproj, rope_scaling=rope_scaling)
     else:
         folder = next((folder for folder in folders if manifests[folder].images is not None), folders[0])
         loaded = model_of(manifests[folder], folder)
@@ -255,12 +260,17 @@ def disambiguate(candidates: Sequence[Candidate]) -> list[Candidate]:
 def model_of(manifest: Manifest, folder: Path) -> Model:
     """Load the model that an artifact was made from, by the name in its manifest."""
     source, revision = manifest.source["name"], manifest.source["revision"]
-    images, adapter = manifest.images is not None, manifest.source.get("adapter")
+    open_it = functools.partial(
+        load,
+        images=manifest.images is not None,
+        adapter=manifest.source.get("adapter"),
+        rope_scaling=manifest.source.get("rope_scaling"),
+    )
     try:
         # What an adapter adds to the revision is checked against the model.
         if source == "random" and (match := _SEED.fullmatch(revision.partition(" + ")[0])):
-            return load(manifest.model["name"], weights="random", seed=int(match[1]), images=images, adapter=adapter)
-        return load(source, images=images, mmproj=manifest.source.get("mmproj"), adapter=adapter)
+            return open_it(manifest.model["name"], weights="random", seed=int(match[1]))
+        return open_it(source, mmproj=manifest.source.get("mmproj"))
     except ConfigError as error:
         raise ConfigError(
             f"{folder} was made from {source!r}, which is not found ({error}): name it with --model"

@@ -60,6 +60,7 @@ def validate_sources(
     vision: bool = True,
     images: Sequence[str | Path] = (),
     mmproj: str | Path | None = None,
+    rope_scaling: str | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Validation:
     """Hold targets against the plain module in float32.
@@ -89,6 +90,7 @@ def validate_sources(
         images: Files of images to show; by default images that are drawn from `seed`, one for an encoder of large
             images and three else.
         mmproj: The encoder of images of a .gguf file, a file of its own.
+        rope_scaling: By what the model's positions are stretched; see `Model.scaled`.
         on_progress: Called with (step, done, total).
 
     Raises:
@@ -115,6 +117,7 @@ def validate_sources(
         threads=threads,
         images=vision,
         mmproj=None if mmproj is None else Path(mmproj),
+        rope_scaling=rope_scaling,
     )
     config, not_run = inputs.model.config, dict[str, str]()
     if not inputs.compiles and targets is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from transom.errors import ConfigError
 from transom.graphs.images import Images
 from transom.graphs.state import Port, Signature, State, ring
 from transom.zoo.config_keys import is_positive
+
+if TYPE_CHECKING:
+    from transom.zoo.rope import RopeScaling
 
 LayerKind = Literal["local", "global"]
 
@@ -79,6 +82,8 @@ class DecoderConfig:
         "context",
     )  # fmt: skip
     """Sizes that lie within `LARGEST`."""
+    SCALED: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold the rotary embeddings of global layers."""
 
     name: str
     architecture: str
@@ -115,6 +120,20 @@ class DecoderConfig:
         size: Any = getattr(self, name)
         if type(size) is not int or not 1 <= size <= LARGEST[name]:
             raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}")
+
+    def scaled(self, scaling: RopeScaling) -> Self:
+        """The same model for a context that is longer by a factor, its global layers' positions stretched.
+
+        Raises:
+            ConfigError: If no global layer rotates queries and keys, or their rotation is scaled already.
+        """
+        if not self.SCALED or all(layer.kind != "global" for layer in self.layers):
+            raise ConfigError(f"{self.name}: no global layer rotates queries and keys: there is nothing to scale")
+        try:
+            ropes: dict[str, Any] = {name: scaling.stretch(getattr(self, name), self.context) for name in self.SCALED}
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
+        return dataclasses.replace(self, context=int(self.context * scaling.factor), **ropes)
 
     @property
     def layers(self) -> tuple[AttentionLayer, ...]:

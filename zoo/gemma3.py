@@ -49,6 +49,8 @@ class Gemma3Config(LocalGlobalConfig):
     )  # fmt: skip
     SIZES = (*LocalGlobalConfig.SIZES, "window")
 
+    SCALED = ("rope_global",)
+
     architecture: str = "gemma3"
     window: int
     rope_local: Rope

@@ -31,6 +31,7 @@ from transom.zoo.config import DecoderConfig
 from transom.zoo.generation import Generation
 from transom.zoo.huggingface import left_out, read_config
 from transom.zoo.layers import Decoder
+from transom.zoo.rope import Rope, RopeScaling
 from transom.zoo.tokenizer import TOKENIZER, Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,6 +49,7 @@ class Model:
         revision: Identity of the weights: a hash, or the seed.
         mmproj: The file that its encoder of images came from, if that is another one than its source.
         adapter: The folder of an adapter that is in its weights.
+        rope_scaling: By what its positions are stretched past the context that it was made for, such as "yarn:4".
         quant: Scheme of the codes that stand beside its checkpoint; "none" if there are none.
         generation: How its source says that text is generated.
         left_out: In plain words, what the source holds beside the model, such as a vision tower, what it asks for that
@@ -61,6 +63,7 @@ class Model:
     revision: str
     mmproj: str | None = None
     adapter: str | None = None
+    rope_scaling: str | None = None
     quant: str = "none"
     generation: Generation = dataclasses.field(default_factory=Generation)
     left_out: tuple[str, ...] = ()
@@ -95,6 +98,27 @@ class Model:
             revision=f"{self.revision} + {adapter.revision}",
             adapter=str(folder),
         )
+
+    def scaled(self, rope_scaling: str) -> Model:
+        """The model for a longer context, its global layers' positions stretched.
+
+        Args:
+            rope_scaling: "linear:8", "llama3:8", "yarn:4" and the like.
+
+        Raises:
+            ConfigError: If that is none, the model's positions are scaled already, or no global layer has any.
+        """
+        scaling, old = RopeScaling.read(rope_scaling), self.config
+        config = old.scaled(scaling)
+        local = any(layer.kind == "local" for layer in config.layers)
+        own = any(isinstance(rope, Rope) for name, rope in vars(config).items() if name not in config.SCALED)
+        others = "local layers keep theirs" if own else "local layers share them"
+        line = (
+            f"rope scaling {scaling}: {config.name} was made for {old.context:,} tokens; positions beyond are reached "
+            f"by stretching those of global layers{f', {others}' if local else ''}. How good it is there is not "
+            "proved, nor that it stays as good before: transom evaluate tells its loss by position"
+        )
+        return dataclasses.replace(self, config=config, rope_scaling=str(scaling), left_out=(*self.left_out, line))
 
     def eager(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The plain PyTorch module with all weights in memory, for inference."""
@@ -134,6 +158,7 @@ def load(
     images: bool = False,
     mmproj: str | Path | None = None,
     adapter: str | Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Model:
     """Open a model. Only headers, hashes and the tokenizer are read; weights follow on demand.
 
@@ -148,13 +173,19 @@ def load(
         images: Whether to open the encoder of images too, if there is one.
         mmproj: A GGUF file of the encoder of images, which belongs to the .gguf file; implies `images`.
         adapter: Folder of an adapter of low rank, in peft's format, to merge into the weights.
+        rope_scaling: As `Model.scaled` takes it.
 
     Raises:
         ConfigError: If there is no such model, or it is one that the zoo does not hold, or `mmproj` does not belong to
-            it.
+            it, or its positions cannot be scaled so.
         CheckpointError: If its weights are missing or damaged, or cannot be downloaded, or `adapter` is none of it.
         TokenizerError: If its tokenizer is malformed.
     """
+    if rope_scaling is not None:
+        # What can be refused at once should not wait for the weights.
+        RopeScaling.read(rope_scaling)
+        plain = load(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj, adapter=adapter)
+        return plain.scaled(rope_scaling)
     if adapter is not None:
         return load(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj).adapted(Path(adapter))
     # Of what is refused below, no weights are fetched.

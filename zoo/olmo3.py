@@ -39,6 +39,8 @@ class Olmo3Config(LocalGlobalConfig):
 
     POSITIVE = ("rope_local.theta", "rope_local.factor", "rope_global.theta", "rope_global.factor", "norm_eps")
 
+    SCALED = ("rope_global",)
+
     architecture: str = "olmo3"
     rope_local: Rope
     rope_global: Rope

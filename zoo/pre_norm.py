@@ -30,6 +30,7 @@ class PreNormConfig(LocalGlobalConfig):
     """
 
     POSITIVE = ("rope.theta", "rope.factor", "norm_eps")
+    SCALED = ("rope",)
 
     window: int | None = None
     rope: Rope

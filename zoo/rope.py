@@ -7,6 +7,9 @@ import math
 
 import torch
 
+from transom.errors import ConfigError
+from transom.wording import shortened
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -115,6 +118,62 @@ class YarnRope(Rope):
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     """By what YaRN multiplies cosines and sines: `0.1 * weight * ln(factor) + 1`, and 1 where nothing is stretched."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary embeddings are stretched past the context that a model was made for.
+
+    Attributes:
+        kind: "linear" (arXiv 2306.15595), "llama3" (Llama 3.1) or "yarn" (arXiv 2309.00071).
+        factor: By how much the context grows; more than 1.
+    """
+
+    kind: str
+    factor: float
+
+    @staticmethod
+    def read(words: str) -> RopeScaling:
+        """A scaling as users type it, such as "yarn:4".
+
+        Raises:
+            ConfigError: If the kind is unknown, or the factor is no number above 1.
+        """
+        kind, _, number = words.partition(":")
+        if kind not in ("linear", "llama3", "yarn"):
+            raise ConfigError(
+                f"no rope scaling is named {shortened(kind)!r}: choose linear, llama3 or yarn, as in yarn:4"
+            )
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not 1 < factor < math.inf:
+            raise ConfigError(f"a rope scaling by {shortened(number)!r} is none: give a number above 1, as in {kind}:4")
+        return RopeScaling(kind=kind, factor=factor)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.factor:g}"
+
+    def stretch(self, rope: Rope, context: int) -> Rope:
+        """A plain rotary embedding, stretched.
+
+        Args:
+            rope: What is stretched.
+            context: Tokens that the model was made for.
+
+        Raises:
+            ConfigError: If it is stretched already, or no plain one.
+        """
+        if rope != Rope(theta=rope.theta):
+            raise ConfigError(
+                f"its rotary embedding is no plain one ({type(rope).__name__}, factor {rope.factor:g}), so it cannot "
+                "be scaled again"
+            )
+        if self.kind == "linear":
+            return Rope(theta=rope.theta, factor=self.factor)
+        kind = YarnRope if self.kind == "yarn" else Llama3Rope
+        return kind(theta=rope.theta, factor=self.factor, original_context=context)
 
 
 def rotation(positions_T: torch.Tensor, rope: Rope, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

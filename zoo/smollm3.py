@@ -15,7 +15,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from transom.errors import ConfigError
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
@@ -24,7 +23,7 @@ from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.huggingface import read_ropes, read_usual_sizes, read_windows, rope_parameters, usual_sizes, windows
-from transom.zoo.layers import Attention, GatedMLP, LayerCache, RMSNorm, Rotation, StackedDecoder
+from transom.zoo.layers import Attention, PreNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, rotate, rotation
 
 
@@ -42,6 +41,7 @@ class SmolLM3Config(LocalGlobalConfig):
     """
 
     POSITIVE = ("rope.theta", "rope.factor", "norm_eps")
+    SCALED = ("rope",)
 
     architecture: str = "smollm3"
     rope: Rope
@@ -64,31 +64,16 @@ class SmolLM3Attention(Attention):
         return (q_BNTH, k_BKTH) if cos_sin is None else (rotate(q_BNTH, *cos_sin), rotate(k_BKTH, *cos_sin))
 
 
-class Layer(nn.Module):
-    """One block; norms stand before attention and MLP."""
-
-    def __init__(self, config: SmolLM3Config, index: int) -> None:
-        super().__init__()
-        self.self_attn = SmolLM3Attention(config, index)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, nn.functional.silu)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(
-        self, x_BTD: torch.Tensor, positions_T: torch.Tensor, cos_sin: Rotation | None, cache: LayerCache | None
-    ) -> tuple[torch.Tensor, LayerCache]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
-
-
 class SmolLM3(StackedDecoder):
     """The decoder."""
 
     config: SmolLM3Config
 
     def __init__(self, config: SmolLM3Config) -> None:
-        super().__init__(config, Layer, RMSNorm(config.hidden_size, config.norm_eps), tied=config.tied)
+        def layer(config: SmolLM3Config, index: int) -> PreNormLayer:
+            return PreNormLayer(config, SmolLM3Attention(config, index))
+
+        super().__init__(config, layer, RMSNorm(config.hidden_size, config.norm_eps), tied=config.tied)
 
     def rotations(self, positions_T: torch.Tensor) -> list[Rotation | None]:
         cos_sin = rotation(positions_T, self.config.rope, self.config.head_dim)

@@ -38,11 +38,20 @@ def load(
     images: bool = False,
     mmproj: str | Path | None = None,
     adapter: str | Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Model:
     """Open a model by preset name, Hugging Face folder, .gguf file or hub id; see `transom.zoo.model.load`."""
     from transom.zoo.model import load as load_model
 
-    return load_model(name_or_path, weights=weights, seed=seed, images=images, mmproj=mmproj, adapter=adapter)
+    return load_model(
+        name_or_path,
+        weights=weights,
+        seed=seed,
+        images=images,
+        mmproj=mmproj,
+        adapter=adapter,
+        rope_scaling=rope_scaling,
+    )
 
 
 def trace(model: Model, *, task: Literal["decode", "score"] = "decode") -> Graph:
@@ -61,15 +70,21 @@ def compile(
     dtype: str | None = None,
     topology: str | None = None,
     cpu: str | None = None,
+    rope_scaling: str | None = None,
     before: Sequence[Pass] = (),
     traced: Graph | None = None,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Artifact:
-    """Lower a model to a target and write the artifact; `Options.of` and `compile_model` explain the arguments."""
+    """Lower a model to a target and write the artifact.
+
+    `Options.of`, `compile_model` and, for `rope_scaling`, `Model.scaled` explain the arguments.
+    """
     from transom.compiler import compile_model
     from transom.export.options import Options
 
+    if rope_scaling is not None:
+        model = model.scaled(rope_scaling)
     options = Options.of(
         model, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
     )

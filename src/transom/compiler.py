@@ -172,6 +172,7 @@ def compile_model(
                     "revision": model.revision,
                     **({} if model.mmproj is None else {"mmproj": model.mmproj}),
                     **({} if model.adapter is None else {"adapter": model.adapter}),
+                    **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
                 },
                 quantization=options.quant,
                 dtype=options.dtype,

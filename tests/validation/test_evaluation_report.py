@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 import sys
@@ -9,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -16,8 +18,8 @@ from tests.conftest import Cli
 from tests.validation.test_report import LOADS, NO_NUMBER, Page
 from transom.errors import PlotError
 from transom.validation.charts import Point, embed, scatter_plot
-from transom.validation.evaluation.report import points, render, render_plot
-from transom.validation.evaluation.result import Estimate, Evaluation, Row
+from transom.validation.evaluation.report import points, position_table, render, render_plot
+from transom.validation.evaluation.result import Bucket, Estimate, Evaluation, Row, buckets
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,6 +35,10 @@ def row(name: str, target: str, size: int, loss: float, decode: float | None) ->
         bytes=size,
         bytes_per_weight=size / 1e6,
         loss=Estimate(mean=loss, error=0.05),
+        by_position=(
+            Bucket(start=0, stop=512, tokens=5, loss=Estimate(mean=loss + 0.5, error=0.1)),
+            Bucket(start=512, stop=1024, tokens=1, loss=Estimate(mean=loss - 0.5, error=math.nan)),
+        ),
         loss_difference=Estimate(mean=loss - 2.5, error=0.005),
         kl=Estimate(mean=0.01, error=0.001),
         top1_agreement=0.9,
@@ -64,6 +70,31 @@ def found() -> Evaluation:
         versions={"python": "3"},
         date="2030-01-01T00:00:00+00:00",
     )
+
+
+def test_buckets_double() -> None:
+    """A loss stands in the bucket of the token that it is of; the first token has none."""
+    long, short = np.arange(1, 2049, dtype=np.float64), np.arange(1, 513, dtype=np.float64)
+    parts = buckets([long, short])
+    assert [(part.start, part.stop, part.tokens) for part in parts] == [
+        (0, 512, 1022), (512, 1024, 513), (1024, 2048, 1024), (2048, 4096, 1),
+    ]  # fmt: skip
+    assert parts[0].loss.mean == 256 and parts[2].loss.mean == (1024 + 2047) / 2 and parts[3].loss.mean == 2048
+    assert math.isnan(parts[3].loss.error) and parts[2].title == "1,024-2,048"
+    assert [part.tokens for part in buckets([short[:511]])] == [511]
+
+
+def test_perplexity_by_position(found: Evaluation) -> None:
+    header, rows = position_table(found)
+    assert header == ("scheme", "0-512", "512-1,024") and len(rows) == len(found.rows)
+    assert rows[1] == ("ort none", f"{math.exp(3.0):.3f}", f"{math.exp(2.0):.3f}")
+    assert "Perplexity by position" in render(found)
+    data = found.to_json()["rows"][0]["by_position"]
+    assert data[1] == {
+        "start": 512, "stop": 1024, "tokens": 1, "perplexity": math.exp(2.0), "loss": 2.0, "loss_error": None,
+    }  # fmt: skip
+    one = [dataclasses.replace(row, by_position=row.by_position[:1]) for row in found.rows]
+    assert "Perplexity by position" not in render(dataclasses.replace(found, rows=tuple(one)))
 
 
 def test_the_page(found: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,18 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import transom
+from tests.conftest import Cli
+from tests.tolerances import FP32_LOGITS
 from transom.errors import ConfigError
+from transom.zoo.architectures import architectures, preset
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.gemma3 import Gemma3Config
-from transom.zoo.huggingface import read_config, rope_parameters
+from transom.zoo.huggingface import read_config, rope_parameters, write_config
 from transom.zoo.llama3 import Llama3Config
-from transom.zoo.rope import Rope, YarnRope, rotation
+from transom.zoo.model import load
+from transom.zoo.olmo3 import Olmo3Config
+from transom.zoo.rope import Rope, RopeScaling, YarnRope, rotation
 
 PLAIN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 128, "rope_type": "yarn"}
 LLAMA = {
@@ -108,3 +116,101 @@ def test_transformers_overlooks_truncate_by_type_of_layer(tmp_path: Path) -> Non
     path.write_text(json.dumps(gemma | {"rope_parameters": {"full_attention": {**yarn, "truncate": False}}}))
     with pytest.raises(ConfigError, match="full_attention: truncate is false, which transformers overlooks"):
         read_config(tmp_path)
+
+
+SCALINGS = ("linear:4", "llama3:4", "yarn:4")
+
+
+@pytest.mark.parametrize("words", SCALINGS)
+def test_a_scaled_model_is_that_of_transformers(tmp_path: Path, words: str) -> None:
+    """Local layers, whose rotary embedding is another one, stay as they are."""
+    tiny = preset("olmo3-tiny")
+    assert isinstance(tiny, Olmo3Config)
+    config = dataclasses.replace(tiny, rope_global=Rope(theta=tiny.rope_global.theta), context=32)
+    write_checkpoint(tmp_path, config, random_weights(config, 0), dtype=torch.float32)
+    model = load(tmp_path, rope_scaling=words)
+    assert (model.config.context, model.rope_scaling) == (128, words)
+    scaled = model.config
+    assert isinstance(scaled, Olmo3Config)
+    assert scaled.rope_local == config.rope_local and scaled.rope_global != config.rope_global
+    assert any(f"rope scaling {words}: " in line and "made for 32 tokens" in line for line in model.left_out)
+    assert any("local layers keep theirs" in line for line in model.left_out)
+    write_config(scaled, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids_BT = torch.randint(0, 256, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours_BTV, _ = model.eager()(ids_BT, torch.tensor(0), None)
+        assert (ours_BTV - theirs(ids_BT).logits).abs().max() < FP32_LOGITS
+
+
+def test_every_family_says_which_positions_are_scaled() -> None:
+    """Or that there are none: a family that forgets to say so would be refused."""
+    refused = set()
+    for family in architectures():
+        config = next(preset.config for preset in family.presets if preset.hub is None)
+        ropes = {name: value for name, value in vars(config).items() if isinstance(value, Rope)}
+        plain = dataclasses.replace(config, **{name: Rope(theta=rope.theta) for name, rope in ropes.items()})  # type: ignore[arg-type]
+        try:
+            scaled = plain.scaled(RopeScaling(kind="linear", factor=2.0))
+        except ConfigError as error:
+            assert "no global layer rotates" in str(error) or "no plain one" in str(error)
+            refused.add(family.name)
+            continue
+        assert scaled.context == 2 * config.context and family.config.SCALED
+        assert {name for name in ropes if getattr(scaled, name) != getattr(plain, name)} == set(family.config.SCALED)
+    # Their global layers know no positions.
+    assert refused == {"cohere2", "exaone4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("qwen3-tiny", "ntk:4", "no rope scaling is named 'ntk': choose linear, llama3 or yarn"),
+        ("qwen3-tiny", "", "no rope scaling is named ''"),
+        ("qwen3-tiny", "yarn", "a rope scaling by '' is none: give a number above 1, as in yarn:4"),
+        ("qwen3-tiny", "yarn:0", "a rope scaling by '0' is none"),
+        ("qwen3-tiny", "linear:-2", "a rope scaling by '-2' is none"),
+        ("qwen3-tiny", "linear:1", "a rope scaling by '1' is none"),
+        ("qwen3-tiny", "llama3:nan", "a rope scaling by 'nan' is none"),
+        ("qwen3-tiny", "llama3:inf", "a rope scaling by 'inf' is none"),
+        ("qwen3-tiny", "linear:1e9", "context is 512000000000, expected a whole number"),
+        ("gemma3-tiny", "yarn:4", r"gemma3-tiny: its rotary embedding is no plain one \(Rope, factor 8\)"),
+        ("ministral3-tiny", "linear:2", r"no plain one \(YarnRope, factor 16\)"),
+        ("cohere2-tiny", "yarn:4", "cohere2-tiny: no global layer rotates queries and keys"),
+        ("mistral-7b-v0.1", "yarn:4", "mistral-7b-v0.1: no global layer rotates"),
+    ],
+)
+def test_scalings_that_are_none(cli: Cli, name: str, words: str, message: str) -> None:
+    code, _, err = cli("plan", name, "--rope-scaling", words)
+    assert code == 2 and "Traceback" not in err
+    with pytest.raises(ConfigError, match=message):
+        preset(name).scaled(RopeScaling.read(words))
+
+
+def test_a_scaled_artifact(tmp_path: Path, cli: Cli) -> None:
+    """The context grows, the manifest tells why, and what reads the artifact's model again reads it scaled."""
+    folder = tmp_path / "artifact"
+    code, out, err = cli("export", "mistral-tiny", "-o", folder, "--rope-scaling", "yarn:4", "--chunk", "21")
+    assert code == 0, err
+    assert "not done: rope scaling yarn:4: mistral-tiny was made for 512 tokens" in " ".join(out.split())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["context"] == 2048 and manifest["source"]["rope_scaling"] == "yarn:4"
+    assert any("local layers share them" in line for line in manifest["not_done"])
+    model = load("mistral-tiny", rope_scaling="yarn:4")
+    ids = torch.randint(0, 512, (700,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected_BTV, _ = model.eager()(ids[None], torch.tensor(0), None)
+    actual = transom.open(folder).logits(ids.tolist())
+    assert abs(actual - expected_BTV[0].numpy()).max() < FP32_LOGITS
+    code, out, _ = cli("inspect", folder)
+    assert code == 0 and "yarn:4" in out
+    code, out, err = cli("validate", folder, "--json", tmp_path / "validation.json")
+    assert code == 0, err
+    code, _, err = cli("validate", folder, "--rope-scaling", "yarn:4")
+    assert code == 2 and "artifacts keep the rope scaling that they have" in err
+    code, out, _ = cli("plan", "mistral-tiny", "--rope-scaling", "yarn:4", "--json")
+    assert code == 0 and json.loads(out)["context"] == 2048
+    artifact = transom.compile(load("mistral-tiny"), out=tmp_path / "same", rope_scaling="yarn:4", context=1000)
+    assert artifact.manifest.source["rope_scaling"] == "yarn:4" and artifact.manifest.context == 1000

@@ -17,8 +17,8 @@ from transom.zoo.checkpoints.gguf_config import gguf_format
 from transom.zoo.cohere2 import Cohere2Config
 from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
 from transom.zoo.exaone4 import Exaone4Config
-from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.gemma3 import Gemma3Config
+from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config

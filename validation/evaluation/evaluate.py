@@ -54,6 +54,7 @@ def evaluate_sources(
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     threads: int | None = None,
+    rope_scaling: str | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Evaluation:
     """Weigh schemes: perplexity, KL and top-1 agreement against bytes and tokens a second.
@@ -81,6 +82,7 @@ def evaluate_sources(
         weights: "random" draws the model's weights from `seed`.
         seed: Of random weights.
         threads: Threads of the runtimes.
+        rope_scaling: By what the model's positions are stretched; see `Model.scaled`.
         on_progress: Called with (step, done, total).
 
     Raises:
@@ -98,7 +100,15 @@ def evaluate_sources(
         raise ConfigError("--windows and --decode-tokens must be 1 or more")
     if overwrite and out is None:
         raise ConfigError("nothing is kept that could replace anything: leave out --overwrite, or give --out")
-    inputs = read_inputs(model_or_dirs, model=model, weights=weights, seed=seed, threads=threads, same_weights=False)
+    inputs = read_inputs(
+        model_or_dirs,
+        model=model,
+        weights=weights,
+        seed=seed,
+        threads=threads,
+        same_weights=False,
+        rope_scaling=rope_scaling,
+    )
     config, compiles = inputs.model.config, inputs.compiles or schemes is not None or targets is not None
     if not compiles:
         refuse_idle(
@@ -144,7 +154,11 @@ def evaluate_sources(
     return Evaluation(
         model=config.name,
         parameters=inputs.model.parameters,
-        source={"name": inputs.model.source, "revision": inputs.model.revision},
+        source={
+            "name": inputs.model.source,
+            "revision": inputs.model.revision,
+            **({} if inputs.model.rope_scaling is None else {"rope_scaling": inputs.model.rope_scaling}),
+        },
         oracle="the model file in eager float32 PyTorch, with the checkpoint's own numbers",
         text={
             "source": read.source,

@@ -24,6 +24,7 @@ def render(evaluation: Evaluation) -> str:
         evaluation,
         header=HEADER,
         rows=[cells(evaluation, row) for row in evaluation.rows],
+        positions=position_table(evaluation),
         plots=[embed(title, draw) for title, draw in plots(evaluation).items()],
     )
 
@@ -80,6 +81,15 @@ def cells(evaluation: Evaluation, row: Row) -> tuple[str, ...]:
         *("" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f}" for speed in (row.prefill, row.decode)),
         ", ".join({"bytes": "size", "decode": "speed"}[axis] for axis in evaluation.fronts_of(row)),
     )
+
+
+def position_table(evaluation: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of perplexity by position, as plain text; no rows where one bucket holds all."""
+    titles = tuple(bucket.title for bucket in evaluation.plain.by_position)
+    if len(titles) < 2:
+        return ("scheme", *titles), []
+    rows = [(row.name, *(figures(bucket.perplexity) for bucket in row.by_position)) for row in evaluation.rows]
+    return ("scheme", *titles), rows
 
 
 def figures(value: float) -> str:

@@ -17,6 +17,9 @@ Axis = Literal["bytes", "decode"]
 
 PLAIN = "plain module"
 
+FIRST_BUCKET = 512
+"""Positions of the first bucket; each one after it ends at twice the position."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -35,6 +38,53 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Loss of the tokens whose positions lie within bounds.
+
+    Attributes:
+        start: First position.
+        stop: First position beyond.
+        tokens: How many were scored there, in all sequences.
+        loss: Negative log-likelihood of one of them, in nats; its error is not finite if there is but one.
+    """
+
+    start: int
+    stop: int
+    tokens: int
+    loss: Estimate
+
+    @property
+    def title(self) -> str:
+        """Its bounds, as people read them."""
+        return f"{self.start:,}-{self.stop:,}"
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return float(np.exp(self.loss.mean))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        bounds = {"start": self.start, "stop": self.stop, "tokens": self.tokens}
+        return {**bounds, "perplexity": self.perplexity, "loss": self.loss.mean, "loss_error": self.loss.error}
+
+
+def buckets(losses: Sequence[Array]) -> tuple[Bucket, ...]:
+    """Losses by position: up to 512, 1,024, 2,048 and so on.
+
+    Args:
+        losses: A sequence each: of the tokens from position 1 on.
+    """
+    parts, start, stop = list[Bucket](), 0, FIRST_BUCKET
+    while any(len(part) >= max(start, 1) for part in losses):
+        inside = np.concatenate([part[max(start, 1) - 1 : stop - 1] for part in losses])
+        loss = Estimate.of(inside) if len(inside) > 1 else Estimate(mean=float(inside.mean()), error=math.nan)
+        parts.append(Bucket(start=start, stop=stop, tokens=len(inside), loss=loss))
+        start, stop = stop, 2 * stop
+    return tuple(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """One scheme on one target, measured. The oracle's row has neither a folder nor speeds.
 
@@ -44,6 +94,7 @@ class Row:
         bytes: What the artifact needs to run, tokenizer and manifest apart; of the oracle, the weights as the
             checkpoint yields them.
         loss: Negative log-likelihood of a token, in nats.
+        by_position: The same by where a token stands.
         loss_difference: Loss above the oracle's, token by token. Its error is that of the differences alone, without
             what the text adds to both sides alike: this is what tells schemes apart.
         kl: KL(oracle || this) of a token's distribution, in nats.
@@ -61,6 +112,7 @@ class Row:
     bytes: int
     bytes_per_weight: float
     loss: Estimate
+    by_position: tuple[Bucket, ...]
     loss_difference: Estimate
     kl: Estimate
     top1_agreement: float
@@ -80,6 +132,7 @@ class Row:
         losses, plain = (-np.concatenate([part.log_likelihood for part in parts]) for parts in (scores, oracle))
         return Row(
             loss=Estimate.of(losses),
+            by_position=buckets([-part.log_likelihood for part in scores]),
             loss_difference=Estimate.of(losses - plain),
             kl=Estimate.of(np.concatenate([part.kl[:-1] for part in scores])),
             top1_agreement=float((np.concatenate([part.gap[:-1] for part in scores]) == 0).mean()),
@@ -102,7 +155,9 @@ class Row:
         for name, value in vars(self).items():
             if name == "loss":
                 data |= {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error}
-            if isinstance(value, Estimate):
+            if name == "by_position":
+                data[name] = [bucket.to_json() for bucket in self.by_position]
+            elif isinstance(value, Estimate):
                 data |= {name: value.mean, f"{name}_error": value.error}
             else:
                 data[f"{name}_tokens_per_s" if name in ("prefill", "decode") else name] = value

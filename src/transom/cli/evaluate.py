@@ -14,6 +14,7 @@ from rich.table import Table
 from transom.cli.export import stage_bars
 from transom.cli.options import (
     RewardOption,
+    RopeScaling,
     Threads,
     Weights,
     check_outputs,
@@ -91,6 +92,7 @@ def evaluate(
             help="The unquantised model to hold artifacts against; by default the one that they were made from.",
         ),
     ] = None,
+    rope_scaling: RopeScaling = None,
     weights: Weights = "checkpoint",
     seed: Annotated[int, typer.Option(help="Of random weights; else of draws and intervals.", min=0)] = 0,
     reward: Annotated[
@@ -183,6 +185,7 @@ def evaluate(
             weights="random" if weights == "random" else "checkpoint",
             seed=seed,
             threads=threads,
+            rope_scaling=rope_scaling,
             on_progress=on_progress,
         )
     if html is not None:
@@ -281,6 +284,18 @@ def _show(evaluation: Evaluation) -> None:
             table.add_column(name, justify="left" if name in ("scheme", "front") else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(row[index] for index in columns))
+        console.print(table)
+    from transom.validation.evaluation.report import position_table
+
+    header, by_position = position_table(evaluation)
+    if by_position:
+        table = Table(
+            box=None, padding=(0, 2, 0, 0), pad_edge=False, title="perplexity by position", title_justify="left"
+        )
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for cells_of_row in by_position:
+            table.add_row(*map(escape, cells_of_row))
         console.print(table)
     console.print(
         f"[dim]± is the standard error; that of the loss difference (nats a token) tells schemes apart. Tokens a "

@@ -17,6 +17,7 @@ from transom.cli.options import (
     Json,
     Mmproj,
     Model,
+    RopeScaling,
     Seed,
     Weights,
     console,
@@ -65,6 +66,7 @@ def export(
         Path | None,
         typer.Option(metavar="DIR", help="An adapter of low rank to merge into the weights, in peft's format."),
     ] = None,
+    rope_scaling: RopeScaling = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     taps: Annotated[bool, typer.Option("--taps", help="Return intermediate values too, for transom bisect.")] = False,
@@ -81,7 +83,7 @@ def export(
     check_absent(out, overwrite=overwrite)
     if mmproj is not None and not vision:
         raise ConfigError("--mmproj gives an encoder of images, and --no-vision leaves it out: drop one of them")
-    loaded = load_model(model, weights, seed, images=vision, mmproj=mmproj, adapter=adapter)
+    loaded = load_model(model, weights, seed, images=vision, mmproj=mmproj, adapter=adapter, rope_scaling=rope_scaling)
     options = Options.of(
         loaded, target=target, quant=quant, context=context, chunk=chunk, dtype=dtype, topology=topology, cpu=cpu
     )
@@ -178,6 +180,8 @@ def inspect(
     facts = Table("", "", title=escape(str(folder)), show_header=False)
     facts.add_row("model", escape(f"{manifest.model['name']} from {manifest.source['name']}"))
     facts.add_row("revision", escape(manifest.source["revision"]))
+    if scaling := manifest.source.get("rope_scaling"):
+        facts.add_row("rope scaling", escape(scaling))
     facts.add_row("target", escape(f"{manifest.target}, {manifest.quantization}, {manifest.dtype}"))
     facts.add_row("context", f"{manifest.context:,} tokens, at most {manifest.chunk} new ones in a call")
     if manifest.images is not None:

@@ -8,7 +8,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from transom.cli.options import Json, Mmproj, Model, Seed, Weights, check_weights, console, print_json, size
+from transom.cli.options import (
+    Json,
+    Mmproj,
+    Model,
+    RopeScaling,
+    Seed,
+    Weights,
+    check_weights,
+    console,
+    print_json,
+    size,
+)
 
 TABLE_CONTEXTS = (512, 4096, 32_768, 131_072)
 
@@ -81,6 +92,7 @@ def plan(
     cache_dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "bf16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     mmproj: Mmproj = None,
+    rope_scaling: RopeScaling = None,
     weights: Weights = "checkpoint",
     seed: Seed = 0,
     json: Json = False,
@@ -92,7 +104,10 @@ def plan(
 
     check_weights(weights)
     config = resolve_config(model, mmproj=mmproj)
+    if rope_scaling is not None:
+        from transom.zoo.rope import RopeScaling as Scaling
 
+        config = config.scaled(Scaling.read(rope_scaling))
     context = config.context if context is None else context
     model_plan = make_plan(config, context=context, quant=quant, cache_dtype=cache_dtype, batch=batch)
     if json:

@@ -31,6 +31,10 @@ Mmproj = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A .gguf file of the encoder of images, beside a .gguf MODEL."),
 ]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(metavar="KIND:FACTOR", help="Stretch positions past the training: yarn:4, llama3:8 or linear:8."),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; by default one a core.", min=1)]
 
 
@@ -42,6 +46,7 @@ def load_model(
     images: bool = False,
     mmproj: Path | None = None,
     adapter: Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Any:
     """Load a model, with the words that users type; with its encoder of images, if that is wanted and there is one.
 
@@ -58,6 +63,7 @@ def load_model(
         images=images,
         mmproj=mmproj,
         adapter=adapter,
+        rope_scaling=rope_scaling,
     )
 
 

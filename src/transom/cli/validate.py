@@ -13,6 +13,7 @@ from rich.table import Table
 from transom.cli.export import stage_bars
 from transom.cli.options import (
     Mmproj,
+    RopeScaling,
     Seed,
     Threads,
     Weights,
@@ -77,6 +78,7 @@ def validate(
         ),
     ] = None,
     mmproj: Mmproj = None,
+    rope_scaling: RopeScaling = None,
     layers: Annotated[
         bool | None,
         typer.Option(
@@ -119,6 +121,7 @@ def validate(
             vision=vision,
             images=image or (),
             mmproj=mmproj,
+            rope_scaling=rope_scaling,
             on_progress=on_progress,
         )
     if html is not None:
