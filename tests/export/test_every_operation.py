@@ -197,7 +197,9 @@ def _rotary(target: str) -> Iterator[Sample]:
         x_BTNH = by_heads(look_up(self.table, tokens))
         positions_T = torch.arange(tokens.shape[1]) + start
         angles_TF = positions_T.float().unsqueeze(-1) * self.frequencies
-        cos, sin = angles_TF.cos(), angles_TF.sin()
+        # As queries that grow with the logarithm of their position are rotated.
+        growth_T1 = (1 + 0.1 * torch.log(1 + torch.floor(positions_T.float() / 4))).unsqueeze(-1)
+        cos, sin = angles_TF.cos() * growth_T1, angles_TF.sin() * growth_T1
         if heads_first:
             return by_rows(ops.ROTARY(x_BTNH.transpose(1, 2), cos, sin, True, interleaved).transpose(1, 2))
         return by_rows(ops.ROTARY(x_BTNH, cos, sin, False, interleaved))
