@@ -16,6 +16,7 @@ from transom.zoo.architectures import architecture as architecture_of
 from transom.zoo.cohere2 import Cohere2Config
 from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
 from transom.zoo.exaone4 import Exaone4Config
+from transom.zoo.gemma2 import Gemma2Config
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.llama3 import Llama3Config
@@ -58,6 +59,16 @@ STORABLE: dict[str, DecoderConfig] = {
         depth=2,
         rope=Llama3Rope(theta=5e5, factor=8.0),
         tied=False,
+        **SIZES,
+    ),
+    "gemma2": Gemma2Config(
+        name="tiny",
+        layer_kinds=tile("LG", 3),
+        window=16,
+        rope=Rope(theta=1e4),
+        query_scalar=64,
+        attention_softcap=5.0,
+        logit_softcap=None,
         **SIZES,
     ),
     "olmo3": Olmo3Config(
@@ -117,7 +128,7 @@ def _gemma3(config: Gemma3Config) -> dict[str, object]:
     return {"attention.sliding_window": config.window, "rope.freq_base": rope.theta, **scaling}
 
 
-def _rope(config: Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
+def _rope(config: Gemma2Config | Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
     return {"rope.freq_base": config.rope.theta, "rope.dimension_count": config.head_dim}
 
 
@@ -132,6 +143,11 @@ def _olmo3(config: Olmo3Config) -> dict[str, object]:
     return {**_windows(config), "rope.freq_base": rope.theta, **scaling}
 
 
+def _gemma2(config: Gemma2Config) -> dict[str, object]:
+    caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.logit_softcap or 0.0}
+    return {"attention.sliding_window": config.window, **_rope(config), **caps}
+
+
 def _exaone4(config: Exaone4Config) -> dict[str, object]:
     return {**_windows(config), **_rope(config)}
 
@@ -144,6 +160,7 @@ def _cohere2(config: Cohere2Config) -> dict[str, object]:
 _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "gemma3": _gemma3,
     "llama3": _rope,
+    "gemma2": _gemma2,
     "olmo3": _olmo3,
     "exaone4": _exaone4,
     "cohere2": _cohere2,
@@ -165,6 +182,7 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
 
 
 _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
+    "gemma2": _norms_shifted,
     "gemma3": _norms_shifted,
     "llama3": _heads_permuted,
     "smollm3": _heads_permuted,
