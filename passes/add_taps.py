@@ -165,7 +165,8 @@ def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:
             out, (q, k) = node, node.args[:2]
         else:
             product = _upwards(node.args[0], lambda value: is_call(value, aten.matmul.default, aten.bmm.default))
-            out = _downwards(node, *CASTS, aten.dropout.default, until=(aten.matmul.default, aten.bmm.default))
+            through = (*CASTS, aten.dropout.default, aten.slice.Tensor)
+            out = _downwards(node, *through, until=(aten.matmul.default, aten.bmm.default))
             if product is None or out is None:
                 continue
             q, k = product.args
@@ -179,12 +180,14 @@ def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:
 
 
 def _upwards(value: Any, wanted: Any) -> Node | None:
-    """The first operand that is wanted, upwards through masks, scales and casts."""
+    """The first operand that is wanted, upwards through masks, caps, scales, casts and what sinks are joined to."""
     while is_node(value) and value.op == "call_function":
         if wanted(value):
             return value
         if value.target in (aten.where.self, aten.where.ScalarOther):
             value = value.args[1]
+        elif value.target is aten.cat.default:
+            value = value.args[0][0]
         else:
             value = value.args[0]
     return None

@@ -103,6 +103,10 @@ BF16_RESULTS = 2**-8
 """Largest difference of one operation's bfloat16 results, relative to the largest, where both sides compute in float32
 and round once: sums that differ in their last digits may round to neighbours. Measured 0."""
 
+FP16_ATTENTION = 2**-9
+"""Largest difference of one attention in float16, relative to the largest result: targets round queries, scores,
+weights and results to 11 bits, some before and some after they are scaled."""
+
 FP32_GRADIENTS = 1e-5
 """Largest difference of a float32 gradient from the plain module's, relative to the largest of its tensor (or to 1, if
 that is smaller): the same products, of a padded batch in place of single sequences. Measured 2e-6."""

@@ -14,9 +14,19 @@ from transom.zoo.config import DecoderConfig
 from transom.zoo.layers import Decoder
 
 ARCHITECTURES = (
-    "gemma3", "gemma3_vision", "llama3", "qwen2", "qwen3", "mistral", "ministral3", "olmo3", "exaone4", "cohere2",
+    "gemma3",
+    "gemma3_vision",
+    "gemma2",
+    "llama3",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "ministral3",
+    "olmo3",
+    "exaone4",
+    "cohere2",
     "smollm3",
-)  # fmt: skip
+)
 """Files of this folder; each holds an `ARCHITECTURE`."""
 
 

@@ -25,8 +25,8 @@ from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_windows
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_sizes, read_windows, rope_parameters, windows
-from transom.zoo.layers import Decoder, GatedMLP, LayerCache, RMSNorm, attend
+from transom.zoo.huggingface import SIZES, read_ropes, read_sizes, read_windows, rope_parameters, windows
+from transom.zoo.layers import Decoder, LayerCache, RMSNorm, SandwichLayer, attend
 from transom.zoo.packaged import assembled
 from transom.zoo.rope import Rope, rotate, rotation
 
@@ -96,32 +96,6 @@ class Attention(nn.Module):
         return self.o_proj(attended_BTNH), cache
 
 
-class Layer(nn.Module):
-    """One block; norms stand before and after both attention and MLP."""
-
-    def __init__(self, config: Gemma3Config, index: int) -> None:
-        super().__init__()
-        D, eps = config.hidden_size, config.norm_eps
-        self.self_attn = Attention(config, index)
-        self.mlp = GatedMLP(D, config.intermediate_size, functools.partial(nn.functional.gelu, approximate="tanh"))
-        self.input_layernorm = _Norm(D, eps)
-        self.post_attention_layernorm = _Norm(D, eps)
-        self.pre_feedforward_layernorm = _Norm(D, eps)
-        self.post_feedforward_layernorm = _Norm(D, eps)
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        positions_T: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: LayerCache | None,
-        until_T: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, LayerCache]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache, until_T)
-        x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
-        return x_BTD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTD))), cache
-
-
 class Gemma3(Decoder):
     """The decoder."""
 
@@ -129,7 +103,9 @@ class Gemma3(Decoder):
         super().__init__()
         self.config, self.softcap = config, config.logit_softcap
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            SandwichLayer(config, Attention(config, index)) for index in range(config.num_layers)
+        )
         self.norm = _Norm(config.hidden_size, config.norm_eps)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -178,15 +154,6 @@ _SIZES = {
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
 }
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "context": "max_position_embeddings",
-}
 _EPS, _SCALAR, _PATTERN = 1e-6, 256, 6
 _THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -196,7 +163,7 @@ def read_text(text: Keys, outer: Keys) -> dict[str, Any]:
     """Fields of a text decoder's configuration, less its name."""
     layers = read_windows(text, _SIZES, _PATTERN)
     scalar = text.number("query_pre_attn_scalar", _SCALAR)
-    sizes = read_sizes(text, _FIELDS, _SIZES)
+    sizes = read_sizes(text, SIZES, _SIZES)
     ropes = read_ropes(text, _THETAS, "full_attention")
     if text.get("attn_logit_softcapping") is not None:
         text.number("attn_logit_softcapping", 0)
@@ -221,7 +188,7 @@ def _write(config: Gemma3Config) -> dict[str, Any]:
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        **{key: getattr(config, field) for field, key in _FIELDS.items()},
+        **{key: getattr(config, field) for field, key in SIZES.items()},
         "num_hidden_layers": config.num_layers,
         "rms_norm_eps": config.norm_eps,
         # Their class accepts whole numbers only, and the square of a root is a hair off.
@@ -360,8 +327,7 @@ _GGUF = GGUFFormat(
 )
 
 
-# Turns of user and model, with no role for a system: its text opens the first user turn.
-_CHAT = (
+CHAT = (
     "{% set chat = namespace(system='', turns=messages) %}"
     "{% if messages and messages[0].role == 'system' %}"
     "{% set chat.system = messages[0].content.strip() + '\n\n' %}{% set chat.turns = messages[1:] %}"
@@ -380,6 +346,7 @@ _CHAT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+"""Turns of user and model, with no role for a system: its text opens the first user turn."""
 
 
 def released(name: str, **sizes: Any) -> Gemma3Config:
@@ -436,5 +403,5 @@ ARCHITECTURE = Architecture(
     gguf=_GGUF,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
-    chat=_CHAT,
+    chat=CHAT,
 )

@@ -129,6 +129,8 @@ _USUAL = {
     "num_heads": "num_attention_heads",
     "context": "max_position_embeddings",
 }
+SIZES = {**_USUAL, "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+"""Our names of sizes -> keys, where a class has a default for each."""
 
 
 def read_usual_sizes(text: Keys, defaults: Mapping[str, int]) -> dict[str, int]:

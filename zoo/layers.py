@@ -7,6 +7,7 @@ Axes:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,11 +96,16 @@ class StackedDecoder(Decoder):
         """By what each layer rotates queries and keys; None for a layer without positions."""
         raise NotImplementedError
 
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets of tokens, [B, T, D]."""
+        x_BTD: torch.Tensor = self.embed_tokens(tokens_BT)
+        return x_BTD
+
     def hidden(
         self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         positions_T = start + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         written: list[LayerCache] = []
         for index, (layer, cos_sin) in enumerate(zip(self.layers, self.rotations(positions_T), strict=True)):
             x_BTD, cache = layer(x_BTD, positions_T, cos_sin, None if caches is None else caches[index])
@@ -157,13 +163,19 @@ class Attention(nn.Module):
     """Grouped-query attention; local or global by its layer's window.
 
     A family says in `place` what happens to queries and keys between the projections and the scores.
+
+    Attributes:
+        scale: Factor on the scores.
+        softcap: Bound on the scores, as `attend` takes it.
     """
+
+    softcap: float | None = None
 
     def __init__(self, config: DecoderConfig, index: int, *, bias: bool = False) -> None:
         """Build it; `bias` says whether queries, keys and values have biases."""
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.head_dim, self.window = H, config.layers[index].window
+        self.head_dim, self.window, self.scale = H, config.layers[index].window, H**-0.5
         self.q_proj = nn.Linear(D, N * H, bias=bias)
         self.k_proj = nn.Linear(D, K * H, bias=bias)
         self.v_proj = nn.Linear(D, K * H, bias=bias)
@@ -184,8 +196,9 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, LayerCache]:
         q_BNTH, k_BKTH = self.place(self.q_proj(x_BTD), self.k_proj(x_BTD), cos_sin)
         v_BKTH = self.split(self.v_proj(x_BTD))
-        scale, window = self.head_dim**-0.5, self.window
-        attended_BTX, cache = attend(q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=scale, window=window)
+        attended_BTX, cache = attend(
+            q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=self.scale, window=self.window, softcap=self.softcap
+        )
         return self.o_proj(attended_BTX), cache
 
 
@@ -223,6 +236,33 @@ class PostNormLayer(nn.Module):
         attended_BTD, cache = self.self_attn(x_BTD, positions_T, cos_sin, cache)
         x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
         return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)), cache
+
+
+class SandwichLayer(nn.Module):
+    """One block; norms of 1 + w stand before and after both attention and MLP (Gemma 2, arXiv 2408.00118)."""
+
+    def __init__(self, config: DecoderConfig, attention: nn.Module) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.norm_eps
+        self.self_attn = attention
+        self.mlp = GatedMLP(D, config.intermediate_size, functools.partial(nn.functional.gelu, approximate="tanh"))
+        self.input_layernorm = RMSNorm(D, eps, offset=1.0)
+        self.post_attention_layernorm = RMSNorm(D, eps, offset=1.0)
+        self.pre_feedforward_layernorm = RMSNorm(D, eps, offset=1.0)
+        self.post_feedforward_layernorm = RMSNorm(D, eps, offset=1.0)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        positions_T: torch.Tensor,
+        cos_sin: Rotation | None,
+        cache: LayerCache | None,
+        *more: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, LayerCache]:
+        """Run it; `more` goes to attention."""
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_T, cos_sin, cache, *more)
+        x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
+        return x_BTD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTD))), cache
 
 
 def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:

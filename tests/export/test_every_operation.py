@@ -22,7 +22,7 @@ from torch import nn
 from tests.artifacts import CHUNK
 from tests.case import run_graph
 from tests.export.targets import LOWER, TABLES, decoder
-from tests.tolerances import BF16_RESULTS, FP32_ATTENTION, FP32_PRODUCT, FP32_SUMS
+from tests.tolerances import BF16_RESULTS, FP16_ATTENTION, FP32_ATTENTION, FP32_PRODUCT, FP32_SUMS
 from transom.errors import QuantizationError, TransomError, UnsupportedOpsError
 from transom.formats.schemes import SCHEMES, QuantSpec, Scheme
 from transom.graphs import ops
@@ -82,7 +82,7 @@ class Sample:
     def draw_states(self, generator: torch.Generator) -> list[torch.Tensor]:
         """Caches that hold anything: what no token sees does not matter."""
         shape = (1, KEY_HEADS, self.slots, HEAD)
-        return [torch.randn(shape, generator=generator) for _ in range(self.states)]
+        return [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(self.states)]
 
     def graph(self) -> Graph:
         """The decoder, traced."""
@@ -362,7 +362,11 @@ def _caps(weights: Any) -> dict[str, Any]:
 
 @samples_of(ops.ATTENTION)
 def _attention(target: str) -> Iterator[Sample]:
-    for cap, window in [*((False, window) for window in WINDOWS), (True, 9), (True, None)]:
+    uses: list[tuple[bool, int | None, torch.dtype]] = [(False, window, torch.float32) for window in WINDOWS]
+    uses += [(True, 9, torch.float32), (True, None, torch.float32)]
+    if "float16" in TARGETS[target].dtypes:
+        uses.append((True, 9, torch.float16))
+    for cap, window, dtype in uses:
 
         def rows(
             self: Any,
@@ -385,10 +389,11 @@ def _attention(target: str) -> Iterator[Sample]:
         # Written before they are read, new keys must leave room for those that the first of them sees.
         slots = GROWN if window is None else window + LONG - 1
         yield Sample(
-            name=f"window {window}{', cap and sinks' * cap}",
+            name=f"window {window}{', cap and sinks' * cap}{', float16' * (dtype == torch.float16)}",
             rows=rows,
             tensors=_tables(HEADS),
-            tolerance=FP32_ATTENTION,
+            tolerance=FP16_ATTENTION if dtype == torch.float16 else FP32_ATTENTION,
+            dtype=dtype,
             window=window,
             slots=slots,
             states=2,

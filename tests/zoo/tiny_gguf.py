@@ -17,6 +17,7 @@ from transom.zoo.checkpoints.gguf_config import gguf_format
 from transom.zoo.cohere2 import Cohere2Config
 from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
 from transom.zoo.exaone4 import Exaone4Config
+from transom.zoo.gemma2 import Gemma2Config
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.llama3 import Llama3Config
@@ -62,6 +63,16 @@ STORABLE: dict[str, DecoderConfig] = {
         layer_kinds=tile("G", 2),
         rope=Llama3Rope(theta=5e5, factor=8.0),
         tied=False,
+        **SIZES,
+    ),
+    "gemma2": Gemma2Config(
+        name="tiny",
+        layer_kinds=tile("LG", 3),
+        window=16,
+        rope=Rope(theta=1e4),
+        query_scalar=64,
+        attention_softcap=5.0,
+        logit_softcap=None,
         **SIZES,
     ),
     "olmo3": Olmo3Config(
@@ -143,7 +154,7 @@ def _gemma3(config: Gemma3Config) -> dict[str, object]:
     return {"attention.sliding_window": config.window, "rope.freq_base": rope.theta, **scaling}
 
 
-def _rope(config: Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
+def _rope(config: Gemma2Config | Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
     return {"rope.freq_base": config.rope.theta, "rope.dimension_count": config.head_dim}
 
 
@@ -156,6 +167,11 @@ def _olmo3(config: Olmo3Config) -> dict[str, object]:
     rope = config.rope_global
     scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
     return {**_windows(config), "rope.freq_base": rope.theta, **scaling}
+
+
+def _gemma2(config: Gemma2Config) -> dict[str, object]:
+    caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.logit_softcap or 0.0}
+    return {"attention.sliding_window": config.window, **_rope(config), **caps}
 
 
 def _exaone4(config: Exaone4Config) -> dict[str, object]:
@@ -197,6 +213,7 @@ _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "qwen2": _qwen,
     "qwen3": _qwen,
     "ministral3": _ministral3,
+    "gemma2": _gemma2,
     "olmo3": _olmo3,
     "exaone4": _exaone4,
     "cohere2": _cohere2,
@@ -218,6 +235,7 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
 
 
 _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
+    "gemma2": _norms_shifted,
     "gemma3": _norms_shifted,
     "llama3": _heads_permuted,
     "smollm3": _heads_permuted,

@@ -15,6 +15,7 @@ import torch
 from transom.graphs.masks import MASKED
 from transom.graphs.match import LAYOUT, aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
+from transom.passes.sinks import without_maximum
 from transom.validation.bisection.context import Context, Site
 from transom.validation.bisection.replay import RIGHT, Change, Changes, Hypothesis, Replay, from_node
 
@@ -23,7 +24,7 @@ SCANNED = 256
 
 
 class Masking(NamedTuple):
-    """Where attention hides scores: its softmax, what goes into it, and the scores before."""
+    """Where attention hides scores: its softmax, the scores that go into it, less sinks, and those before the mask."""
 
     softmax: Node
     masked: Node
@@ -33,7 +34,9 @@ class Masking(NamedTuple):
 def masking(site: Site) -> Masking | None:
     """Where a site hides scores; None if it has no softmax over scores and a mask."""
     for softmax in site.calls(aten.softmax.int, aten._softmax.default):
-        masked = skip_casts(softmax.args[0])
+        masked = skip_casts(without_maximum(skip_casts(softmax.args[0])))
+        if is_call(masked, aten.cat.default):  # sinks stand behind
+            masked = skip_casts(masked.args[0][0])
         scores = [side for side in masked.args if is_node(side) and side in site.moving]
         if len(scores) == 1 and len(masked.all_input_nodes) > 1:
             return Masking(softmax, masked, scores[0])
@@ -123,6 +126,9 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     empty = partial(_with_empty_slots, seen, window or int(lasts.max()) + 1)
     cause = "slots that were never written are seen as keys of zeros"
     yield guess("mask", cause, seen, {place.softmax: from_node(place.softmax.args[0], empty)})
+    if place.softmax.meta["val"].shape[-1] != place.masked.meta["val"].shape[-1]:
+        cause = "the sinks are left out: the weights of keys add up to 1"
+        yield Hypothesis(cause, {place.softmax: from_node(place.masked, _without_sinks)})
     if tiled := dict(_tiled(replay.site)):
         cause = "query heads read the wrong key/value heads: they are tiled, not repeated"
         yield guess("mask", cause, seen, tiled)
@@ -227,6 +233,11 @@ def _with_empty_slots(seen_TS: torch.Tensor, least: int, masked: torch.Tensor) -
     zeros_T = (least - seen_TS.sum(1)).clamp_min(0).float().log()
     zeros = zeros_T[:, None].expand(*masked.shape[:-1], 1)
     return torch.cat((masked, zeros), -1).softmax(-1)[..., :-1]
+
+
+def _without_sinks(masked: torch.Tensor) -> torch.Tensor:
+    """Weights of keys, and none of sinks."""
+    return torch.nn.functional.pad(masked.softmax(-1), (0, 1))
 
 
 def _tiled(site: Site) -> Iterator[tuple[Node, Change]]:

@@ -262,7 +262,7 @@ def judge(header: Header, keys: Metadata, others: list[str], concerned: list[str
 
 
 def read_gguf_windows(
-    sizes: Sizes, keys: Metadata, lines: list[str], pattern: int
+    sizes: Sizes, keys: Metadata, lines: list[str], pattern: int, *, window: int = 0
 ) -> tuple[tuple[LayerKind, ...], int | None]:
     """Kinds of layers, and the window of the local ones; without one, every layer is global.
 
@@ -272,6 +272,7 @@ def read_gguf_windows(
         lines: Gets one if layers are global for want of a window.
         pattern: Every n-th layer is global, where the file does not say; it may say another n, or whether each layer is
             local.
+        window: What llama.cpp takes where the file says none; 0 for none.
 
     Raises:
         ConfigError: If the kinds do not fit the layers.
@@ -289,12 +290,12 @@ def read_gguf_windows(
         kinds = tuple("global" if (index + 1) % stated == 0 else "local" for index in range(num_layers))
     else:
         raise wrong
-    window = keys.size("attention.sliding_window", 0, minimum=0) or None
-    if window is None and "local" in kinds:
+    slots = keys.size("attention.sliding_window", window, minimum=0) or None
+    if slots is None and "local" in kinds:
         what = "zero" if "attention.sliding_window" in keys else "missing"
         lines.append(f"{keys.prefix}attention.sliding_window is {what}: every layer is global, as llama.cpp takes it")
         kinds = tile("G", num_layers)
-    return kinds, window
+    return kinds, slots
 
 
 def read_gguf_rope(sizes: Sizes, keys: Metadata, lines: list[str]) -> Rope:
