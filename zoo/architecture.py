@@ -119,6 +119,8 @@ class Architecture:
         text: Family of its text decoder, which the same checkpoints hold; None if it is a text decoder itself.
         mmproj: Format of what stands beside a GGUF file of its text decoder; None if nothing does.
         image_parts: What makes soft tokens of images, part by part -> the head of its parameters' names.
+        with_windows: A configuration and a window for each layer, or None for a global one -> a configuration that has
+            them, of the same tensors; None if the windows of its layers depend on each other.
     """
 
     name: str
@@ -132,3 +134,4 @@ class Architecture:
     text: str | None = None
     mmproj: MmprojFormat | None = None
     image_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    with_windows: Callable[[Any, tuple[int | None, ...]], DecoderConfig] | None = None

@@ -26,6 +26,7 @@ ARCHITECTURES = (
     "exaone4",
     "cohere2",
     "smollm3",
+    "adaptive",
 )
 """Files of this folder; each holds an `ARCHITECTURE`."""
 
@@ -92,6 +93,22 @@ def build_empty(config: DecoderConfig) -> Decoder:
         raise ConfigError(f"{config.name}: {error}") from None
     with torch.device("meta"):
         return build(config)
+
+
+def with_windows(config: DecoderConfig, windows: tuple[int | None, ...]) -> DecoderConfig:
+    """A configuration of the same tensors whose layers have these windows, None for a global one.
+
+    Raises:
+        ConfigError: If the family's layers cannot have windows of their own.
+    """
+    change = architecture(config.architecture).with_windows
+    if change is None:
+        able = [family.name for family in architectures() if family.with_windows is not None]
+        raise ConfigError(
+            f"{config.name}: layers of {config.architecture} cannot each have a window of their own: choose a model of "
+            f"{' or '.join(able)}"
+        )
+    return change(config, windows)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

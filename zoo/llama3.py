@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.zoo import pre_norm
+from transom.zoo.adaptive import with_windows
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
 from transom.zoo.checkpoints.gguf_config import neighbours_to_halves
 from transom.zoo.config import tile
@@ -114,4 +115,5 @@ ARCHITECTURE = Architecture(
     gguf=_GGUF,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    with_windows=with_windows,
 )

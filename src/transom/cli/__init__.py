@@ -22,6 +22,7 @@ from transom.cli import (
     evaluate,
     export,
     finetune_vision,
+    learn_windows,
     merge,
     models,
     qat,
@@ -73,6 +74,7 @@ align.register(app)
 reward_model.register(app)
 merge.register(app)
 finetune_vision.register(app)
+learn_windows.register(app)
 evaluate.register(app)
 ranges.register(app)
 
