@@ -27,6 +27,7 @@ from transom.training.objectives.windows import LearnWindows, WindowSettings
 from transom.validation.evaluation.speed import processor
 from transom.validation.evaluation.statistics import Estimate, estimate_runs
 from transom.zoo.checkpoints.random import random_weights
+from transom.zoo.config import tile
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.model import Model
 from transom.zoo.rope import Rope
@@ -62,7 +63,7 @@ def model(seed: int) -> Model:
     """A Llama of six layers, all global until something bounds them."""
     config = Llama3Config(
         name="adaptive", vocab_size=AGAIN + 1, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2,
-        head_dim=16, depth=LAYERS, rope=Rope(theta=1e4), tied=True, context=CONTEXT,
+        head_dim=16, layer_kinds=tile("G", LAYERS), rope=Rope(theta=1e4), tied=True, context=CONTEXT,
     )  # fmt: skip
     weights = random_weights(config, seed)
     return Model(config=config, weights=weights, tokenizer=None, source="random", revision=f"seed {seed}")

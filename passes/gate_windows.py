@@ -1,6 +1,6 @@
 """GateWindows: every layer's attention sees a mixture of windows, whose shares can be trained.
 
-Precondition: `FuseAttention` has run on a graph without caches.
+Precondition: `FuseAttention` has run on a graph without caches; no site has sinks or a soft cap.
 Rewrite: `transom.attention` becomes `transom.gated_attention` over the windows that are on offer, whatever window it
 had; a layer's gates are a new weight of the graph, layers.N.window_gates, zeros: equal shares.
 """
@@ -37,9 +37,12 @@ class GateWindows(Pass):
         self.windows = tuple(windows)
 
     def requires(self, graph: Graph) -> None:
-        """Raise `InvariantError` if attention reads caches, or is not recognised."""
-        if graph.states or not graph.calls(ops.ATTENTION):
+        """Raise `InvariantError` if attention reads caches, is not recognised, or has sinks or a cap."""
+        sites = graph.calls(ops.ATTENTION)
+        if graph.states or not sites:
             raise InvariantError("windows are gated in a graph without caches whose attention was recognised")
+        if any(len(node.args) > 4 or node.kwargs.get("softcap") for node in sites):
+            raise InvariantError("windows are gated of attention without images, sinks or soft caps")
 
     def rewrite(self, graph: Graph) -> Rewrite:
         """Replace every site."""

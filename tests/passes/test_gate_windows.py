@@ -30,7 +30,8 @@ def drawn(tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 
 def within(window: int, tokens: int) -> torch.Tensor:
     """Attention's reference body."""
-    return ops.BODIES[ops.ATTENTION](*drawn(tokens), None, scale=0.25, window=window)
+    attended: torch.Tensor = ops.BODIES[ops.ATTENTION](*drawn(tokens), None, scale=0.25, window=window)
+    return attended
 
 
 @pytest.mark.parametrize("tokens", [W - 1, W, W + 1, 2 * W, 3 * W + 5])
@@ -51,7 +52,7 @@ def test_gradients_are_those_of_the_mean() -> None:
     inputs = [tensor.requires_grad_(True) for tensor in drawn(3 * W + 5)]
     gates = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
     towards = torch.randn(2, 4, 3 * W + 5, 16, generator=torch.Generator().manual_seed(1))
-    (gated_attention(*inputs, gates, scale=0.25, windows=WINDOWS) * towards).sum().backward()
+    (gated_attention(*inputs, gates, scale=0.25, windows=WINDOWS) * towards).sum().backward()  # type: ignore[no-untyped-call]
     ours = [tensor.grad for tensor in (*inputs, gates)]
     q, k, v = (tensor.detach().requires_grad_(True) for tensor in inputs)
     again = gates.detach().requires_grad_(True)
