@@ -63,9 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "test_real_270m", "test_conformance", "test_bisect", "test_faults", "test_tvm", "test_validate", "test_xla",
-    "test_bit_equality", "test_evaluate", "test_onnx", "test_quantize", "test_qat", "test_checkpoint_fuzz",
-    "test_gguf_fuzz", "test_streams",
+    "test_every_architecture", "test_real_270m", "test_conformance", "test_bisect", "test_faults", "test_tvm",
+    "test_validate", "test_xla", "test_bit_equality", "test_evaluate", "test_onnx", "test_quantize", "test_qat",
+    "test_checkpoint_fuzz", "test_gguf_fuzz", "test_streams", "test_parallel", "test_adapters", "test_bisect_images",
+    "test_images", "test_every_operation", "test_finetune_vision", "test_warp", "test_reward_model", "test_align",
 )  # fmt: skip
 """Files that take longest, which run first: otherwise a core is idle while the last one ends."""
 

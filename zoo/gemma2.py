@@ -42,6 +42,7 @@ class Gemma2Config(LocalGlobalConfig):
     """
 
     POSITIVE = ("rope.theta", "rope.factor", "query_scalar", "attention_softcap", "logit_softcap", "norm_eps")
+    SCALED = ("rope",)
 
     architecture: str = "gemma2"
     rope: Rope
