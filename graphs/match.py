@@ -28,7 +28,7 @@ def is_call(value: Any, *targets: Any) -> bool:
 
 def arguments(node: Node) -> dict[str, Any]:
     """All that a call passes to its operation, by the names of its schema; defaults for what it leaves out."""
-    schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+    schema: Any = node.target._schema.arguments
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
     return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
 

@@ -45,15 +45,14 @@ def split_sinks(joined: Any, kept: Any) -> tuple[Any, Node] | None:
 
 def split_rescaling(product: Node, masked: Node) -> tuple[Node, Node] | None:
     """What multiplies attention's result by `sigmoid(logsumexp(masked scores) - sinks)`, and the sinks [N]."""
-    user = next(iter(product.users), None)
+    user: Any = next(iter(product.users), None)
     if len(product.users) != 1 or not is_call(user, aten.mul.Tensor) or user.args[0] is user.args[1]:
         return None
     factor = skip_casts(next(side for side in user.args[:2] if side is not product))
-    heads = product.meta["val"].shape[1]
+    heads = int(product.meta["val"].shape[1])
+    column: tuple[int, ...] = (heads, 1, 1)
     if is_call(factor, aten.unsqueeze.default) and factor.args[1] in (-1, 3):
         factor, column = skip_casts(factor.args[0]), (heads, 1)
-    else:
-        column = (heads, 1, 1)
     if not is_call(factor, aten.sigmoid.default):
         return None
     difference = skip_casts(factor.args[0])

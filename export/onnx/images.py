@@ -30,7 +30,7 @@ def attend_until(emitter: Emitter, node: Node) -> str:
 
     The attended values are those of `transom.attend`, read from the caches before the operator writes them.
     """
-    q, k, v, until = *node.args[:3], node.args[6]
+    q, k, v, _, _, _, until, *_ = node.args
     queries = emitter.flattened(q)
     ahead = any_ahead(emitter, until)
     # What both branches use is to stand before them.
