@@ -41,7 +41,7 @@ class GateWindows(Pass):
         sites = graph.calls(ops.ATTENTION)
         if graph.states or not sites:
             raise InvariantError("windows are gated in a graph without caches whose attention was recognised")
-        if any(len(node.args) > 4 or node.kwargs.get("softcap") for node in sites):
+        if any(any(node.args[4:]) or node.kwargs.get("softcap") for node in sites):
             raise InvariantError("windows are gated of attention without images, sinks or soft caps")
 
     def rewrite(self, graph: Graph) -> Rewrite:

@@ -52,7 +52,7 @@ def test_each_layer_sees_its_own_window(tmp_path: Path) -> None:
 
 
 def test_families_of_one_window_are_refused() -> None:
-    with pytest.raises(ConfigError, match="choose a model of adaptive or llama3"):
+    with pytest.raises(ConfigError, match="choose a model of llama3 or adaptive"):
         with_windows(preset("gemma3-tiny"), (None,) * preset("gemma3-tiny").num_layers)
     with pytest.raises(ConfigError, match="a window of 0"):
         with_windows(preset("llama3-tiny"), (8, 0, None))

@@ -270,7 +270,7 @@ def test_a_key_that_nobody_reads_is_listed(tmp_path: Path, key: str) -> None:
         ("general.type", ("string", "mmproj"), "give the file of the language model"),
         ("general.type", ("u32", 3), "general.type"),
         ("general.architecture", ("string", "clip"), "give the file of the language model"),
-        ("general.architecture", ("string", "gemma2"), "unknown architecture 'gemma2'"),
+        ("general.architecture", ("string", "gemma"), "unknown architecture 'gemma'"),
         ("general.architecture", None, "unknown architecture None"),
         ("general.architecture", ("array of string", ["gemma3"]), "unknown architecture"),
         ("adapter.type", ("string", "lora"), "merge the adapter into its model"),
