@@ -249,5 +249,5 @@ def test_prompts_that_do_not_fit(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no text under `answer`"):
         answer_ids(tiny.tokenizer, read_prompts(tiny, path, max_new=4), 4)  # type: ignore[arg-type]
     path.write_text(json.dumps({"prompt": "a", "answer": "b" * 9}))
-    with pytest.raises(TrainingError, match="line 1: .* is 10 tokens, 1 to 4 are allowed"):
+    with pytest.raises(TrainingError, match=r"line 1: .* is 10 tokens, 1 to 4 are allowed"):
         answer_ids(tiny.tokenizer, read_prompts(tiny, path, max_new=4), 4)  # type: ignore[arg-type]
