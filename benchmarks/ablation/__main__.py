@@ -10,6 +10,7 @@ import torch
 from benchmarks.ablation.report import ENOUGH_SEEDS, report, rows
 from benchmarks.ablation.study import CONTENDERS, cells, run_all, tuning_cells
 from benchmarks.ablation.task import Study, frozen, measure, split, trained_base
+from benchmarks.ablation.warm import train_members
 from transom.training.policy import Policy
 
 
@@ -32,6 +33,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.report:
         trained_base(study, folder)
+        if any(CONTENDERS[name].warm for name in names):
+            share = train_members(study, folder)["accuracy"][-1]["accuracy"]
+            print(f"reward models: {share:.3f} of held-out pairs ranked right by their average", flush=True)
         run_all([cell for name in names for cell in tuning_cells(name, study)], study, folder, options.jobs)
         # Seed by seed, so that a run that is stopped has as many of every method.
         todo = [cells(name, study, folder, options.seeds) for name in names]
@@ -39,7 +43,7 @@ def main() -> None:
     base = trained_base(study, folder)
     policy = Policy(base, trained=frozen)
     start = measure(policy, policy, split(study)["unseen"], study.draws)
-    report(study, rows(study, folder, options.seeds, start["sampled"]), start, options.out)
+    report(study, folder, rows(study, folder, options.seeds, start["sampled"]), start, options.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ablation.study import CONTENDERS, cells, run
 from benchmarks.ablation.task import Study
+from benchmarks.ablation.warm import train_members
 from transom.compiler import versions
 from transom.validation.evaluation.statistics import Estimate, estimate_runs
 
@@ -129,8 +130,16 @@ def compared(rows: Sequence[Row]) -> dict[str, Estimate]:
     }
 
 
-def report(study: Study, rows: Sequence[Row], start: Mapping[str, list[float]], out: Path) -> None:
-    """Write the files."""
+def report(study: Study, folder: Path, rows: Sequence[Row], start: Mapping[str, list[float]], out: Path) -> None:
+    """Write the files.
+
+    Args:
+        study: The numbers.
+        folder: Where the runs are.
+        rows: Of the table.
+        start: What was measured of the base model, a number a problem.
+        out: Where to write.
+    """
     before = {key: estimated(np.array([scores])) for key, scores in start.items()}
     figures = [
         {
@@ -148,10 +157,12 @@ def report(study: Study, rows: Sequence[Row], start: Mapping[str, list[float]], 
         for row in rows
     ]
     differences = {name: estimate.to_json() for name, estimate in compared(rows).items()} if rows else {}
+    learned = any(CONTENDERS[row.contender].warm for row in rows)
     result = {
         "study": dataclasses.asdict(study),
         "libraries": versions(["torch", "numpy"]),
         "start": {key: estimate.to_json() for key, estimate in before.items()},
+        "reward_models": train_members(study, folder) if learned else None,
         "budget_seconds": budget_of({row.contender: [row.seconds] for row in rows}) if rows else None,
         "rows": figures,
         "below_the_best": differences,
@@ -203,6 +214,8 @@ def page(result: Mapping[str, Any]) -> str:
             f"two measurements (one every {study['every']} steps); what ended sooner, at its end. Measuring takes "
             "no part in any seconds.",
         ]
+    if models := result["reward_models"]:
+        lines += ["", "## Reward models", "", *_reward_models(models)]
     if any(row["rate_is_at_the_edge"] for row in rows):
         lines += ["", "\\* The lowest or the highest that was tried: one beyond might be better."]
     lines += ["", "## Which is better", "", *_verdict(rows, result["below_the_best"])]
@@ -217,6 +230,26 @@ def page(result: Mapping[str, Any]) -> str:
 
 def _share(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+
+
+def _reward_models(models: Mapping[str, Any]) -> list[str]:
+    """In plain words."""
+    accuracies = models["accuracy"]
+    return [
+        f"WARM's reward is the average of {models['members']} reward models. They learned {models['pairs']:,} pairs of "
+        "a right and a wrong",
+        f"answer, of {models['samples']:,} samples of the base model on the prompts that methods learn from: samples "
+        "on top of a",
+        f"run's own. All runs share one average, and each is charged with its {models['seconds']:.0f} s. Pairs ranked "
+        "right, of",
+        f"{accuracies[-1]['pairs']:,} on the problems that stood in no training (the average, on pairs that were "
+        f"learned: {models['on_learned_pairs']:.3f}):",
+        "",
+        *(
+            f"- {each['name']}: {each['accuracy']:.3f} ({each['low']:.3f} to {each['high']:.3f})."
+            for each in accuracies
+        ),
+    ]
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]], below: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -27,7 +27,7 @@ from benchmarks.ablation.task import (
     trained_base,
     write,
 )
-from benchmarks.ablation.warm import WARM, figures_path, learned_reward, train_members
+from benchmarks.ablation.warm import WARM, learned_reward, train_members
 from transom.training.averaging import liti, slerp
 from transom.training.loop import Loop, LoopSettings, Metrics, Objective, OnStep
 from transom.training.objectives.alignment import Alignment, Method, Score
@@ -190,8 +190,8 @@ def run(cell: Cell, study: Study, folder: Path) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     score, prepared = exact, 0.0
     if contender.warm:
-        prepared = train_members(cell.seed, study, folder)["seconds"]
-        score = learned_reward(cell.seed, study, folder)
+        prepared = train_members(study, folder)["seconds"]
+        score = learned_reward(study, folder)
     # Measuring is not the method's time; its reward models are.
     began, measuring = time.process_time() - prepared, 0.0
 
@@ -234,16 +234,9 @@ def cells(contender: str, study: Study, folder: Path, seeds: int) -> list[Cell]:
 
 
 def run_all(todo: Sequence[Cell], study: Study, folder: Path, jobs: int) -> None:
-    """Runs that are not there yet, a few at a time; the reward models that they read come first."""
+    """Runs that are not there yet, a few at a time."""
     left = [cell for cell in todo if not cell.path(folder).exists()]
-    seeds = dict.fromkeys(cell.seed for cell in left if CONTENDERS[cell.contender].warm)
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        trained = [
-            pool.submit(train_members, seed, study, folder) for seed in seeds if not figures_path(seed, folder).exists()
-        ]
-        for figures in (future.result() for future in concurrent.futures.as_completed(trained)):
-            share = figures["accuracy"][-1]["accuracy"]
-            print(f"reward models of seed {figures['seed']}: {share:.3f} of held-out pairs right", flush=True)
         futures = {pool.submit(run, cell, study, folder): cell for cell in left}
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             point, cell = future.result()["points"][-1], futures[future]

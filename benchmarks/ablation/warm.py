@@ -1,12 +1,11 @@
 """The ablation's reward models (WARM): pairs of the base model's samples, members that learn them, their average.
 
-A seed has reward models of its own. Right and wrong is all that a pair tells; it is said by the exact reward, on the
-prompts that every method learns from.
+Right or wrong is all that a pair tells, by the exact reward, on the prompts that every method learns from. All runs
+share them, as they would in practice; every run is charged with their time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -32,20 +31,18 @@ from transom.training.objectives.alignment import Score
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt
 from transom.training.reward_model import Members, RewardModelSettings
-from transom.training.rewards.preference import Pair, PreferenceModel, accuracy
+from transom.training.rewards.preference import Pair, accuracy
 from transom.training.runs import Runs
 from transom.zoo.model import Model
 
 WARM = RewardModelSettings(
-    members=3, learning_rates=(3e-4, 1e-3, 3e-3), steps=150, batch=64, warmup=1 / 8, save_every=1000
+    members=3, learning_rates=(1e-3, 2e-3, 3e-3), steps=300, batch=64, warmup=1 / 8, save_every=1000
 )
 DRAWS = 4
 """Samples of a prompt that pairs are made of."""
 
-
-def figures_path(seed: int, folder: Path) -> Path:
-    """Where the figures of a seed's reward models are."""
-    return folder / f"warm_{seed}.json"
+FIGURES = "warm.json"
+"""Written when the reward models are trained and measured."""
 
 
 def encode(prompt: str, completion: str) -> list[int]:
@@ -68,43 +65,41 @@ def pairs_of(base: Model, prompts: Sequence[Prompt], seed: int) -> list[Pair]:
     return list(pairs)
 
 
-def members_of(seed: int, study: Study, folder: Path) -> Members:
-    """A seed's reward models, trained or not."""
-    base = trained_base(study, folder)
-    settings = dataclasses.replace(WARM, seed=seed)
-    runs = Runs(folder / f"warm_{seed}", settings, base.revision, str(DRAWS), total=settings.members * settings.steps)
-    return Members(model=base, encode=encode, settings=settings, runs=runs)
+def members_of(study: Study, folder: Path) -> Members:
+    """The reward models, trained or not."""
+    base, total = trained_base(study, folder), WARM.members * WARM.steps
+    runs = Runs(folder / "warm", WARM, base.revision, str(DRAWS), total=total)
+    return Members(model=base, encode=encode, settings=WARM, runs=runs)
 
 
-def train_members(seed: int, study: Study, folder: Path) -> dict[str, Any]:
-    """The figures of a seed's reward models, from their file once there is one."""
-    if figures_path(seed, folder).exists():
-        figures: dict[str, Any] = json.loads(figures_path(seed, folder).read_text())
+def train_members(study: Study, folder: Path) -> dict[str, Any]:
+    """The figures of the reward models, from their file once there is one."""
+    path = folder / FIGURES
+    if path.exists():
+        figures: dict[str, Any] = json.loads(path.read_text())
         return figures
-    torch.set_num_threads(1)
-    members, data = members_of(seed, study, folder), split(study)
+    members, data = members_of(study, folder), split(study)
     began = time.process_time()
-    pairs = pairs_of(members.model, data["prompts"], seed)
+    pairs = pairs_of(members.model, data["prompts"], 0)
     members.train(pairs)
     seconds = time.process_time() - began
-    held_out = pairs_of(members.model, data["unseen"], seed)
     figures = {
-        "seed": seed,
+        "members": WARM.members,
         "seconds": seconds,
         "samples": DRAWS * len(data["prompts"]),
         "pairs": len(pairs),
-        "accuracy": [each.to_json() for each in members.accuracies(held_out)],
         "on_learned_pairs": accuracy(members.open(members.result), pairs),
+        "accuracy": [each.to_json() for each in members.accuracies(pairs_of(members.model, data["unseen"], 1))],
     }
     members.runs.forget(*members.names)
-    write(figures_path(seed, folder), lambda draft: draft.write_text(json.dumps(figures)))
+    write(path, lambda draft: draft.write_text(json.dumps(figures)))
     return figures
 
 
-def learned_reward(seed: int, study: Study, folder: Path) -> Score:
+def learned_reward(study: Study, folder: Path) -> Score:
     """The average's reward."""
-    members = members_of(seed, study, folder)
-    model: PreferenceModel = members.open(members.result)
+    members = members_of(study, folder)
+    model = members.open(members.result)
 
     def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         with torch.no_grad():
