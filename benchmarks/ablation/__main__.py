@@ -1,4 +1,4 @@
-"""The command."""
+"""`python -m benchmarks.ablation`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import benchmarks.ablation
 from benchmarks.ablation.report import ENOUGH_SEEDS, report, rows
 from benchmarks.ablation.study import CONTENDERS, cells, run_all, tuning_cells
 from benchmarks.ablation.task import Study, frozen, measure, split, trained_base
@@ -16,7 +17,9 @@ from transom.training.policy import Policy
 
 def main() -> None:
     """Run what is missing, and write `ablation.json`, `ablation.md` and, with matplotlib, `ablation.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=benchmarks.ablation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=ENOUGH_SEEDS, help="runs of every method")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="methods to run, with commas between")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")

@@ -34,10 +34,12 @@ def ranked_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt], longest: int) ->
 def _responses(prompt: Prompt) -> list[str]:
     data = prompt.reference
     keys = [key for key in (CHOSEN, REJECTED, RANKED) if key in data]
+    texts: list[str]
     if keys == [RANKED]:
-        texts = data[RANKED]
-        if not isinstance(texts, list) or len(texts) < 2:
+        ranked = data[RANKED]
+        if not isinstance(ranked, list) or len(ranked) < 2:
             raise TrainingError(f"{prompt.where}: `{RANKED}` is no list of two or more texts, the best first")
+        texts = ranked
     elif keys == [CHOSEN, REJECTED]:
         texts = [data[CHOSEN], data[REJECTED]]
     else:
