@@ -188,7 +188,8 @@ def run(cell: Cell, study: Study, folder: Path) -> dict[str, Any]:
     policy, anchor, start = Policy(base), Policy(base, trained=frozen), Policy(base, trained=frozen)
     contender, steps = CONTENDERS[cell.contender], study.tuning_steps if cell.tuning else study.steps
     points: list[dict[str, Any]] = []
-    score, prepared = exact, 0.0
+    score: Score = exact
+    prepared = 0.0
     if contender.warm:
         prepared = train_members(study, folder)["seconds"]
         score = learned_reward(study, folder)

@@ -144,7 +144,8 @@ def test_a_learned_reward(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         figures = runs.run(cell, dataclasses.replace(MINIATURE, steps=4, every=2), folder)
         assert figures["prepared"] == warm.train_members(MINIATURE, folder)["seconds"] > 0
         assert figures["points"][0]["seconds"] > figures["prepared"]
-    runs.run(*runs.cells("J-BOND + WARM", MINIATURE, folder, 1), MINIATURE, folder)
+    (cell,) = runs.cells("J-BOND + WARM", MINIATURE, folder, 1)
+    runs.run(cell, MINIATURE, folder)
     members = warm.members_of(MINIATURE, folder)
     with torch.no_grad():
         expected = members.open("average")([(p.text, text) for p, text in zip(prompts, texts, strict=True)])

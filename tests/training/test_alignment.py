@@ -111,7 +111,8 @@ def test_what_a_method_is_given(tiny: Model, prompts: list[Prompt]) -> None:
     modules = policy.model().eager(), anchor.model().eager()
     assert tiny.tokenizer is not None
     for samples, (_, asked, new), copies in zip(method.given, continuations, (2, 3), strict=True):
-        assert samples is not None and samples.log_probs.shape == (2, copies)
+        assert samples is not None and samples.anchor_log_probs is not None
+        assert samples.log_probs.shape == samples.anchor_log_probs.shape == (2, copies)
         for place, (prompt, ids) in enumerate(zip(asked, new, strict=True)):
             row, column = divmod(place, copies)
             tokens = torch.tensor([[*prompt, *ids]])
@@ -122,8 +123,9 @@ def test_what_a_method_is_given(tiny: Model, prompts: list[Prompt]) -> None:
             assert int(samples.lengths[row, column]) == len(ids)
     own = method.given[0]
     assert own is not None and loss.metrics["reward"] == pytest.approx(float(own.rewards.mean()))
-    assert loss.metrics["kl_to_anchor"] == pytest.approx(float((own.log_probs - own.anchor_log_probs).detach().mean()))
-    assert not own.anchor_log_probs.requires_grad and own.log_probs.requires_grad
+    anchor_log_probs = own.anchor_log_probs
+    assert anchor_log_probs is not None and not anchor_log_probs.requires_grad and own.log_probs.requires_grad
+    assert loss.metrics["kl_to_anchor"] == pytest.approx(float((own.log_probs.detach() - anchor_log_probs).mean()))
 
 
 # Two prompts in a part, and so many samples of each that log p is computed of.

@@ -46,7 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def log_prob(module: torch.nn.Module, prompt: tuple[int, ...], response: list[int]) -> torch.Tensor:
     """Log p of a response by a plain module: one sequence, no padding."""
     logits = module(torch.tensor([[*prompt, *response]]), torch.tensor(0), None)[0][0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+    result: torch.Tensor = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+    return result
 
 
 @pytest.mark.parametrize("name", LEARNS)
