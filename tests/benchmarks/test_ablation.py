@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,9 @@ def test_a_learned_reward(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     def pairs_of(base: Model, prompts: list[Prompt], seed: int) -> list[Pair]:
         return [Pair(prompt.text, prompt.reference["answer"], "7") for prompt in prompts]
 
+    # Apart from the runs that other tests count.
+    shutil.copy(folder / "base.pt", tmp_path)
+    folder = tmp_path
     monkeypatch.setattr(warm, "WARM", dataclasses.replace(warm.WARM, members=2, steps=2, batch=8))
     monkeypatch.setattr(warm, "pairs_of", pairs_of)
     prompts, texts = task.split(MINIATURE)["prompts"][:3], ["1", "2", "33"]
