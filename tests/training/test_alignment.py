@@ -147,9 +147,9 @@ def test_only_what_a_method_reads_is_computed(
     rows: dict[Policy, int] = {}
     original = Policy.log_probs
 
-    def watch(model: Policy, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def watch(model: Policy, tokens_BT: torch.Tensor, *counts: torch.Tensor) -> torch.Tensor:
         rows[model] = rows.get(model, 0) + len(tokens_BT)
-        return original(model, tokens_BT)
+        return original(model, tokens_BT, *counts)
 
     results = []
     for one in (method, Everything(method)):
