@@ -212,11 +212,8 @@ def align(
     check_apart(out, model)
     prompts = read_prompts(model, data, max_new=settings.max_new, chat=settings.chat)
     with processes(settings.device) as shards, shards.new_folder(out, overwrite=overwrite, kind=TRAINED) as folder:
-        if shards.count > 1 and (settings.reward or settings.anchor_rate):
-            raise TrainingError(
-                "several processes neither draw samples nor move an anchor: start one, or learn answers (sft) or "
-                "rankings of the data"
-            )
+        if shards.count > 1 and settings.objective != SFT:
+            raise TrainingError(f"several processes align by sft alone, not by {settings.objective}: start one")
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         head = build_empty(model.config).head_weight
 
@@ -261,7 +258,7 @@ def _objective(model: Model, policy: Policy, prompts: list[Prompt], settings: Al
     method = settings.method()
 
     def anchor() -> Policy:
-        return Policy(model, device=settings.device, trained=lambda name: False, shards=policy.shards)
+        return Policy(model, device=settings.device, trained=lambda name: False)
 
     if settings.ranks:
         return Rankings(

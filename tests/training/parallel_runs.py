@@ -32,7 +32,6 @@ FULL = DistillSettings(
 )  # fmt: skip
 REPLAY = dataclasses.replace(FULL, steps=1, targets="counts", forward=1.0, samples=32, replay=0.5)
 SFT = AlignSettings(objective="sft", steps=2, batch=4, parts=2, max_new=8, learning_rate=2e-3, clip=0.5)
-DPO = dataclasses.replace(SFT, objective="dpo")
 
 
 class StoppedError(Exception):
@@ -82,12 +81,9 @@ def results(folder: Path, out: Path) -> dict[str, Any]:
         patch.setattr(Loop, "_step", watched)
         full = distill(*models(), FULL, text=text, out=out / "full")
         drawn = distill(*models(), REPLAY, text=text, out=out / "samples", replay=text, teacher_samples=out / "drawn")
-        aligned = {
-            settings.objective: align(models()[0], settings, data=prompts, out=out / settings.objective)
-            for settings in (SFT, DPO)
-        }
-    norms = {name: [[line["loss"], line["gradient_norm"]] for line in metrics] for name, metrics in aligned.items()}
-    return {"full": full, "samples": drawn, **norms, "shares": [min(shares), max(shares)]}
+        sft = align(models()[0], SFT, data=prompts, out=out / "sft")
+    norms = [[metrics["loss"], metrics["gradient_norm"]] for metrics in sft]
+    return {"full": full, "samples": drawn, "sft": norms, "shares": [min(shares), max(shares)]}
 
 
 def refused(run: Callable[[], Any]) -> str:

@@ -70,8 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "A local layer sees a window; a global one sees all that came before it. "
     (path / "text.txt").write_text(words * 20)
     (path / "other.txt").write_text(words * 21)
-    pair = {"chosen": "x", "rejected": "yes"}
-    lines = [{"prompt": "ab" * count, "answer": "xyz"[:count], "instructions": [], **pair} for count in (1, 2, 3)]
+    lines = [{"prompt": "ab" * count, "answer": "xyz"[:count], "instructions": []} for count in (1, 2, 3)]
     (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     begin(path, path / "from-one")
@@ -92,7 +91,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["full", "samples", "sft", "dpo"])
+@pytest.mark.parametrize("name", ["full", "samples", "sft"])
 def test_two_processes_are_as_one(name: str, folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Losses of every step on every process, and norms of the gradients; the checkpoint, files and all."""
     assert all(close(seen[name], one[name]) for seen in two)
@@ -141,7 +140,7 @@ def test_what_is_refused(folder: Path, two: list[dict[str, Any]]) -> None:
     assert two[0]["refused"] == two[1]["refused"]
     odd, online, sampled, other, unwritten = two[0]["refused"]
     assert "3 parts of a step don't go evenly into 2 processes" in odd
-    assert "leave out --online" in online and "neither draw samples nor move an anchor" in sampled
+    assert "leave out --online" in online and "by sft alone" in sampled
     assert "don't see the same" in other
     assert "cannot save the state of the run" in unwritten and "text.txt" in unwritten
 
@@ -151,7 +150,7 @@ def test_an_error_of_one_ends_all(folder: Path, two: list[dict[str, Any]]) -> No
     assert two[1]["ended"] == "the second process cannot go on"
     assert "another process of the run has ended" in two[0]["ended"]
     assert sorted(path.name for path in (folder / "two").iterdir() if path.name[0] != ".") == [
-        "dpo", "drawn", "full", "gradients", "samples", "sft",
+        "drawn", "full", "gradients", "samples", "sft",
     ]  # fmt: skip
 
 

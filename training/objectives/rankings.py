@@ -81,13 +81,12 @@ class Rankings(Anchored):
         seed: int = 0,
     ) -> None:
         super().__init__(policy, anchor, method, parts=parts, anchor_rate=anchor_rate)
-        self.shards = policy.shards
         self._prompts, self._responses, self._batch, self._seed = prompts, responses, batch, seed
 
     def losses(self, step: int) -> Iterator[Loss]:
         """The method's loss of each part of a step: the mean over prompts, however many responses each has."""
         size = self._batch // self.parts
-        for part in self.shards.share(range(step * self.parts, (step + 1) * self.parts)):
+        for part in range(step * self.parts, (step + 1) * self.parts):
             places = range(part * size, (part + 1) * size)
             groups: dict[int, list[int]] = {}
             for index in (index_at(place, len(self._prompts), self._seed) for place in places):
