@@ -1,4 +1,4 @@
-"""Align a checkpoint with rewards or answers: the run from prompts to folder."""
+"""Align a checkpoint with rewards, answers or people's preferences: the run from prompts to folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from transom.errors import RewardError, TrainingError
 from transom.training.averaging import ETA, MU
 from transom.training.checkpoint import RECIPE, TRAINED, check_apart, write_trained
-from transom.training.loop import Loop, LoopSettings, Objective, OnStep
+from transom.training.loop import Loop, LoopSettings, Objective, OnStep, RunSettings
 from transom.training.objectives.alignment import Alignment, Method, Score
+from transom.training.objectives.rankings import Rankings, ranked_ids
 from transom.training.objectives.sft import Sft, answer_ids
 from transom.training.parallel import processes
 from transom.training.policy import Policy
@@ -34,6 +35,9 @@ METHODS = ("best_of_n", "rloo", "bond", "jbond", "dpo", "rrhf")
 
 SFT = "sft"
 
+RANKED = ("dpo", "rrhf")
+"""Those of `METHODS` that learn rankings of the data too, where there is no reward."""
+
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -44,34 +48,25 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlignSettings:
-    """How to align: a recipe.
+class AlignSettings(RunSettings):
+    """How to align: a recipe. Its examples are prompts; `RunSettings` has the rest.
 
     Attributes:
         objective: "sft", or one of `METHODS`.
         options: The method's own numbers, such as its `beta`.
-        reward: Name of a reward; "" for sft, which has answers.
+        reward: Name of a reward; "" for sft, which has answers, and for rankings of the data.
         reward_options: What the reward takes.
-        steps: Of the optimiser.
-        batch: Prompts in a step.
-        parts: In how many parts they go through the model.
         max_new: Most tokens of a continuation.
         temperature: Of sampling.
         learning_rate: At its peak.
-        warmup: Share of the steps in which the rate rises.
-        last_rate: Share of the peak that is left at the end.
-        clip: Largest norm of a step's gradient.
         anchor_rate: Share of the policy that the anchor moves by after every step; 0 for an anchor that stays.
         chat: Whether prompts are what a user says, in the model's chat template.
         train_table: Whether the table of tokens is trained too.
-        recompute: Compute every layer again on the way back: memory for time.
         workers: Continuations that are scored at a time.
         rounds: Of WARP: how often runs are merged, to begin the next ones there; 0 for a single run.
         runs: Of WARP: how many in a round. All settings are each run's: `rounds * runs * steps` steps are taken.
         eta: Of WARP: share of the way from a round's start to its merged runs.
-        seed: Of the order of prompts, and of draws; the runs of WARP have seeds of their own, which follow from it.
-        device: Where to compute.
-        save_every: Steps between two saved states.
+        seed: The runs of WARP have seeds of their own, which follow from it.
 
     Raises:
         TrainingError: If an objective is unknown, or settings don't go together.
@@ -81,45 +76,34 @@ class AlignSettings:
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     reward: str = ""
     reward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    steps: int = 500
-    batch: int = 16
-    parts: int = 1
     max_new: int = 64
     temperature: float = 1.0
     learning_rate: float = 3e-6
-    warmup: float = 0.05
-    last_rate: float = 1.0
-    clip: float = 1.0
     anchor_rate: float = 0.0
     chat: bool = False
     train_table: bool = True
-    recompute: bool = False
     workers: int = 1
     rounds: int = 0
     runs: int = 2
     eta: float = ETA
-    seed: int = 0
-    device: str = "cpu"
-    save_every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("max_new", "workers", "runs")
         if self.objective != SFT and self.objective not in METHODS:
             raise TrainingError(f"there is no objective {self.objective!r}: choose {', '.join((SFT, *METHODS))}")
-        if (self.objective == SFT) != (not self.reward):
-            raise TrainingError(
-                "sft learns answers, so it takes no reward: leave it out"
-                if self.reward
-                else f"the objective {self.objective} learns from a reward: name one"
-            )
+        if self.objective == SFT and self.reward:
+            raise TrainingError("sft learns answers, so it takes no reward: leave it out")
+        if self.objective not in (SFT, *RANKED) and not self.reward:
+            raise TrainingError(f"the objective {self.objective} learns from a reward: name one")
         if self.objective == SFT and (self.options or self.anchor_rate):
             raise TrainingError("sft has no numbers of its own, nor an anchor: leave them out")
-        if self.objective == SFT and self.rounds:
-            raise TrainingError("rounds of runs (WARP) learn from rewards, not sft: choose another objective")
-        for name in ("steps", "batch", "parts", "max_new", "workers", "runs", "save_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if self.batch % self.parts:
-            raise TrainingError(f"{self.batch} prompts do not go into {self.parts} equal parts: choose another number")
+        if self.rounds and not self.reward:
+            raise TrainingError("rounds of runs (WARP) learn from a reward: name one, or leave the rounds out")
+        if self.ranks and "samples" in self.options:
+            raise TrainingError("without a reward nothing is sampled, the data have the responses: leave `samples` out")
+        if self.ranks and self.anchor_rate and not self.method().compares:
+            raise TrainingError(f"{self.objective} compares the data's responses with no anchor: leave its rate out")
         if not 0 <= self.anchor_rate < 1:
             raise TrainingError(f"the anchor's rate is {self.anchor_rate}: give a share from 0 to 1")
         if self.rounds < 0 or not 0 <= self.eta <= 1:
@@ -133,16 +117,14 @@ class AlignSettings:
         return cls(**values)
 
     @property
+    def ranks(self) -> bool:
+        """Whether rankings of the data are learned, and no reward."""
+        return self.objective in RANKED and not self.reward
+
+    @property
     def loop(self) -> LoopSettings:
         """How the optimiser steps."""
-        return LoopSettings(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            last_rate=self.last_rate,
-            clip=self.clip,
-            save_every=self.save_every,
-        )
+        return self.loop_at(self.learning_rate)
 
     def method(self) -> Method:
         """The method with its numbers.
@@ -208,7 +190,8 @@ def align(
     Args:
         model: Where it begins, and the first anchor.
         settings: How.
-        data: JSON lines, each with its `prompt`; for sft with its `answer`, else with what the reward reads.
+        data: JSON lines, each with its `prompt`; for sft with its `answer`, for rankings with its `chosen` and
+            `rejected` or `ranked`, else with what the reward reads.
         out: Folder of the checkpoint; it appears only when it is whole.
         dtype: Of the weights that are written.
         overwrite: Whether to replace a folder that an earlier run wrote.
@@ -272,10 +255,27 @@ def _objective(model: Model, policy: Policy, prompts: list[Prompt], settings: Al
     if settings.objective == SFT:
         answers = answer_ids(tokenizer, prompts, settings.max_new)
         return Sft(policy, prompts, answers, batch=settings.batch, parts=settings.parts, seed=settings.seed)
+    method = settings.method()
+
+    def anchor() -> Policy:
+        return Policy(model, device=settings.device, trained=lambda name: False)
+
+    if settings.ranks:
+        return Rankings(
+            policy,
+            anchor() if method.compares else None,
+            method,
+            prompts,
+            ranked_ids(tokenizer, prompts, settings.max_new),
+            batch=settings.batch,
+            parts=settings.parts,
+            anchor_rate=settings.anchor_rate,
+            seed=settings.seed,
+        )
     return Alignment(
         policy,
-        Policy(model, device=settings.device, trained=lambda name: False),
-        settings.method(),
+        anchor(),
+        method,
         prompts,
         _scores(reward(settings.reward, **settings.reward_options), settings.workers),
         decode=tokenizer.decode,

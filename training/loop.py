@@ -108,6 +108,60 @@ class LoopSettings:
         return min(1.0, (step + 1) / rising) * falling
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What the settings of runs that learn from examples have in common.
+
+    Attributes:
+        steps: Of the optimiser.
+        batch: Examples in a step.
+        parts: In how many parts they go through the model.
+        warmup: Share of the steps in which the rate rises.
+        last_rate: Share of the peak that is left at the end.
+        clip: Largest norm of a step's gradient.
+        recompute: Compute every layer again on the way back: memory for time.
+        seed: Of the order of examples, and of draws.
+        device: Where to compute.
+        save_every: Steps between two saved states.
+
+    Raises:
+        TrainingError: If a count is below 1, or the parts of a batch are not equal.
+    """
+
+    steps: int = 500
+    batch: int = 16
+    parts: int = 1
+    warmup: float = 0.05
+    last_rate: float = 1.0
+    clip: float = 1.0
+    recompute: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        self.check_counts("steps", "batch", "parts", "save_every")
+        if self.batch % self.parts:
+            raise TrainingError(f"a batch of {self.batch} does not go into {self.parts} equal parts: choose others")
+
+    def check_counts(self, *names: str) -> None:
+        """Raise `TrainingError` if one of these settings is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
+
+    def loop_at(self, rate: float) -> LoopSettings:
+        """How the optimiser steps, with a learning rate at its peak."""
+        return LoopSettings(
+            steps=self.steps,
+            learning_rate=rate,
+            warmup=self.warmup,
+            last_rate=self.last_rate,
+            clip=self.clip,
+            save_every=self.save_every,
+        )
+
+
 class Loop:
     """An objective's run.
 

@@ -14,6 +14,7 @@ from transom.errors import ContextLengthError, TokenizerError, TrainingError
 from transom.training.policy import padded
 from transom.zoo.chat import Message
 from transom.zoo.model import Model
+from transom.zoo.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,13 @@ class Prompt:
         text: What is asked.
         ids: What the model reads.
         reference: The line's other keys: what a reward or an objective knows of a right answer.
+        where: File and line, for errors.
     """
 
     text: str
     ids: tuple[int, ...]
     reference: Mapping[str, Any]
+    where: str = ""
 
 
 def read_prompts(model: Model, path: Path, *, max_new: int, chat: bool = False) -> list[Prompt]:
@@ -71,10 +74,26 @@ def read_prompts(model: Model, path: Path, *, max_new: int, chat: bool = False) 
                 f"{path}, line {number}: {len(ids):,} tokens and {max_new:,} new ones are longer than the context of "
                 f"{model.config.context:,}: shorten the prompt, or allow fewer new tokens"
             )
-        prompts.append(Prompt(text=text, ids=tuple(ids), reference=data))
+        prompts.append(Prompt(text=text, ids=tuple(ids), reference=data, where=f"{path}, line {number}"))
     if not prompts:
         raise TrainingError(f"{path} has no prompts: write a JSON object a line")
     return prompts
+
+
+def response_ids(tokenizer: Tokenizer, prompt: Prompt, text: str, longest: int) -> list[int]:
+    """Token ids of what follows a prompt, with the token that ends a text.
+
+    Raises:
+        TrainingError: If there is none, or more than `longest`.
+    """
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = tokenizer.encode(text, bos=False) + end
+    if not 1 <= len(ids) <= longest:
+        raise TrainingError(
+            f"{prompt.where}: {text[:60]!r} is {len(ids):,} tokens, 1 to {longest:,} are allowed: allow more, or leave "
+            "the line out"
+        )
+    return ids
 
 
 def continued(prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""WARM (arXiv 2401.12187): reward models of one start, each with its own order of pairs and its own rate, averaged.
+"""WARM (arXiv 2401.12187): reward models of one start, averaged; each has its own order of pairs, rate and dropout.
 
 The head is fitted alone first, so that all members begin with the same one, which fits the features that they begin
 with; then members and heads are trained, and all their weights averaged into one model that costs no more than one.
@@ -20,14 +20,16 @@ from transom.errors import TrainingError
 from transom.graphs.weight import Weight
 from transom.training.averaging import Average
 from transom.training.checkpoint import TRAINED, check_apart, write_trained
-from transom.training.loop import LoopSettings, Metrics, OnStep
+from transom.training.loop import LoopSettings, Metrics, OnStep, RunSettings
 from transom.training.objectives.preference import HEAD, Preferences
 from transom.training.policy import Policy
 from transom.training.rewards.preference import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    Encode,
     Pair,
     PreferenceModel,
+    Probe,
     accuracy,
     encoder,
     fit_head,
@@ -50,23 +52,14 @@ REWARD_MODEL = Kind(title=f"a reward model that transom trained ({CONFIG_FILE})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModelSettings:
-    """How to train.
+class RewardModelSettings(RunSettings):
+    """How to train; the examples are pairs, the steps each member's. `RunSettings` has the rest.
 
     Attributes:
         members: Models that are trained and averaged; 1 for a plain one.
         learning_rates: At their peaks, of the members in turn.
-        steps: Of each member.
-        batch: Pairs in a step.
-        parts: In how many parts they go through the model.
-        warmup: Share of the steps in which the rate rises.
-        last_rate: Share of the peak that is left at the end.
-        clip: Largest norm of a step's gradient.
+        dropouts: Shares of the hidden states that the head is not shown, of the members in turn.
         held_out: Pairs at the end of the file that are measured on, and not learned.
-        recompute: Compute every layer again on the way back: memory for time.
-        seed: Of the orders of pairs.
-        device: Where to compute.
-        save_every: Steps between two saved states.
 
     Raises:
         TrainingError: If settings don't go together.
@@ -74,41 +67,25 @@ class RewardModelSettings:
 
     members: int = 3
     learning_rates: tuple[float, ...] = (1e-5, 4e-5, 1e-4)
-    steps: int = 500
-    batch: int = 16
-    parts: int = 1
-    warmup: float = 0.05
+    dropouts: tuple[float, ...] = (0.05, 0.1)
     last_rate: float = 0.1
-    clip: float = 1.0
     held_out: int = 0
-    recompute: bool = False
-    seed: int = 0
-    device: str = "cpu"
-    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("members", "steps", "batch", "parts", "save_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if self.batch % self.parts:
-            raise TrainingError(f"{self.batch} pairs do not go into {self.parts} equal parts: choose another number")
+        super().__post_init__()
+        self.check_counts("members")
         if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
             raise TrainingError(f"the learning rates {self.learning_rates}: give positive numbers")
-
-    def rate(self, member: int) -> float:
-        """A member's rate at its peak."""
-        return self.learning_rates[member % len(self.learning_rates)]
+        if not self.dropouts or not all(0 <= rate < 1 for rate in self.dropouts):
+            raise TrainingError(f"the dropouts {self.dropouts}: give shares from 0 on and below 1")
 
     def loop(self, member: int) -> LoopSettings:
         """How a member's optimiser steps."""
-        return LoopSettings(
-            steps=self.steps,
-            learning_rate=self.rate(member),
-            warmup=self.warmup,
-            last_rate=self.last_rate,
-            clip=self.clip,
-            save_every=self.save_every,
-        )
+        return self.loop_at(self.learning_rates[member % len(self.learning_rates)])
+
+    def dropout(self, member: int) -> float:
+        """A member's dropout."""
+        return self.dropouts[member % len(self.dropouts)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +114,86 @@ class Accuracy:
         """As an object of JSON."""
         low, high = self.interval
         return {"name": self.name, "accuracy": self.value, "low": low, "high": high, "pairs": self.pairs}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Members:
+    """Reward models of one start, the head alone that they begin with, and their average.
+
+    Attributes:
+        model: Where they begin.
+        encode: How texts become tokens.
+        settings: How they are trained.
+        runs: Where they are kept.
+    """
+
+    model: Model
+    encode: Encode
+    settings: RewardModelSettings
+    runs: Runs
+
+    @property
+    def names(self) -> list[str]:
+        """Of the members."""
+        return [f"member-{member + 1}" for member in range(self.settings.members)]
+
+    @property
+    def result(self) -> str:
+        """Name of the average, or of the member that is alone."""
+        return AVERAGE if self.settings.members > 1 else self.names[0]
+
+    def train(self, pairs: Sequence[Pair]) -> None:
+        """Fit the head, train every member, and average them, from where that was stopped."""
+        settings, runs = self.settings, self.runs
+        if not runs.has(PROBE):
+            probe, _ = self._open({})
+            loss = fit_head(probe, pairs, Probe(batch=settings.batch // settings.parts))
+            runs.write(PROBE, {HEAD: Weight.of(probe.head.weight.detach().cpu())}, lambda: loss)
+            del probe
+        for member, name in enumerate(self.names):
+
+            def create(member: int = member) -> Preferences:
+                result, policy = self._open(runs.weights(PROBE), trained=True)
+                return Preferences(
+                    result,
+                    policy.parameters,
+                    pairs,
+                    batch=settings.batch,
+                    parts=settings.parts,
+                    dropout=settings.dropout(member),
+                    # Far apart: epochs of one order add to its seed.
+                    seed=(settings.seed * settings.members + member) << 20,
+                )
+
+            runs.train(name, create, settings.loop(member), {"member": member + 1})
+        if settings.members > 1:
+            runs.merge(AVERAGE, Average.of("mean", settings.members), self.names)
+
+    def open(self, name: str) -> PreferenceModel:
+        """What is kept under a name, not to be trained."""
+        return self._open(self.runs.weights(name))[0]
+
+    def accuracies(self, pairs: Sequence[Pair]) -> list[Accuracy]:
+        """Of the head alone, of every member and of their average, on pairs that they did not learn."""
+        names = dict.fromkeys((PROBE, *self.names, self.result))
+        return [
+            Accuracy(name=name.replace("-", " "), value=accuracy(self.open(name), pairs), pairs=len(pairs))
+            for name in names
+        ]
+
+    def _open(self, weights: Mapping[str, Weight], *, trained: bool = False) -> tuple[PreferenceModel, Policy]:
+        settings = self.settings
+        policy = Policy(
+            with_weights(self.model, weights),
+            device=settings.device,
+            trained=lambda name: trained,
+            recompute=settings.recompute,
+        )
+        result = PreferenceModel(policy.hidden, self.encode, self.model.config.hidden_size)
+        with torch.no_grad():
+            if HEAD in weights:
+                result.head.weight.copy_(weights[HEAD].read())
+        return result.to(policy.device), policy
 
 
 def train_reward_model(
@@ -182,67 +239,28 @@ def train_reward_model(
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         total = settings.members * settings.steps
         runs = Runs(out, settings, model.revision, digest, total=total, on_step=on_step)
-
-        def preference(weights: Mapping[str, Weight], *, trained: bool = False) -> tuple[PreferenceModel, Policy]:
-            policy = Policy(
-                _with(model, weights),
-                device=settings.device,
-                trained=lambda name: trained,
-                recompute=settings.recompute,
-            )
-            result = PreferenceModel(policy.hidden, encode, model.config.hidden_size)
-            with torch.no_grad():
-                if HEAD in weights:
-                    result.head.weight.copy_(weights[HEAD].read())
-            return result.to(policy.device), policy
-
-        if not runs.has(PROBE):
-            probe, _ = preference({})
-            loss = fit_head(probe, learned)
-            runs.write(PROBE, {HEAD: Weight.of(probe.head.weight.detach().cpu())}, lambda: loss)
-            del probe
-        names = [f"member-{member + 1}" for member in range(settings.members)]
-        for member, name in enumerate(names):
-
-            def create(member: int = member) -> Preferences:
-                result, policy = preference(runs.weights(PROBE), trained=True)
-                return Preferences(
-                    result,
-                    policy.parameters,
-                    learned,
-                    batch=settings.batch,
-                    parts=settings.parts,
-                    # Far apart: epochs of one order add to its seed.
-                    seed=(settings.seed * settings.members + member) << 20,
-                )
-
-            runs.train(name, create, settings.loop(member), {"member": member + 1})
-        if settings.members > 1:
-            runs.merge(AVERAGE, Average.of("mean", settings.members), names)
-        result = runs.weights(AVERAGE if settings.members > 1 else names[0])
-        measured = [PROBE, *names, *([AVERAGE] if settings.members > 1 else [])] if held_out else []
-        accuracies = [_accuracy(name, preference(runs.weights(name))[0], held_out) for name in measured]
+        members = Members(model=model, encode=encode, settings=settings, runs=runs)
+        members.train(learned)
+        accuracies = members.accuracies(held_out) if held_out else []
         report = {
             "settings": dataclasses.asdict(settings),
             "source": model.source,
             "data": digest,
             "probe_loss": runs.note(PROBE),
             "accuracy": [each.to_json() for each in accuracies],
-            "not_done": ["dropout: members differ by their order of pairs and by their rates"],
+            "not_done": ["dropout inside the model: it is of the hidden states that the head reads"],
         }
-        write_trained(folder, _with(model, result), report, dtype=dtype)
+        weights = runs.weights(members.result)
+        write_trained(folder, with_weights(model, weights), report, dtype=dtype)
         head = PreferenceModel(lambda tokens_BT: tokens_BT, encode, model.config.hidden_size)
-        head.head.load_state_dict({"weight": result[HEAD].read()})
+        head.head.load_state_dict({"weight": weights[HEAD].read()})
         head.save(folder)
         runs.finish(folder)
     runs.remove()
     return accuracies, runs.metrics
 
 
-def _with(model: Model, weights: Mapping[str, Weight]) -> Model:
+def with_weights(model: Model, weights: Mapping[str, Weight]) -> Model:
+    """A model with the weights of a reward model, less its head."""
     body = {name: weight for name, weight in weights.items() if name != HEAD}
     return dataclasses.replace(model, weights={**model.weights, **body}, quant="none") if body else model
-
-
-def _accuracy(name: str, model: PreferenceModel, pairs: Sequence[Pair]) -> Accuracy:
-    return Accuracy(name=name.replace("-", " "), value=accuracy(model, pairs), pairs=len(pairs))

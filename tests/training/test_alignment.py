@@ -15,7 +15,11 @@ from transom.errors import ContextLengthError, TokenizerError, TrainingError
 from transom.training.loop import Loop, LoopSettings, Loss, Metrics
 from transom.training.objectives.alignment import Alignment, Method, Samples
 from transom.training.objectives.best_of_n import BestOfN
+from transom.training.objectives.bond import Bond
+from transom.training.objectives.dpo import Dpo
 from transom.training.objectives.jbond import JBond
+from transom.training.objectives.rloo import Rloo
+from transom.training.objectives.rrhf import Rrhf
 from transom.training.objectives.sft import Sft, answer_ids
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, read_prompts
@@ -28,12 +32,37 @@ SETTINGS = LoopSettings(steps=6, learning_rate=3e-3, save_every=2, clip=1.0)
 class Watch(Method):
     """Keeps what it is given."""
 
-    own, anchored = 2, 3
+    own, anchored, compares = 2, 3, True
 
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         self.given = own, anchored
         assert own is not None
         return Loss(value=own.log_probs.mean())
+
+
+class Everything(Method):
+    """A method that is given log p of all samples under both models, and reads what it reads anyway."""
+
+    compares = True
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    @property
+    def own(self) -> int:
+        return self._method.own
+
+    @property
+    def anchored(self) -> int:
+        return self._method.anchored
+
+    def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
+        if anchored is not None:
+            assert anchored.anchor_log_probs is not None and anchored.log_probs.shape == anchored.rewards.shape
+            places = self._method.chosen(anchored.rewards)
+            log_probs, anchor = (part.gather(1, places) for part in (anchored.log_probs, anchored.anchor_log_probs))
+            anchored = dataclasses.replace(anchored, log_probs=log_probs, anchor_log_probs=anchor)
+        return self._method.loss(own, anchored)
 
 
 def capitals(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -82,7 +111,8 @@ def test_what_a_method_is_given(tiny: Model, prompts: list[Prompt]) -> None:
     modules = policy.model().eager(), anchor.model().eager()
     assert tiny.tokenizer is not None
     for samples, (_, asked, new), copies in zip(method.given, continuations, (2, 3), strict=True):
-        assert samples is not None and samples.log_probs.shape == (2, copies)
+        assert samples is not None and samples.anchor_log_probs is not None
+        assert samples.log_probs.shape == samples.anchor_log_probs.shape == (2, copies)
         for place, (prompt, ids) in enumerate(zip(asked, new, strict=True)):
             row, column = divmod(place, copies)
             tokens = torch.tensor([[*prompt, *ids]])
@@ -93,8 +123,49 @@ def test_what_a_method_is_given(tiny: Model, prompts: list[Prompt]) -> None:
             assert int(samples.lengths[row, column]) == len(ids)
     own = method.given[0]
     assert own is not None and loss.metrics["reward"] == pytest.approx(float(own.rewards.mean()))
-    assert loss.metrics["kl_to_anchor"] == pytest.approx(float((own.log_probs - own.anchor_log_probs).detach().mean()))
-    assert not own.anchor_log_probs.requires_grad and own.log_probs.requires_grad
+    anchor_log_probs = own.anchor_log_probs
+    assert anchor_log_probs is not None and not anchor_log_probs.requires_grad and own.log_probs.requires_grad
+    assert loss.metrics["kl_to_anchor"] == pytest.approx(float((own.log_probs.detach() - anchor_log_probs).mean()))
+
+
+# Two prompts in a part, and so many samples of each that log p is computed of.
+@pytest.mark.parametrize(
+    ("method", "of_policy", "of_anchor"),
+    [
+        (BestOfN(samples=3), 1, 0),
+        (Rloo(samples=3), 3, 3),
+        (Bond(n=2, samples=3), 1 + 2, 2),
+        (JBond(), 1 + 1, 1),
+        (Dpo(samples=3), 2, 2),
+        (Rrhf(samples=3), 3, 0),
+    ],
+)
+def test_only_what_a_method_reads_is_computed(
+    method: Method, of_policy: int, of_anchor: int, tiny: Model, prompts: list[Prompt]
+) -> None:
+    """With the loss and the gradient of all of it."""
+    rows: dict[Policy, int] = {}
+    original = Policy.log_probs
+
+    def watch(model: Policy, tokens_BT: torch.Tensor, *counts: torch.Tensor) -> torch.Tensor:
+        rows[model] = rows.get(model, 0) + len(tokens_BT)
+        return original(model, tokens_BT, *counts)
+
+    results = []
+    for one in (method, Everything(method)):
+        policy, anchor, objective = alignment(tiny, prompts, one)
+        rows.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Policy, "log_probs", watch)
+            loss = next(objective.losses(0))
+        gradients = torch.autograd.grad(loss.value, list(policy.parameters.values()), allow_unused=True)
+        results.append((loss.value.detach(), loss.metrics, gradients))
+        if one is method:
+            assert (rows[policy], rows.get(anchor, 0)) == (2 * of_policy, 2 * of_anchor)
+    (value, metrics, gradients), (all_value, all_metrics, all_gradients) = results
+    torch.testing.assert_close(value, all_value)
+    assert metrics == pytest.approx(all_metrics, abs=FP32_LOGITS)
+    torch.testing.assert_close(gradients, all_gradients)
 
 
 def test_rewards_rise(tiny: Model, prompts: list[Prompt]) -> None:
@@ -180,5 +251,5 @@ def test_prompts_that_do_not_fit(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no text under `answer`"):
         answer_ids(tiny.tokenizer, read_prompts(tiny, path, max_new=4), 4)  # type: ignore[arg-type]
     path.write_text(json.dumps({"prompt": "a", "answer": "b" * 9}))
-    with pytest.raises(TrainingError, match="10 tokens, 4 are allowed"):
+    with pytest.raises(TrainingError, match=r"line 1: .* is 10 tokens, 1 to 4 are allowed"):
         answer_ids(tiny.tokenizer, read_prompts(tiny, path, max_new=4), 4)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Where a loss is of samples, its mean gradient over 200,000 prompts is compared w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -35,11 +36,22 @@ def samples(source: torch.Tensor, count: int, logits: torch.Tensor, generator: t
     )
 
 
+def chosen(method: Method, drawn: Samples) -> Samples:
+    """What a method says that it reads of the anchor's samples."""
+    places, anchor = method.chosen(drawn.rewards), drawn.anchor_log_probs
+    assert anchor is not None
+    return dataclasses.replace(
+        drawn,
+        log_probs=drawn.log_probs.gather(1, places),
+        anchor_log_probs=anchor.gather(1, places) if method.compares else None,
+    )
+
+
 def mean_gradient(method: Method) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     logits = POLICY.log().requires_grad_(True)
     own = samples(POLICY, method.own, logits, generator) if method.own else None
-    anchored = samples(ANCHOR, method.anchored, logits, generator) if method.anchored else None
+    anchored = chosen(method, samples(ANCHOR, method.anchored, logits, generator)) if method.anchored else None
     method.loss(own, anchored).value.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     return logits.grad
@@ -157,17 +169,18 @@ def given(log_probs: list[list[float]], anchor: list[list[float]], rewards: list
 def test_dpo_by_hand() -> None:
     """-log sigmoid(0.5 * ((-1 + 2) - (-3 + 3))) on the best and the worst; the second prompt has no pair."""
     drawn = given([[-3.0, -2.0, -1.0], [-1.0, -1.0, -1.0]], [[-3.0, -2.0, -2.0], [-1.0] * 3], [[0, 1, 2], [1, 1, 1]])
-    loss = Dpo(samples=3, beta=0.5).loss(None, drawn)
+    method = Dpo(samples=3, beta=0.5)
+    loss = method.loss(None, chosen(method, drawn))
     (gradient,) = torch.autograd.grad(loss.value, drawn.log_probs)
     assert float(loss.value.detach()) == pytest.approx(math.log(1 + math.exp(-0.5)))
     slope = 0.5 / (1 + math.exp(0.5))
     torch.testing.assert_close(gradient, torch.tensor([[slope, 0.0, -slope], [0.0, 0.0, 0.0]]))
-    assert loss.metrics["pairs"] == 0.5
+    assert loss.metrics == {"pairs": 0.5, "accuracy": 1.0}
 
 
 def test_dpo_without_a_pair() -> None:
     drawn = given([[-3.0, -2.0, -1.0]], [[-1.0, -1.0, -1.0]], [[1, 1, 1]])
-    loss = Dpo(samples=3).loss(None, drawn).value
+    loss = Dpo(samples=3).loss(None, chosen(Dpo(samples=3), drawn)).value
     (gradient,) = torch.autograd.grad(loss, drawn.log_probs)
     assert float(loss.detach()) == 0 and not gradient.any()
 

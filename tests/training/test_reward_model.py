@@ -119,6 +119,7 @@ def test_the_reward_ranks_held_out_pairs(data: Path, whole: tuple[Path, list[Acc
 
 def test_rates_go_in_turn() -> None:
     assert [SHORT.loop(member).learning_rate for member in range(3)] == [3e-4, 1e-3, 3e-4]
+    assert [SHORT.dropout(member) for member in range(3)] == [0.05, 0.1, 0.05]
 
 
 def test_a_head_of_logits_that_no_reward_reads_stays(data: Path, tmp_path: Path) -> None:
@@ -164,8 +165,9 @@ def test_a_run_goes_on_to_the_bit(
 def test_what_is_refused(tiny: Model, tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"members": 0}, "members is 0"),
-        ({"parts": 3}, "4 pairs do not go into 3 equal parts"),
+        ({"parts": 3}, "a batch of 4 does not go into 3 equal parts"),
         ({"learning_rates": (1e-3, 0.0)}, "give positive numbers"),
+        ({"dropouts": (0.1, 1.0)}, "give shares from 0 on and below 1"),
     ):
         with pytest.raises(TrainingError, match=message):
             dataclasses.replace(SHORT, **changes)
@@ -191,6 +193,7 @@ def test_the_commands(cli: Cli, data: Path, tmp_path: Path) -> None:
     for more, message in (
         ((), "--overwrite"),
         (("--overwrite", "--learning-rates", "many"), "--learning-rates takes numbers"),
+        (("--overwrite", "--dropouts", "some"), "--dropouts takes numbers"),
         (("--overwrite", "--dtype", "int8"), "--dtype takes"),
     ):
         code, _, err = cli(*command, *more)

@@ -151,7 +151,7 @@ def test_runs_of_other_settings_are_refused(tiny: Model, data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "sft", "reward": "", "anchor_rate": 0.0, "options": {}}, "learn from rewards, not sft"),
+        ({"objective": "sft", "reward": "", "anchor_rate": 0.0, "options": {}}, "learn from a reward: name one"),
         ({"runs": 0}, "runs is 0: give 1 or more"),
         ({"rounds": -1}, "-1 rounds"),
         ({"eta": 1.5}, "eta 1.5: give 0 or more, and a share"),

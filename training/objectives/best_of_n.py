@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import AnchorMethod, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples, best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,12 +18,15 @@ class BestOfN(AnchorMethod):
         samples: n.
     """
 
+    def chosen(self, rewards_Pn: torch.Tensor) -> torch.Tensor:
+        """The best."""
+        return best(rewards_Pn)
+
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
-        """Mean -log p of the best samples, in nats. Of equal ones the first counts, which is any of them."""
+        """Mean -log p of the best samples, in nats."""
         assert anchored is not None
-        best_P1 = anchored.rewards.argmax(1, keepdim=True)
         return Loss(
-            value=-anchored.log_probs.gather(1, best_P1).mean(),
+            value=-anchored.log_probs.mean(),
             metrics={"best_reward": float(anchored.rewards.max(1).values.mean())},
         )
 

@@ -13,7 +13,7 @@ import math
 import torch
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import Method, Samples
+from transom.training.objectives.alignment import Method, Samples, best
 from transom.training.objectives.rloo import leave_one_out
 
 
@@ -41,12 +41,14 @@ class Bond(Method):
         """Samples of the anchor."""
         return max(self.samples, self.n)
 
+    def chosen(self, rewards_Pn: torch.Tensor) -> torch.Tensor:
+        """The best of the first n."""
+        return best(rewards_Pn[:, : self.n])
+
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """(1 - beta) KL(best of n || policy) + beta KL(policy || best of n), but for constants."""
         assert anchored is not None
-        first_Pn = anchored.rewards[:, : self.n]
-        best_P1 = first_Pn.argmax(1, keepdim=True)
-        forward = -anchored.log_probs.gather(1, best_P1).mean()
+        forward = -anchored.log_probs.mean()
         if own is None:
             return Loss(value=forward)
         # A quantile of zero has no logarithm: a sample that is worse than all of the anchor's stands between none and
@@ -54,7 +56,7 @@ class Bond(Method):
         smallest = 0.5 / anchored.rewards.shape[1]
         worse, equal = quantiles(own.rewards, anchored.rewards)
         best_P2 = log_best_of_n(worse, (worse + equal).clamp(min=smallest), self.n)
-        worth_P2 = best_P2 - (own.log_probs.detach() - own.anchor_log_probs)
+        worth_P2 = best_P2 - own.log_ratios.detach()
         backward = -(leave_one_out(worth_P2) * own.log_probs).mean()
         return Loss(value=(1 - self.beta) * forward + self.beta * backward)
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290) on pairs of samples: the best against the worst."""
+"""Direct preference optimisation (arXiv 2305.18290) on pairs: the best of a prompt's samples against the worst."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import AnchorMethod, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples, best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,17 +21,26 @@ class Dpo(AnchorMethod):
 
     beta: float = 0.1
 
+    @property
+    def compares(self) -> bool:
+        """The implied reward is of both models."""
+        return True
+
+    def chosen(self, rewards_Pn: torch.Tensor) -> torch.Tensor:
+        """The best and the worst."""
+        return torch.cat((best(rewards_Pn), best(-rewards_Pn)), 1)
+
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """Mean of the pairs' losses; nothing is learned where there is no pair."""
         assert anchored is not None
-        best_P1 = anchored.rewards.argmax(1, keepdim=True)
-        worst_P1 = anchored.rewards.argmin(1, keepdim=True)
-        margin_Pn = anchored.log_probs - anchored.anchor_log_probs
-        margin_P = (margin_Pn.gather(1, best_P1) - margin_Pn.gather(1, worst_P1))[:, 0]
+        best_P, worst_P = anchored.log_ratios.unbind(1)
+        margin_P = best_P - worst_P
         pairs_P = (anchored.rewards.max(1).values > anchored.rewards.min(1).values).float()
-        losses_P = dpo_losses(margin_P, self.beta)
+        count = pairs_P.sum().clamp(min=1)
+        right = float(((margin_P > 0) * pairs_P).sum() / count)
         return Loss(
-            value=(losses_P * pairs_P).sum() / pairs_P.sum().clamp(min=1), metrics={"pairs": float(pairs_P.mean())}
+            value=(dpo_losses(margin_P, self.beta) * pairs_P).sum() / count,
+            metrics={"pairs": float(pairs_P.mean()), "accuracy": right},
         )
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import Method, Samples
+from transom.training.objectives.alignment import Method, Samples, best
 from transom.training.objectives.rloo import leave_one_out
 
 PENALTY = -math.log(16)
@@ -40,12 +40,15 @@ class JBond(Method):
         """Samples of the anchor."""
         return 2
 
+    def chosen(self, rewards_Pn: torch.Tensor) -> torch.Tensor:
+        """The better."""
+        return best(rewards_Pn)
+
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """A loss whose gradient is the paper's. The baseline is the mean of the other prompts of the part."""
         assert own is not None and anchored is not None
-        best_P1 = anchored.rewards.argmax(1, keepdim=True)
-        forward = -anchored.log_probs.gather(1, best_P1).mean()
-        ratio_P = (own.log_probs.detach() - own.anchor_log_probs)[:, 0]
+        forward = -anchored.log_probs.mean()
+        ratio_P = own.log_ratios.detach()[:, 0]
         rewards_P = jbond_rewards(own.rewards[:, 0], anchored.rewards)
         log_probs_P = own.log_probs[:, 0]
         backward = -(leave_one_out(rewards_P - ratio_P) * log_probs_P).mean()

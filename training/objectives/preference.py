@@ -8,7 +8,7 @@ import torch
 
 from transom.training.loop import Loss, Objective
 from transom.training.rewards.preference import Pair, PreferenceModel, pairwise_loss
-from transom.training.text import index_at
+from transom.training.text import generator_at, index_at
 
 HEAD = "preference.head.weight"
 """Name of the head among the parameters."""
@@ -23,7 +23,8 @@ class Preferences(Objective):
         pairs: What it learns.
         batch: Pairs in a step.
         parts: In how many parts they go through the model; it divides `batch`.
-        seed: Of their order.
+        dropout: Share of the hidden states that the head is not shown.
+        seed: Of their order, and of what is not shown.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class Preferences(Objective):
         *,
         batch: int,
         parts: int = 1,
+        dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.parameters, self.parts = {**weights, HEAD: model.head.weight}, parts
-        self._model, self._pairs, self._batch, self._seed = model, pairs, batch, seed
+        self._model, self._pairs, self._batch, self._dropout, self._seed = model, pairs, batch, dropout, seed
 
     def losses(self, step: int) -> Iterator[Loss]:
         """The pairwise loss of each part, and the share of its pairs that are ranked right."""
@@ -45,6 +47,7 @@ class Preferences(Objective):
         for part in range(step * self.parts, (step + 1) * self.parts):
             places = range(part * size, (part + 1) * size)
             pairs = [self._pairs[index_at(place, len(self._pairs), self._seed)] for place in places]
-            chosen, rejected = self._model.rewards(pairs)
+            generator = generator_at(part, self._seed)
+            chosen, rejected = self._model.rewards(pairs, dropout=self._dropout, generator=generator)
             right = float((chosen > rejected).float().mean())
             yield Loss(value=pairwise_loss(chosen, rejected), metrics={"accuracy": right})

@@ -30,7 +30,7 @@ class Rloo(Method):
     def loss(self, own: Samples | None, anchored: Samples | None) -> Loss:
         """A loss whose gradient is the policy gradient's."""
         assert own is not None
-        worth_Pn = own.rewards - self.beta * (own.log_probs.detach() - own.anchor_log_probs)
+        worth_Pn = own.rewards - self.beta * own.log_ratios.detach()
         return Loss(value=-(leave_one_out(worth_Pn) * own.log_probs).mean())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from transom.training.loop import Loss
-from transom.training.objectives.alignment import AnchorMethod, Samples
+from transom.training.objectives.alignment import AnchorMethod, Samples, best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,8 @@ class Rrhf(AnchorMethod):
         worse_Pnn = anchored.rewards[:, :, None] > anchored.rewards[:, None, :]
         excess_Pnn = (scores_Pn[:, None, :] - scores_Pn[:, :, None]).clamp(min=0)
         ranking = (excess_Pnn * worse_Pnn).sum((1, 2)).mean()
-        best_P1 = anchored.rewards.argmax(1, keepdim=True)
-        return Loss(
-            value=ranking - anchored.log_probs.gather(1, best_P1).mean(), metrics={"ranking": float(ranking.detach())}
-        )
+        best_P1 = anchored.log_probs.gather(1, best(anchored.rewards))
+        return Loss(value=ranking - best_P1.mean(), metrics={"ranking": float(ranking.detach())})
 
 
 METHOD = Rrhf

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from transom.errors import TrainingError
 from transom.training.loop import Loss, Objective
 from transom.training.policy import Policy
-from transom.training.prompts import Prompt, continued
+from transom.training.prompts import Prompt, continued, response_ids
 from transom.training.text import index_at
 from transom.zoo.tokenizer import Tokenizer
 
@@ -25,14 +25,8 @@ def answer_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt], longest: int) ->
     for prompt in prompts:
         text = prompt.reference.get(ANSWER)
         if not isinstance(text, str):
-            raise TrainingError(f"the prompt {prompt.text[:60]!r} has no text under `{ANSWER}`: give every line one")
-        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids = tokenizer.encode(text, bos=False) + end
-        if len(ids) > longest:
-            raise TrainingError(
-                f"the answer to {prompt.text[:60]!r} is {len(ids):,} tokens, {longest:,} are allowed: allow more"
-            )
-        answers.append(ids)
+            raise TrainingError(f"{prompt.where} has no text under `{ANSWER}`: give every line one")
+        answers.append(response_ids(tokenizer, prompt, text, longest))
     return answers
 
 

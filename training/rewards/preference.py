@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,19 +113,35 @@ class PreferenceModel(torch.nn.Module):
             )
         return states_BD
 
-    def forward(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """Rewards, float32 [B]."""
-        rewards: torch.Tensor = self.head(self.features(texts)).squeeze(1)
+    def forward(
+        self, texts: Sequence[tuple[str, str]], *, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Rewards, float32 [B].
+
+        Args:
+            texts: Prompts and completions.
+            dropout: Share of the hidden states' elements that are zero to the head; the others are scaled up. In
+                training only, and only here: nothing is dropped inside the model, whose graph has no place for it.
+            generator: Of which, on the CPU.
+        """
+        states_BD = self.features(texts)
+        if dropout:
+            shown_BD = torch.rand(states_BD.shape, generator=generator) >= dropout
+            states_BD = states_BD * shown_BD.to(states_BD.device) / (1 - dropout)
+        rewards: torch.Tensor = self.head(states_BD).squeeze(1)
         return rewards
 
     def loss(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """The pairwise loss of some comparisons, in one batch."""
         return pairwise_loss(*self.rewards(pairs))
 
-    def rewards(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(
+        self, pairs: Sequence[Pair], *, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards of what is chosen and of what is rejected, each float32 [B], in one batch."""
         chosen = [(pair.prompt, pair.chosen) for pair in pairs]
-        rewards = self(chosen + [(pair.prompt, pair.rejected) for pair in pairs])
+        texts = chosen + [(pair.prompt, pair.rejected) for pair in pairs]
+        rewards = self(texts, dropout=dropout, generator=generator)
         return rewards[: len(pairs)], rewards[len(pairs) :]
 
     def save(self, folder: Path) -> None:
@@ -212,13 +228,13 @@ def fit_head(model: PreferenceModel, pairs: Sequence[Pair], probe: Probe | None 
         return float(loss())
 
 
-def accuracy(model: PreferenceModel, pairs: Iterable[Pair]) -> float:
-    """Share of the pairs whose chosen completion has the higher reward; a tie counts one half."""
-    with torch.no_grad():
-        margins = [model([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]) for pair in pairs]
-    if not margins:
+def accuracy(model: PreferenceModel, pairs: Sequence[Pair], batch: int = 8) -> float:
+    """Share of the pairs whose chosen completion has the higher reward, a batch at a time; a tie counts one half."""
+    if not pairs:
         raise RewardError("there is no comparison to measure on: give some")
-    return sum(float((1 + torch.sign(chosen - rejected)) / 2) for chosen, rejected in margins) / len(margins)
+    with torch.no_grad():
+        parts = [model.rewards(pairs[start : start + batch]) for start in range(0, len(pairs), batch)]
+    return sum(float(((1 + torch.sign(chosen - rejected)) / 2).sum()) for chosen, rejected in parts) / len(pairs)
 
 
 class Preference:

@@ -1,4 +1,4 @@
-"""`transom align`: train a model on answers or rewards."""
+"""`transom align`: train a model on answers, rewards or preferences."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def align(
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A number of the objective's own, such as beta=0.1.")
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="mathematics, code, instructions or preference; none for sft.")
+        str | None,
+        typer.Option(
+            help="mathematics, code, instructions or preference; none for answers (sft) and rankings (dpo, rrhf).",
+        ),
     ] = None,
     reward_option: RewardOption = None,
     steps: Annotated[
@@ -86,7 +89,10 @@ def align(
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that an earlier run wrote.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a model on answers (sft) or rewards (the other objectives). A run that is stopped goes on."""
+    """Train a model on answers (sft), on rewards, or on preferences in the data (dpo and rrhf without a reward).
+
+    A run that is stopped goes on.
+    """
     from transom.backends.folder import check_absent
     from transom.training.align import AlignSettings, read_recipe
     from transom.training.align import align as train
@@ -126,7 +132,7 @@ def align(
     if json:
         print_json({"folder": str(out), "settings": dataclasses.asdict(settings), "metrics": metrics})
         return
-    names = ("loss", "reward", "anchor_reward", "kl_to_anchor")
+    names = ("loss", "reward", "anchor_reward", "kl_to_anchor", "accuracy")
     words = changes(metrics, {name: name.replace("_", " ") for name in names})
     console.print(f"{escape(str(out))}: {settings.objective}, {words}", highlight=False)
 

@@ -31,6 +31,9 @@ def reward_model(
     learning_rates: Annotated[
         str, typer.Option(metavar="RATE,...", help="At their peaks, of the members in turn.")
     ] = "1e-5,4e-5,1e-4",
+    dropouts: Annotated[
+        str, typer.Option(metavar="SHARE,...", help="Of the states that the head reads, of the members in turn.")
+    ] = "0.05,0.1",
     steps: Annotated[int, typer.Option(help="Steps of each member's optimiser.", min=1)] = 500,
     batch: Annotated[int, typer.Option(help="Pairs in a step.", min=1)] = 16,
     parts: Annotated[int, typer.Option(help="In how many parts they go through the model.", min=1)] = 1,
@@ -50,13 +53,10 @@ def reward_model(
 
     check_absent(out, overwrite=overwrite, kind=REWARD_MODEL)
     written = written_dtype(dtype)
-    try:
-        rates = tuple(map(float, learning_rates.split(",")))
-    except ValueError:
-        raise TrainingError(f"--learning-rates takes numbers such as 1e-5,4e-5, not {learning_rates!r}") from None
     settings = RewardModelSettings(
         members=members,
-        learning_rates=rates,
+        learning_rates=_numbers("--learning-rates", learning_rates),
+        dropouts=_numbers("--dropouts", dropouts),
         steps=steps,
         batch=batch,
         parts=parts,
@@ -92,3 +92,10 @@ def reward_model(
         low, high = each.interval
         words = f"{each.value:.1%} of {each.pairs:,} held-out pairs right (95%: {low:.1%} to {high:.1%})"
         console.print(f"  {each.name}: {words}", highlight=False)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise TrainingError(f"{option} takes numbers with commas between, such as 1e-5,4e-5, not {text!r}") from None
