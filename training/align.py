@@ -23,6 +23,7 @@ from transom.training.parallel import processes
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, read_prompts
 from transom.training.rewards.reward import Reward, Sample, reward, score_many
+from transom.training.rollouts import ONNXRUNTIME, ROLLOUTS, TORCH
 from transom.training.runs import Runs
 from transom.training.state import TrainingState
 from transom.training.warp import WarpSettings, warp
@@ -66,6 +67,7 @@ class AlignSettings:
         train_table: Whether the table of tokens is trained too.
         recompute: Compute every layer again on the way back: memory for time.
         workers: Continuations that are scored at a time.
+        rollouts: What samples: "onnxruntime" (on a CPU) or "torch".
         rounds: Of WARP: how often runs are merged, to begin the next ones there; 0 for a single run.
         runs: Of WARP: how many in a round. All settings are each run's: `rounds * runs * steps` steps are taken.
         eta: Of WARP: share of the way from a round's start to its merged runs.
@@ -95,6 +97,7 @@ class AlignSettings:
     train_table: bool = True
     recompute: bool = False
     workers: int = 1
+    rollouts: str = ONNXRUNTIME
     rounds: int = 0
     runs: int = 2
     eta: float = ETA
@@ -118,6 +121,8 @@ class AlignSettings:
         for name in ("steps", "batch", "parts", "max_new", "workers", "runs", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.rollouts not in ROLLOUTS:
+            raise TrainingError(f"nothing samples by the name {self.rollouts!r}: choose {' or '.join(ROLLOUTS)}")
         if self.batch % self.parts:
             raise TrainingError(f"{self.batch} prompts do not go into {self.parts} equal parts: choose another number")
         if not 0 <= self.anchor_rate < 1:
@@ -127,7 +132,9 @@ class AlignSettings:
 
     @classmethod
     def of(cls, **values: Any) -> AlignSettings:
-        """Settings, with the paper's objective and anchor for WARP where none are given."""
+        """Settings, with the paper's objective and anchor for WARP where none are given, and what samples on a device."""
+        if values.get("device", "cpu") != "cpu":
+            values = {"rollouts": TORCH, **values}
         if values.get("rounds"):
             values = {"objective": "rloo", "anchor_rate": MU, **values}
         return cls(**values)
@@ -241,6 +248,7 @@ def align(
                 trained=lambda name: settings.train_table or name != head,
                 recompute=settings.recompute,
                 shards=shards,
+                rollouts=settings.rollouts,
             )
             return policy, _objective(start, policy, prompts, dataclasses.replace(settings, seed=seed))
 
@@ -274,7 +282,7 @@ def _objective(model: Model, policy: Policy, prompts: list[Prompt], settings: Al
         return Sft(policy, prompts, answers, batch=settings.batch, parts=settings.parts, seed=settings.seed)
     return Alignment(
         policy,
-        Policy(model, device=settings.device, trained=lambda name: False),
+        Policy(model, device=settings.device, trained=lambda name: False, rollouts=settings.rollouts),
         settings.method(),
         prompts,
         _scores(reward(settings.reward, **settings.reward_options), settings.workers),
