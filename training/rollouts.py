@@ -1,7 +1,7 @@
 """What continues sequences for a policy, by the policy's own weights: PyTorch's module, or ONNX Runtime.
 
-ONNX Runtime reads the very memory that an optimiser changes, so its weights are never old, and nothing is exported again.
-What passes compute of weights, such as the 1 + w of a norm, is computed again whenever sequences begin.
+ONNX Runtime reads the very memory that an optimiser changes, so its weights are never old, and nothing is exported
+again. What passes compute of weights, such as the 1 + w of a norm, is computed again whenever sequences begin.
 
 Axes: B sequences, T tokens, V vocabulary.
 """

@@ -169,7 +169,12 @@ def mismatch(runtime: Any, manifest: Manifest) -> str:
 
 
 def load(
-    model: str | bytes, threads: int | None, *, folded: int = 2**20, data: Path | None = None, as_it_stands: bool = False
+    model: str | bytes,
+    threads: int | None,
+    *,
+    folded: int = 2**20,
+    data: Path | None = None,
+    as_it_stands: bool = False,
 ) -> Any:
     """Make a session of the runtime.
 
