@@ -156,8 +156,9 @@ def pipeline(target: str, *, chunk: int, scheme: Scheme, measure: Measure | None
 
 
 def live_pipeline(chunk: int) -> Pipeline:
-    """Passes for the dialect of `onnxruntime` where the weights go on changing: no matrix is stacked or converted, as then
-    none has to be copied before a call.
+    """Passes for the dialect of `onnxruntime` where weights go on changing.
+
+    No matrix is stacked or converted, so that none has to be copied before a call.
     """
     listed = [
         *_recognise(Measure()),

@@ -132,7 +132,7 @@ class AlignSettings:
 
     @classmethod
     def of(cls, **values: Any) -> AlignSettings:
-        """Settings, with the paper's objective and anchor for WARP where none are given, and what samples on a device."""
+        """Settings. Where none are given, WARP has the paper's objective and anchor, and PyTorch samples on a GPU."""
         if values.get("device", "cpu") != "cpu":
             values = {"rollouts": TORCH, **values}
         if values.get("rounds"):

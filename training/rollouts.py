@@ -132,8 +132,9 @@ class OnnxRollout(Rollout):
             )
             self._batch = Batch(runtime)
         except (TransomError, ImportError) as error:
+            reason = " ".join(str(error).split())
             raise TrainingError(
-                f"{model.config.name} draws no samples on ONNX Runtime ({error}): choose {TORCH!r} for its rollouts"
+                f"{model.config.name} draws no samples on ONNX Runtime ({reason}): choose {TORCH!r} for its rollouts"
             ) from error
 
     def begin(self, prompts: Sequence[Sequence[int]], slots: int) -> torch.Tensor:
