@@ -164,7 +164,7 @@ class Runtime(abc.ABC):
         Raises:
             SessionError: If it does not take that.
         """
-        raise SessionError(f"{self.title} runs {self.rows} sequences at a time: give it no others")
+        raise SessionError(f"{self.title} holds the states of {self.rows} here: give it no others")
 
     @abc.abstractmethod
     def state_arrays(self) -> Iterator[tuple[State, Any]]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from transom.backends.batch import Batch, once
-from transom.errors import TrainingError, TransomError
+from transom.errors import InvariantError, TrainingError, TransomError
 from transom.export.options import CHUNK
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
@@ -110,6 +110,8 @@ class OnnxRollout(Rollout):
             from transom.export.onnx.onnxruntime import DIALECT
 
             chunk = min(CHUNK, model.config.context)
+            self._weights = weights
+            self._places = {name: weight.data_ptr() for name, weight in weights.items()}
             live = {name: Weight.of(weight.detach()) for name, weight in weights.items()}
             graph, _ = live_pipeline(chunk).run(_over(model.trace(), live))
             proto, recipes = live_model(graph, DIALECT)
@@ -138,6 +140,10 @@ class OnnxRollout(Rollout):
             ) from error
 
     def begin(self, prompts: Sequence[Sequence[int]], slots: int) -> torch.Tensor:
+        if moved := [name for name, place in self._places.items() if self._weights[name].data_ptr() != place]:
+            raise InvariantError(
+                f"{moved[0]} was replaced, and ONNX Runtime reads what it was: change weights in place"
+            )
         for weight, computed in self._computed:
             computed.copy_(weight.read())
         return torch.from_numpy(self._batch.begin(prompts, slots))

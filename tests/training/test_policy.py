@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tolerances import FP32_GRADIENTS, FP32_LOGITS
-from transom.errors import ContextLengthError, TrainingError
+from transom.errors import ContextLengthError, InvariantError, TrainingError
 from transom.export.onnx.onnxruntime import DIALECT
 from transom.graphs import ops
 from transom.training import divergence, rollouts
@@ -141,6 +141,10 @@ def test_onnx_runtime_reads_the_weights_themselves(model: Model, monkeypatch: py
         assert largest < FP32_LOGITS and float((after - before).abs().max()) > 10 * FP32_LOGITS, name
         before = after
     assert all(computed.numel() <= model.config.hidden_size for _, computed in onnx._computed), "no matrix is copied"
+    weight = next(iter(policy.weights.values()))
+    weight.data = weight.data + 1
+    with pytest.raises(InvariantError, match="change weights in place"):
+        onnx.begin(longer, 20)
 
 
 def test_onnx_runtime_draws_as_pytorch(model: Model) -> None:
