@@ -17,7 +17,7 @@ def live_model(graph: Graph, dialect: Dialect) -> tuple[onnx.ModelProto, dict[st
     """A model, and what its inputs hold beside those of the graph, by name.
 
     Args:
-        graph: A graph that passes have rewritten, its weights float32.
+        graph: A graph that passes have rewritten; those of its weights that are float32 become inputs.
         dialect: What to write.
 
     Raises:
@@ -36,6 +36,8 @@ class _LiveEmitter(Emitter):
     def initializer(
         self, name: str, weight: Weight, element_type: int | None = None, *, transposed: bool = False
     ) -> str:
+        if weight.dtype != torch.float32:  # a constant, such as positions: nothing trains it
+            return self.number(weight.read(), weight.dtype)
         if element_type is not None or transposed:
             raise TypeError(f"{name} is to be written in another type or layout than it has: only plain weights live")
         self.recipes[name] = weight
