@@ -71,12 +71,15 @@ class Runtime(abc.ABC):
     Attributes:
         title: What users call it.
         takes_unequal_starts: Whether the rows of a call may start at different positions.
+        takes_rows: Whether `hold` changes the number of rows. With several, a call may then be the first one, or one
+            of a single token a row.
         whole_writes: Whether it writes into a ring of slots only up to its end, so that a call must stop there.
         note: What users should know of how it runs, in words; "" if it is as they expect.
     """
 
     title: str
     takes_unequal_starts = False
+    takes_rows = False
     whole_writes = False
 
     def __init__(
@@ -150,6 +153,18 @@ class Runtime(abc.ABC):
     @abc.abstractmethod
     def allocate(self, slots: int) -> None:
         """Give growing states `slots` slots and fixed ones what they have; what they held up to now stays."""
+
+    def hold(self, arrays: Mapping[str, Any], rows: int) -> None:
+        """Go on with other states.
+
+        Args:
+            arrays: By name, of as many slots as the states have; none to begin afresh, and then to be allocated.
+            rows: Sequences in them, and in every call from now on.
+
+        Raises:
+            SessionError: If it does not take that.
+        """
+        raise SessionError(f"{self.title} holds the states of {self.rows} here: give it no others")
 
     @abc.abstractmethod
     def state_arrays(self) -> Iterator[tuple[State, Any]]:

@@ -166,7 +166,7 @@ class Session:
             result = self.runtime.run(replace(part, logit_positions=positions))
             logits, self.tapped = result.logits[0], dict(result.taps)
             if self.refuses_nonfinite and not np.isfinite(logits).all():
-                raise _nonfinite(logits, self.position + positions)
+                raise nonfinite(logits, self.position + positions)
             self.position += size
             self._intact = True
             on_chunk(size)
@@ -289,7 +289,7 @@ def _before_block(blocks: Sequence[tuple[int, int]], low: int, high: int) -> int
     return next((first for first, end in blocks if low < first < high < end), high)
 
 
-def _nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:
+def nonfinite(logits: Float, positions: NDArray[np.int64]) -> NonFiniteError:
     bad = ~np.isfinite(logits)
     row = int(bad.any(-1).argmax())
     return NonFiniteError(

@@ -153,3 +153,19 @@ def pipeline(target: str, *, chunk: int, scheme: Scheme, measure: Measure | None
         raise TargetError(f"no target named {target!r}: choose one of {', '.join(PIPELINES)}")
     listed = PIPELINES[target](chunk, scheme, measure or Measure())
     return Pipeline([entry for entry in listed if entry is not None])
+
+
+def live_pipeline(chunk: int) -> Pipeline:
+    """Passes for the dialect of `onnxruntime` where weights go on changing.
+
+    No matrix is stacked or converted, so that none has to be copied before a call.
+    """
+    listed = [
+        *_recognise(Measure()),
+        SelectLogits(),
+        BoundLocalCaches(chunk),
+        FoldConstants(),
+        AttendBeforeWrites(at_once=True),
+        FuseAddNorms(),
+    ]
+    return Pipeline([entry for entry in listed if entry is not None])

@@ -121,3 +121,7 @@ the largest (or to 1): means of the same numbers in another order. Measured 7e-7
 PARALLEL_WEIGHTS = 1e-5
 """The same of weights after a few steps of Adam at a rate of 2e-3, which divides by gradients that may be rounding
 alone. Measured 7e-7."""
+
+BATCHED_KL = 1e-5
+"""Share by which a KL of whole continuations, of float32 weights to int8, differs between rows that run together and
+one at a time: products summed in another order."""

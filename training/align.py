@@ -24,6 +24,7 @@ from transom.training.parallel import processes
 from transom.training.policy import Policy
 from transom.training.prompts import Prompt, read_prompts
 from transom.training.rewards.reward import Reward, Sample, reward, score_many
+from transom.training.rollouts import ONNXRUNTIME, ROLLOUTS, TORCH
 from transom.training.runs import Runs
 from transom.training.state import TrainingState
 from transom.training.warp import WarpSettings, warp
@@ -63,6 +64,7 @@ class AlignSettings(RunSettings):
         chat: Whether prompts are what a user says, in the model's chat template.
         train_table: Whether the table of tokens is trained too.
         workers: Continuations that are scored at a time.
+        rollouts: What samples: "onnxruntime" (on a CPU) or "torch".
         rounds: Of WARP: how often runs are merged, to begin the next ones there; 0 for a single run.
         runs: Of WARP: how many in a round. All settings are each run's: `rounds * runs * steps` steps are taken.
         eta: Of WARP: share of the way from a round's start to its merged runs.
@@ -83,6 +85,7 @@ class AlignSettings(RunSettings):
     chat: bool = False
     train_table: bool = True
     workers: int = 1
+    rollouts: str = ONNXRUNTIME
     rounds: int = 0
     runs: int = 2
     eta: float = ETA
@@ -104,6 +107,8 @@ class AlignSettings(RunSettings):
             raise TrainingError("without a reward nothing is sampled, the data have the responses: leave `samples` out")
         if self.ranks and self.anchor_rate and not self.method().compares:
             raise TrainingError(f"{self.objective} compares the data's responses with no anchor: leave its rate out")
+        if self.rollouts not in ROLLOUTS:
+            raise TrainingError(f"nothing samples by the name {self.rollouts!r}: choose {' or '.join(ROLLOUTS)}")
         if not 0 <= self.anchor_rate < 1:
             raise TrainingError(f"the anchor's rate is {self.anchor_rate}: give a share from 0 to 1")
         if self.rounds < 0 or not 0 <= self.eta <= 1:
@@ -111,7 +116,9 @@ class AlignSettings(RunSettings):
 
     @classmethod
     def of(cls, **values: Any) -> AlignSettings:
-        """Settings, with the paper's objective and anchor for WARP where none are given."""
+        """Settings. Where none are given, WARP has the paper's objective and anchor, and PyTorch samples on a GPU."""
+        if values.get("device", "cpu") != "cpu":
+            values = {"rollouts": TORCH, **values}
         if values.get("rounds"):
             values = {"objective": "rloo", "anchor_rate": MU, **values}
         return cls(**values)
@@ -224,6 +231,7 @@ def align(
                 trained=lambda name: settings.train_table or name != head,
                 recompute=settings.recompute,
                 shards=shards,
+                rollouts=settings.rollouts,
             )
             return policy, _objective(start, policy, prompts, dataclasses.replace(settings, seed=seed))
 
@@ -258,7 +266,7 @@ def _objective(model: Model, policy: Policy, prompts: list[Prompt], settings: Al
     method = settings.method()
 
     def anchor() -> Policy:
-        return Policy(model, device=settings.device, trained=lambda name: False)
+        return Policy(model, device=settings.device, trained=lambda name: False, rollouts=settings.rollouts)
 
     if settings.ranks:
         return Rankings(

@@ -6,6 +6,7 @@ Axes: B sequences, T tokens, N positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from transom.training.device import device_of
 from transom.training.divergence import Head
 from transom.training.parallel import ONE, Shards
 from transom.training.quantize import score_graph
+from transom.training.rollouts import ONNXRUNTIME, TORCH, OnnxRollout, Rollout, TorchRollout
 from transom.training.stages import Stages
 from transom.zoo.architectures import build_empty
 from transom.zoo.model import Model
@@ -33,6 +35,7 @@ class Policy:
         recompute: Compute every layer again on the way back: memory for time. Several processes always do, as each
             layer would keep its gathered weights.
         shards: Where the weights are.
+        rollouts: What samples, of `rollouts.ROLLOUTS`.
 
     Attributes:
         device: Where it computes.
@@ -41,7 +44,7 @@ class Policy:
             method sees that.
 
     Raises:
-        TrainingError: If there is no such device.
+        TrainingError: If there is no such device, or what is to sample cannot do so from its memory.
     """
 
     def __init__(
@@ -52,9 +55,14 @@ class Policy:
         trained: Callable[[str], bool] = lambda name: True,
         recompute: bool = False,
         shards: Shards = ONE,
+        rollouts: str = TORCH,
     ) -> None:
         self._model, self.device, self.shards = model.text(), device_of(device), shards
-        self._recompute = recompute or shards.count > 1
+        if rollouts == ONNXRUNTIME and self.device.type != "cpu":
+            raise TrainingError(
+                f"ONNX Runtime reads weights where the CPU has them, not on {device}: choose {TORCH!r} for rollouts"
+            )
+        self._recompute, self._rollouts = recompute or shards.count > 1, rollouts
         graph = score_graph(self._model)
         self._stages = Stages(graph, device=self.device)
         # Reading gives a tensor of its own, or one that others may see: only copies are changed in place.
@@ -151,7 +159,7 @@ class Policy:
 
         Raises:
             ContextLengthError: If a prompt and its continuation could be longer than the model's context.
-            TrainingError: If the weights are spread over processes.
+            TrainingError: If the weights are spread over processes, or ONNX Runtime is to sample and cannot.
         """
         if self.shards.count > 1:
             raise TrainingError("a model that is spread over processes draws no samples: train in one process")
@@ -165,14 +173,13 @@ class Policy:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for _, group in itertools.groupby(order, key=lambda index: len(prompts[index])):
             rows = list(group)
-            tokens_BT = torch.tensor([list(prompts[row]) for row in rows])
-            self._continue(tokens_BT, [new[row] for row in rows], max_new, stops, temperature, generator, on_tokens)
+            begun, ends = [prompts[row] for row in rows], [new[row] for row in rows]
+            self._continue(begun, ends, max_new, stops, temperature, generator, on_tokens)
         return new
 
-    @torch.no_grad()
     def _continue(
         self,
-        tokens_BT: torch.Tensor,
+        prompts: Sequence[Sequence[int]],
         new: list[list[int]],
         max_new: int,
         stops: frozenset[int],
@@ -181,30 +188,27 @@ class Policy:
         on_tokens: Callable[[int], None],
     ) -> None:
         """Decode prompts of one length together; rows that have ended are dropped."""
-        slots = tokens_BT.shape[1] + max_new
-        states = [
-            torch.zeros(state.shape(slots, batch=len(tokens_BT)), device=self.device)
-            for state in self._model.config.states
-        ]
-        caches = list(zip(states[::2], states[1::2], strict=True))
-        start = 0
-        for step in range(max_new):
-            position = torch.tensor(start, device=self.device)
-            hidden_BTD, caches = self._module.hidden(tokens_BT.to(self.device), position, caches)
-            start += tokens_BT.shape[1]
-            chosen_B = _choose(self._module.head(hidden_BTD[:, -1]).float().cpu(), temperature, generator)
+        rollout = self._rollout
+        logits_BV = rollout.begin(prompts, len(prompts[0]) + max_new)
+        for step in range(1, max_new + 1):
+            chosen_B = _choose(logits_BV, temperature, generator)
             on_tokens(len(chosen_B))
             for row, token in zip(new, chosen_B.tolist(), strict=True):
                 row.append(token)
             going = [index for index, row in enumerate(new) if row[-1] not in stops]
-            if not going or step + 1 == max_new:
+            if not going or step == max_new:
                 return
             if len(going) < len(new):
-                kept = torch.tensor(going, device=self.device)
-                new = [new[index] for index in going]
-                chosen_B = chosen_B[kept.cpu()]
-                caches = [(key.index_select(0, kept), value.index_select(0, kept)) for key, value in caches]
-            tokens_BT = chosen_B[:, None]
+                new, chosen_B = [new[index] for index in going], chosen_B[going]
+                rollout.take(going)
+            logits_BV = rollout.decode(chosen_B)
+
+    @functools.cached_property
+    def _rollout(self) -> Rollout:
+        """What samples; it is made when it is first needed."""
+        if self._rollouts == TORCH:
+            return TorchRollout(self._module, self.device)
+        return OnnxRollout(self._model, self.weights)
 
 
 def _choose(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transom.backends.artifact import ENCODE_IMAGE, MODEL_FILE, PREPROCESS_FILE,
 from transom.backends.folder import MANIFEST
 from transom.backends.onnxruntime.data import lies_elsewhere, relocate
 from transom.backends.onnxruntime.huge_pages import huge_pages
-from transom.backends.runtime import ArtifactRuntime, Call, Float, Result, grown
+from transom.backends.runtime import ArtifactRuntime, Call, Float, Result, Runtime, grown
 from transom.errors import ArtifactError, TargetError
 from transom.graphs.state import State
 from transom.images.resize import Box, PixelSpec
@@ -23,36 +23,15 @@ from transom.images.resize import Box, PixelSpec
 MINIMUM = (1, 29)
 
 
-class OnnxRuntime(ArtifactRuntime):
-    """An `onnxruntime` or `onnx` artifact.
-
-    Args:
-        folder: The artifact.
-        manifest: Its manifest.
-        threads: Threads of the runtime; by default its own choice, one a core.
-        rows: Sequences in every call; only `onnx` artifacts take more than one.
-
-    Raises:
-        TargetError: If ONNX Runtime is missing or too old, or the target takes no more than one row.
-        ArtifactError: If it cannot load the model.
-    """
+class BoundRuntime(Runtime):
+    """A decoder in ONNX Runtime, its states bound in place. `_attach` gives it its model."""
 
     title = "ONNX Runtime"
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, rows: int = 1) -> None:
-        super().__init__(manifest, rows=rows)
-        # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
-        if rows > 1 and manifest.target == "onnxruntime":
-            raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")
-        # Most sessions see no image, and the encoder takes memory.
-        self._opened = functools.cache(functools.partial(self._load, folder, manifest, threads))
-        self._files = manifest.files.keys()
-        self._model = self._load(folder, manifest, threads)
-        if reason := mismatch(self._model, manifest):
-            raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
-        self._binding = self._model.io_binding()
+    def _attach(self, model: Any, taps: Sequence[str] = ()) -> None:
+        self._model, self._taps = model, list(taps)
+        self._binding = model.io_binding()
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._taps = [tap.name for tap in manifest.decode.taps]
 
     def _run(self, call: Call) -> Result:
         self._binding.bind_cpu_input("tokens", call.tokens)
@@ -64,8 +43,67 @@ class OnnxRuntime(ArtifactRuntime):
         for name in ("logits", *self._taps):
             self._binding.bind_output(name, "cpu")
         self._model.run_with_iobinding(self._binding)
-        logits, *taps = (value.numpy() for value in self._binding.get_outputs()[self._logits_index :])
+        # Outputs come back in the order in which they were bound, and the logits are bound last.
+        logits, *taps = (value.numpy() for value in self._binding.get_outputs()[len(self.states) :])
         return Result(logits=logits, taps=dict(zip(self._taps, taps, strict=True)))
+
+    def allocate(self, slots: int) -> None:
+        arrays = dict(self._arrays)
+        for state in self.states:
+            old = arrays.get(state.name)
+            if old is None or state.grows:
+                # Pages of zeros take no memory until they are written.
+                new = np.zeros(state.shape(slots, batch=self.rows), self._dtypes(state)[0])
+                arrays[state.name] = new if old is None else grown(old, new)
+        self.hold(arrays, self.rows)
+
+    def hold(self, arrays: Mapping[str, Any], rows: int) -> None:
+        self._binding.clear_binding_outputs()
+        self.rows, self._arrays = rows, dict(arrays)
+        for state, array in self.state_arrays():
+            # The runtime reads and writes one buffer in place.
+            place: Any = ("cpu", 0, self._dtypes(state)[1], array.shape, array.ctypes.data)
+            self._binding.bind_input(state.name, *place)
+            self._binding.bind_output(f"{state.name}.out", *place)
+
+    def _dtypes(self, state: State) -> tuple[Any, Any]:
+        """What numpy and the runtime call the dtype of a state."""
+        return state.dtype, np.dtype(state.dtype).type
+
+    def state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
+        for state in self.states:
+            if state.name in self._arrays:
+                yield state, self._arrays[state.name]
+
+
+class OnnxRuntime(BoundRuntime, ArtifactRuntime):
+    """An `onnxruntime` or `onnx` artifact.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        threads: Threads of the runtime; by default its own choice, one a core.
+        rows: Sequences in every call, of any length; only `onnx` artifacts take more than one.
+
+    Raises:
+        TargetError: If ONNX Runtime is missing or too old, or the target takes no more than one row.
+        ArtifactError: If it cannot load the model.
+    """
+
+    takes_rows = True
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, rows: int = 1) -> None:
+        super().__init__(manifest, rows=rows)
+        # GroupQueryAttention: "batch_size must be 1 when sequence_length > 1 and past context is given".
+        if rows > 1 and manifest.target == "onnxruntime":
+            raise TargetError(f"{folder} runs one sequence at a time, not {rows}: export it with --target onnx")
+        # Most sessions see no image, and the encoder takes memory.
+        self._opened = functools.cache(functools.partial(self._load, folder, manifest, threads))
+        self._files = manifest.files.keys()
+        model = self._load(folder, manifest, threads)
+        if reason := mismatch(model, manifest):
+            raise ArtifactError(f"{folder / MANIFEST} is not of its model ({reason}): export the model again")
+        self._attach(model, [tap.name for tap in manifest.decode.taps])
 
     def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
         if (file := f"{ENCODE_IMAGE}.onnx") not in self._files:
@@ -81,32 +119,6 @@ class OnnxRuntime(ArtifactRuntime):
         pixels: Float = self._opened(file=PREPROCESS_FILE).run(["pixels"], given)[0]
         return pixels
 
-    def allocate(self, slots: int) -> None:
-        arrays = dict(self._arrays)
-        for state in self.states:
-            old = arrays.get(state.name)
-            if old is None or state.grows:
-                # Pages of zeros take no memory until they are written.
-                new = np.zeros(state.shape(slots, batch=self.rows), self._dtypes(state)[0])
-                arrays[state.name] = new if old is None else grown(old, new)
-        self._binding.clear_binding_outputs()
-        self._arrays = arrays
-        for state in self.states:
-            self._bind(state)
-        # Outputs come back in the order in which they were bound, and the logits are bound last.
-        self._logits_index = len(self.states)
-
-    def _bind(self, state: State) -> None:
-        """Let the runtime read and write one buffer in place."""
-        array = self._arrays[state.name]
-        place: Any = ("cpu", 0, self._dtypes(state)[1], array.shape, array.ctypes.data)
-        self._binding.bind_input(state.name, *place)
-        self._binding.bind_output(f"{state.name}.out", *place)
-
-    def _dtypes(self, state: State) -> tuple[Any, Any]:
-        """What numpy and the runtime call the dtype of a state."""
-        return state.dtype, np.dtype(state.dtype).type
-
     def _load(self, folder: Path, manifest: Manifest, threads: int | None, *, file: str = MODEL_FILE) -> Any:
         """Open a model."""
         floats = {entry["number"] for entry in manifest.conversions} - {"int4", "int8"}
@@ -121,11 +133,6 @@ class OnnxRuntime(ArtifactRuntime):
         model = onnx.load(path, load_external_data=False)
         data = relocate(model, folder)
         return load(model.SerializeToString(), threads, folded=folded, data=data)
-
-    def state_arrays(self) -> Iterator[tuple[State, NDArray[Any]]]:
-        for state in self.states:
-            if state.name in self._arrays:
-                yield state, self._arrays[state.name]
 
 
 _GIVEN = {"tokens", "start", "logit_positions"}
@@ -162,7 +169,12 @@ def mismatch(runtime: Any, manifest: Manifest) -> str:
 
 
 def load(
-    model: str | bytes, threads: int | None, *, folded: int, data: Path | None = None, as_it_stands: bool = False
+    model: str | bytes,
+    threads: int | None,
+    *,
+    folded: int = 2**20,
+    data: Path | None = None,
+    as_it_stands: bool = False,
 ) -> Any:
     """Make a session of the runtime.
 
@@ -200,5 +212,5 @@ def load(
         with huge_pages():
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises a dozen classes without a common base
-        where = model if isinstance(model, str) else f"the model with data in {data}"
+        where = model if isinstance(model, str) else f"the model with data in {data}" if data else "the model"
         raise ArtifactError(f"ONNX Runtime cannot load {where}: {str(error).splitlines()[0]}") from error

@@ -26,6 +26,7 @@ class CpuRuntime(OnnxRuntime):
     """The very ONNX file that engines are built from, computed by `widening.widened`."""
 
     whole_writes = True
+    takes_rows = False
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         super().__init__(folder, manifest, threads=threads)

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from tests.artifacts import CHUNK, Export
 from tests.tolerances import FP32_LOGITS
 from transom.backends.artifact import read_manifest
+from transom.backends.batch import Batch
 from transom.backends.onnxruntime.runtime import OnnxRuntime
 from transom.backends.reference.runtime import Reference
 from transom.backends.runtime import Call, Result, Runtime
-from transom.errors import SessionError, TargetError
+from transom.errors import NonFiniteError, SessionError, TargetError
 
 OPENED = ["reference", "onnx"]
 """What runs several sequences in one call."""
@@ -94,6 +95,22 @@ def test_rows_that_start_at_different_positions_are_refused(target: str, exporte
 def test_an_artifact_for_one_sequence_at_a_time(exported: Export) -> None:
     with pytest.raises(TargetError, match="one sequence at a time, not 2: export it with --target onnx"):
         runtime_of("onnxruntime", exported, rows=2)
+
+
+def test_a_batch_wants_a_runtime_that_takes_rows(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what a session says of logits that are no numbers."""
+    reference = runtime_of("reference", exported, rows=1)
+    with pytest.raises(SessionError, match="the reference runs one sequence at a time here"):
+        Batch(reference)
+    with pytest.raises(SessionError, match="the reference holds the states of 1 here"):
+        reference.hold({}, 2)
+
+    def broken(self: OnnxRuntime, call: Call) -> Result:
+        return Result(logits=np.full((len(call.tokens), 1, self.vocab_size), np.nan, np.float32))
+
+    monkeypatch.setattr(OnnxRuntime, "_run", broken)
+    with pytest.raises(NonFiniteError, match="512 of 512 logits at position 2 are NaN"):
+        Batch(runtime_of("onnxruntime", exported, rows=1)).begin([[2, 3, 4], [2, 4, 3]], 8)
 
 
 class Failing(Reference):

@@ -13,11 +13,12 @@ from tests.conftest import Cli
 from transom.errors import RewardError, TrainingError
 from transom.training.align import METHODS, AlignSettings, align, read_recipe, write_recipe
 from transom.training.loop import Metrics
+from transom.training.rollouts import ROLLOUTS
 from transom.zoo.model import Model, load
 
 SHORT = AlignSettings(
     objective="jbond", reward="instructions", steps=4, batch=4, parts=2, max_new=6, learning_rate=1e-3, anchor_rate=0.1,
-    save_every=2,
+    save_every=2, rollouts="torch",
 )  # fmt: skip
 
 
@@ -45,8 +46,10 @@ def test_every_objective(objective: str, tiny: Model, data: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_goes_on_to_the_bit(tiny: Model, data: Path, tmp_path: Path) -> None:
-    whole = align(tiny, SHORT, data=data, out=tmp_path / "whole")
+@pytest.mark.parametrize("rollouts", ROLLOUTS)
+def test_a_run_goes_on_to_the_bit(rollouts: str, tiny: Model, data: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SHORT, rollouts=rollouts)
+    whole = align(tiny, settings, data=data, out=tmp_path / "whole")
 
     class StoppedError(Exception):
         pass
@@ -56,13 +59,13 @@ def test_a_run_goes_on_to_the_bit(tiny: Model, data: Path, tmp_path: Path) -> No
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        align(tiny, SHORT, data=data, out=tmp_path / "parts", on_step=stop)
+        align(tiny, settings, data=data, out=tmp_path / "parts", on_step=stop)
     assert not (tmp_path / "parts").exists()
-    assert align(tiny, SHORT, data=data, out=tmp_path / "parts") == whole
+    assert align(tiny, settings, data=data, out=tmp_path / "parts") == whole
     first, second = load(tmp_path / "whole"), load(tmp_path / "parts")
     assert all(torch.equal(first.weights[name].read(), weight.read()) for name, weight in second.weights.items())
     # What another run wrote may be replaced; what nobody wrote may not.
-    align(tiny, SHORT, data=data, out=tmp_path / "parts", overwrite=True)
+    align(tiny, settings, data=data, out=tmp_path / "parts", overwrite=True)
 
 
 def test_a_reward_that_cannot_be_computed_ends_the_run(tiny: Model, tmp_path: Path) -> None:
@@ -84,6 +87,7 @@ def test_a_reward_that_cannot_be_computed_ends_the_run(tiny: Model, tmp_path: Pa
         ({"objective": "dpo", "reward": "", "rounds": 2}, "rounds of runs .* learn from a reward"),
         ({"objective": "sft", "reward": ""}, "sft has no numbers of its own, nor an anchor"),
         ({"parts": 3}, "a batch of 4 does not go into 3 equal parts"),
+        ({"rollouts": "vllm"}, "nothing samples by the name 'vllm': choose torch or onnxruntime"),
         ({"steps": 0}, "steps is 0: give 1 or more"),
         ({"anchor_rate": 1.5}, "give a share from 0 to 1"),
     ],
@@ -97,6 +101,11 @@ def test_numbers_of_another_objective(tiny: Model, data: Path, tmp_path: Path) -
     settings = dataclasses.replace(SHORT, options={"samples": 2})
     with pytest.raises(TrainingError, match="the objective jbond takes beta, gamma, not samples"):
         align(tiny, settings, data=data, out=tmp_path / "out")
+
+
+def test_what_samples_by_default() -> None:
+    assert AlignSettings.of(objective="sft").rollouts == "onnxruntime"
+    assert AlignSettings.of(objective="sft", device="cuda").rollouts == "torch"
 
 
 def test_recipes(tmp_path: Path) -> None:

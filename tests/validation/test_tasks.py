@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 import transom
-from tests.artifacts import Export
+from tests.artifacts import CHUNK, Export
 from tests.conftest import Cli
-from tests.tolerances import FP32_LOGITS
+from tests.tolerances import BATCHED_KL, FP32_LOGITS
 from tests.training.pairs import write_pairs
 from transom.backends.onnxruntime.runtime import OnnxRuntime
 from transom.backends.prompt import split_at
@@ -67,10 +67,10 @@ def echo(monkeypatch: pytest.MonkeyPatch, folders: list[Path]) -> None:
         self.note = str(folder)
 
     def run(self: OnnxRuntime, call: Call) -> Result:
-        logits = np.zeros((1, len(call.logit_positions), self.vocab_size), np.float32)
-        last = int(call.tokens[0, -1])
-        writes = call.tokens.shape[1] > 1 and (self.note == str(folders[0]) or last == eight)
-        logits[..., last if writes else stop] = 50
+        logits = np.zeros((len(call.tokens), len(call.logit_positions), self.vocab_size), np.float32)
+        for row, last in enumerate(call.tokens[:, -1]):
+            writes = call.tokens.shape[1] > 1 and (self.note == str(folders[0]) or last == eight)
+            logits[row, :, last if writes else stop] = 50
         return Result(logits=logits)
 
     monkeypatch.setattr(OnnxRuntime, "__init__", init)
@@ -138,6 +138,46 @@ def test_a_continuation_is_the_sessions_own(folders: list[Path], tasks: Path) ->
     assert measures["KL to start"].low > 0
     itself = evaluate_tasks(folders[:1], tasks, reward, settings=TaskSettings(max_new=NEW), start=folders[0], threads=1)
     assert itself.contenders[0].measures["KL to start"].value == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnx"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_together_as_one_at_a_time(
+    target: str, temperature: float, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of three lengths, one longer than a call, continuations that end at different times past the window."""
+    prompts = ["Say 7", "Say 9", "Why", "Say 8", "A long " * 9, "A wide " * 9]
+    tasks = write_tasks(tmp_path / "t.jsonl", *({"prompt": prompt} for prompt in prompts))
+    folder, start = exported(target, "none").folder, exported("onnxruntime", "int8").folder
+    settings = TaskSettings(samples=3 if temperature else 1, temperature=temperature, max_new=40)
+    calls: list[tuple[int, ...]] = []
+    honest = OnnxRuntime._run
+
+    def run(self: OnnxRuntime, call: Call) -> Result:
+        calls.append(call.tokens.shape)
+        return honest(self, call)
+
+    def written() -> tuple[list[str], float]:
+        texts: list[str] = []
+
+        def reward(prompt: str, completion: str, reference: Mapping[str, Any]) -> tuple[float, str]:
+            texts.append(completion)
+            return 1.0, ""
+
+        contest = evaluate_tasks([folder], tasks, reward, settings=settings, start=start, threads=1)
+        return texts, contest.contenders[0].measures["KL to start"].value
+
+    monkeypatch.setattr(OnnxRuntime, "_run", run)
+    together = written()
+    most = max(rows for rows, _ in calls)
+    assert most == 3 * settings.samples and max(tokens for _, tokens in calls) == CHUNK
+    # What repeats is read once.
+    assert sum(rows * tokens for rows, tokens in calls if tokens > 1) == 2 * sum(len(p) + 1 for p in prompts)
+    monkeypatch.setattr(OnnxRuntime, "takes_rows", False)
+    calls.clear()
+    alone = written()
+    assert {rows for rows, _ in calls} == {1}
+    assert together[0] == alone[0] and together[1] == pytest.approx(alone[1], rel=BATCHED_KL)
 
 
 def test_passes_of_several_samples(folders: list[Path], tmp_path: Path) -> None:

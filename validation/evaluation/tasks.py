@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.backends.batch import Batch
+from transom.backends.runtime import Float
 from transom.backends.sampling import Sampling
 from transom.backends.session import Session
 from transom.errors import ContextLengthError, EvaluationError, TokenizerError
@@ -32,6 +35,12 @@ Reward = Callable[[str, str, Mapping[str, Any]], tuple[float | None, str]]
 not be computed, for which the completion is not to blame."""
 
 MAX_NEW = 256
+
+ROWS = 16
+"""Continuations that are written together where an artifact's runtime takes several."""
+
+Draw = tuple[int, int]
+"""Which prompt, and which of its samples."""
 
 
 class Task(NamedTuple):
@@ -146,7 +155,6 @@ def evaluate_tasks(
         RewardError: If nothing can be judged here, as a tool is missing.
     """
     path, settings = Path(tasks), settings or TaskSettings()
-    sampling = Sampling(temperature=settings.temperature)
     rows, entrants = read_tasks(path), read_entrants(folders, threads=threads)
     prompts = [_read(entrant, rows, settings, path) for entrant in entrants]
     base, anchor = None, None
@@ -165,23 +173,25 @@ def evaluate_tasks(
         anchor = base.open(threads)
 
     def measure(entrant: Entrant) -> Measured:
-        session = entrant.open(threads)
-        total, done = len(rows) * settings.samples, 0
+        read, total, done = prompts[entrants.index(entrant)], len(rows) * settings.samples, 0
         values = np.full((len(rows), settings.samples), np.nan)
         divergences = np.zeros_like(values)
         failures = collections.Counter[str]()
-        for index, (task, ids) in enumerate(zip(rows, prompts[entrants.index(entrant)], strict=True)):
-            for sample in range(settings.samples):
-                on_progress(entrant.name, done, total)
-                # Every draw has a seed of its own, so that it depends on no other.
-                generator = np.random.default_rng([settings.seed, index, sample])
-                new, divergences[index, sample] = _continue(session, ids, settings, sampling, generator, anchor)
-                value, reason = reward(task.prompt, entrant.tokenizer.decode(new), task.reference)
-                if value is None:
-                    failures[reason] += 1
-                else:
-                    values[index, sample] = value
-                done += 1
+        texts: dict[tuple[int, int], str] = {}
+        writer = _Writer([entrant.open(threads), *([] if anchor is None else [anchor])], settings)
+        for draws in _together(read, settings.samples, writer.rows):
+            on_progress(entrant.name, done, total)
+            written = writer.write([read[index] for index, _ in draws], draws)
+            for draw, (new, divergence) in zip(draws, written, strict=True):
+                texts[draw], divergences[draw] = entrant.tokenizer.decode(new), divergence
+            done += len(draws)
+        # Judged in the order of the file, whatever was written first.
+        for (index, sample), text in sorted(texts.items()):
+            value, reason = reward(rows[index].prompt, text, rows[index].reference)
+            if value is None:
+                failures[reason] += 1
+            else:
+                values[index, sample] = value
         on_progress(entrant.name, total, total)
         scores = _measures(values, settings)
         if anchor is not None:
@@ -221,33 +231,88 @@ def _read(entrant: Entrant, rows: Sequence[Task], settings: TaskSettings, path: 
     return prompts
 
 
-def _continue(
-    session: Session,
-    ids: Sequence[int],
-    settings: TaskSettings,
-    sampling: Sampling,
-    generator: np.random.Generator,
-    anchor: Session | None,
-) -> tuple[list[int], float]:
-    """A continuation without the token that ends it, and its KL in nats; 0 without an anchor."""
-    sessions = [session] if anchor is None else [session, anchor]
-    new: list[int] = []
-    divergence = 0.0
-    for one in sessions:
-        one.reset()
-        one.reserve(len(ids) + settings.max_new - 1)
-    logits = [one.prefill(ids) for one in sessions]
-    while True:
-        token = sampling.choose(logits[0], generator)
-        if anchor is not None:
-            log_p, log_q = map(log_softmax, logits)
-            divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
-        if token in session.stop_ids:
-            return new, divergence
-        new.append(token)
-        if len(new) == settings.max_new:
-            return new, divergence
-        logits = [one.decode(token) for one in sessions]
+def _together(prompts: Sequence[Sequence[int]], samples: int, most: int) -> Iterator[list[Draw]]:
+    """Draws that are written together: at most so many, of prompts of one length."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for _, group in itertools.groupby(order, key=lambda index: len(prompts[index])):
+        draws = [(index, sample) for index in group for sample in range(samples)]
+        for low in range(0, len(draws), most):
+            yield draws[low : low + most]
+
+
+class _Writer:
+    """Continues prompts on an artifact.
+
+    Args:
+        sessions: That artifact's, and one to take the KL to if there are two.
+        settings: How to draw.
+
+    Attributes:
+        rows: Prompts that it takes at a time.
+    """
+
+    def __init__(self, sessions: Sequence[Session], settings: TaskSettings) -> None:
+        self._sessions, self._settings = sessions, settings
+        self._sampling = Sampling(temperature=settings.temperature)
+        several = all(session.runtime.takes_rows for session in sessions)
+        self._runs: list[Batch | _Single] = [
+            Batch(session.runtime) if several else _Single(session) for session in sessions
+        ]
+        self.rows = ROWS if several else 1
+
+    def write(self, prompts: Sequence[Sequence[int]], draws: Sequence[Draw]) -> list[tuple[list[int], float]]:
+        """Continuations without the token that ends them, and their KL in nats; 0 without an artifact to take it to.
+
+        Args:
+            prompts: Token ids, all of them as many.
+            draws: Which prompt and sample each is.
+        """
+        stops, most = self._sessions[0].stop_ids, self._settings.max_new
+        # Every draw has a seed of its own, so that it depends on no other.
+        generators = [np.random.default_rng([self._settings.seed, *draw]) for draw in draws]
+        new: list[list[int]] = [[] for _ in draws]
+        divergences = [0.0] * len(draws)
+        going = list(range(len(draws)))
+        logits = [run.begin(prompts, len(prompts[0]) + most - 1) for run in self._runs]
+        while True:
+            tokens, kept = list[int](), list[int]()
+            for row, place in enumerate(going):
+                token = self._sampling.choose(logits[0][row], generators[place])
+                if len(logits) > 1:
+                    log_p, log_q = (log_softmax(values[row]) for values in logits)
+                    divergences[place] += float((np.exp(log_p) * (log_p - log_q)).sum())
+                if token in stops:
+                    continue
+                new[place].append(token)
+                if len(new[place]) < most:
+                    tokens.append(token)
+                    kept.append(row)
+            if not kept:
+                return list(zip(new, divergences, strict=True))
+            if len(kept) < len(going):
+                going = [going[row] for row in kept]
+                for run in self._runs:
+                    run.take(kept)
+            logits = [run.decode(np.array(tokens)) for run in self._runs]
+
+
+class _Single:
+    """A session as a batch of one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def begin(self, prompts: Sequence[Sequence[int]], slots: int) -> Float:
+        (prompt,) = prompts
+        self._session.reset()
+        self._session.reserve(slots)
+        return self._session.prefill(prompt)[None]
+
+    def decode(self, tokens_B: NDArray[np.int64]) -> Float:
+        return self._session.decode(int(tokens_B[0]))[None]
+
+    def take(self, rows: Sequence[int]) -> None:
+        """The one goes on."""
 
 
 def _measures(values: NDArray[np.float64], settings: TaskSettings) -> dict[str, NDArray[np.float64]]:

@@ -74,6 +74,14 @@ def align(
             help="Of WARP: share of the way from a round's start to its merged runs.", min=0, max=1, show_default="0.3"
         ),
     ] = None,
+    rollouts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="onnxruntime|torch",
+            help="What samples; ONNX Runtime reads the weights that are trained, on a CPU.",
+            show_default="onnxruntime; torch on other devices",
+        ),
+    ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat", help="Prompts are what a user says, in the model's chat template.")
     ] = None,
@@ -114,6 +122,7 @@ def align(
         "rounds": rounds,
         "runs": runs,
         "eta": eta,
+        "rollouts": rollouts,
         "chat": chat,
         "device": device,
         "save_every": save_every,
