@@ -207,7 +207,7 @@ class Policy:
     def _rollout(self) -> Rollout:
         """What samples; it is made when it is first needed."""
         if self._rollouts == TORCH:
-            return TorchRollout(self._module, self.device)
+            return TorchRollout(self._module, self._model.config.states, self.device)
         return OnnxRollout(self._model, self.weights)
 
 

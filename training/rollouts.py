@@ -19,6 +19,7 @@ from transom.backends.batch import Batch, once
 from transom.errors import InvariantError, TrainingError, TransomError
 from transom.export.options import CHUNK
 from transom.graphs.graph import Graph
+from transom.graphs.state import State
 from transom.graphs.weight import Weight
 from transom.passes.pipelines import live_pipeline
 from transom.zoo.layers import Decoder
@@ -57,18 +58,16 @@ class TorchRollout(Rollout):
 
     Args:
         module: Its parameters are the policy's weights.
+        states: What it keeps from call to call.
         device: Where they are.
     """
 
-    def __init__(self, module: Decoder, device: torch.device) -> None:
-        self._module, self._device = module, device
+    def __init__(self, module: Decoder, states: Sequence[State], device: torch.device) -> None:
+        self._module, self._states, self._device = module, states, device
 
     def begin(self, prompts: Sequence[Sequence[int]], slots: int) -> torch.Tensor:
         distinct, copies = once(prompts)
-        states = [
-            torch.zeros(state.shape(slots, batch=len(distinct)), device=self._device)
-            for state in self._module.config.states
-        ]
+        states = [torch.zeros(state.shape(slots, batch=len(distinct)), device=self._device) for state in self._states]
         self._caches, self._start = list(zip(states[::2], states[1::2], strict=True)), 0
         logits_BV = self._run(torch.tensor(distinct))
         if len(distinct) == len(copies):

@@ -114,7 +114,8 @@ def test_onnx_runtime_reads_the_weights_themselves(model: Model, monkeypatch: py
     """
     monkeypatch.setattr(rollouts, "CHUNK", 7)
     policy = Policy(model)
-    onnx, module = OnnxRollout(model, policy.weights), TorchRollout(policy._module, policy.device)
+    onnx = OnnxRollout(model, policy.weights)
+    module = TorchRollout(policy._module, model.config.states, policy.device)
     new = 3 * (model.config.longest_window or 16) + 5
     longer = [[*PROMPTS[3], *PROMPTS[0]], [*PROMPTS[3], *PROMPTS[2]]]
 
