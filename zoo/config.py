@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,7 +12,7 @@ from transom.graphs.images import Images
 from transom.graphs.state import Port, Signature, State, ring
 from transom.zoo.config_keys import is_positive
 
-LayerKind = Literal["local", "global"]
+LayerKind = Literal["local", "global", "summary"]
 
 LARGEST = {
     "vocab_size": 2**24,
@@ -25,7 +25,10 @@ LARGEST = {
     "window": 2**31 - 1,
     "context": 2**31 - 1,
 }
-"""No model comes near these sizes: a larger one is a damaged config. Runtimes count positions in 32 bits."""
+"""No model comes near these sizes: a larger one is a damaged config. Runtimes count positions in 32 bits.
+
+A family's own sizes are as many as heads at most.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,32 @@ class AttentionLayer:
     def kind(self) -> LayerKind:
         """Local if it has a window."""
         return "global" if self.window is None else "local"
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """A ring of keys and one of values, of the layer with this index."""
+        return tuple(
+            ring(f"cache.{index}.{kind}", layer=index, heads=self.kv_heads, width=width)
+            for kind, width in (("key", self.key_width), ("value", self.value_width))
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SummaryLayer:
+    """What one layer keeps of all positions together: as much, however many there are.
+
+    Attributes:
+        summaries: Its states, named within the layer.
+    """
+
+    summaries: tuple[State, ...]
+    kind: ClassVar[LayerKind] = "summary"
+    window: ClassVar[None] = None
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """Its states, as the layer with this index has them."""
+        return tuple(
+            dataclasses.replace(state, name=f"cache.{index}.{state.name}", layer=index) for state in self.summaries
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,22 +142,19 @@ class DecoderConfig:
 
     def _check_size(self, name: str) -> None:
         size: Any = getattr(self, name)
-        if type(size) is not int or not 1 <= size <= LARGEST[name]:
-            raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}")
+        most = LARGEST.get(name, LARGEST["num_heads"])
+        if type(size) is not int or not 1 <= size <= most:
+            raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {most:,}")
 
     @property
-    def layers(self) -> tuple[AttentionLayer, ...]:
+    def layers(self) -> Sequence[AttentionLayer | SummaryLayer]:
         """What every layer keeps, first to last."""
         raise NotImplementedError
 
     @property
     def states(self) -> tuple[State, ...]:
-        """What it keeps from call to call: a ring of keys and one of values a layer."""
-        return tuple(
-            ring(f"cache.{index}.{kind}", layer=index, heads=layer.kv_heads, width=width)
-            for index, layer in enumerate(self.layers)
-            for kind, width in (("key", layer.key_width), ("value", layer.value_width))
-        )
+        """What it keeps from call to call, layer by layer."""
+        return tuple(state for index, layer in enumerate(self.layers) for state in layer.states(index))
 
     @property
     def text(self) -> DecoderConfig:
