@@ -31,7 +31,7 @@ from transom.validation.bisection.divergence import compare
 from transom.validation.bisection.recording import plan_calls, record
 from transom.validation.validate import validate_sources
 from transom.zoo.architectures import preset, tensor_shapes
-from transom.zoo.checkpoints.random import write_checkpoint
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.mamba2 import Mamba2Config
 from transom.zoo.model import Model, load
 from transom.zoo.plan import parameters, plan
@@ -95,6 +95,17 @@ def test_a_hybrid_is_transformers_model_with_one_mixer_that_attends(
 
 def _mixer_names(config: Mamba2Config) -> list[str]:
     return [name for name in tensor_shapes(config) if ".2.mixer." in name]
+
+
+def test_groups_of_heads_are_those_of_transformers(words: list[int], tmp_path: Path) -> None:
+    """Groups share what their heads write and read, and are normed by themselves."""
+    config = dataclasses.replace(preset("mamba2-tiny"), num_kv_heads=2, tied=True)
+    write_checkpoint(tmp_path, config, random_weights(config, 1), dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours, ids = load(tmp_path), torch.tensor([words])
+    with torch.no_grad():
+        expected, (actual, _) = theirs(ids, use_cache=False).logits, ours.eager()(ids, torch.tensor(0), None)
+    assert (expected - actual).abs().max() < FP32_LOGITS
 
 
 def test_chunks_one_call_and_single_tokens_agree(hybrid: Model, words: list[int], logits: np.ndarray[Any, Any]) -> None:
