@@ -71,7 +71,7 @@ class _Attention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, **ignored: Any) -> torch.Tensor:
         q, k, v = (
-            nn.functional.linear(x_BTD, self.matrices[name]).unflatten(-1, (heads, 16)).transpose(1, 2)
+            nn.functional.linear(x_BTD, self.matrices[name]).view(*x_BTD.shape[:2], heads, 16).transpose(1, 2)
             for name, heads in (("q", 4), ("k", 2), ("v", 2))
         )
         attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -81,6 +81,7 @@ class _Attention(nn.Module):
 def test_a_hybrid_is_transformers_model_with_one_mixer_that_attends(
     hybrid: Model, words: list[int], logits: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
+    assert isinstance(hybrid.config, Mamba2Config)
     config = dataclasses.replace(hybrid.config, attention_layers=())
     weights = {name: weight for name, weight in hybrid.weights.items() if ".2.mixer." not in name}
     other = load("mamba2-tiny").weights
@@ -99,7 +100,9 @@ def _mixer_names(config: Mamba2Config) -> list[str]:
 
 def test_groups_of_heads_are_those_of_transformers(words: list[int], tmp_path: Path) -> None:
     """Groups share what their heads write and read, and are normed by themselves."""
-    config = dataclasses.replace(preset("mamba2-tiny"), num_kv_heads=2, tied=True)
+    tiny = preset("mamba2-tiny")
+    assert isinstance(tiny, Mamba2Config)
+    config = dataclasses.replace(tiny, num_kv_heads=2, tied=True)
     write_checkpoint(tmp_path, config, random_weights(config, 1), dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours, ids = load(tmp_path), torch.tensor([words])
@@ -165,11 +168,11 @@ def test_a_fault_is_placed(hybrid: Model, name: str) -> None:
     graph = Case(graph=hybrid.trace()).run(AddTaps()).graph
     calls = plan_calls(window=8, chunk=CHUNK, decode=2)
     context = Context(graph=graph, tokens=list(range(calls[-1].stop)))
-    runs = [
+    right, wrong = (
         record(ReferenceSession(one, context=256, chunk=CHUNK), calls, context)
         for one in (graph, Case(graph=graph).run(fault).graph)
-    ]
-    verdict = compare(*runs, context)
+    )
+    verdict = compare(right, wrong, context)
     assert (verdict.diverged, verdict.layer, verdict.op) == (True, layer, op), verdict
 
 
