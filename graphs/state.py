@@ -84,6 +84,11 @@ def ring(name: str, *, layer: int, heads: int, width: int, dtype: str = "") -> S
     return State(name=name, layer=layer, axes=(BATCH, "heads", SLOTS, "width"), sizes=sizes, dtype=dtype)
 
 
+def summary(name: str, *, layer: int = 0, dtype: str = "", **sizes: int) -> State:
+    """A summary of all positions so far, with sizes by axis beside the batch's."""
+    return State(name=name, layer=layer, axes=(BATCH, *sizes), sizes=(None, *sizes.values()), dtype=dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Port:
     """A tensor that a caller gives, or gets, at every call.

@@ -3,8 +3,8 @@
 Precondition: a graph as it was traced. Passes that replace a node replace it among the outputs too, so taps that are
 there from the start outlive every fusion.
 Rewrite: taps after the embedding, every norm, projection and rotation, attention (what the output projection reads),
-the MLP's product of gate and up or its one activation, every average over positions, and every residual add, in the
-order of execution. Names are module paths.
+the MLP's product of gate and up or its one activation, every average over positions, every convolution and state space,
+and every residual add, in the order of execution. Names are module paths.
 Skips: projections that an activation reads (a fusion may make one call of both), and the head: its logits are returned
 anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
 norm run at every position; all other passes do what they do without.
@@ -52,6 +52,7 @@ class AddTaps(Pass):
         if graph.taps:
             return Rewrite(changes=0)
         sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph), *_averages(graph)]
+        sites += _summaries(graph)
         sites += [*_attentions(graph, {node for node, _, _ in sites}), *_residuals(graph, sites)]
         order = {node: index for index, node in enumerate(graph.fx.nodes)}
         names: dict[str, Node] = {}
@@ -157,6 +158,14 @@ def _averages(graph: Graph) -> Iterator[_Site]:
     for node in graph.calls(aten.mean.dim):
         if all(axis not in (-1, node.args[0].meta["val"].dim() - 1) for axis in node.args[1]):
             yield _only_user(node, *LAYOUT) or node, f"{_path(node)}.average", "average"
+
+
+def _summaries(graph: Graph) -> Iterator[_Site]:
+    """What a call computes with a summary, beside the summary itself."""
+    names = {ops.CAUSAL_CONVOLUTION: "convolution", ops.STATE_SPACE: "state_space"}
+    for node in graph.calls(*names):
+        result = next(user for user in node.users if user.args[1] == 0)
+        yield result, f"{_path(node)}.{names[node.target]}", names[node.target]
 
 
 def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:

@@ -87,6 +87,13 @@ def weigh(session: Session, config: DecoderConfig, tokens: int, slack: int) -> t
                 f"caches of global layers take {cache_bytes['global']:,} bytes after {tokens} tokens, at {per_token:,} "
                 f"a token and a context of {session.context:,}"
             )
+    summaries = sum(_slot_bytes(state) for state in session.states if not state.is_ring)
+    # Where a summary is not changed in place, two take turns.
+    if cache_bytes.get("summary", 0) not in (summaries, 2 * summaries):
+        failures.append(
+            f"summaries take {cache_bytes.get('summary', 0):,} bytes after {tokens} tokens, they have {summaries:,} at "
+            "any length"
+        )
     dtype = PLAN_NAMES[session.states[0].dtype]
     bare = plan(config, context=session.context, cache_dtype=dtype).layers
     return CacheResult(

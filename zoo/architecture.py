@@ -48,6 +48,7 @@ class HuggingFaceFormat:
         write: A configuration -> a `config.json` that `read` and transformers read alike.
         buffer: A configuration and the name of a buffer that checkpoints may hold, in the module's terms -> what it
             must hold, float64; None for a name that is none.
+        renames: Heads of tensors' names in checkpoints -> what most families call them; the first that fits counts.
     """
 
     model_types: Mapping[str, str | None]
@@ -61,6 +62,7 @@ class HuggingFaceFormat:
     read: Callable[[Any, Any], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     buffer: Callable[[Any, str], torch.Tensor | None]
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ ARCHITECTURES = (
     "exaone4",
     "cohere2",
     "smollm3",
+    "mamba2",
     "adaptive",
 )
 """Files of this folder; each holds an `ARCHITECTURE`."""

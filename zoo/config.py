@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
@@ -15,7 +15,7 @@ from transom.zoo.config_keys import is_positive
 if TYPE_CHECKING:
     from transom.zoo.rope import RopeScaling
 
-LayerKind = Literal["local", "global"]
+LayerKind = Literal["local", "global", "summary"]
 
 LARGEST = {
     "vocab_size": 2**24,
@@ -28,7 +28,10 @@ LARGEST = {
     "window": 2**31 - 1,
     "context": 2**31 - 1,
 }
-"""No model comes near these sizes: a larger one is a damaged config. Runtimes count positions in 32 bits."""
+"""No model comes near these sizes: a larger one is a damaged config. Runtimes count positions in 32 bits.
+
+A family's own sizes are as many as heads at most.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,32 @@ class AttentionLayer:
     def kind(self) -> LayerKind:
         """Local if it has a window."""
         return "global" if self.window is None else "local"
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """A ring of keys and one of values, of the layer with this index."""
+        return tuple(
+            ring(f"cache.{index}.{kind}", layer=index, heads=self.kv_heads, width=width)
+            for kind, width in (("key", self.key_width), ("value", self.value_width))
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SummaryLayer:
+    """What one layer keeps of all positions together: as much, however many there are.
+
+    Attributes:
+        summaries: Its states, named within the layer.
+    """
+
+    summaries: tuple[State, ...]
+    kind: ClassVar[LayerKind] = "summary"
+    window: ClassVar[None] = None
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """Its states, as the layer with this index has them."""
+        return tuple(
+            dataclasses.replace(state, name=f"cache.{index}.{state.name}", layer=index) for state in self.summaries
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +147,9 @@ class DecoderConfig:
 
     def _check_size(self, name: str) -> None:
         size: Any = getattr(self, name)
-        if type(size) is not int or not 1 <= size <= LARGEST[name]:
-            raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {LARGEST[name]:,}")
+        most = LARGEST.get(name, LARGEST["num_heads"])
+        if type(size) is not int or not 1 <= size <= most:
+            raise ConfigError(f"{self.name}: {name} is {size!r}, expected a whole number from 1 to {most:,}")
 
     def scaled(self, scaling: RopeScaling) -> Self:
         """The same model for a context that is longer by a factor, its global layers' positions stretched.
@@ -136,18 +166,14 @@ class DecoderConfig:
         return dataclasses.replace(self, context=int(self.context * scaling.factor), **ropes)
 
     @property
-    def layers(self) -> tuple[AttentionLayer, ...]:
+    def layers(self) -> Sequence[AttentionLayer | SummaryLayer]:
         """What every layer keeps, first to last."""
         raise NotImplementedError
 
     @property
     def states(self) -> tuple[State, ...]:
-        """What it keeps from call to call: a ring of keys and one of values a layer."""
-        return tuple(
-            ring(f"cache.{index}.{kind}", layer=index, heads=layer.kv_heads, width=width)
-            for index, layer in enumerate(self.layers)
-            for kind, width in (("key", layer.key_width), ("value", layer.value_width))
-        )
+        """What it keeps from call to call, layer by layer."""
+        return tuple(state for index, layer in enumerate(self.layers) for state in layer.states(index))
 
     @property
     def text(self) -> DecoderConfig:

@@ -1,8 +1,8 @@
 """What a model will need, from its empty module: parameters, weight bytes, cache bytes.
 
 The cache holds, for one sequence, a key and a value a kv head, layer and position: positions as far as the context in a
-global layer, as far as the window in a local one. That is the bare formula; the slots that a runtime really allocates
-stand in its artifact's manifest.
+global layer, as far as the window in a local one. A layer that keeps a summary takes as much at any length. That is the
+bare formula; the slots that a runtime really allocates stand in its artifact's manifest.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class LayerPlan:
 
     Attributes:
         index: Counted from 0.
-        kind: Local or global.
+        kind: Local, global or summary.
         window: Keys that it sees, itself included; None for all.
-        slots: Positions that the cache holds.
-        bytes: Keys and values, all sequences of the batch.
+        slots: Positions that the cache holds; 0 if it is a summary of them.
+        bytes: Keys and values, or summaries, all sequences of the batch.
     """
 
     index: int
@@ -135,10 +135,14 @@ def plan_caches(config: DecoderConfig, *, context: int, cache_dtype: str = "bf16
         raise ConfigError(f"unknown cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
     layers, grown = [], 0
     for index, layer in enumerate(config.layers):
-        slots = context if layer.window is None else min(context, layer.window)
-        slot = layer.kv_heads * (layer.key_width + layer.value_width) * CACHE_DTYPES[cache_dtype] * batch
-        layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=slots * slot))
-        grown += context * slot
+        states, width = layer.states(index), CACHE_DTYPES[cache_dtype]
+        # Some states are in float32 whatever else is computed in.
+        slot = sum(state.numbers * (4 if state.dtype == "float32" else width) for state in states) * batch
+        is_ring = layer.kind != "summary"
+        slots = (context if layer.window is None else min(context, layer.window)) if is_ring else 0
+        size = slots * slot if is_ring else slot
+        layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=size))
+        grown += context * slot if is_ring else slot
     return Caches(bounded=sum(layer.bytes for layer in layers), global_only=grown, layers=tuple(layers))
 
 

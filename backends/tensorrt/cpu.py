@@ -19,7 +19,11 @@ from transom.backends.tensorrt.rings import Rings
 from transom.backends.tensorrt.widening import read, widened
 from transom.graphs.state import State
 
-_TYPES = {"bfloat16": (np.uint16, TensorProto.BFLOAT16), "float16": (np.float16, np.float16)}
+_TYPES: dict[str, tuple[Any, Any]] = {
+    "bfloat16": (np.uint16, TensorProto.BFLOAT16),
+    "float16": (np.float16, np.float16),
+    "float32": (np.float32, np.float32),
+}
 
 
 class CpuRuntime(OnnxRuntime):

@@ -1,4 +1,8 @@
-"""Runs an engine on a GPU, through torch's tensors: caches stay there, and are written in place."""
+"""Runs an engine on a GPU, through torch's tensors: caches stay there. Rings are written in place.
+
+An engine promises that of rings only. Of a summary there are two tensors, which take turns: what a call gives is what
+the next one takes.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +133,8 @@ class EngineRuntime(ArtifactRuntime):
         self._profiles = {profile.name: index for index, profile in enumerate(self._sidecar.profiles)}
         self._profile: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
+        self._next: dict[str, torch.Tensor] = {}
+        """What the next call makes of every summary."""
         self._taps = [tap.name for tap in manifest.decode.taps]
         self._encoder_taps = [tap.name for tap in manifest.entries[ENCODE_IMAGE].taps] if encoder else []
         self._encoder: Callable[[], _Engine] | None = None
@@ -146,7 +152,12 @@ class EngineRuntime(ArtifactRuntime):
         inputs: dict[str, Any] = {"tokens": call.tokens, "start": np.array(start), "logit_positions": wanted}
         if self.width:
             inputs |= {"until": call.until, "soft": call.soft}
+        for name, tensor in self._next.items():
+            self._engine.bind(name, self._tensors[name])
+            self._engine.bind(f"{name}.out", tensor)
         outputs = self._engine.run({**inputs, **self._rings.place(start, tokens)}, ("logits", *self._taps))
+        for name, tensor in self._next.items():
+            self._tensors[name], self._next[name] = tensor, self._tensors[name]
         return Result(logits=outputs.pop("logits")[:, : call.logit_positions.size], taps=outputs)
 
     def encode(self, pixels: Float) -> Mapping[str, NDArray[Any]]:
@@ -170,6 +181,8 @@ class EngineRuntime(ArtifactRuntime):
         for state in self.states:
             shape, dtype = state.shape(slots, batch=self.rows), getattr(torch, state.dtype)
             self._tensors[state.name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            if not state.is_ring:
+                self._next[state.name] = torch.zeros_like(self._tensors[state.name])
         self._bind_caches()
 
     def _bind_caches(self) -> None:
@@ -179,5 +192,6 @@ class EngineRuntime(ArtifactRuntime):
 
     def state_arrays(self) -> Iterator[tuple[State, Any]]:
         for state in self.states:
-            if state.name in self._tensors:
-                yield state, self._tensors[state.name]
+            for tensors in (self._tensors, self._next):
+                if state.name in tensors:
+                    yield state, tensors[state.name]

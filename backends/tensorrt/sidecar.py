@@ -31,6 +31,12 @@ TEXT_CALLS = (
 )
 """How to call a model of text alone."""
 
+SUMMARIES = (
+    " But a state without slots is a summary: its output has memory of its own, and is the next call's input. At "
+    "position 0 whatever it holds counts as zeros."
+)
+"""How to treat states that are no rings."""
+
 IMAGE_CALLS = (
     "`start` is the position of the first new token. `until` is the last position that each new token sees: its own, "
     "or the end of its image, which must be in one call. `soft` holds what stands in the place of negative tokens, and "
@@ -61,7 +67,7 @@ class Sidecar:
 
     Attributes:
         dtype: What is computed in, and held in the states.
-        aliases: Input of every state's output: both are one address.
+        aliases: Input of every ring's output: both are one address.
         states: Every state, with all its sizes.
         profiles: In the order of the engine's profiles.
         least_sm: Least compute capability, times ten: 80 for bfloat16, 89 for 8-bit floats.

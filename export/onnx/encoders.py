@@ -9,12 +9,12 @@ import torch
 
 from transom.export.lowering import Table
 from transom.export.onnx.emitter import Emitter
-from transom.export.onnx.lowerings import SHARED
+from transom.export.onnx.summaries import SUMMARIES
 from transom.graphs import ops
 from transom.graphs.match import aten
 from transom.graphs.node import Node
 
-ENCODERS = Table(SHARED)
+ENCODERS = Table(SUMMARIES)
 
 
 @ENCODERS.lowers(aten.permute.default)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transom.backends.artifact import MODEL_FILE, Entry
 from transom.backends.tensorrt.rings import ring_ports
-from transom.backends.tensorrt.sidecar import IMAGE_CALLS, TEXT_CALLS, Profile, Shape, Sidecar
+from transom.backends.tensorrt.sidecar import IMAGE_CALLS, SUMMARIES, TEXT_CALLS, Profile, Shape, Sidecar
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter
 from transom.export.onnx.export import write_encoder
@@ -65,14 +65,15 @@ def sidecar(lowered: Entry, options: Options) -> Sidecar:
     several = min(2, options.chunk)
     return Sidecar(
         dtype=dtype,
-        aliases={f"{state.name}.out": state.name for state in lowered.states},
+        aliases={f"{state.name}.out": state.name for state in lowered.states if state.is_ring},
         states=lowered.states,
         profiles=(
             _profile("prefill", lowered.inputs, options.chunk, options.chunk),
             _profile("decode", lowered.inputs, 1, several),
         ),
         least_sm=89 if "float8_e4m3fn" in formats else 80 if dtype == "bfloat16" else 75,
-        calls=IMAGE_CALLS if "until" in lowered.inputs else TEXT_CALLS,
+        calls=(IMAGE_CALLS if "until" in lowered.inputs else TEXT_CALLS)
+        + ("" if all(state.is_ring for state in lowered.states) else SUMMARIES),
     )
 
 

@@ -9,7 +9,7 @@ from tvm import relax, te
 
 from transom.export.lowering import Table
 from transom.export.tvm.emitter import Emitter, dtype_name, is_symbol
-from transom.export.tvm.kernels import attention, linear, quantized, rows
+from transom.export.tvm.kernels import attention, linear, quantized, rows, summaries
 from transom.formats.quantized import block_of
 from transom.graphs import ops
 from transom.graphs.match import arguments, aten, is_call, is_transpose
@@ -82,6 +82,11 @@ def _gelu(emitter: Emitter, node: Node) -> Any:
 @TABLE.lowers(aten.tanh.default)
 def _tanh(emitter: Emitter, node: Node) -> Any:
     return _activated(emitter, node, "tanh")
+
+
+@TABLE.lowers(aten.softplus.default)
+def _softplus(emitter: Emitter, node: Node) -> Any:
+    return _activated(emitter, node, "softplus")
 
 
 def _activated(emitter: Emitter, node: Node, name: str) -> Any:
@@ -394,3 +399,31 @@ def _write_cache(emitter: Emitter, node: Node) -> Any:
         ("write_cache", key_heads, h), lambda: attention.write_cache(key_heads, h, emitter.tile), inputs, in_place=(1,)
     )
     return written
+
+
+@TABLE.lowers(ops.CAUSAL_CONVOLUTION)
+def _causal_convolution(emitter: Emitter, node: Node) -> list[Any]:
+    x, kept, start, weight, bias = node.args
+    channels, _, taps = (int(size) for size in weight.meta["val"].shape)
+    biased, single = bias is not None, emitter.is_single(x)
+    return emitter.call(
+        ("convolve", channels, taps, biased, single),
+        lambda: summaries.causal_convolution(channels, taps, emitter.tile, biased=biased, single=single),
+        [emitter.value(value) for value in (x, kept, start, weight, bias if biased else weight)],
+        emitter.shape(x),
+        in_place=(1,),
+    )
+
+
+@TABLE.lowers(ops.STATE_SPACE)
+def _state_space(emitter: Emitter, node: Node) -> list[Any]:
+    x, _, _, keys, *_ = node.args
+    heads, h = (int(size) for size in x.meta["val"].shape[2:])
+    groups, z = (int(size) for size in keys.meta["val"].shape[2:])
+    return emitter.call(
+        ("scan", heads, h, groups, z),
+        lambda: summaries.state_space(heads, h, groups, z, emitter.tile),
+        [emitter.value(value) for value in node.args],
+        emitter.shape(x),
+        in_place=(6,),
+    )

@@ -43,10 +43,11 @@ def step(graph: Graph, stored_names: Mapping[str, str]) -> Step:
         stored_names: Name of the parameter by the graph's name of a weight.
     """
     names, inputs, wanted = graph.weight_names(), graph.inputs, input_names(graph)
-    # A decoder computes in the dtype of its caches, an encoder in that of its products.
+    # A decoder computes in the dtype of its caches, though some summaries are float32 in any; an encoder in that of
+    # its products.
     products = graph.calls(aten.linear.default, ops.LINEAR_QUANTIZED)
-    computed = [DTYPES[inputs[name].meta["val"].dtype] for name in graph.states]
-    computed = computed or [DTYPES[node.meta["val"].dtype] for node in products]
+    kept = {DTYPES[inputs[name].meta["val"].dtype] for name in graph.states}
+    computed = kept - {jnp.float32} or kept or {DTYPES[node.meta["val"].dtype] for node in products}
     rings = {inputs[name] for name, state in graph.states.items() if state.window is not None}
     streams = _residual_streams(graph)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from transom.export.lowering import Table
-from transom.export.xla import attention
+from transom.export.xla import attention, summaries
 from transom.export.xla.narrow import embedding_quantized, linear_quantized
 from transom.formats.rounding import FLOAT8_MAX
 from transom.graphs import ops
@@ -35,7 +35,7 @@ DTYPES: dict[torch.dtype, Any] = {
 
 TABLE = Table()
 
-COUNTED = frozenset({ops.WRITE_CACHE, ops.ATTENTION, ops.ATTEND})
+COUNTED = frozenset({ops.WRITE_CACHE, ops.ATTENTION, ops.ATTEND, ops.CAUSAL_CONVOLUTION, ops.STATE_SPACE})
 """Operations that must know how many of the new tokens are no padding; their lowerings take it as `count`."""
 
 
@@ -73,6 +73,7 @@ for _target, _function in (
     (aten.tanh.default, jnp.tanh),
     (aten.sigmoid.default, jax.nn.sigmoid),
     (aten.silu.default, jax.nn.silu),
+    (aten.softplus.default, jax.nn.softplus),
 ):
     TABLE.lowers(_target)(_rounded_once(_function))
 for _target, _plain in (
@@ -251,6 +252,8 @@ def _write_cache(
 
 TABLE.lowers(ops.ATTEND)(attention.attend)
 TABLE.lowers(ops.FULL_ATTENTION)(attention.attend_fully)
+TABLE.lowers(ops.CAUSAL_CONVOLUTION)(summaries.causal_convolution)
+TABLE.lowers(ops.STATE_SPACE)(summaries.state_space)
 
 
 @TABLE.lowers(ops.ATTENTION)

@@ -117,6 +117,9 @@ class IExecutionContext:
         aliases = [pair for pair in self.sidecar.aliases.items() if pair[0] in self.outputs]
         if any(self.addresses[output] != self.addresses[given] for output, given in aliases):
             return False
+        apart = [state.name for state in self.sidecar.states if f"{state.name}.out" not in self.sidecar.aliases]
+        if any(self.addresses[f"{name}.out"] == self.addresses[name] for name in apart if name in self.inputs):
+            return False
         binding = self.session.io_binding()
         for bind, values in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):
             for name, value in values.items():

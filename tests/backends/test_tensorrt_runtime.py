@@ -90,6 +90,25 @@ def test_caches_are_bound_in_place_once_and_kept(folder: Path, manifest: Manifes
     assert session.cache_bytes() == {"local": 4 * RING * slot, "global": 2 * CONTEXT * slot}
 
 
+def test_summaries_take_turns(tmp_path: Path) -> None:
+    """An engine promises to write in place for rings only: what it makes of a summary stands elsewhere."""
+    transom.compile(
+        transom.load("mamba2-hybrid-tiny"), target="tensorrt", chunk=CHUNK, context=CONTEXT, out=tmp_path / "model"
+    )
+    (tmp_path / "model" / "double.engine").write_bytes(ENGINE)
+    session, calls = opened(tmp_path / "model", read_manifest(tmp_path / "model"))
+    other = transom.open(tmp_path / "model", threads=1)
+    for _ in range(2):
+        np.testing.assert_array_equal(session.logits(TEXT[:50]), other.logits(TEXT[:50]))
+        np.testing.assert_array_equal(session.decode(TEXT[50]), other.decode(TEXT[50]))
+    given, made = (
+        [memory for name, memory in calls.of("set_tensor_address") if name == wanted][-2:]
+        for wanted in ("cache.0.state", "cache.0.state.out")
+    )
+    assert given == made[::-1] and given[0] != given[1]
+    assert session.cache_bytes()["summary"] == 2 * other.cache_bytes()["summary"]
+
+
 def test_profiles_and_shapes(folder: Path, manifest: Manifest) -> None:
     """Prefill and decode each have their profile, which is chosen when it changes; no call crosses a ring's end."""
     session, calls = opened(folder, manifest)

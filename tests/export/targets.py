@@ -30,14 +30,17 @@ Program = Callable[[torch.Tensor, int, torch.Tensor, Sequence[torch.Tensor]], li
 """`(tokens [1, T], start, logit_positions [P], states) -> [logits [P, V], *states]`."""
 
 
-def decoder(module: nn.Module, *states: torch.Tensor, window: int | None = None) -> Graph:
+def decoder(
+    module: nn.Module, *states: torch.Tensor, window: int | None = None, axes: Sequence[str] = ("heads", SLOTS, "width")
+) -> Graph:
     """Trace a module that takes what a decoder takes, and calls operations of `graphs.ops` as it likes.
 
     Args:
         module: `(tokens [B, T], start, logit_positions [P], *states) -> logits [B, P, V]`, or a tuple of logits and
             the states as they are then.
-        states: One of every state's shape [1, K, S, H] and dtype: keys, then values, of one layer.
+        states: One of every state's shape and dtype, of one layer: keys [1, K, S, H], then values, or a summary.
         window: Keys that the layer sees; None for all.
+        axes: Of a state, beside that of the batch.
     """
     batch, tokens, positions = Dim("B", min=1, max=8), *(Dim(name, min=1, max=LONGEST_CALL) for name in ("T", "P"))
     shapes: tuple[Any, ...] = ({0: batch, 1: tokens}, None, {0: positions})
@@ -64,7 +67,7 @@ def decoder(module: nn.Module, *states: torch.Tensor, window: int | None = None)
         name: State(
             name=name,
             layer=0,
-            axes=(BATCH, "heads", SLOTS, "width"),
+            axes=(BATCH, *axes),
             sizes=(None, *state.shape[1:]),
             dtype=str(state.dtype).removeprefix("torch."),
             window=window,

@@ -23,6 +23,7 @@ from transom.passes.base import Pass
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.architecture import Architecture
 from transom.zoo.architectures import architecture, architectures, build_empty
+from transom.zoo.checkpoints.layout import HEAD, in_file
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.huggingface import read_config, write_config
 from transom.zoo.model import Model, load
@@ -51,7 +52,7 @@ def family(request: pytest.FixtureRequest) -> Architecture:
 @pytest.fixture(scope="module")
 def model(family: Architecture) -> Model:
     """The family's tiny model, which was never trained."""
-    (tiny,) = (preset for preset in family.presets if preset.hub is None)
+    tiny = next(preset for preset in family.presets if preset.hub is None)
     return load(tiny.config.name)
 
 
@@ -94,9 +95,8 @@ def test_logits_are_those_of_transformers(model: Model, words: list[int], tmp_pa
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
-    assert {name.removeprefix("model.") for name in theirs.state_dict()} - {"lm_head.weight"} == set(model.weights) - {
-        "lm_head.weight"
-    }
+    renames = architecture(model.config.architecture).huggingface.renames
+    assert set(theirs.state_dict()) - {HEAD} == {in_file(name, renames=renames) for name in model.weights} - {HEAD}
     ours, W = load(tmp_path).eager(), window(model)
     for length in (W - 1, W, W + 1, 2 * W, 3 * W + 5):
         ids_BT = torch.tensor([words[:length]])
@@ -141,9 +141,11 @@ def test_the_plan_is_the_module(family: Architecture) -> None:
         config = preset.config
         assert parameters(config) == sum(math.prod(weight.shape) for weight in random_weights(config, 0).values())
         layers = plan(config, context=100, cache_dtype="fp32").layers
-        for planned, layer in zip(layers, config.layers, strict=True):
+        for index, (planned, layer) in enumerate(zip(layers, config.layers, strict=True)):
             slots = min(100, layer.window or 100)
-            assert planned.bytes == 4 * slots * layer.kv_heads * (layer.key_width + layer.value_width)
+            assert planned.bytes == sum(
+                4 * state.numbers * (slots if state.is_ring else 1) for state in layer.states(index)
+            )
 
 
 @pytest.mark.parametrize("target", PIPELINES)
@@ -168,13 +170,14 @@ def test_every_pass_of_every_list_keeps_the_logits(
         actual = session.decode(words[position])
         assert np.abs(actual - logits[position]).max() < FP32_LOGITS, f"decode at {position} after all passes"
     sizes = session.cache_bytes()
-    slot = [4 * layer.kv_heads * (layer.key_width + layer.value_width) for layer in model.config.layers]
-    windows = [layer.window for layer in model.config.layers]
+    bytes_of = [sum(4 * state.numbers for state in layer.states(0)) for layer in model.config.layers]
+    layers = list(zip(model.config.layers, bytes_of, strict=True))
+    assert sizes.get("summary", 0) == sum(size for layer, size in layers if layer.kind == "summary")
     spare = {state.slots - state.window for state in session.states if state.slots is not None and state.window}
-    assert spare <= {0, chunk - 1} and len(spare) == (1 if any(windows) else 0)
-    assert sizes["local"] == sum(size * (W + max(spare)) for size, W in zip(slot, windows, strict=True) if W)
+    assert spare <= {0, chunk - 1} and len(spare) == (1 if model.config.longest_window else 0)
+    assert sizes["local"] == sum(size * (layer.window + max(spare)) for layer, size in layers if layer.window)
     # Global layers have grown to the text and no further than a growth step.
-    grown = sum(size for size, W in zip(slot, windows, strict=True) if W is None)
+    grown = sum(size for layer, size in layers if layer.kind == "global")
     assert grown * 8 * W <= sizes["global"] <= grown * 512
 
 

@@ -60,18 +60,21 @@ class Layout:
     parts: Mapping[str, tuple[str, ...]]
 
     @staticmethod
-    def of(folder: Path, names: Iterable[str], wanted: Mapping[str, Any]) -> Layout:
+    def of(
+        folder: Path, names: Iterable[str], wanted: Mapping[str, Any], renames: Mapping[str, str] | None = None
+    ) -> Layout:
         """Give every tensor its role.
 
         Args:
             folder: The checkpoint, for errors.
             names: Tensors, as the files call them.
             wanted: Names of the module's state dict.
+            renames: What the family calls otherwise; see `HuggingFaceFormat`.
 
         Raises:
             CheckpointError: If a tensor is missing, or one has no role.
         """
-        files = _without_wrappers(folder, names)
+        files = _without_wrappers(folder, names, renames or {})
         _refuse_foreign(folder, files)
         heads = [name for name in _HEADS if name in files]
         prefix = _prefix(folder, files, heads)
@@ -118,11 +121,24 @@ class Layout:
         )
 
 
-def in_file(name: str, *, images: bool = False) -> str:
-    """What a checkpoint calls a tensor of the module; `images` says whether its model sees them."""
+def in_file(name: str, *, images: bool = False, renames: Mapping[str, str] | None = None) -> str:
+    """What a checkpoint calls a tensor of the module.
+
+    Args:
+        name: In the module.
+        images: Whether its model sees them.
+        renames: What the family calls otherwise; see `HuggingFaceFormat`.
+    """
     if _part(name) is not None:
         return "model." + name.replace("vision_tower.", "vision_tower.vision_model.")
-    return name if name == HEAD else ("model.language_model." if images else _PREFIXES[0]) + name
+    whole = name if name == HEAD else ("model.language_model." if images else _PREFIXES[0]) + name
+    return _renamed(whole, {ours: theirs for theirs, ours in (renames or {}).items()})
+
+
+def _renamed(name: str, heads: Mapping[str, str]) -> str:
+    """A name with another head, if it has one of these."""
+    old = next((head for head in heads if name.startswith(head)), None)
+    return name if old is None else heads[old] + name.removeprefix(old)
 
 
 def in_class(name: str) -> str:
@@ -152,11 +168,11 @@ def _in_part(name: str) -> str:
     return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
 
 
-def _without_wrappers(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name without the parts that wrappers of modules add -> name in the files."""
+def _without_wrappers(folder: Path, names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
+    """Name without the parts that wrappers of modules add, as most families call it -> name in the files."""
     files: dict[str, str] = {}
     for in_file in names:
-        name = ".".join(part for part in in_file.split(".") if part not in _WRAPPERS)
+        name = _renamed(".".join(part for part in in_file.split(".") if part not in _WRAPPERS), renames)
         if name in files:
             raise CheckpointError(f"{folder}: {files[name]} and {in_file} are one tensor's names: remove one")
         files[name] = in_file

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from transom.graphs.weight import Weight
-from transom.zoo.architectures import build_empty, tensor_shapes
+from transom.zoo.architectures import architecture, build_empty, tensor_shapes
 from transom.zoo.checkpoints.layout import HEAD, TABLE, in_file
 from transom.zoo.checkpoints.safetensors import INDEX, SINGLE
 from transom.zoo.checkpoints.safetensors_writer import write
@@ -66,9 +66,10 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
-    images = config.images is not None
+    images, renames = config.images is not None, architecture(config.architecture).huggingface.renames
     state = {
-        in_file(name, images=images): weight if dtype is None else weight.to(dtype) for name, weight in weights.items()
+        in_file(name, images=images, renames=renames): weight if dtype is None else weight.to(dtype)
+        for name, weight in weights.items()
     }
     shards: list[dict[str, Weight]] = [{}]
     for name, weight in state.items():
@@ -90,7 +91,10 @@ def write_checkpoint(
 
 
 def _neutral(module: torch.nn.Module, name: str) -> float:
-    """The value of a norm's weight that changes nothing; 0 for any other parameter."""
+    """The value of a norm's weight that changes nothing, or what a module says of its own; 0 for other parameters."""
+    own: dict[str, float] = getattr(module, "neutral", {})
+    if (last := name.rpartition(".")[2]) in own:
+        return own[last]
     if isinstance(module, RMSNorm):
         return 1.0 - module.offset
     return 1.0 if isinstance(module, torch.nn.LayerNorm) and name.endswith(".weight") else 0.0

@@ -164,7 +164,18 @@ def silu(x: Any) -> Any:
     return x / (T.float32(1) + exponential(-x))
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "tanh": hyperbolic_tangent}
+def softplus(x: Any) -> Any:
+    """`log(1 + exp(x))`: with u = exp(-|x|), log(1 + u) is the series of 2 atanh(u / (2 + u)), as no sum loses u."""
+    small = exponential(T.min(x, -x))
+    ratio = small / (small + T.float32(2))
+    square = ratio * ratio
+    series = T.float32(1 / 17)
+    for power in range(15, 0, -2):
+        series = series * square + T.float32(1 / power)
+    return T.max(x, T.float32(0)) + T.float32(2) * ratio * series
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "tanh": hyperbolic_tangent, "softplus": softplus}
 
 
 def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:

@@ -43,7 +43,7 @@ def list_models(json: Json = False) -> None:
             "name": config.name,
             "parameters": parameters(config),
             "layers": config.num_layers,
-            "global_layers": sum(layer.window is None for layer in config.layers),
+            "global_layers": sum(layer.kind == "global" for layer in config.layers),
             "window": config.longest_window,
             "context": config.context,
         }
