@@ -58,8 +58,9 @@ def test_bounds_may_be_missing_or_null(tmp_path: Path) -> None:
 def test_a_gguf_file_that_says_little_is_read_as_llama_cpp_does(tmp_path: Path) -> None:
     keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window", "rope.freq_base")
     config = STORABLE["gemma2"]
+    assert isinstance(config, Gemma2Config)
     path = write_gguf(tmp_path / "a.gguf", config, random_weights(config, 0), metadata=dict.fromkeys(keys))
-    expected = {"window": 4096, "attention_softcap": 50.0, "logit_softcap": 30.0, "name": "a"}
+    expected: dict[str, Any] = {"window": 4096, "attention_softcap": 50.0, "logit_softcap": 30.0, "name": "a"}
     assert load(path).config == dataclasses.replace(config, **expected)
     many = dataclasses.replace(config, layer_kinds=tile("LG", 46))
     path = write_gguf(tmp_path / "b.gguf", many, random_weights(many, 0))
