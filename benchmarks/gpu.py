@@ -44,6 +44,7 @@ from transom.validation.compare import Differences, compare
 from transom.validation.judge import judge
 from transom.validation.oracle import Oracle
 from transom.validation.tolerances import tolerance
+from transom.zoo.config import AttentionLayer
 from transom.zoo.layers import Decoder
 from transom.zoo.model import Model
 
@@ -104,7 +105,8 @@ class TorchRunner:
     """
 
     def __init__(self, module: Decoder, model: Model, *, context: int, chunk: int, compile_mode: str | None) -> None:
-        self._module, self._layers, self._context, self._chunk = module, model.config.layers, context, chunk
+        self._module, self._context, self._chunk = module, context, chunk
+        self._layers = [layer for layer in model.config.layers if isinstance(layer, AttentionLayer)]
         weight = next(module.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._step: Callable[..., Any] = self._run

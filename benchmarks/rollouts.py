@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ablation
+from benchmarks.ablation import task
 from benchmarks.quiet import OtherCpu
 from transom.compiler import versions
 from transom.training.policy import Policy
@@ -34,7 +34,7 @@ def model_of(name: str, context: int) -> Model:
     """A model by its name; random weights will do, but a real one ends as it would."""
     if name != SMALL:
         return load(name)
-    small = ablation.untrained()
+    small = task.untrained()
     return dataclasses.replace(small, config=dataclasses.replace(small.config, context=context))
 
 

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_mean() -> None:
     inputs = [tensor.requires_grad_(True) for tensor in drawn(3 * W + 5)]
     gates = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
     towards = torch.randn(2, 4, 3 * W + 5, 16, generator=torch.Generator().manual_seed(1))
-    (gated_attention(*inputs, gates, scale=0.25, windows=WINDOWS) * towards).sum().backward()  # type: ignore[no-untyped-call]
+    (gated_attention(*inputs, gates, scale=0.25, windows=WINDOWS) * towards).sum().backward()
     ours = [tensor.grad for tensor in (*inputs, gates)]
     q, k, v = (tensor.detach().requires_grad_(True) for tensor in inputs)
     again = gates.detach().requires_grad_(True)
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_mean() -> None:
         hidden = (apart < 0) | (apart >= window) if window else apart < 0
         scores = (q @ k_heads.transpose(2, 3) * 0.25).masked_fill(hidden, float("-inf"))
         mean = mean + share * (scores.softmax(-1) @ v_heads)
-    (mean * towards).sum().backward()
+    (mean * towards).sum().backward()  # type: ignore[no-untyped-call]
     for actual, leaf in zip(ours, (q, k, v, again), strict=True):
         assert actual is not None and leaf.grad is not None
         assert (actual - leaf.grad).abs().max() < FP32_GRADIENTS * max(1.0, float(leaf.grad.abs().max()))

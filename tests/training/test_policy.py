@@ -166,7 +166,7 @@ def test_what_cannot_sample_on_onnx_runtime(model: Model, monkeypatch: pytest.Mo
         patch.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(TrainingError, match=r"needs ONNX Runtime.*choose 'torch' for its rollouts"):
             Policy(model, rollouts=ONNXRUNTIME).sample(PROMPTS, max_new=1, stops=frozenset())
-    monkeypatch.delitem(DIALECT.lowerings, ops.RMS_NORM)  # type: ignore[arg-type]
+    monkeypatch.delitem(DIALECT.lowerings, ops.RMS_NORM)
     with pytest.raises(TrainingError, match=r"cannot lower these operations:.*rms_norm.*choose 'torch'"):
         Policy(model, rollouts=ONNXRUNTIME).sample(PROMPTS, max_new=1, stops=frozenset())
 
