@@ -185,9 +185,9 @@ def page(result: Mapping[str, Any]) -> str:
         "written by `python -m benchmarks.ablation`. The base model learned answers of which "
         f"{study['wrong']:.0%} were wrong.",
         f"Every method then took {study['steps']} steps of {study['samples']} samples (SFT: right answers), with exact "
-        "match as the",
-        f"reward. Each learning rate is the best of {', '.join(f'{rate:g}' for rate in study['rates'])}, by one run of "
-        f"{study['tuning_steps']} steps, on",
+        "match as the reward",
+        f"(but for WARM). Each learning rate is the best of {', '.join(f'{rate:g}' for rate in study['rates'])}, by one run "
+        f"of {study['tuning_steps']} steps, on",
         f"{study['splits']['tuning']:,} problems of their own. Measured on {study['splits']['unseen']:,} distinct "
         "problems that stood in no training;",
         "only `reward` is of prompts that were learned from. In brackets: 95% by the bootstrap over seeds and problems",
@@ -271,11 +271,13 @@ def draw(rows: Sequence[Row], start: float, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.5), layout="constrained", sharey=True)
-    for row in rows:
+    for index, row in enumerate(rows):
         steps, seconds, sampled = zip(*row.curve, strict=True)
-        axes[0].plot((0, *steps), (start, *sampled), marker=".", label=f"{row.contender}, {len(row.seen)} seeds")
-        axes[1].plot((row.prepared, *seconds), (start, *sampled), marker=".")
-        axes[2].plot(row.scores["kl"].mean(), row.scores["sampled"].mean(), "o")
+        # Colours come again after ten rows, so marks change then.
+        style = {"color": f"C{index % 10}", "marker": ".s"[index // 10], "linestyle": ("-", "--")[index // 10]}
+        axes[0].plot((0, *steps), (start, *sampled), label=f"{row.contender}, {len(row.seen)} seeds", **style)
+        axes[1].plot((row.prepared, *seconds), (start, *sampled), **style)
+        axes[2].plot(row.scores["kl"].mean(), row.scores["sampled"].mean(), **{**style, "marker": "os"[index // 10]})
     for axis, title in zip(axes, ("steps", "seconds of the processor", "KL to the base model at the end"), strict=True):
         axis.set(xlabel=title)
         axis.spines[["top", "right"]].set_visible(False)
