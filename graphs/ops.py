@@ -160,7 +160,7 @@ def _chosen_experts(
     """See `experts`; the matrices are functions from an expert to its own."""
     flat, total = x.flatten(0, -2), torch.zeros(x.shape, dtype=torch.float32).flatten(0, -2)
     chosen, shares = choices.flatten(0, -2), weights.flatten(0, -2)
-    for expert in torch.unique(chosen).tolist():  # type: ignore[no-untyped-call]
+    for expert in torch.unique(chosen).tolist():
         share = torch.where(chosen == expert, shares, 0).sum(-1)
         tokens = (chosen == expert).any(-1).nonzero()[:, 0]
         first, second = gate_up(expert).to(x.dtype), down(expert).to(x.dtype)
