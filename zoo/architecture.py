@@ -45,8 +45,7 @@ class HuggingFaceFormat:
         keys: Other keys that `read` reads.
         ignored: Keys that bear on no number, beside those that every family has.
         packed: Ways to pack weights, by the `quant_method` of `quantization_config`, that are read as they are.
-        stacked: A configuration and the name of a weight in the module -> how files hold it, if they do so on an axis of
-            experts.
+        stacked: A configuration and the name of a weight in the module -> how files hold it, if they hold it by expert.
         read: Keys that describe the text decoder, and the whole config's, which may be the same -> fields of the
             configuration, less its name.
         write: A configuration -> a `config.json` that `read` and transformers read alike.

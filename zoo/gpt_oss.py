@@ -1,7 +1,7 @@
 """gpt-oss, as textbook tensor code, and all that is known of its files.
 
-Source: the gpt-oss model card (arXiv 2508.10925), and transformers 5.23, `gpt_oss`. Every other layer is local, softmaxes
-have a sink that takes attention away, and MLPs are mixtures of experts.
+Source: the gpt-oss model card (arXiv 2508.10925), and transformers 5.23, `gpt_oss`. Every other layer is local,
+softmaxes have a sink that takes attention away, and MLPs are mixtures of experts.
 
 Axes:
     B  batch            T  new tokens        D  model width      E  experts

@@ -80,7 +80,7 @@ def chosen(
             parts += [] if bias is None else [_gathered(emitter, expert, count, bias)]
             value = emitter.op("Gemm", *parts, transB=1)
             if matrix is gate_up:
-                value = gated(emitter, value, hidden, activation)
+                value = gated(emitter, value, hidden, activation, torch.float32)
         value = emitter.op("Mul", value, emitter.op("Unsqueeze", share, axis))
         return str(emitter.op("ScatterND", total, emitter.op("Unsqueeze", rows, axis), value, reduction="add"))
 

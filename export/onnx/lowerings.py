@@ -182,17 +182,17 @@ def _layer_norm(emitter: Emitter, node: Node) -> str:
 
 @SHARED.lowers(ops.GATED)
 def _gated(emitter: Emitter, node: Node) -> str:
-    return gated(emitter, emitter.value(node.args[0]), int(node.meta["val"].shape[-1]), node.args[1])
+    value = node.meta["val"]
+    return gated(emitter, emitter.value(node.args[0]), int(value.shape[-1]), node.args[1], value.dtype)
 
 
-def gated(emitter: Emitter, packed: str, width: int, activation: str) -> str:
+def gated(emitter: Emitter, packed: str, width: int, activation: str, dtype: torch.dtype) -> str:
     """What becomes of gates and ups [..., 2 * width]; see `ops.experts`."""
     gate, up = emitter.op("Split", packed, emitter.constant(np.array([width, width])), outputs=2, axis=-1)
     if activation != ops.CLAMPED_SWIGLU:
         return str(emitter.op("Mul", activate(emitter, gate, activation), up))
     one, least, most, slope = (
-        emitter.constant(np.array(number, np.float32))
-        for number in (1, -ops.SWIGLU_LIMIT, ops.SWIGLU_LIMIT, ops.SWIGLU_SLOPE)
+        emitter.number(number, dtype) for number in (1, -ops.SWIGLU_LIMIT, ops.SWIGLU_LIMIT, ops.SWIGLU_SLOPE)
     )
     gate, up = emitter.op("Clip", gate, "", most), emitter.op("Clip", up, least, most)
     activated = emitter.op("Mul", gate, emitter.op("Sigmoid", emitter.op("Mul", gate, slope)))

@@ -1,8 +1,8 @@
 """Matrices of experts, which files hold on an axis of their own, and modules one below the other.
 
-Files of some families hold them transposed, gates and ups by turns, or as MXFP4: 4-bit floats (E2M1), two a byte, with a
-power of two for each 32 columns (OCP Microscaling Formats Specification 1.0). Twice such a float is an integer of 12 at
-most, so its codes are read as integers, with half the scales: nothing is rounded.
+Files of some families hold them transposed, gates and ups by turns, or as MXFP4: 4-bit floats (E2M1), two a byte, with
+a power of two for each 32 columns (OCP Microscaling Formats Specification 1.0). Twice such a float is an integer of 12
+at most, so its codes are read as integers, with half the scales: nothing is rounded.
 """
 
 from __future__ import annotations
