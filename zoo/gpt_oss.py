@@ -218,14 +218,21 @@ _HUGGINGFACE = HuggingFaceFormat(
 
 
 def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]:
-    """YaRN by its keys, whose ramp does not begin and end at whole pairs; every other layer is local."""
+    """YaRN, whose ramp does not begin and end at whole pairs, which no key says; every other layer is local."""
     keys.agree("attention.scale", sizes.head_dim**-0.5)
+    keys.only("rope.scaling.type", ("yarn",), required=True)
+    rope = YarnRope(
+        theta=keys.number("rope.freq_base", _THETA),
+        factor=keys.number("rope.scaling.factor"),
+        original_context=keys.size("rope.scaling.original_context_length", _ORIGINAL),
+        truncate=False,
+    )
     kinds, window = read_gguf_windows(sizes, keys, lines, 2)
     return {
         "layer_kinds": kinds,
         "window": window,
         "intermediate_size": keys.size("expert_feed_forward_length", sizes.intermediate_size),
-        "rope": Rope(theta=keys.number("rope.freq_base", _THETA)),
+        "rope": rope,
         "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "experts": keys.size("expert_count"),
         "chosen": keys.size("expert_used_count"),
@@ -244,9 +251,14 @@ _GGUF = GGUFFormat(
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
+        "self_attn.sinks": "attn_sinks.weight",
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "post_attention_norm",
         "mlp.router": "ffn_gate_inp",
+        "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+        "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        "mlp.experts.down_proj": "ffn_down_exps.weight",
+        "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
     },
     rows=lambda config, name: None,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,6 +24,53 @@ _TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12],
 """Twice what every E2M1 code means."""
 _BIAS = 127
 """Of the exponents of scales."""
+
+
+def integers_of_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> Codes:
+    """Codes that mean what MXFP4's do: E2M1 codes [rows, columns], and exponents uint8 [rows, columns / 32]."""
+    # Half of the power of two; exponent 255 is no number.
+    powers = torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - (_BIAS + 1))
+    return _TWICE[codes.int()], torch.where(exponents == 255, math.nan, powers), None
+
+
+def side_by_side(parts: Sequence[Weight], count: int) -> Weight:
+    """Matrices of the same experts as one: the first one's rows of an expert, then the second one's.
+
+    Args:
+        parts: Of one shape.
+        count: Experts.
+    """
+    rows = parts[0].shape[0] // count
+
+    def pieces(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Which part, and which rows of it."""
+        while start < stop:
+            expert, row = divmod(start, len(parts) * rows)
+            part, row = divmod(row, rows)
+            taken = min(stop - start, rows - row)
+            yield part, expert * rows + row, expert * rows + row + taken
+            start += taken
+
+    def read_rows(start: int, stop: int) -> torch.Tensor:
+        return torch.cat([parts[part].read_rows(low, high) for part, low, high in pieces(start, stop)])
+
+    encoded = [part.encoded for part in parts if part.encoded is not None]
+    shape, joint = (len(parts) * parts[0].shape[0], *parts[0].shape[1:]), None
+    if len(encoded) == len(parts) and len({(one.name, one.block) for one in encoded}) == 1:
+
+        def read_codes(start: int, stop: int) -> Codes:
+            read = [encoded[part].read_rows(low, high) for part, low, high in pieces(start, stop)]
+            codes, scales, zeros = zip(*read, strict=True)
+            return torch.cat(codes), torch.cat(scales), None if encoded[0].zeros_name is None else torch.cat(zeros)
+
+        joint = dataclasses.replace(encoded[0], shape=shape, read_rows=read_codes)
+    return Weight(
+        shape=shape,
+        dtype=parts[0].dtype,
+        read_rows=read_rows,
+        origin=" + ".join(part.origin for part in parts),
+        encoded=joint,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,10 +145,7 @@ class Stacked:
 
         def read_rows(start: int, stop: int) -> Codes:
             packed, exponents = blocks.read_rows(start, stop), scales.read_rows(start, stop)
-            codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
-            # Half of the power of two; exponent 255 is no number.
-            powers = torch.ldexp(torch.ones(()), exponents.to(torch.int32) - (_BIAS + 1))
-            return _TWICE[codes.int()], torch.where(exponents == 255, math.nan, powers), None
+            return integers_of_mxfp4(torch.stack((packed & 15, packed >> 4), -1).flatten(1), exponents)
 
         encoded = Encoded(
             name="MXFP4", shape=shape, format="int8", bits=5, block=_BLOCK, symmetric=True, read_rows=read_rows
