@@ -32,7 +32,7 @@ class FuseExperts(Pass):
         """Fuse every mixture."""
         changes, skipped = 0, list[str]()
         for scattered in graph.calls(aten.scatter.src):
-            node = _sum_of_shares(scattered)
+            node = sum_of_shares(scattered)
             arguments = None if node is None else _match(graph, node, scattered)
             if node is None or arguments is None:
                 skipped.append(
@@ -45,7 +45,7 @@ class FuseExperts(Pass):
         return Rewrite(changes=changes, skipped=tuple(skipped))
 
 
-def _sum_of_shares(scattered: Node) -> Node | None:
+def sum_of_shares(scattered: Node) -> Node | None:
     """The sum over the experts' axis of results times the scattered shares."""
     node = scattered
     for target in (aten.unsqueeze.default, aten.mul.Tensor, aten.sum.dim_IntList):

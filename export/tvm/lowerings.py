@@ -452,17 +452,16 @@ def _mixture(emitter: Emitter, node: Node, product: Any, matrices: Any, biases: 
     count, many = int(first.meta["val"].shape[0]) // width, tokens * chosen
     flat = emitter.builder.emit(relax.op.reshape(choices, [many]))
     value = x
-    for matrix, bias, repeat in zip(matrices, biases, (chosen, 1), strict=True):
-        key, n, make, inputs = product(matrix, bias, count, repeat, value, flat)
-        (value,) = emitter.call(key, make, inputs, [many, n])
-        if matrix is matrices[0]:
-            k = n // 2
-            (value,) = emitter.call(
-                ("gated", k, activation, False),
-                lambda k=k: rows.gated(k, activation, emitter.tile),
-                (value,),
-                [many, k],
-            )
+    key, n, make, inputs = product(matrices[0], biases[0], count, chosen, x, flat)
+    (packed,) = emitter.call(key, make, inputs, [many, n])
+    (value,) = emitter.call(
+        ("gated", n // 2, activation, False),
+        lambda: rows.gated(n // 2, activation, emitter.tile),
+        (packed,),
+        [many, n // 2],
+    )
+    key, _, make, inputs = product(matrices[1], biases[1], count, 1, value, flat)
+    (value,) = emitter.call(key, make, inputs, [many, width])
     (total,) = emitter.call(
         ("weighted_sum", width, chosen),
         lambda: experts.weighted_sum(width, chosen, emitter.tile),

@@ -53,7 +53,7 @@ def experts(
 
 def experts_quantized(x: jax.Array, choices: jax.Array, weights: jax.Array, *parts: Any) -> jax.Array:
     """See `ops.experts_quantized`; the codes lie as those of a linear do, see `narrow`."""
-    gate_up, down, biases, activation = parts[:4], parts[4:8], parts[8:10], parts[10]
+    gate_up, down, (gate_up_bias, down_bias, activation) = parts[:4], parts[4:8], parts[8:]
     count = down[0].shape[-1] // x.shape[-1]
 
     def product(codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: str) -> _Product:
@@ -69,7 +69,8 @@ def experts_quantized(x: jax.Array, choices: jax.Array, weights: jax.Array, *par
 
         return multiply
 
-    return _chosen(x, choices, weights, count, product(*gate_up), product(*down), *biases, activation)
+    products = product(*gate_up), product(*down)
+    return _chosen(x, choices, weights, count, *products, gate_up_bias, down_bias, activation)
 
 
 def _chosen(

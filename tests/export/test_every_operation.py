@@ -658,12 +658,13 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
 
     measure = Measure(scales=lambda graph: {f"layers.{layer}.mlp.down_proj.input": 1.0 for layer in range(6)})
     encoder = load("gemma3-vision-tiny", images=True).trace(task="encode_image")
+    mixture = load("gpt-oss-tiny").trace()
     for target, able in TARGETS.items():
         spec: QuantSpec = next(iter(specs(target).values()))
         activations: Any = next(iter(able.activations), None)
         everything = Scheme(name="sample", linears=(spec,), table=spec, activations=activations)
         passes = pipeline(target, chunk=CHUNK, scheme=everything, measure=measure)
-        for whole in (traced, encoder):
+        for whole in (traced, encoder, mixture):
             graph, _ = passes.run(whole, on_pass=note)
             if target in TABLES:
                 assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target

@@ -98,7 +98,7 @@ def _open_mxfp4(name: str, entries: Mapping[str, Entry], shape: tuple[int, ...],
         width = math.prod(inner)
         read_rows = functools.partial(_read_rows, dataclasses.replace(entry, shape=(0, width)), torch.uint8, width)
         parts.append(Weight(shape=(shape[0], width), dtype=torch.uint8, read_rows=read_rows, origin=origin))
-    return how.read_mxfp4(*parts, shape, origin)
+    return how.read_mxfp4(parts[0], parts[1], shape, origin)
 
 
 def open_weights(path: Path) -> dict[str, Weight]:
