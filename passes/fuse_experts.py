@@ -20,7 +20,7 @@ from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_gated_mlp import activation_of
 
-_VIEWS = (aten.view.default, aten.reshape.default)
+VIEWS = (aten.view.default, aten.reshape.default)
 
 
 class FuseExperts(Pass):
@@ -68,12 +68,12 @@ def _match(graph: Graph, node: Node, scattered: Node) -> tuple[Any, ...] | None:
         return None
     out = next(value for value in product.args[:2] if value is not shares)
     # [B, T, E, D], laid out from [E, B * T, D].
-    if not is_call(out, aten.permute.default) or list(out.args[1]) != [1, 2, 0, 3] or not is_call(out.args[0], *_VIEWS):
+    if not is_call(out, aten.permute.default) or list(out.args[1]) != [1, 2, 0, 3] or not is_call(out.args[0], *VIEWS):
         return None
     out, down_bias = out.args[0].args[0], None
     if is_call(out, aten.add.Tensor) and not out.kwargs:
         out, bias = out.args
-        down_bias = _rows(graph, bias, 1)
+        down_bias = rows_of_experts(graph, bias, 1)
         if down_bias is None or bias.meta["val"].shape[:2] != (E, 1):
             return None
     if not is_call(out, aten.matmul.default, aten.bmm.default):
@@ -81,8 +81,8 @@ def _match(graph: Graph, node: Node, scattered: Node) -> tuple[Any, ...] | None:
     hidden, matrices = out.args
     if not is_call(matrices, aten.transpose.int) or {axis % 3 for axis in matrices.args[1:]} != {1, 2}:
         return None
-    down = _rows(graph, matrices.args[0], 2)
-    if down is None or matrices.args[0].meta["val"].shape[0] != E or not is_call(hidden, *_VIEWS):
+    down = rows_of_experts(graph, matrices.args[0], 2)
+    if down is None or matrices.args[0].meta["val"].shape[0] != E or not is_call(hidden, *VIEWS):
         return None
     hidden = hidden.args[0]
     if not is_call(hidden, aten.permute.default) or list(hidden.args[1]) != [2, 0, 1, 3]:
@@ -91,7 +91,7 @@ def _match(graph: Graph, node: Node, scattered: Node) -> tuple[Any, ...] | None:
     if gate is None:
         return None
     packed, activation = gate
-    if not is_call(packed, *_VIEWS) or packed.meta["val"].shape[2:] != (E, 2 * down.meta["val"].shape[1]):
+    if not is_call(packed, *VIEWS) or packed.meta["val"].shape[2:] != (E, 2 * down.meta["val"].shape[1]):
         return None
     linear = packed.args[0]
     if not is_call(linear, aten.linear.default) or graph.weight_of(linear.args[1]) is None:
@@ -100,9 +100,9 @@ def _match(graph: Graph, node: Node, scattered: Node) -> tuple[Any, ...] | None:
     return x, choices, weights, gate_up, down, bias[0] if bias else None, down_bias, activation
 
 
-def _rows(graph: Graph, node: Any, rank: int) -> Node | None:
+def rows_of_experts(graph: Graph, node: Any, rank: int) -> Node | None:
     """The weight of this many axes that a view splits by experts."""
-    if not is_call(node, *_VIEWS) or graph.weight_of(node.args[0]) is None:
+    if not is_call(node, *VIEWS) or graph.weight_of(node.args[0]) is None:
         return None
     weight: Node = node.args[0]
     return weight if weight.meta["val"].dim() == rank else None
