@@ -14,9 +14,11 @@ from tests.case import Case, export, run_graph
 from tests.tolerances import FP32_PRODUCT
 from transom.formats.schemes import scheme
 from transom.graphs import ops
+from transom.graphs.fake_quantize import FAKE_QUANTIZE
 from transom.graphs.graph import Graph
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.fake_quantize import FakeQuantize
 from transom.passes.fuse_experts import FuseExperts
 from transom.zoo.experts import Experts, Gate, clamped_swiglu, gated, route
 
@@ -68,6 +70,13 @@ def test_a_mixture_is_one_operation(gate: Gate, biases: bool, normalized: bool) 
     converted = fused.run(ConvertQuantized(scheme("int8"))).expect({ops.EXPERTS_QUANTIZED: 1, ops.LINEAR_QUANTIZED: 0})
     # Nothing but the experts, of which 8 bits leave two digits.
     assert 0 < differ(case.graph, converted.graph, (2, 5)) < 0.05
+
+
+def test_training_rounds_the_numbers_that_are_deployed() -> None:
+    case = Case(graph=traced(Mixture(clamped_swiglu, biases=True)))
+    rounded = case.run(FakeQuantize(scheme("int8"))).expect({FAKE_QUANTIZE: 2}).settled()
+    deployed = case.run(Canonicalize(), FuseExperts(), ConvertQuantized(scheme("int8")))
+    assert 0 < differ(rounded.graph, deployed.graph, (2, 5)) < FP32_PRODUCT < differ(case.graph, rounded.graph, (2, 5))
 
 
 def _steeper(packed: torch.Tensor) -> torch.Tensor:
