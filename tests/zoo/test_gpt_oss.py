@@ -47,7 +47,7 @@ def by_expert(model: Model, name: str) -> torch.Tensor:
     """A matrix of every expert as transformers holds it: transposed, gates and ups by turns."""
     rows = model.weights[name].read().view(EXPERTS, -1, model.weights[name].shape[1])
     if "gate_up" in name:
-        rows = rows.unflatten(1, (2, HIDDEN)).transpose(1, 2).flatten(1, 2)
+        rows = rows.view(EXPERTS, 2, HIDDEN, -1).transpose(1, 2).flatten(1, 2)
     return rows.transpose(1, 2)
 
 
