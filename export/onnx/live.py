@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-import onnx
 import numpy as np
+import onnx
 import torch
 
 from transom.export.lowering import require_supported
