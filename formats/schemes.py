@@ -133,13 +133,19 @@ def is_table(name: str) -> bool:
     return "embed_tokens" in name or "lm_head" in name
 
 
+def is_router(name: str) -> bool:
+    """Whether a weight chooses experts: it is small, and what it rounds away are other experts."""
+    return re.search(r"(^|\.)router\.", name) is not None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """Quantisation of a model.
 
     Attributes:
         name: What users call it.
-        linears: Of the projections: the first whose `modules` fits is taken, those that none fits stay as they are.
+        linears: Of the projections: the first whose `modules` fits is taken, those that none fits stay as they are, and
+            so do routers.
         table: Of the embedding and the head; None keeps it as it is.
         activations: How what goes into quantised projections is rounded, with one scale a tensor that observers
             measured; None: not at all.
@@ -157,6 +163,8 @@ class Scheme:
         """What becomes of the weight of this name."""
         if is_table(name):
             return self.table
+        if is_router(name):
+            return None
         return next((spec for spec in self.linears if re.search(spec.modules, name)), None)
 
     @property

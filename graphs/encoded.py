@@ -203,10 +203,10 @@ def codes_of(rounded: Rounded, spec: QuantSpec) -> Codes:
 
 def reordered(order: Sequence[int], start: int, stop: int) -> tuple[int, int, torch.Tensor]:
     """Rows to read for the reordered rows [start, stop), and where each of these stands among them."""
-    group = len(order)
-    low, high = start // group * group, -(-stop // group) * group
     rows = torch.arange(start, stop)
-    return low, high, rows // group * group + torch.tensor(order)[rows % group] - low
+    stored = rows // len(order) * len(order) + torch.tensor(order)[rows % len(order)]
+    low, high = (int(stored.min()), int(stored.max()) + 1) if stop > start else (start, start)
+    return low, high, stored - low
 
 
 def nonfinite(origin: str, rows: str) -> CheckpointError:

@@ -3,9 +3,10 @@
 Precondition: a graph as it was traced. Passes that replace a node replace it among the outputs too, so taps that are
 there from the start outlive every fusion.
 Rewrite: taps after the embedding, every norm, projection and rotation, attention (what the output projection reads),
-the MLP's product of gate and up or its one activation, every average over positions, every convolution and state space,
-and every residual add, in the order of execution. Names are module paths.
-Skips: projections that an activation reads (a fusion may make one call of both), and the head: its logits are returned
+the MLP's product of gate and up or its one activation, every mixture of experts, every average over positions, every
+convolution and state space, and every residual add, in the order of execution. Names are module paths.
+Skips: projections that an activation reads (a fusion may make one call of both), what is inside of a mixture of experts
+(of which only the chosen are computed later), and the head: its logits are returned
 anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
 norm run at every position; all other passes do what they do without.
 """
@@ -24,8 +25,9 @@ from transom.graphs.graph import Graph, Tap
 from transom.graphs.match import CASTS, LAYOUT, aten, is_call, layer_path, skip_casts, source_line, split_scalar
 from transom.graphs.node import Node, is_node
 from transom.passes.base import Pass, Rewrite
+from transom.passes.fuse_experts import sum_of_shares
 
-FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED, ops.ATTEND)
+FUSED = (ops.RMS_NORM, ops.ATTENTION, ops.WRITE_CACHE, ops.ROTARY, ops.GATED, ops.ATTEND, ops.EXPERTS)
 """Operations that only a fusion makes."""
 _SDPA = aten.scaled_dot_product_attention.default
 _ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
@@ -53,6 +55,8 @@ class AddTaps(Pass):
             return Rewrite(changes=0)
         sites = [*_embeddings(graph), *_norms(graph), *_projections(graph), *_activations(graph), *_averages(graph)]
         sites += _summaries(graph)
+        inside = _inside_of_mixtures(graph)
+        sites = [site for site in sites if site[0] not in inside] + [*_mixtures(graph)]
         sites += [*_attentions(graph, {node for node, _, _ in sites}), *_residuals(graph, sites)]
         order = {node: index for index, node in enumerate(graph.fx.nodes)}
         names: dict[str, Node] = {}
@@ -166,6 +170,25 @@ def _summaries(graph: Graph) -> Iterator[_Site]:
     for node in graph.calls(*names):
         result = next(user for user in node.users if user.args[1] == 0)
         yield result, f"{_path(node)}.{names[node.target]}", names[node.target]
+
+
+def _mixtures(graph: Graph) -> Iterator[_Site]:
+    for scattered in graph.calls(aten.scatter.src):
+        if (total := sum_of_shares(scattered)) is not None:
+            yield total, _path(total), "experts"
+
+
+def _inside_of_mixtures(graph: Graph) -> set[Node]:
+    """What is computed of every expert, from the first projection on."""
+    inside: set[Node] = set()
+    for total, _, _ in _mixtures(graph):
+        above = [total]
+        while above:
+            for node in above.pop().all_input_nodes:
+                if node.op == "call_function" and node not in inside and not is_call(node, aten.scatter.src):
+                    inside.add(node)
+                    above += [] if is_call(node, aten.linear.default) else [node]
+    return inside
 
 
 def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:

@@ -2,9 +2,10 @@
 
 Precondition: sharing of weights is done; packing is not, as packed projections are stacked codes.
 Rewrite: `linear` becomes `transom.linear_quantized`, and an addition if it has a bias; `embedding` becomes
-`transom.embedding_quantized`; an embedding and a head that share a weight share its codes. Codes that a checkpoint
+`transom.embedding_quantized`, and `experts` `transom.experts_quantized`; an embedding and a head that share a weight
+share its codes. Codes that a checkpoint
 already holds are kept to the bit where the scheme's grid can hold them; others are rounded to nearest.
-Skips: weights that the scheme leaves out.
+Skips: weights that the scheme leaves out; experts of which it leaves out one of two matrices, which are reported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transom.formats.rounding import Method
 from transom.formats.schemes import QuantSpec, Scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
-from transom.graphs.match import aten
+from transom.graphs.match import aten, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass, Rewrite
@@ -89,7 +90,29 @@ class ConvertQuantized(Pass):
                     new = graph.call(aten.add.Tensor, (new, node.args[2]), node)
             node.replace_all_uses_with(new)
             changes += 1
-        return Converted(changes=changes, conversions=tuple(conversions), specs=specs)
+        skipped: list[str] = []
+        for node in graph.calls(ops.EXPERTS):
+            named_matrices = [named for matrix in node.args[3:5] if (named := graph.weight_of(matrix))]
+            wanted = [
+                (name, weight, spec)
+                for name, weight in named_matrices
+                if (spec := scheme_spec(self.scheme, name, weight)) is not None
+            ]
+            if len(wanted) < 2:
+                if wanted:
+                    skipped.append(f"{layer_path(node)}: the scheme leaves one of its two matrices as it is")
+                continue
+            parts: list[Any] = []
+            for name, weight, spec in wanted:
+                encoded, record = encode(name, weight, spec, self.method)
+                parts += add_codes(graph, name, encoded, weight.origin)
+                conversions.append(record)
+                specs[name] = spec
+            with graph.fx.inserting_before(node):
+                arguments = (*node.args[:3], *parts, *node.args[5:])
+                node.replace_all_uses_with(graph.call(ops.EXPERTS_QUANTIZED, arguments, node))
+            changes += 1
+        return Converted(changes=changes, skipped=tuple(skipped), conversions=tuple(conversions), specs=specs)
 
 
 def scheme_spec(scheme: Scheme, name: str, weight: Weight, *, is_table: bool = False) -> QuantSpec | None:

@@ -1,7 +1,7 @@
 """FakeQuantize: weights are rounded to the scheme's grids and back, with gradients, in a graph that stays float.
 
 Precondition: `ShareEmbedding` has run, if it is in the list.
-Rewrite: every weight that a linear or an embedding reads, and the scheme covers, goes through
+Rewrite: every weight that a linear, an embedding or a mixture of experts reads, and the scheme covers, goes through
 `transom.fake_quantize`, once for all who read it. Scales (and zero points) become weights of the graph, NAME.divisors
 and NAME.zero_points, which can be trained.
 Skips: weights that the scheme leaves out.
@@ -23,6 +23,7 @@ from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.passes.base import Pass, Rewrite
 from transom.passes.convert_quantized import scheme_spec
+from transom.passes.fuse_experts import VIEWS, rows_of_experts
 from transom.passes.share_embedding import ShareEmbedding
 
 
@@ -55,8 +56,11 @@ class FakeQuantize(Pass):
         specs: dict[str, QuantSpec] = {}
         tables = {node.args[0] for node in graph.calls(aten.embedding.default)}
         rounded: dict[Node, Node] = {}
-        for node in graph.calls(aten.embedding.default, aten.linear.default):
-            index = 0 if node.target is aten.embedding.default else 1
+        views = [
+            node for node in graph.calls(*VIEWS) if node.meta["val"].dim() == 3 and rows_of_experts(graph, node, 2)
+        ]
+        for node in [*graph.calls(aten.embedding.default, aten.linear.default), *views]:
+            index = 1 if node.target is aten.linear.default else 0
             table = node.args[index]
             named_weight = graph.weight_of(table)
             if named_weight is None:

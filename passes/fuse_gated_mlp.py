@@ -30,7 +30,7 @@ class FuseGatedMLP(Pass):
         changes, skipped = 0, list[str]()
         for node in graph.calls(aten.mul.Tensor):
             for activated, up in (node.args[:2], node.args[1::-1]):
-                activation = _activation(activated)
+                activation = activation_of(activated)
                 if activation is not None and _fuse(graph, node, activated.args[0], up, activation, skipped):
                     changes += 1
                     break
@@ -54,7 +54,7 @@ def _fuse(graph: Graph, node: Node, gate: Any, up: Any, activation: str, skipped
     return True
 
 
-def _activation(node: Any) -> str | None:
+def activation_of(node: Any) -> str | None:
     """Name of the activation that a node computes, if it is one."""
     if is_call(node, aten.gelu.default):
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"

@@ -16,6 +16,7 @@ from transom.passes.fold_constants import FoldConstants
 from transom.passes.fuse_add_norms import FuseAddNorms
 from transom.passes.fuse_attention import FuseAttention
 from transom.passes.fuse_cache_writes import FuseCacheWrites
+from transom.passes.fuse_experts import FuseExperts
 from transom.passes.fuse_gated_mlp import FuseGatedMLP
 from transom.passes.fuse_norms import FuseNorms
 from transom.passes.fuse_rotary import FuseRotary
@@ -121,6 +122,7 @@ def _recognise(measure: Measure) -> Passes:
         FuseCacheWrites(),
         FuseNorms(),
         FuseRotary(),
+        FuseExperts(),
     ]
 
 

@@ -15,6 +15,7 @@ from transom.passes.base import Pipeline, rewrites
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.conversion import Conversion
 from transom.passes.convert_quantized import Converted, ConvertQuantized, scheme_spec
+from transom.passes.fuse_experts import FuseExperts
 from transom.passes.share_embedding import ShareEmbedding
 from transom.training.calibrate import calibrate
 from transom.training.checkpoint import CHECKPOINT, check_apart, write_quantized
@@ -124,7 +125,7 @@ def write_converted(
         What became of every weight.
     """
     convert = ConvertQuantized(scheme(quant), "mse" if method == "mse" else "nearest")
-    converted, records = Pipeline([convert]).run(graph)
+    converted, records = Pipeline([FuseExperts(), convert]).run(graph)
     (result,) = rewrites(records, Converted)
     total, written = sum(weight.bytes for name, weight in converted.weights.items() if name.endswith("codes")), 0
 

@@ -21,6 +21,7 @@ from transom.graphs.graph import Graph
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
+from transom.passes.fuse_experts import FuseExperts
 from transom.passes.share_embedding import ShareEmbedding
 from transom.zoo.layers import Decoder
 from transom.zoo.model import Model
@@ -77,14 +78,16 @@ class Oracle:
 
 def quantized(traced: Graph, quant: str) -> Graph:
     """A graph as traced whose weights are the numbers that a scheme's codes mean."""
-    return Pipeline([Canonicalize(), ShareEmbedding(), ConvertQuantized(scheme(quant))]).run(traced)[0]
+    return Pipeline([Canonicalize(), ShareEmbedding(), FuseExperts(), ConvertQuantized(scheme(quant))]).run(traced)[0]
 
 
 def round_weights(module: Decoder, graph: Graph, quant: str) -> None:
     """Give a module the numbers that the codes of a scheme mean, computed by the pass that makes the codes."""
-    rounded = {}
-    for node in (graph := quantized(graph, quant)).calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        named_codes = graph.weight_of(node.args[1])
+    rounded, graph = {}, quantized(graph, quant)
+    codes = [node.args[1] for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED)]
+    codes += [node.args[index] for node in graph.calls(ops.EXPERTS_QUANTIZED) for index in (3, 7)]
+    for node in codes:
+        named_codes = graph.weight_of(node)
         if named_codes is None or named_codes[1].part_of is None:
             raise InvariantError(f"{node.name}: the codes of a quantised weight are computed, not stored")
         rounded[named_codes[0].removesuffix(".codes")] = named_codes[1].part_of.dequantized()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from transom.zoo.checkpoints.stacked import Stacked
 from transom.zoo.config import DecoderConfig
 from transom.zoo.layers import Decoder
 
@@ -43,6 +44,8 @@ class HuggingFaceFormat:
         not_applied_inside: The same, where the decoder is described by an inner object.
         keys: Other keys that `read` reads.
         ignored: Keys that bear on no number, beside those that every family has.
+        packed: Ways to pack weights, by the `quant_method` of `quantization_config`, that are read as they are.
+        stacked: A configuration and the name of a weight in the module -> how files hold it, if they hold it by expert.
         read: Keys that describe the text decoder, and the whole config's, which may be the same -> fields of the
             configuration, less its name.
         write: A configuration -> a `config.json` that `read` and transformers read alike.
@@ -59,6 +62,8 @@ class HuggingFaceFormat:
     not_applied_inside: tuple[str, ...] = ()
     keys: frozenset[str]
     ignored: frozenset[str] = frozenset()
+    packed: tuple[str, ...] = ()
+    stacked: Callable[[Any, str], Stacked | None] = lambda config, name: None
     read: Callable[[Any, Any], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     buffer: Callable[[Any, str], torch.Tensor | None]
@@ -74,7 +79,8 @@ class GGUFFormat:
         neutral: Keys of computations that the family does not have, beside those that no family has, and the values
             that say so.
         read: Sizes and keys -> fields of the configuration beside the sizes; see `gguf_config`.
-        tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second.
+        tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second. What
+            files hold as two tensors on an axis of experts, gates and ups, has two names.
         rows: A configuration and a name in the module -> what becomes of the stored rows; None if nothing.
         frequencies: The file may hold `rope_freqs.weight`, which `read` understands.
     """
@@ -82,7 +88,7 @@ class GGUFFormat:
     name: str
     neutral: Mapping[str, tuple[Any, ...]]
     read: Callable[..., dict[str, Any]]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str | tuple[str, str]]
     rows: Callable[[Any, str], Callable[[Any], Any] | None]
     frequencies: bool = False
 

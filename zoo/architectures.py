@@ -27,6 +27,7 @@ ARCHITECTURES = (
     "cohere2",
     "smollm3",
     "mamba2",
+    "gpt_oss",
     "adaptive",
 )
 """Files of this folder; each holds an `ARCHITECTURE`."""

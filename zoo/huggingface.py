@@ -62,7 +62,7 @@ def read_config(folder: Path, *, images: bool = False) -> DecoderConfig:
     """
     family, outer, text = _open(folder, images=images)
     for keys in dict.fromkeys((outer, text)):
-        _refuse_packed(keys)
+        _refuse_packed(keys, family.huggingface)
         _refuse_unsupported(keys, family.huggingface)
     fields = family.huggingface.read(text, outer)
     return read_decoder(text.path, family.config, name=folder.resolve().name, architecture=family.name, **fields)
@@ -377,11 +377,13 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
     return {"rope_type": "linear", **plain}
 
 
-def _refuse_packed(keys: Keys) -> None:
+def _refuse_packed(keys: Keys, form: HuggingFaceFormat) -> None:
     for key in _PACKED:
         if (value := keys.get(key)) is None:
             continue
         method = value.get("quant_method") if isinstance(value, dict) else None
+        if method in form.packed:
+            continue
         by = f" by {method}" if isinstance(method, str) else ""
         raise ConfigError(
             f"{keys.path}: {keys.label(key)} says that the weights are packed{by}: give the checkpoint that is not "

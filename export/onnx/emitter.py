@@ -226,15 +226,43 @@ class Emitter:
             dtype: Of the result.
             rank: Number of its axes.
         """
+        self._counts["branch"] += 1
+        name = f"branch_{self._counts['branch']}"
+        value = helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], [None] * rank)
+        return helper.make_graph(self._inner(make, name), name, [], [value])
+
+    def loop(self, count: str, before: str, make: Callable[[str, str], str], like: torch.Tensor) -> str:
+        """A value after a number of steps, of which each may use all that stands before the loop.
+
+        Args:
+            count: How many steps, an int64 scalar.
+            before: The value before the first one.
+            make: Adds the nodes of a step, given its number and the value before it, and returns the value after it.
+            like: Of the value's dtype and number of axes.
+        """
+        self._counts["step"] += 1
+        name = f"step_{self._counts['step']}"
+        names = {part: f"{name}.{part}" for part in ("number", "before", "goes_on")}
+        nodes = self._inner(lambda: make(names["number"], names["before"]), name)
+        kinds = {"number": TensorProto.INT64, "goes_on": TensorProto.BOOL, "before": ELEMENT_TYPES[like.dtype]}
+        number, goes_on, value = (
+            helper.make_tensor_value_info(names[part], kind, [None] * like.dim() if part == "before" else [])
+            for part, kind in kinds.items()
+        )
+        after = helper.make_tensor_value_info(name, ELEMENT_TYPES[like.dtype], [None] * like.dim())
+        still = helper.make_tensor_value_info(f"{name}.still", TensorProto.BOOL, [])
+        nodes.append(helper.make_node("Identity", [goes_on.name], [still.name], name=still.name))
+        body = helper.make_graph(nodes, name, [number, goes_on, value], [still, after])
+        return str(self.op("Loop", count, "", before, body=body))
+
+    def _inner(self, make: Callable[[], str], name: str) -> list[onnx.NodeProto]:
+        """Nodes of an inner graph, whose result has this name."""
         outer = self._nodes, dict(self._names), dict(self.flat), dict(self._memo)
         self._nodes = []
         result = make()
-        self._counts["branch"] += 1
-        name = f"branch_{self._counts['branch']}"
         nodes = [*self._nodes, helper.make_node("Identity", [result], [name], name=name)]
         self._nodes, self._names, self.flat, self._memo = outer
-        value = helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], [None] * rank)
-        return helper.make_graph(nodes, name, [], [value])
+        return nodes
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The result of `make`, made the first time that `key` is asked for and shared from then on."""
@@ -274,7 +302,13 @@ class Emitter:
         return name
 
     def initializer(
-        self, name: str, weight: Weight, element_type: int | None = None, *, transposed: bool = False
+        self,
+        name: str,
+        weight: Weight,
+        element_type: int | None = None,
+        *,
+        transposed: bool = False,
+        stacked: int | None = None,
     ) -> str:
         """Name of a weight, which is written when everything has been lowered.
 
@@ -284,6 +318,7 @@ class Emitter:
             element_type: ONNX type, if it is not that of the weight's dtype. Of a 4-bit one, `weight` holds bytes of
                 two codes; if it is transposed, a code a byte.
             transposed: Whether to write a matrix [N, K] as [K, N].
+            stacked: Number of matrices that stand one below the other in the weight; they get an axis of their own.
         """
         if name in self._initializers:
             return name
@@ -293,6 +328,8 @@ class Emitter:
             shape.reverse()
         elif narrow:
             shape[-1] *= 2
+        if stacked is not None:
+            shape[:1] = [stacked, shape[0] // stacked]
         proto = TensorProto(name=name, data_type=kind, dims=shape)
         place = _Place(weight=weight, offset=None, transposed=transposed, packs=transposed and narrow)
         if place.size > INLINE_BYTES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import onnx
 import torch
 
@@ -34,11 +35,21 @@ class _LiveEmitter(Emitter):
         self.recipes: dict[str, Weight] = {}
 
     def initializer(
-        self, name: str, weight: Weight, element_type: int | None = None, *, transposed: bool = False
+        self,
+        name: str,
+        weight: Weight,
+        element_type: int | None = None,
+        *,
+        transposed: bool = False,
+        stacked: int | None = None,
     ) -> str:
         if weight.dtype != torch.float32:  # a constant, such as positions: nothing trains it
             return self.number(weight.read(), weight.dtype)
         if element_type is not None or transposed:
             raise TypeError(f"{name} is to be written in another type or layout than it has: only plain weights live")
         self.recipes[name] = weight
-        return self.input(name, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        value = self.input(name, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        if stacked is None:
+            return value
+        shape = (stacked, weight.shape[0] // stacked, *weight.shape[1:])
+        return str(self.op("Reshape", value, self.constant(np.array(shape))))

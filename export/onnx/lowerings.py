@@ -136,6 +136,18 @@ def _index_select(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Gather", emitter.value(source), emitter.value(index), axis=axis))
 
 
+@SHARED.lowers(aten.topk.default)
+def _topk(emitter: Emitter, node: Node) -> list[str]:
+    x, count, *axis = node.args
+    kept = emitter.constant(np.array([count]))
+    return list(emitter.op("TopK", emitter.value(x), kept, outputs=2, axis=axis[0] if axis else -1))
+
+
+@SHARED.lowers(aten.softmax.int)
+def _softmax(emitter: Emitter, node: Node) -> str:
+    return str(emitter.op("Softmax", emitter.value(node.args[0]), axis=node.args[1]))
+
+
 def activate(emitter: Emitter, x: str, activation: str) -> str:
     """An activation of `ops.ACTIVATIONS`."""
     if activation == "silu":
@@ -170,10 +182,21 @@ def _layer_norm(emitter: Emitter, node: Node) -> str:
 
 @SHARED.lowers(ops.GATED)
 def _gated(emitter: Emitter, node: Node) -> str:
-    width = int(node.meta["val"].shape[-1])
-    packed, sizes = emitter.value(node.args[0]), emitter.constant(np.array([width, width]))
-    gate, up = emitter.op("Split", packed, sizes, outputs=2, axis=-1)
-    return str(emitter.op("Mul", activate(emitter, gate, node.args[1]), up))
+    value = node.meta["val"]
+    return gated(emitter, emitter.value(node.args[0]), int(value.shape[-1]), node.args[1], value.dtype)
+
+
+def gated(emitter: Emitter, packed: str, width: int, activation: str, dtype: torch.dtype) -> str:
+    """What becomes of gates and ups [..., 2 * width]; see `ops.experts`."""
+    gate, up = emitter.op("Split", packed, emitter.constant(np.array([width, width])), outputs=2, axis=-1)
+    if activation != ops.CLAMPED_SWIGLU:
+        return str(emitter.op("Mul", activate(emitter, gate, activation), up))
+    one, least, most, slope = (
+        emitter.number(number, dtype) for number in (1, -ops.SWIGLU_LIMIT, ops.SWIGLU_LIMIT, ops.SWIGLU_SLOPE)
+    )
+    gate, up = emitter.op("Clip", gate, "", most), emitter.op("Clip", up, least, most)
+    activated = emitter.op("Mul", gate, emitter.op("Sigmoid", emitter.op("Mul", gate, slope)))
+    return str(emitter.op("Mul", emitter.op("Add", up, one), activated))
 
 
 @SHARED.lowers(ops.ROTARY)

@@ -6,6 +6,7 @@ Local layers use GroupQueryAttention's windowed cache, which keeps its own order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from transom.errors import TargetError
 from transom.export.lowering import Table
+from transom.export.onnx import experts
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.encoders import attend_in_blocks
 from transom.export.onnx.floats import FLOATS, looked_up
@@ -23,7 +25,7 @@ from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs import ops
-from transom.graphs.match import arguments, aten, is_transpose
+from transom.graphs.match import arguments, aten, is_call, is_transpose, skip_casts
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 
@@ -35,6 +37,7 @@ HEAD_STEP = 8
 ACCURACY_LEVEL = 4
 
 TABLE = Table(RINGS)
+TABLE.lowers(ops.EXPERTS)(experts.lower)
 
 
 @TABLE.lowers(aten.linear.default)
@@ -113,6 +116,78 @@ def _lookup_zero_points(emitter: Emitter, codes: Node, zero_points: Node | None,
         assert stored is not None, f"{zero_points} is no weight"
         weight = stored[1].map_rows(lambda part: unpack(part, format, blocks)[..., None], row_shape=(blocks, 1))
     return emitter.initializer(f"{table[0]}.lookup_zero_points", weight)
+
+
+@TABLE.lowers(ops.EXPERTS_QUANTIZED)
+def _experts_quantized(emitter: Emitter, node: Node) -> str:
+    """QMoE (1.32 and newer), where it does what is asked for; a loop elsewhere.
+
+    It multiplies by the codes as they are, takes gates and ups by turns, and passes over weights that are not positive.
+    """
+    x, choices, weights, *parts = node.args
+    (gate_up, down), biases, activation = (parts[:4], parts[4:8]), parts[8:10], parts[10]
+    swiglu = {ops.CLAMPED_SWIGLU: (ops.SWIGLU_SLOPE, 1.0), "silu": (1.0, 0.0)}.get(activation)
+    blocks = {block_of(codes.meta["val"], format) for codes, _, _, format in (gate_up, down)}
+    integers = all(format in ("int4", "int8") and not is_offsets(zeros) for _, _, zeros, format in (gate_up, down))
+    if not (swiglu and integers and len(blocks) == 1 and is_call(skip_casts(weights), aten.softmax.int)):
+        return experts.lower_quantized(emitter, node)
+    rows, chosen, shares = experts.rows_of(emitter, (x, choices, weights))
+    count = int(down[0].meta["val"].shape[0]) // int(x.meta["val"].shape[-1])
+    hidden = int(gate_up[0].meta["val"].shape[0]) // (2 * count)
+    by_turns = tuple(half + index for index in range(hidden) for half in (0, hidden))
+    token_count = emitter.op("Shape", rows, start=0, end=1)
+    none = emitter.op("ConstantOfShape", emitter.op("Concat", token_count, emitter.constant(np.array([count])), axis=0))
+    ones = emitter.op("Add", emitter.op("Sub", shares, shares), emitter.constant(np.array(1, np.float32)))
+    tables = [emitter.op("ScatterElements", none, chosen, value, axis=1) for value in (ones, shares)]
+    first, second = (
+        _stacked(emitter, matrix, bias, count, order)
+        for matrix, bias, order in zip((gate_up, down), biases, (by_turns, None), strict=True)
+    )
+    limit: dict[str, Any] = {"swiglu_limit": ops.SWIGLU_LIMIT} if activation == ops.CLAMPED_SWIGLU else {}
+    total = emitter.op(
+        "QMoE",
+        *(rows, tables[0], *first[:3], *second[:3], "", "", "", first[3], second[3], "", tables[1]),
+        domain=MICROSOFT,
+        k=int(choices.meta["val"].shape[-1]),
+        activation_type="swiglu",
+        activation_alpha=swiglu[0],
+        activation_beta=swiglu[1],
+        swiglu_fusion=1,
+        expert_weight_bits=BITS[gate_up[3]],
+        fc2_expert_weight_bits=BITS[down[3]],
+        block_size=blocks.pop(),
+        weights_prepacked=0,
+        accuracy_level=ACCURACY_LEVEL,
+        **limit,
+    )
+    return str(emitter.op("Reshape", total, emitter.op("Shape", emitter.value(x))))
+
+
+def _stacked(
+    emitter: Emitter,
+    matrix: Sequence[Node],
+    bias: Node | None,
+    count: int,
+    order: tuple[int, ...] | None,
+) -> list[str]:
+    """Codes [E, R, bytes], scales, biases and zero points of all experts, each one's rows in an order."""
+    nodes = [*matrix[:2], bias, matrix[2]]
+    named_codes = emitter.graph.weight_of(nodes[0])
+    assert named_codes is not None and named_codes[1].part_of is not None, f"{nodes[0]} are no codes"
+    encoded = named_codes[1].part_of
+    codes, scales, zeros = Weight.parts_of(encoded.reorder_rows(order) if order else encoded, named_codes[1].origin)
+    codes = codes.map_rows(lambda rows: rows.flatten(1), row_shape=(codes.shape[1] * codes.shape[2],))
+    weights, names = [codes, scales, None, zeros], list[str]()
+    for node, weight in zip(nodes, weights, strict=True):
+        named = emitter.graph.weight_of(node)
+        if named is None:
+            names.append("")
+            continue
+        if node is bias:
+            weight = named[1].reorder_rows(order) if order else named[1]
+        assert weight is not None
+        names.append(emitter.initializer(f"{named[0]}.stacked", weight, stacked=count))
+    return names
 
 
 @TABLE.lowers(ops.RMS_NORM)

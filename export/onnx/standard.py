@@ -11,6 +11,7 @@ import numpy as np
 
 from transom.errors import QuantizationError
 from transom.export.lowering import Table
+from transom.export.onnx import experts
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
@@ -23,6 +24,8 @@ from transom.graphs.node import Node
 
 TABLE = Table(RINGS)
 TABLE.lowers(ops.WRITE_CACHE)(write_cache)
+TABLE.lowers(ops.EXPERTS)(experts.lower)
+TABLE.lowers(ops.EXPERTS_QUANTIZED)(experts.lower_quantized)
 
 
 @TABLE.lowers(ops.RMS_NORM)

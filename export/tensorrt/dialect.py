@@ -9,6 +9,7 @@ shared by all layers of a kind, as Attention has no window there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.encoders import ENCODERS
-from transom.export.onnx.lowerings import add_bias, cast, new_positions, start
+from transom.export.onnx.lowerings import add_bias, cast, gated, new_positions, start
 from transom.export.onnx.rings import seen
 from transom.formats.quantized import block_of
 from transom.graphs import ops
@@ -57,22 +58,97 @@ def _linear(emitter: Emitter, node: Node) -> str:
 
 @TABLE.lowers(ops.LINEAR_QUANTIZED)
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
-    x, codes, scales, zero_points, format = node.args
-    dtype = _scale_dtype(emitter, x.meta["val"].dtype)
+    x, codes = node.args[:2]
     if len(codes.users) > 1:
         matrix = emitter.op("Transpose", _table(emitter, *node.args[1:]), perm=[1, 0])
         return _product(emitter, x, matrix, _table_dtype(emitter, codes))
-    if format == "float8_e4m3fn":
-        name, weight = _named_weight(emitter, codes)
-        parts = [
-            emitter.initializer(f"{name}.transposed", _bytes(weight), TensorProto.FLOAT8E4M3FN, transposed=True),
-            _row_scales(emitter, scales, dtype),
-        ]
-        matrix = emitter.op("DequantizeLinear", *parts, axis=1)
-    else:
-        blocked = Blocked(emitter, (codes, scales, zero_points, format), lambda part: _scales(part, dtype))
-        matrix = emitter.op("DequantizeLinear", *blocked.inputs(), axis=0, block_size=blocked.block)
-    return _product(emitter, x, matrix, dtype)
+    dtype = _scale_dtype(emitter, x.meta["val"].dtype)
+    return _product(emitter, x, _dequantized(emitter, node.args[1:], dtype), dtype)
+
+
+def _dequantized(emitter: Emitter, parts: Sequence[Any], dtype: torch.dtype) -> str:
+    """A matrix [N, K] of codes as numbers [K, N], in the dtype of its scales."""
+    codes, scales, _, format = parts
+    if format != "float8_e4m3fn":
+        blocked = Blocked(emitter, parts, lambda part: _scales(part, dtype))
+        return str(emitter.op("DequantizeLinear", *blocked.inputs(), axis=0, block_size=blocked.block))
+    name, weight = _named_weight(emitter, codes)
+    inputs = [
+        emitter.initializer(f"{name}.transposed", _bytes(weight), TensorProto.FLOAT8E4M3FN, transposed=True),
+        _row_scales(emitter, scales, dtype),
+    ]
+    return str(emitter.op("DequantizeLinear", *inputs, axis=1))
+
+
+@TABLE.lowers(ops.EXPERTS)
+def _experts(emitter: Emitter, node: Node) -> str:
+    matrices = []
+    for matrix in node.args[3:5]:
+        name, weight = _named_weight(emitter, matrix)
+        matrices.append(emitter.initializer(f"{name}.transposed", weight, transposed=True))
+    return _all_experts(emitter, node, *matrices, *node.args[5:])
+
+
+@TABLE.lowers(ops.EXPERTS_QUANTIZED)
+def _experts_quantized(emitter: Emitter, node: Node) -> str:
+    computed = node.meta["val"].dtype
+    dtype = _scale_dtype(emitter, computed)
+    matrices = [
+        cast(emitter, _dequantized(emitter, parts, dtype), dtype, computed)
+        for parts in (node.args[3:7], node.args[7:11])
+    ]
+    return _all_experts(emitter, node, *matrices, *node.args[11:])
+
+
+def _all_experts(
+    emitter: Emitter,
+    node: Node,
+    gate_up: str,
+    down: str,
+    gate_up_bias: Node | None,
+    down_bias: Node | None,
+    activation: str,
+) -> str:
+    """All experts of every token, as engines have no products with matrices that are chosen when they run.
+
+    Args:
+        emitter: Of the export.
+        node: Of `ops.EXPERTS`, or its quantised form.
+        gate_up: [D, E * 2 F].
+        down: [F, E * D].
+        gate_up_bias: See `ops.experts`.
+        down_bias: See `ops.experts`.
+        activation: See `ops.experts`.
+    """
+    x, choices, weights = node.args[:3]
+    dtype, width = x.meta["val"].dtype, int(x.meta["val"].shape[-1])
+    rows = int((node.args[4] if node.target is ops.EXPERTS else node.args[7]).meta["val"].shape[0])
+    count = rows // width
+    hidden = int(node.args[3].meta["val"].shape[0]) // (2 * count)
+
+    def shaped(value: str, *sizes: int) -> str:
+        return str(emitter.op("Reshape", value, emitter.constant(np.array(sizes))))
+
+    def biased(value: str, bias: Node | None, *sizes: int) -> str:
+        return value if bias is None else str(emitter.op("Add", value, shaped(emitter.value(bias), *sizes)))
+
+    last = emitter.constant(np.array([-1]))
+    # [B, T, C, E], one expert of each choice, and shares [B, E, T, 1].
+    is_chosen = emitter.op(
+        "Equal", emitter.op("Unsqueeze", emitter.value(choices), last), emitter.constant(np.arange(count))
+    )
+    shares = emitter.op(
+        "Where", is_chosen, emitter.op("Unsqueeze", emitter.value(weights), last), emitter.number(0.0, dtype)
+    )
+    shares = emitter.op("ReduceSum", shares, emitter.constant(np.array([2])), keepdims=0)
+    shares = emitter.op("Unsqueeze", emitter.op("Transpose", shares, perm=[0, 2, 1]), last)
+    packed = shaped(emitter.op("MatMul", emitter.value(x), gate_up), 0, 0, count, 2 * hidden)
+    packed = biased(packed, gate_up_bias, count, 2 * hidden)
+    gate = emitter.op("Transpose", gated(emitter, packed, hidden, activation, dtype), perm=[0, 2, 1, 3])
+    back = emitter.op("Transpose", shaped(down, hidden, count, width), perm=[1, 0, 2])
+    out = biased(emitter.op("MatMul", gate, back), down_bias, count, 1, width)
+    total = emitter.op("ReduceSum", emitter.op("Mul", out, shares), emitter.constant(np.array([1])), keepdims=0)
+    return str(total)
 
 
 def _product(emitter: Emitter, x: Node, matrix: str, dtype: torch.dtype) -> str:

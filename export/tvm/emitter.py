@@ -160,6 +160,7 @@ class Emitter:
         inputs: Sequence[Any],
         *outputs: Sequence[Any],
         in_place: Sequence[int] = (),
+        dtypes: Sequence[str] = (),
     ) -> list[Any]:
         """Call a kernel of our own.
 
@@ -167,14 +168,16 @@ class Emitter:
             key: Equal keys share a kernel, in every module; it holds all that `make` depends on but the tile.
             make: Makes the kernel; its parameters are the inputs, then the outputs.
             inputs: Values.
-            outputs: Shapes of new float32 outputs.
+            outputs: Shapes of new outputs.
             in_place: Indices of inputs that it writes; they follow the outputs in what is returned.
+            dtypes: Of the outputs, if not all are float32.
         """
         if key not in self._kernels:
             if (key, self.tile) not in _kernel_cache:
                 _kernel_cache[key, self.tile] = make()
             self._kernels[key] = self.builder.add_func(_kernel_cache[key, self.tile], str(key[0]))
-        types = [relax.TensorType(list(shape), "float32") for shape in outputs]
+        names = dtypes or ["float32"] * len(outputs)
+        types = [relax.TensorType(list(shape), dtype) for shape, dtype in zip(outputs, names, strict=True)]
         types += [relax.TensorType(inputs[index].ty.shape, inputs[index].ty.dtype) for index in in_place]
         kernel, given = self._kernels[key], list(inputs)
         if in_place:

@@ -9,7 +9,7 @@ from tvm import relax, te
 
 from transom.export.lowering import Table
 from transom.export.tvm.emitter import Emitter, dtype_name, is_symbol
-from transom.export.tvm.kernels import attention, linear, quantized, rows, summaries
+from transom.export.tvm.kernels import attention, experts, linear, quantized, rows, summaries
 from transom.formats.quantized import block_of
 from transom.graphs import ops
 from transom.graphs.match import arguments, aten, is_call, is_transpose
@@ -386,6 +386,89 @@ def _full_attention(emitter: Emitter, node: Node) -> Any:
         emitter.shape(q.args[0]),
     )
     return attended
+
+
+@TABLE.lowers(aten.topk.default)
+def _topk(emitter: Emitter, node: Node) -> list[Any]:
+    x, chosen, *axis = node.args
+    if not emitter.is_batched(x) or x.meta["val"].dim() != 3 or (axis and axis[0] not in (-1, 2)):
+        raise emitter.refuse(node, "only the largest numbers of a row can be found")
+    count, shape = emitter.width(x), [emitter.shape(x)[0], chosen]
+    return emitter.call(
+        ("largest", count, chosen),
+        lambda: experts.largest(count, chosen),
+        (emitter.value(x),),
+        shape,
+        shape,
+        dtypes=("float32", "int64"),
+    )
+
+
+@TABLE.lowers(aten.softmax.int)
+def _softmax(emitter: Emitter, node: Node) -> Any:
+    x, axis, *_ = node.args
+    rank = x.meta["val"].dim()
+    if not emitter.is_batched(x) or rank != 3 or axis % rank != 2:
+        raise emitter.refuse(node, "only rows add up to one")
+    return emitter.builder.emit(relax.op.nn.softmax(emitter.value(x), -1))
+
+
+@TABLE.lowers(ops.EXPERTS)
+def _experts(emitter: Emitter, node: Node) -> Any:
+    _, _, _, gate_up, down, *biases, activation = node.args
+
+    def product(matrix: Node, bias: Node | None, count: int, repeat: int, x: Any, chosen: Any) -> Any:
+        rows_of_all, k = (int(size) for size in matrix.meta["val"].shape)
+        n, weight = rows_of_all // count, emitter.value(matrix)
+        inputs = (x, chosen, weight, weight if bias is None else emitter.value(bias))
+        key = ("chosen_rows", n, k, count, repeat, bias is not None)
+        return key, n, lambda: experts.chosen_product(n, k, count, repeat, bias is not None, emitter.tile), inputs
+
+    return _mixture(emitter, node, product, (gate_up, down), biases, activation)
+
+
+@TABLE.lowers(ops.EXPERTS_QUANTIZED)
+def _experts_quantized(emitter: Emitter, node: Node) -> Any:
+    parts = node.args[3:]
+
+    def product(matrix: Any, bias: Node | None, count: int, repeat: int, x: Any, chosen: Any) -> Any:
+        codes, scales, zeros, format = matrix
+        layout = _codes(codes, zeros, format)
+        n = layout.n // count
+        weights = [emitter.value(part) for part in (codes, scales, codes if zeros is None else zeros)]
+        inputs = (x, chosen, *weights, weights[1] if bias is None else emitter.value(bias))
+        key = ("chosen_codes", layout, n, repeat, bias is not None)
+        return key, n, lambda: experts.chosen_codes_product(layout, n, repeat, bias is not None, emitter.tile), inputs
+
+    return _mixture(emitter, node, product, (parts[:4], parts[4:8]), parts[8:10], parts[10])
+
+
+def _mixture(emitter: Emitter, node: Node, product: Any, matrices: Any, biases: Any, activation: str) -> Any:
+    """Both products of every token and each of its choices, and their sum."""
+    x, choices, weights = (emitter.value(value) for value in node.args[:3])
+    tokens, width = emitter.shape(node)
+    chosen = int(node.args[1].meta["val"].shape[-1])
+    first = matrices[1][0] if isinstance(matrices[1], (list, tuple)) else matrices[1]
+    count, many = int(first.meta["val"].shape[0]) // width, tokens * chosen
+    flat = emitter.builder.emit(relax.op.reshape(choices, [many]))
+    value = x
+    key, n, make, inputs = product(matrices[0], biases[0], count, chosen, x, flat)
+    (packed,) = emitter.call(key, make, inputs, [many, n])
+    (value,) = emitter.call(
+        ("gated", n // 2, activation, False),
+        lambda: rows.gated(n // 2, activation, emitter.tile),
+        (packed,),
+        [many, n // 2],
+    )
+    key, _, make, inputs = product(matrices[1], biases[1], count, 1, value, flat)
+    (value,) = emitter.call(key, make, inputs, [many, width])
+    (total,) = emitter.call(
+        ("weighted_sum", width, chosen),
+        lambda: experts.weighted_sum(width, chosen, emitter.tile),
+        (value, weights),
+        [tokens, width],
+    )
+    return total
 
 
 @TABLE.lowers(ops.WRITE_CACHE)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from transom.export.lowering import Table
-from transom.export.xla import attention, summaries
+from transom.export.xla import attention, experts, summaries
 from transom.export.xla.narrow import embedding_quantized, linear_quantized
 from transom.formats.rounding import FLOAT8_MAX
 from transom.graphs import ops
@@ -299,6 +299,16 @@ def _embedding_quantized(
     tokens: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: str
 ) -> jax.Array:
     return embedding_quantized(tokens, codes, scales, zeros, format)
+
+
+TABLE.lowers(ops.EXPERTS)(experts.experts)
+TABLE.lowers(ops.EXPERTS_QUANTIZED)(experts.experts_quantized)
+
+
+@TABLE.lowers(aten.topk.default)
+def _topk(x: jax.Array, count: int, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    values, indices = jax.lax.top_k(jnp.moveaxis(x, axis, -1), count)
+    return jnp.moveaxis(values, -1, axis), jnp.moveaxis(indices, -1, axis)
 
 
 @TABLE.lowers(ops.ROUND_ACTIVATIONS)

@@ -30,8 +30,10 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
             dtype=str(weight.dtype).removeprefix("torch."), held=weight.shape, axes=tuple(range(len(weight.shape)))
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
-    for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
-        _, codes, scales, zeros, format = node.args
+    matrices = [node.args[1:] for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED)]
+    for node in graph.calls(ops.EXPERTS_QUANTIZED):
+        matrices += [node.args[3:7], node.args[7:11]]
+    for codes, scales, zeros, format in matrices:
         rows, blocks = (int(size) for size in scales.meta["val"].shape)
         block, bits = block_of(codes.meta["val"], format), BITS[format]
         has_offsets = zeros is not None and zeros.meta["val"].is_floating_point()
@@ -50,7 +52,7 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         for part, how in arranged.items():
             if part is not None:
                 named_weight = graph.weight_of(part)
-                assert named_weight is not None, f"{node}: {part} is no weight"
+                assert named_weight is not None, f"{part} is no weight"
                 entries[names[named_weight[0]]] = Parameter(**how)
     return entries
 

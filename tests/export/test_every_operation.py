@@ -24,7 +24,7 @@ from torch import nn
 from tests.artifacts import CHUNK
 from tests.case import run_graph
 from tests.export.targets import LOWER, TABLES, decoder
-from tests.tolerances import BF16_RESULTS, FP16_ATTENTION, FP32_ATTENTION, FP32_PRODUCT, FP32_SUMS
+from tests.tolerances import BF16_RESULTS, EXPERTS_OF_8_BITS, FP16_ATTENTION, FP32_ATTENTION, FP32_PRODUCT, FP32_SUMS
 from transom.errors import QuantizationError, TransomError, UnsupportedOpsError
 from transom.formats.schemes import SCHEMES, QuantSpec, Scheme, scheme
 from transom.graphs import ops
@@ -281,6 +281,55 @@ def _linear_quantized(target: str) -> Iterator[Sample]:
             scheme=table,
             refused=_refused_table(target, spec),
         )
+
+
+EXPERTS, CHOSEN, EXPERT = 5, 2, 32
+"""Experts of a mixture, those that a token chooses, and the width of one."""
+
+
+def _mixture(activation: str, *, biases: bool) -> tuple[Rows, dict[str, torch.Tensor]]:
+    """A router and experts; some experts are chosen by no token, and one by all."""
+
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        x = look_up(self.table, tokens)
+        logits, choices = nn.functional.linear(x, self.choose).topk(CHOSEN)
+        more = (self.gate_up_bias, self.down_bias) if biases else (None, None)
+        return ops.EXPERTS(x, choices, logits.softmax(-1), self.gate_up, self.down, *more, activation)
+
+    width, hidden = 64, EXPERT
+    tensors = {
+        "table": normal(VOCABULARY, width, mean=0.3),
+        "choose": normal(EXPERTS, width, seed=3) + torch.tensor([-1.0, 0, 0, 1, 0])[:, None],
+        "gate_up": normal(EXPERTS * 2 * hidden, width, seed=1, mean=0.1, deviation=0.4),
+        "down": normal(EXPERTS * width, hidden, seed=2, mean=0.1),
+    }
+    if biases:
+        tensors |= {"gate_up_bias": normal(EXPERTS * 2 * hidden, seed=4, deviation=2)}
+        tensors |= {"down_bias": normal(EXPERTS * width, seed=5)}
+    return rows, tensors
+
+
+@samples_of(ops.EXPERTS)
+def _experts(target: str) -> Iterator[Sample]:
+    for activation in ("silu", "gelu_tanh", ops.CLAMPED_SWIGLU):
+        rows, tensors = _mixture(activation, biases=activation == ops.CLAMPED_SWIGLU)
+        yield Sample(name=activation, rows=rows, tensors=tensors, tolerance=FP32_PRODUCT)
+
+
+@samples_of(ops.EXPERTS_QUANTIZED)
+def _experts_quantized(target: str) -> Iterator[Sample]:
+    for name, spec in specs(target).items():
+        # Runtimes that have an operator for it have it for some activations.
+        for activation in ("gelu_tanh", ops.CLAMPED_SWIGLU):
+            rows, tensors = _mixture(activation, biases=activation == ops.CLAMPED_SWIGLU)
+            operator = target == "onnxruntime" and activation == ops.CLAMPED_SWIGLU and spec.format == "int8"
+            yield Sample(
+                name=f"{activation}, {name}",
+                rows=rows,
+                tensors=tensors,
+                tolerance=EXPERTS_OF_8_BITS if operator else FP32_PRODUCT,
+                scheme=Scheme(name="sample", linears=(dataclasses.replace(spec, modules="gate_up|down"),)),
+            )
 
 
 @samples_of(ops.EMBEDDING_QUANTIZED)
@@ -609,12 +658,13 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
 
     measure = Measure(scales=lambda graph: {f"layers.{layer}.mlp.down_proj.input": 1.0 for layer in range(6)})
     encoder = load("gemma3-vision-tiny", images=True).trace(task="encode_image")
+    mixture = load("gpt-oss-tiny").trace()
     for target, able in TARGETS.items():
         spec: QuantSpec = next(iter(specs(target).values()))
         activations: Any = next(iter(able.activations), None)
         everything = Scheme(name="sample", linears=(spec,), table=spec, activations=activations)
         passes = pipeline(target, chunk=CHUNK, scheme=everything, measure=measure)
-        for whole in (traced, encoder):
+        for whole in (traced, encoder, mixture):
             graph, _ = passes.run(whole, on_pass=note)
             if target in TABLES:
                 assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target

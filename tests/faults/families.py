@@ -96,5 +96,9 @@ FAMILY_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
         "ministral3-tiny", Spoil(aten.mul.Tensor, other_number(yarn_magnitude(16.0), 1.0), ""),
         0, "rope", "multiplied by 0.782927",
     ),
+    "experts with a sigmoid of another slope": (
+        "gpt-oss-tiny", Spoil(aten.mul.Tensor, other_number(1.702, 1.0), "layers.1.mlp.experts"),
+        1, "experts", "the value is not multiplied by 1.702",
+    ),
 }  # fmt: skip
 """The model, the fault, the layer and the operation that bisection names, and words of the cause."""

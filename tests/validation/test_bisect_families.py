@@ -67,6 +67,12 @@ def test_a_quantised_llama_is_compared_with_what_its_codes_mean(llama: Model) ->
     assert not verdict.diverged, verdict
 
 
+def test_quantised_experts_are_compared_with_what_their_codes_mean() -> None:
+    model = load("gpt-oss-tiny")
+    verdict = bisect("eager", "onnx@ConvertQuantized", model=model, quant="int8", chunk=CHUNK, length=30, decode=2)
+    assert not verdict.diverged, verdict
+
+
 @functools.cache
 def tapped(name: str) -> tuple[Context, Recording]:
     """A tiny model as it is traced, over three windows, and what its taps are when nothing is wrong."""

@@ -20,6 +20,7 @@ from transom.zoo.exaone4 import Exaone4Config
 from transom.zoo.gemma2 import Gemma2Config
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
+from transom.zoo.gpt_oss import GptOssConfig
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config
@@ -131,6 +132,15 @@ STORABLE: dict[str, DecoderConfig] = {
         tied=False,
         **SIZES,
     ),
+    "gpt_oss": GptOssConfig(
+        name="tiny",
+        layer_kinds=tile("LG", 2),
+        window=16,
+        rope=YarnRope(theta=1e4, factor=8.0, original_context=64, truncate=False),
+        experts=4,
+        chosen=2,
+        **SIZES,
+    ),
 }
 """A configuration of every family that the format can hold: it leaves some numbers to convention."""
 
@@ -156,6 +166,20 @@ def _gemma3(config: Gemma3Config) -> dict[str, object]:
 
 def _rope(config: Gemma2Config | Llama3Config | SmolLM3Config | Exaone4Config | Cohere2Config) -> dict[str, object]:
     return {"rope.freq_base": config.rope.theta, "rope.dimension_count": config.head_dim}
+
+
+def _gpt_oss(config: GptOssConfig) -> dict[str, object]:
+    assert isinstance(config.rope, YarnRope)
+    return {
+        "attention.sliding_window": config.window,
+        "rope.freq_base": config.rope.theta,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": config.rope.factor,
+        "rope.scaling.original_context_length": config.rope.original_context,
+        "expert_count": config.experts,
+        "expert_used_count": config.chosen,
+        "expert_feed_forward_length": config.intermediate_size,
+    }
 
 
 def _windows(config: LocalGlobalConfig) -> dict[str, object]:
@@ -218,6 +242,7 @@ _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "exaone4": _exaone4,
     "cohere2": _cohere2,
     "smollm3": _rope,
+    "gpt_oss": _gpt_oss,
 }
 """Metadata of each family; None leaves a key out."""
 
@@ -232,6 +257,16 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
         return values
     rows, width = values.shape
     return values.reshape(rows // config.head_dim, 2, config.head_dim // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _by_expert(config: GptOssConfig, name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Tensors with an axis of experts, gates and ups apart."""
+    stacked = values.reshape(config.experts, -1, *values.shape[1:])
+    last, block = "bias" if name.endswith("_bias") else "weight", f"blk.{name.split('.')[1]}"
+    if "down" in name:
+        return [(f"{block}.ffn_down_exps.{last}", stacked)]
+    gates, ups = np.split(stacked, 2, axis=1)
+    return [(f"{block}.ffn_gate_exps.{last}", gates), (f"{block}.ffn_up_exps.{last}", ups)]
 
 
 _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
@@ -309,10 +344,16 @@ def write_gguf(
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
         whole = name if name.startswith("lm_head") else f"model.{name}"
+        stored = weight.read().float().numpy()
+        if isinstance(config, GptOssConfig) and ".experts." in name:
+            for in_file, values_of_part in _by_expert(config, name, stored):
+                _add_tensor(writer, in_file, values_of_part, types or {}, rng)
+            continue
         in_file = names.get_name(whole, try_suffixes=(".weight", ".bias"))
+        if isinstance(config, GptOssConfig) and name.endswith("sinks"):
+            in_file += ".weight"
         if in_file in skip:
             continue
-        stored = weight.read().float().numpy()
         if config.architecture in _STORED:
             stored = _STORED[config.architecture](config, name, stored)
         _add_tensor(writer, in_file, stored, types or {}, rng)

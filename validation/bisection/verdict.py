@@ -14,7 +14,7 @@ class Verdict:
         entry: Of the model: "decode", or "encode_image".
         layer: Index of the layer; None before the first and after the last, or without a divergence.
         op: "norm", "projection", "rope", "mask", "cache write", "softmax", "quantisation", "embedding", "activation",
-            "residual", "average" or "logits".
+            "residual", "average", "experts" or "logits".
         stage: The pass that brought it in, "lowering" if the graph that the passes leave is right, None if that was not
             examined or is not known.
         max_abs: Largest difference at that site; without a divergence, that of the logits. None if a value is NaN or

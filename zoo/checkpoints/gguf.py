@@ -5,9 +5,11 @@ What the format leaves to convention, and where it differs from the released che
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +24,11 @@ from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tensors import FREQUENCIES, HEAD, account
 from transom.zoo.checkpoints.gguf_weight import gguf_package, open_weight
 from transom.zoo.checkpoints.layout import TABLE
+from transom.zoo.checkpoints.stacked import side_by_side
 from transom.zoo.config import DecoderConfig
+
+_EXPERTS = "_exps."
+"""In names of tensors that have an axis of experts."""
 
 _HASHED_WHOLE = 2**30
 """Models up to this many bytes are identified by all their bytes: about half a second at most."""
@@ -48,10 +54,10 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
     form = gguf_format(architecture(config.architecture))
-    names = {name: _name_in_file(form, name) for name in shapes}
+    names = {name: _names_in_file(form, name) for name in shapes}
     gguf = gguf_package()
     weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))
-    needed = {*names.values(), *([FREQUENCIES] if form.frequencies else [])}
+    needed = {*itertools.chain(*names.values()), *([FREQUENCIES] if form.frequencies else [])}
     parts = account(gguf, header, needed, config)
     copies = {}
     if HEAD in header.tensors and HEAD not in needed:
@@ -62,7 +68,7 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
 def open_weights(
     gguf: ModuleType,
     header: Header,
-    names: Mapping[str, str],
+    names: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     rows: Callable[[str], Callable[[Weight], Weight] | None],
 ) -> dict[str, Weight]:
@@ -71,23 +77,35 @@ def open_weights(
     Args:
         gguf: The package.
         header: Of the file.
-        names: In the module -> in the file.
+        names: In the module -> in the file, where gates and ups of experts are two tensors.
         shapes: By names in the module.
         rows: A name in the module -> what becomes of the stored rows; None if nothing.
 
     Raises:
         CheckpointError: If a tensor is missing, has another shape or a type that we do not read.
     """
-    if missing := [names[name] for name in shapes if names[name] not in header.tensors]:
+    needed = [in_file for name in shapes for in_file in names[name]]
+    if missing := [in_file for in_file in needed if in_file not in header.tensors]:
         raise CheckpointError(
-            f"{header.path}: {len(missing)} of {len(shapes)} tensors are missing: {listed(missing)}: fetch it again"
+            f"{header.path}: {len(missing)} of {len(needed)} tensors are missing: {listed(missing)}: fetch it again"
         )
     weights = {}
     for name, shape in shapes.items():
-        weight = open_weight(gguf, names[name], header.tensors[names[name]], shape)
+        weight = _open(gguf, header, names[name], shape)
         change = rows(name)
         weights[name] = weight if change is None else change(weight)
     return weights
+
+
+def _open(gguf: ModuleType, header: Header, names: Sequence[str], shape: tuple[int, ...]) -> Weight:
+    parts, count = [], 1
+    for name in names:
+        info = header.tensors[name]
+        if _EXPERTS in name and len(info.shape) > 1:
+            count = info.shape[0]
+            info = dataclasses.replace(info, shape=(count * info.shape[1], *info.shape[2:]))
+        parts.append(open_weight(gguf, name, info, (shape[0] // len(names), *shape[1:])))
+    return parts[0] if len(parts) == 1 else side_by_side(parts, count)
 
 
 def revision(source: Path | Header) -> str:
@@ -104,9 +122,12 @@ def revision(source: Path | Header) -> str:
     return f"sha256:{digest.hexdigest()}" if whole else f"head-sha256:{digest.hexdigest()}:{header.size}"
 
 
-def _name_in_file(form: GGUFFormat, name: str) -> str:
-    module, _, last = name.rpartition(".")
-    if not module.startswith("layers."):
-        return f"{form.tensors[module]}.{last}"
-    _, index, rest = module.split(".", 2)
-    return f"blk.{index}.{form.tensors[rest]}.{last}"
+def _names_in_file(form: GGUFFormat, name: str) -> tuple[str, ...]:
+    head, rest = "", name
+    if name.startswith("layers."):
+        _, index, rest = name.split(".", 2)
+        head = f"blk.{index}."
+    module, _, last = rest.rpartition(".")
+    # A tensor goes by its own name, or by its module's.
+    names = form.tensors.get(rest) or f"{form.tensors[module]}.{last}"
+    return tuple(head + one for one in ((names,) if isinstance(names, str) else names))

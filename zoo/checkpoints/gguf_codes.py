@@ -9,6 +9,7 @@ import torch
 
 from transom.formats.schemes import Format
 from transom.graphs.encoded import Codes, Encoded
+from transom.zoo.checkpoints.stacked import integers_of_mxfp4
 
 
 def read_codes(type_name: str, shape: tuple[int, ...], read_bytes: Callable[[int, int], np.ndarray]) -> Encoded | None:
@@ -94,6 +95,11 @@ def _unpack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return codes, _half(blocks[:, 208:]) * scales
 
 
+def _unpack_mxfp4(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    codes, powers, _ = integers_of_mxfp4(torch.from_numpy(_nibbles(blocks[:, 1:])), torch.from_numpy(blocks[:, 0]))
+    return codes.numpy(), powers.numpy()
+
+
 # Type -> (reader of one block, values that share a scale, bytes of a block, bits that hold a code).
 _UNPACK: dict[str, tuple[_Unpack, int, int, int]] = {
     "Q4_0": (_unpack_q4_0, 32, 18, 4),
@@ -102,4 +108,5 @@ _UNPACK: dict[str, tuple[_Unpack, int, int, int]] = {
     "Q5_1": (_unpack_q5_1, 32, 24, 5),
     "Q8_0": (_unpack_q8_0, 32, 34, 8),
     "Q6_K": (_unpack_q6_k, 16, 210, 6),
+    "MXFP4": (_unpack_mxfp4, 32, 17, 5),
 }

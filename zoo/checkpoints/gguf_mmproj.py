@@ -76,9 +76,9 @@ def open_mmproj(header: Header, text: Header) -> tuple[DecoderConfig, Checkpoint
     form = architecture(config.architecture).mmproj
     assert form is not None
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if name not in checkpoint.weights}
-    names = form.tensors(config, header)
+    names = {name: (in_file,) for name, in_file in form.tensors(config, header).items()}
     weights = open_weights(gguf_package(), header, names, shapes, functools.partial(form.rows, config))
-    others = header.tensors.keys() - {names[name] for name in shapes}
+    others = header.tensors.keys() - {names[name][0] for name in shapes}
     sound = [name for name in header.tensors if name in others and name.startswith(_SOUND_TENSORS)]
     if unknown := sorted(others - set(sound)):
         raise CheckpointError(

@@ -20,6 +20,7 @@ QUANT_TYPES: dict[int, QuantType] = {
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
+    39: ("MXFP4", 32, 17),
 }
 """Types that we read, by their number in the file."""
 
@@ -44,7 +45,6 @@ OTHER_TYPES: dict[int, QuantType] = {
     29: ("IQ1_M", 256, 56),
     34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),

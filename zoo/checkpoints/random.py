@@ -66,11 +66,11 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
-    images, renames = config.images is not None, architecture(config.architecture).huggingface.renames
-    state = {
-        in_file(name, images=images, renames=renames): weight if dtype is None else weight.to(dtype)
-        for name, weight in weights.items()
-    }
+    images, form = config.images is not None, architecture(config.architecture).huggingface
+    state = {}
+    for name, weight in weights.items():
+        typed, how = weight if dtype is None else weight.to(dtype), form.stacked(config, name)
+        state[in_file(name, images=images, renames=form.renames)] = typed if how is None else how.write(typed)
     shards: list[dict[str, Weight]] = [{}]
     for name, weight in state.items():
         filled = sum(other.bytes for other in shards[-1].values())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from transom.zoo.checkpoints.checkpoint import Checkpoint, left_out_line
 from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
 from transom.zoo.checkpoints.layout import Layout
 from transom.zoo.checkpoints.redundant import check_redundant
+from transom.zoo.checkpoints.stacked import BLOCKS, SCALES, Stacked
 from transom.zoo.config import DecoderConfig
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,10 +51,19 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
         raise CheckpointError(f"{folder}: {adapter[0]} stands beside the model: {MERGE}, or remove it")
     entries = _entries(folder)
     shapes = tensor_shapes(config)
-    layout = Layout.of(folder, entries, shapes, architecture(config.architecture).huggingface.renames)
-    weights = {
-        name: _weight(layout.sources[name], entries[layout.sources[name]], shape) for name, shape in shapes.items()
-    }
+    form = architecture(config.architecture).huggingface
+    stacked = {name: how for name in shapes if (how := form.stacked(config, name)) is not None}
+    layout = Layout.of(folder, _joined(entries) if stacked else entries, shapes, form.renames)
+    latest: dict[str, tuple[int, torch.Tensor]] = {}
+    weights: dict[str, Weight] = {}
+    for name, shape in shapes.items():
+        source, how = layout.sources[name], stacked.get(name)
+        if how is None:
+            weights[name] = _weight(source, entries[source], shape)
+        elif source in entries:
+            weights[name] = how.read(_weight(source, entries[source], how.shape(shape)), shape, latest)
+        else:
+            weights[name] = _open_mxfp4(source, entries, shape, how)
     for in_file, name in layout.redundant.items():
         check_redundant(name, _weight(in_file, entries[in_file], entries[in_file].shape), config)
     copies = {
@@ -61,6 +72,33 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     }
     lines = tuple(left_out_line(part, names) for part, names in layout.parts.items())
     return Checkpoint(weights=weights, copies=copies, left_out=lines)
+
+
+def _joined(names: Iterable[str]) -> list[str]:
+    """Names of tensors, where those of MXFP4's two parts are one."""
+    present = set(names)
+    pairs = {name.removesuffix(SCALES) for name in present if name.endswith(SCALES)}
+    pairs = {name for name in pairs if name + BLOCKS in present and name not in present}
+    scales = {name + SCALES for name in pairs}
+    joined = {name + BLOCKS: name for name in pairs}
+    return [joined.get(name, name) for name in names if name not in scales]
+
+
+def _open_mxfp4(name: str, entries: Mapping[str, Entry], shape: tuple[int, ...], how: Stacked) -> Weight:
+    origin = f"{entries[name + BLOCKS].path}: {name}"
+    rows, columns = shape[0] // how.count, shape[1]
+    parts = []
+    for part, inner in ((BLOCKS, (columns // 32, 16)), (SCALES, (columns // 32,))):
+        entry, wanted = entries[name + part], (how.count, rows, *inner)
+        if entry.dtype != "U8" or entry.shape != wanted:
+            raise CheckpointError(
+                f"{origin}{part} is {entry.dtype} {list(entry.shape)}, expected U8 {list(wanted)}: config.json belongs "
+                "to another checkpoint"
+            )
+        width = math.prod(inner)
+        read_rows = functools.partial(_read_rows, dataclasses.replace(entry, shape=(0, width)), torch.uint8, width)
+        parts.append(Weight(shape=(shape[0], width), dtype=torch.uint8, read_rows=read_rows, origin=origin))
+    return how.read_mxfp4(parts[0], parts[1], shape, origin)
 
 
 def open_weights(path: Path) -> dict[str, Weight]:

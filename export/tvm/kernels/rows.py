@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from transom.export.tvm.kernels.arithmetic import exponential, hyperbolic_tangent, lane_sum
 from transom.export.tvm.kernels.tile import Tile, divisor
+from transom.graphs import ops
 
 GELU_FACTOR, GELU_CUBE = 0.7978845608028654, 0.044715
 """tanh's argument in the approximate GELU is `GELU_FACTOR * (x + GELU_CUBE * x ** 3)`."""
@@ -178,11 +179,21 @@ def softplus(x: Any) -> Any:
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "tanh": hyperbolic_tangent, "softplus": softplus}
 
 
+def clamped_swiglu(gate: Any, up: Any) -> Any:
+    """See `ops.CLAMPED_SWIGLU`."""
+    limit = T.float32(ops.SWIGLU_LIMIT)
+    gate, up = T.min(gate, limit), T.max(T.min(up, limit), T.float32(-ops.SWIGLU_LIMIT))
+    return (up + T.float32(1)) * (gate / (T.float32(1) + exponential(gate * T.float32(-ops.SWIGLU_SLOPE))))
+
+
 def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:
     """Gates and values side by side [M, 2 K] -> activation(gate) * value [M, K]; `single` if M is 1."""
     # Waking threads takes longer than one row.
     loop = T.serial if single else T.parallel
-    lanes, function = divisor(k, tile.lanes), ACTIVATIONS[activation]
+    lanes = divisor(k, tile.lanes)
+
+    def function(gate: Any, up: Any) -> Any:
+        return clamped_swiglu(gate, up) if activation == ops.CLAMPED_SWIGLU else ACTIVATIONS[activation](gate) * up
 
     @T.prim_func(private=True, s_tir=True)
     def gated_rows(x: T.handle, y: T.handle) -> None:
@@ -193,9 +204,7 @@ def gated(k: int, activation: str, tile: Tile, *, single: bool = False) -> Any:
         for row in loop(m):
             for step in T.serial(k // lanes):
                 for lane in T.vectorized(lanes):
-                    Y[row, step * lanes + lane] = (
-                        function(X[row, step * lanes + lane]) * X[row, k + step * lanes + lane]
-                    )
+                    Y[row, step * lanes + lane] = function(X[row, step * lanes + lane], X[row, k + step * lanes + lane])
 
     return gated_rows
 

@@ -1,0 +1,100 @@
+"""gpt-oss's own: experts as its checkpoints hold them, and codes that stay what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from tests.zoo.tiny_gguf import STORABLE, write_gguf
+from transom.errors import CheckpointError, ConfigError
+from transom.formats.schemes import scheme
+from transom.passes.conversion import can_hold, encode
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
+from transom.zoo.model import Model, load
+
+EXPERTS, WIDTH, HIDDEN = 4, 64, 32
+MATRICES = {"gate_up_proj": (2 * HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with experts of random codes, as the released checkpoints hold them."""
+    folder = tmp_path_factory.mktemp("gpt-oss-tiny")
+    model = load("gpt-oss-tiny")
+    write_checkpoint(folder, model.config, model.weights)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for layer in range(model.config.num_layers):
+        for name, (rows, columns) in MATRICES.items():
+            whole = f"model.layers.{layer}.mlp.experts.{name}"
+            del tensors[whole]
+            shape = (EXPERTS, rows, columns // 32)
+            tensors[f"{whole}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{whole}_scales"] = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def by_expert(model: Model, name: str) -> torch.Tensor:
+    """A matrix of every expert as transformers holds it: transposed, gates and ups by turns."""
+    rows = model.weights[name].read().view(EXPERTS, -1, model.weights[name].shape[1])
+    if "gate_up" in name:
+        rows = rows.view(EXPERTS, 2, HIDDEN, -1).transpose(1, 2).flatten(1, 2)
+    return rows.transpose(1, 2)
+
+
+def test_mxfp4_is_read_to_the_bit(packed: Path) -> None:
+    model, tensors = load(packed), load_file(packed / "model.safetensors")
+    for name in MATRICES:
+        ours = f"layers.1.mlp.experts.{name}"
+        parts = (tensors[f"model.{ours}_{part}"] for part in ("blocks", "scales"))
+        theirs = convert_moe_packed_tensors(*parts, dtype=torch.float32)
+        assert torch.equal(by_expert(model, ours), theirs)
+        codes = model.weights[ours].encoded
+        assert codes is not None and codes.name == "MXFP4"
+        rows = model.weights[ours].read()
+        assert torch.equal(codes.decode(codes.read_rows(5, 77)), rows[5:77])
+        # Eight bits hold them: what such a target multiplies with is what the checkpoint says.
+        for name_of_scheme in ("int8", "as_shipped"):
+            spec = scheme(name_of_scheme).of(ours)
+            assert spec is not None and can_hold(spec, codes)
+            encoded, record = encode(ours, model.weights[ours], spec)
+            assert record.kept and record.source == "MXFP4"
+            assert torch.equal(encoded.dequantized(), rows)
+
+
+def test_another_packing_is_refused(packed: Path, tmp_path: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="packed by awq"):
+        load(tmp_path)
+
+
+def test_codes_of_another_size_are_refused(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((packed / "config.json").read_text())
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj_scales is U8 \[4, 63, 1\], expected U8 \[4, 64, 1\]"):
+        load(tmp_path)
+
+
+def test_mxfp4_of_a_gguf_file_keeps_its_codes(tmp_path: Path) -> None:
+    config = dataclasses.replace(STORABLE["gpt_oss"], name="again")
+    weights = random_weights(config, 5)
+    again = load(write_gguf(tmp_path / "again.gguf", config, weights, types={"exps.weight": "MXFP4"}))
+    for name in ("layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"):
+        codes, rows = again.weights[name].encoded, again.weights[name].read()
+        assert codes is not None and codes.name == "MXFP4"
+        assert torch.equal(codes.decode(codes.read_rows(3, 40)), rows[3:40])
+        # Steps between the largest floats of 4 bits are a third of the numbers there.
+        assert 0 < (rows - weights[name].read()).abs().max() < 0.25 * weights[name].read().abs().max()
