@@ -48,6 +48,8 @@ class HuggingFaceFormat:
         write: A configuration -> a `config.json` that `read` and transformers read alike.
         buffer: A configuration and the name of a buffer that checkpoints may hold, in the module's terms -> what it
             must hold, float64; None for a name that is none.
+        unread: A configuration and the name of a tensor, in the module's terms -> whether checkpoints may hold it
+            although the model has no use for it.
     """
 
     model_types: Mapping[str, str | None]
@@ -61,6 +63,7 @@ class HuggingFaceFormat:
     read: Callable[[Any, Any], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     buffer: Callable[[Any, str], torch.Tensor | None]
+    unread: Callable[[Any, str], bool] = lambda config, name: False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ class Architecture:
         config: Class of its configurations.
         build: A configuration -> the module.
         huggingface: Its checkpoints' format.
-        gguf: Its GGUF files' format.
+        gguf: Its GGUF files' format; None if they are not read.
         presets: Configurations that go by a name.
         sampling: How text is sampled where the checkpoint does not say.
         chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
@@ -125,7 +128,7 @@ class Architecture:
     config: type[DecoderConfig]
     build: Callable[[Any], Decoder]
     huggingface: HuggingFaceFormat
-    gguf: GGUFFormat
+    gguf: GGUFFormat | None = None
     presets: tuple[Preset, ...]
     sampling: Mapping[str, Any]
     chat: str | None = None

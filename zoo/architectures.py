@@ -13,7 +13,7 @@ from transom.zoo.architecture import Architecture, Preset
 from transom.zoo.config import DecoderConfig
 from transom.zoo.layers import Decoder
 
-ARCHITECTURES = ("gemma3", "gemma3_vision", "llama3", "olmo3", "exaone4", "cohere2", "smollm3")
+ARCHITECTURES = ("gemma3", "gemma3_vision", "gemma4", "llama3", "olmo3", "exaone4", "cohere2", "smollm3")
 """Files of this folder; each holds an `ARCHITECTURE`."""
 
 

@@ -33,7 +33,7 @@ class AttentionLayer:
     """What one layer keeps of every position.
 
     Attributes:
-        kv_heads: Heads of keys and values.
+        kv_heads: Heads of keys and values; 0 where the layer keeps none and reads what another one wrote.
         key_width: Width of a key.
         value_width: Width of a value.
         window: Keys that the layer sees, the newest included; None for all.
@@ -48,6 +48,11 @@ class AttentionLayer:
     def kind(self) -> LayerKind:
         """Local if it has a window."""
         return "global" if self.window is None else "local"
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it keeps of a position."""
+        return self.kv_heads * (self.key_width + self.value_width)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,15 +106,18 @@ class DecoderConfig:
                 value = getattr(value, attribute)
             if value is not None and not is_positive(value):
                 raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")
-        if (width := self.num_heads * self.head_dim) > LARGEST["hidden_size"]:
+        self._check_heads(self.num_kv_heads, self.head_dim)
+
+    def _check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+        if self.num_heads % num_kv_heads:
+            raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {num_kv_heads} kv heads")
+        if (width := self.num_heads * head_dim) > LARGEST["hidden_size"]:
             raise ConfigError(
-                f"{self.name}: {self.num_heads} heads of {self.head_dim} are {width:,} wide, at most "
+                f"{self.name}: {self.num_heads} heads of {head_dim} are {width:,} wide, at most "
                 f"{LARGEST['hidden_size']:,} are supported"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")
+        if head_dim % 2:
+            raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {head_dim}")
 
     def _check_size(self, name: str) -> None:
         size: Any = getattr(self, name)
@@ -123,10 +131,11 @@ class DecoderConfig:
 
     @property
     def states(self) -> tuple[State, ...]:
-        """What it keeps from call to call: a ring of keys and one of values a layer."""
+        """What it keeps from call to call: a ring of keys and one of values a layer that has its own."""
         return tuple(
             ring(f"cache.{index}.{kind}", layer=index, heads=layer.kv_heads, width=width)
             for index, layer in enumerate(self.layers)
+            if layer.kv_heads
             for kind, width in (("key", layer.key_width), ("value", layer.value_width))
         )
 

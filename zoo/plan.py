@@ -136,7 +136,7 @@ def plan_caches(config: DecoderConfig, *, context: int, cache_dtype: str = "bf16
     layers, grown = [], 0
     for index, layer in enumerate(config.layers):
         slots = context if layer.window is None else min(context, layer.window)
-        slot = layer.kv_heads * (layer.key_width + layer.value_width) * CACHE_DTYPES[cache_dtype] * batch
+        slot = layer.numbers * CACHE_DTYPES[cache_dtype] * batch
         layers.append(LayerPlan(index=index, kind=layer.kind, window=layer.window, slots=slots, bytes=slots * slot))
         grown += context * slot
     return Caches(bounded=sum(layer.bytes for layer in layers), global_only=grown, layers=tuple(layers))

@@ -135,7 +135,7 @@ def test_the_plan_is_the_module(family: Architecture) -> None:
         layers = plan(config, context=100, cache_dtype="fp32").layers
         for planned, layer in zip(layers, config.layers, strict=True):
             slots = min(100, layer.window or 100)
-            assert planned.bytes == 4 * slots * layer.kv_heads * (layer.key_width + layer.value_width)
+            assert planned.bytes == 4 * slots * layer.numbers
 
 
 @pytest.mark.parametrize("target", PIPELINES)
@@ -159,15 +159,15 @@ def test_every_pass_of_every_list_keeps_the_logits(
     for position in range(3 * W + 5, 8 * W):
         actual = session.decode(words[position])
         assert np.abs(actual - logits[position]).max() < FP32_LOGITS, f"decode at {position} after all passes"
-    slot = {layer.window: 4 * layer.kv_heads * (layer.key_width + layer.value_width) for layer in model.config.layers}
+    slot = [0, 0]  # bytes of local and of global layers
+    for layer in model.config.layers:
+        slot[layer.window is None] += 4 * layer.numbers
     sizes = session.cache_bytes()
-    local = [layer for layer in model.config.layers if layer.window is not None]
     slots = {state.slots for state in session.states if state.window is not None and state.slots is not None}
-    assert slots <= {W, W + chunk - 1} and len(slots) == (1 if local else 0)
-    assert sizes["local"] == sum(slot[layer.window] for layer in local) * sum(slots)
+    assert slots <= {W, W + chunk - 1} and len(slots) == (1 if slot[0] else 0)
+    assert sizes["local"] == slot[0] * sum(slots)
     # Global layers have grown to the text and no further than a growth step.
-    grown = sum(slot[None] for layer in model.config.layers if layer.window is None)
-    assert grown * 8 * W <= sizes["global"] <= grown * 512
+    assert slot[1] * 8 * W <= sizes["global"] <= slot[1] * 512
 
 
 def test_one_artifact(model: Model, words: list[int], logits: NDArray[np.float32], tmp_path: Path, cli: Cli) -> None:

@@ -177,7 +177,8 @@ def architecture_of(header: Header) -> Architecture:
     if adapter := next((key for key in metadata if key.startswith("adapter.")), None):
         raise ConfigError(f"{path}: {adapter} says that it is an adapter: {advice['adapter']}")
     architecture = metadata.get("general.architecture")
-    families = {family.gguf.name: family for family in architectures() if family.text is None}
+    texts = [family for family in architectures() if family.text is None]
+    families = {family.gguf.name: family for family in texts if family.gguf is not None}
     if not isinstance(architecture, str) or architecture not in families:
         what = advice["mmproj"] if str(architecture) == "clip" else "choose another model"
         raise ConfigError(

@@ -17,7 +17,7 @@ from transom.errors import CheckpointError
 from transom.graphs.weight import Weight
 from transom.json_object import is_file, read_object
 from transom.safetensors_file import Entry
-from transom.zoo.architectures import tensor_shapes
+from transom.zoo.architectures import architecture, tensor_shapes
 from transom.zoo.checkpoints.checkpoint import Checkpoint, left_out_line
 from transom.zoo.checkpoints.containers import ADAPTER, MERGE, POINTER, explain_missing, is_pointer
 from transom.zoo.checkpoints.layout import Layout
@@ -49,7 +49,8 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
         raise CheckpointError(f"{folder}: {adapter[0]} stands beside the model: {MERGE}, or remove it")
     entries = _entries(folder)
     shapes = tensor_shapes(config)
-    layout = Layout.of(folder, entries, shapes)
+    unread = functools.partial(architecture(config.architecture).huggingface.unread, config)
+    layout = Layout.of(folder, entries, shapes, unread)
     weights = {
         name: _weight(layout.sources[name], entries[layout.sources[name]], shape) for name, shape in shapes.items()
     }
