@@ -202,7 +202,7 @@ class Gemma4(Decoder):
         of_tokens_BTLP = _look_up(self.embed_tokens_per_layer, tokens_BT, self.config.layer_embedding).view(shape)
         projected_BTLP = (self.per_layer_model_projection(x_BTD) * self.config.hidden_size**-0.5).view(shape)
         embedded_BTLP = (self.per_layer_projection_norm(projected_BTLP) + of_tokens_BTLP) * 2.0**-0.5
-        return embedded_BTLP.view(*tokens_BT.shape, -1)
+        return embedded_BTLP.flatten(2)
 
     def hidden(
         self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: list[LayerCache] | None, **inputs: torch.Tensor
