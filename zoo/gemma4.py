@@ -68,8 +68,8 @@ class Gemma4Config(LocalGlobalConfig):
         self._check_heads(self.global_kv_heads, self.global_head_dim)
         if missing := set(self.layer_kinds) - set(self.layer_kinds[: self.unshared]):
             raise ConfigError(
-                f"{self.name}: the last {self.shared_layers} layers share keys and values, but no {missing.pop()} layer "
-                "before them has any"
+                f"{self.name}: the last {self.shared_layers} layers read the keys and values of others, but no "
+                f"{missing.pop()} layer comes before them"
             )
 
     @property

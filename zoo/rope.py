@@ -37,8 +37,7 @@ class Rope:
 class ProportionalRope(Rope):
     """The first pairs turn as in the whole head, the others not at all.
 
-    Source: transformers 5.23, "proportional". Where only a part of a head is rotated, its frequencies span from one turn
-    a position to the slowest; here they are the fastest ones of the whole head.
+    Source: transformers 5.23, "proportional". Pairs are those of the whole head: i and i + H/2.
 
     Attributes:
         fraction: Share of the pairs that turn, the count of which is rounded down.
