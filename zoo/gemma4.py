@@ -316,9 +316,10 @@ def _global_heads(text: Keys, kinds: tuple[LayerKind, ...], sizes: dict[str, int
         own["num_key_value_heads"] = text.whole("num_global_key_value_heads", 1)
     if by_layer := text.mapping("per_layer_config"):
         first = next(iter(by_layer.values()))
-        expected = {str(index): first for index, kind in enumerate(kinds) if kind == "global"}
-        if by_layer != expected or not isinstance(first, dict) or not first.keys() <= own.keys():
-            text.refuse("per_layer_config", f"expected one head_dim and num_key_value_heads for layers {[*expected]}")
+        wanted = [index for index, kind in enumerate(kinds) if kind == "global"]
+        alike = isinstance(first, dict) and first.keys() <= own.keys() and all(x == first for x in by_layer.values())
+        if not alike or sorted(int(key) if key.isdecimal() else -1 for key in by_layer) != wanted:
+            text.refuse("per_layer_config", f"expected one head_dim and num_key_value_heads for all of layers {wanted}")
         inner = Keys(text.path, first, f"{text.prefix}per_layer_config.")
         own = {"head_dim": sizes["head_dim"], "num_key_value_heads": sizes["num_kv_heads"]}
         own |= {key: inner.whole(key, 1) for key in first}

@@ -131,11 +131,15 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450)."""
+    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450).
+
+    Attributes:
+        neutral: As of `RMSNorm`.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.neutral = eps, {"weight": 1.0}
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transom.graphs.masks import MASKED
 from transom.graphs.match import LAYOUT, aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
 from transom.validation.bisection.context import Context, Site
+from transom.validation.bisection.operands import of_operands
 from transom.validation.bisection.replay import RIGHT, Change, Changes, Hypothesis, Replay, from_node
 
 SCANNED = 256
@@ -77,7 +78,7 @@ class _Keys(NamedTuple):
 
 
 def of_attention(replay: Replay) -> Iterator[Hypothesis]:
-    """First that it is right; then masks, overwritten keys, displaced keys, and heads."""
+    """First that it is right; then masks, overwritten keys, displaced keys, what it is given, and heads."""
     place = masking(replay.site)
     if place is None:
         yield Hypothesis(RIGHT)
@@ -123,6 +124,8 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     empty = partial(_with_empty_slots, seen, window or int(lasts.max()) + 1)
     cause = "slots that were never written are seen as keys of zeros"
     yield guess("mask", cause, seen, {place.softmax: from_node(place.softmax.args[0], empty)})
+    for cause, changes in of_operands(replay):
+        yield guess("softmax", cause, seen, changes)
     if tiled := dict(_tiled(replay.site)):
         cause = "query heads read the wrong key/value heads: they are tiled, not repeated"
         yield guess("mask", cause, seen, tiled)

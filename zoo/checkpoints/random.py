@@ -91,7 +91,8 @@ def write_checkpoint(
 def _neutral(module: torch.nn.Module, name: str) -> float:
     """The value of a norm's weight, or of a factor, that changes nothing; 0 for any other parameter."""
     values: Mapping[str, float] = getattr(module, "neutral", {})
-    return values.get(name, 1.0 if isinstance(module, torch.nn.LayerNorm) and name.endswith(".weight") else 0.0)
+    last = name.rpartition(".")[2]
+    return values.get(last, 1.0 if isinstance(module, torch.nn.LayerNorm) and last == "weight" else 0.0)
 
 
 def _weight(name: str, shape: tuple[int, ...], neutral: float, seed: int) -> Weight:
