@@ -56,14 +56,26 @@ def _no_scalar(graph: Graph, node: Node) -> None:
         node.replace_all_uses_with(node.args[0])
 
 
-GEMMA4_FAULTS: dict[str, tuple[Pass, int | None, str, str]] = {
+GEMMA4_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "keys and values of another layer": (
-        Spoil(aten.repeat_interleave.self_int, _read_layer_0, "layers.3.self_attn"), 3, "softmax", "",
+        "gemma4-tiny", Spoil(aten.repeat_interleave.self_int, _read_layer_0, "layers.3.self_attn"),
+        3, "softmax", "it reads the keys and values of layer 0",
     ),
-    "values that are not normed": (Spoil(aten.index_copy.default, _bare_values, "layers.1.self_attn"), 1, "", ""),
+    "values that are not normed": (
+        "gemma4-tiny", Spoil(aten.index_copy.default, _bare_values, "layers.1.self_attn"),
+        1, "softmax", "layers.1.self_attn.v_norm is passed over",
+    ),
+    "values that are rotated": (
+        "gemma4-tiny", Spoil(aten.index_copy.default, _rotated_values, "layers.1.self_attn"),
+        1, "softmax", "the values are rotated, as the keys are",
+    ),
     "the embedding of another layer": (
-        Spoil(aten.mul.Tensor, _first_embedding, "layers.2"), 2, "activation", "",
+        "gemma4-tiny", Spoil(aten.mul.Tensor, _first_embedding, "layers.2"),
+        2, "activation", "it is given piece 0 of 6 in place of piece 2",
     ),
-    "a layer without its factor": (Spoil(aten.mul.Tensor, _no_scalar, "layers.1"), 2, "residual", ""),
-    "values that are rotated": (Spoil(aten.index_copy.default, _rotated_values, "layers.1.self_attn"), 1, "", ""),
+    "a layer without its factor": (
+        "gemma4-tiny", Spoil(aten.mul.Tensor, _no_scalar, "layers.1"),
+        2, "residual", "the factor layers.1.layer_scalar is left out",
+    ),
 }  # fmt: skip
+"""The model, the fault in its graph as traced, the layer and the operation that bisection names, and words of the cause."""
