@@ -115,7 +115,7 @@ class Architecture:
         config: Class of its configurations.
         build: A configuration -> the module.
         huggingface: Its checkpoints' format.
-        gguf: Its GGUF files' format; None if they are not read.
+        gguf: Its GGUF files' format; None if such files are not read.
         presets: Configurations that go by a name.
         sampling: How text is sampled where the checkpoint does not say.
         chat: Chat template, in Jinja, of checkpoints that bring none; None if the family has no form of its own.
@@ -128,7 +128,7 @@ class Architecture:
     config: type[DecoderConfig]
     build: Callable[[Any], Decoder]
     huggingface: HuggingFaceFormat
-    gguf: GGUFFormat | None = None
+    gguf: GGUFFormat | None
     presets: tuple[Preset, ...]
     sampling: Mapping[str, Any]
     chat: str | None = None

@@ -482,6 +482,7 @@ ARCHITECTURE = Architecture(
     config=Gemma4Config,
     build=Gemma4,
     huggingface=_HUGGINGFACE,
+    gguf=None,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
     chat=_CHAT,

@@ -14,6 +14,7 @@ import transformers
 
 import transom
 from tests.tolerances import FLOAT16_LOGITS, FP32_LOGITS
+from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import CheckpointError, ConfigError
 from transom.passes.pipelines import PIPELINES
 from transom.zoo.architectures import build_empty, preset
@@ -211,6 +212,12 @@ def test_keys_and_values_that_no_layer_reads_are_left_out(tmp_path: Path) -> Non
     write_checkpoint(tmp_path / "less", config, weights)
     with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing: model.layers.1.self_attn.k_proj.weight"):
         load(tmp_path / "less")
+
+
+def test_gguf_files_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "g.gguf", TINY, random_weights(TINY, 0), architecture="gemma4")
+    with pytest.raises(ConfigError, match="such files are not read, give the Hugging Face folder"):
+        load(path)
 
 
 @pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-e4b", "gemma4-12b", "gemma4-31b"])

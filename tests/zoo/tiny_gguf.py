@@ -190,6 +190,12 @@ def _divisors(head_dim: int, rope: Llama3Rope) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
+def _name(config: DecoderConfig) -> str:
+    form = architecture_of(config.architecture).gguf
+    assert form is not None
+    return form.name
+
+
 def write_gguf(
     path: Path,
     config: DecoderConfig,
@@ -215,7 +221,7 @@ def write_gguf(
         general: Metadata by their whole keys.
         tokens: Pieces by id, in the place of unused ones.
     """
-    architecture = architecture or architecture_of(config.architecture).gguf.name
+    architecture = architecture or _name(config)
     writer = gguf.GGUFWriter(path, architecture)
     values: dict[str, object] = {
         "context_length": config.context,
@@ -233,7 +239,7 @@ def write_gguf(
     _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
     add_byte_tokenizer(writer, config.vocab_size, tokens)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture_of(config.architecture).gguf.name], config.num_layers)
+    names = gguf.get_tensor_name_map(kinds[_name(config)], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
         whole = name if name.startswith("lm_head") else f"model.{name}"

@@ -48,6 +48,7 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
     form = architecture(config.architecture).gguf
+    assert form is not None, f"{config.architecture} has no GGUF files"
     names = {name: _name_in_file(form, name) for name in shapes}
     gguf = gguf_package()
     weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))

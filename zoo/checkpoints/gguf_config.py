@@ -23,7 +23,7 @@ import torch
 from transom.errors import CheckpointError, ConfigError
 from transom.graphs.weight import Weight
 from transom.wording import listed
-from transom.zoo.architecture import Architecture
+from transom.zoo.architecture import Architecture, GGUFFormat
 from transom.zoo.architectures import architectures
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_metadata import Metadata, shown
@@ -101,10 +101,11 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
         CheckpointError: If the embedding is missing, whose rows are the vocabulary, or contradicts the metadata.
     """
     family = architecture_of(header)
-    keys = Metadata(header, family.gguf.name)
+    form = _format(family)
+    keys = Metadata(header, form.name)
     lines: list[str] = []
     sizes = _sizes(header, keys)
-    fields = {**sizes.fields(), **family.gguf.read(sizes, keys, lines)}
+    fields = {**sizes.fields(), **form.read(sizes, keys, lines)}
     config = read_decoder(header.path, family.config, name=header.name, architecture=family.name, **fields)
     _check_agreement(keys, config, family)
     lines += _judge_others(header, keys)
@@ -177,15 +178,22 @@ def architecture_of(header: Header) -> Architecture:
     if adapter := next((key for key in metadata if key.startswith("adapter.")), None):
         raise ConfigError(f"{path}: {adapter} says that it is an adapter: {advice['adapter']}")
     architecture = metadata.get("general.architecture")
-    texts = [family for family in architectures() if family.text is None]
-    families = {family.gguf.name: family for family in texts if family.gguf is not None}
+    texts = [family for family in architectures() if family.text is None and family.gguf is not None]
+    families = {_format(family).name: family for family in texts}
     if not isinstance(architecture, str) or architecture not in families:
         what = advice["mmproj"] if str(architecture) == "clip" else "choose another model"
+        if architecture in [family.name for family in architectures() if family.gguf is None]:
+            what = "such files are not read, give the Hugging Face folder of the model"
         raise ConfigError(
             f"{path}: unknown architecture {shown(architecture)}: known are {', '.join(families)} "
             f"(general.architecture): {what}"
         )
     return families[architecture]
+
+
+def _format(family: Architecture) -> GGUFFormat:
+    assert family.gguf is not None, f"{family.name} has no GGUF files"
+    return family.gguf
 
 
 def _vocab_size(header: Header, hidden_size: int) -> int:
@@ -219,7 +227,7 @@ def _check_agreement(keys: Metadata, config: DecoderConfig, family: Architecture
     if "rope.scaling.finetuned" in keys and not isinstance(keys.values["rope.scaling.finetuned"], bool):
         raise keys.refuse("rope.scaling.finetuned", "expected true or false: convert the model again")
     keys.unread.discard("rope.scaling.finetuned")
-    for key, allowed in {**_NEUTRAL, **family.gguf.neutral}.items():
+    for key, allowed in {**_NEUTRAL, **_format(family).neutral}.items():
         # What the family reads is a computation that it has.
         if key in keys.unread:
             keys.only(key, allowed)
