@@ -38,7 +38,9 @@ class FuseNorms(Pass):
                 _fuse(graph, node, *operands, weight)
                 changes += 1
                 break
-        graph.drop_dead_code()
+        if changes:
+            # Norms that were fused are none without a weight.
+            graph.drop_dead_code()
         for node in graph.calls(aten.mul.Tensor):
             if (operands := _match_normalised(node)) is not None:
                 width = node.meta["val"].shape[-1]

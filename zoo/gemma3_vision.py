@@ -241,7 +241,8 @@ def _mmproj_names(config: Gemma3VisionConfig, header: Header) -> dict[str, str]:
 
 def _mmproj_rows(config: Gemma3VisionConfig, name: str) -> Callable[[Weight], Weight] | None:
     """The projector's norm is stored as 1 + w, as those of the text decoder are; the encoder's as they are."""
-    return gemma3.ARCHITECTURE.gguf.rows(config, name) if name.startswith(_PROJECTOR) else None
+    form = gemma3.ARCHITECTURE.gguf
+    return form.rows(config, name) if form is not None and name.startswith(_PROJECTOR) else None
 
 
 _MMPROJ = MmprojFormat(projector="gemma3", read=_read_mmproj, tensors=_mmproj_names, rows=_mmproj_rows)

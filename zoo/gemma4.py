@@ -201,7 +201,7 @@ class Gemma4(Decoder):
         shape = (*tokens_BT.shape, self.config.num_layers, self.config.layer_embedding)
         of_tokens_BTLP = _look_up(self.embed_tokens_per_layer, tokens_BT, self.config.layer_embedding).view(shape)
         projected_BTLP = (self.per_layer_model_projection(x_BTD) * self.config.hidden_size**-0.5).view(shape)
-        embedded_BTLP = (self.per_layer_projection_norm(projected_BTLP) + of_tokens_BTLP) * 2.0**-0.5
+        embedded_BTLP: torch.Tensor = (self.per_layer_projection_norm(projected_BTLP) + of_tokens_BTLP) * 2.0**-0.5
         return embedded_BTLP.flatten(2)
 
     def hidden(
@@ -216,7 +216,7 @@ class Gemma4(Decoder):
         x_BTD = _look_up(self.embed_tokens, tokens_BT, config.hidden_size)
         own: tuple[torch.Tensor | None, ...] = (None,) * config.num_layers
         if config.layer_embedding:
-            own = self.layer_embeddings(tokens_BT, x_BTD).split(config.layer_embedding, dim=-1)
+            own = torch.split(self.layer_embeddings(tokens_BT, x_BTD), config.layer_embedding, dim=-1)
         written: list[LayerCache] = []
         for index, (layer, kind) in enumerate(zip(self.layers, config.layer_kinds, strict=True)):
             owns = index < config.unshared

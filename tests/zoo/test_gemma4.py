@@ -104,8 +104,10 @@ UNIFIED = {
     "text_config": {**TEXT, **OF_12B},
 }
 
+TINY_CONFIG = preset("gemma4-tiny")
+assert isinstance(TINY_CONFIG, Gemma4Config)
 KEYS_AS_VALUES = dataclasses.replace(
-    preset("gemma4-tiny"),
+    TINY_CONFIG,
     name="keys-as-values",
     layer_kinds=tile("LLG", 3),
     num_kv_heads=4,
@@ -188,7 +190,6 @@ def test_values_that_are_keys(tmp_path: Path) -> None:
     )
     ours = load(tmp_path)
     assert "layers.2.self_attn.v_proj.weight" not in ours.weights
-    assert isinstance(config, Gemma4Config)
     W = config.window
     assert W is not None
     ids_BT = torch.randint(0, config.vocab_size, (1, 3 * W + 5), generator=torch.Generator().manual_seed(1))
@@ -259,9 +260,10 @@ def test_artifacts_of_every_target(target: str, tiny: Model, tmp_path: Path) -> 
     ids = torch.randint(0, 512, (5 * W,), generator=torch.Generator().manual_seed(7)).tolist()
     with torch.no_grad():
         logits = tiny.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].numpy()
-    transom.compile(tiny, target=target, context=context, chunk=chunk, out=tmp_path / "artifact")
-    session = transom.open(tmp_path / "artifact", threads=1)
     half = target == "tensorrt"  # whose file the CPU runs, to check its numbers
+    dtype = "float16" if half else "float32"
+    transom.compile(tiny, target=target, dtype=dtype, context=context, chunk=chunk, out=tmp_path / "artifact")
+    session = transom.open(tmp_path / "artifact", threads=1)
     tolerance = FLOAT16_LOGITS if half else FP32_LOGITS
     actual = [session.logits(ids[: 3 * W + 5]), *(session.decode(token)[None] for token in ids[3 * W + 5 :])]
     assert np.abs(np.concatenate(actual) - logits).max() < tolerance
