@@ -78,4 +78,4 @@ GEMMA4_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
         2, "residual", "the factor layers.1.layer_scalar is left out",
     ),
 }  # fmt: skip
-"""The model, the fault in its graph as traced, the layer and the operation that bisection names, and words of the cause."""
+"""The model, the fault as it is traced, the layer and the operation that bisection names, and words of the cause."""
