@@ -125,6 +125,7 @@ class TorchRunner:
                 for width in (layer.key_width, layer.value_width)
             )
             for layer in self._layers
+            if layer.kv_heads
             for slots in [min(self._context, (layer.window or self._context) + self._chunk - 1)]
         ]
 

@@ -103,7 +103,7 @@ def _embeddings(graph: Graph) -> Iterator[_Site]:
 
 
 def _is_number(side: Any) -> bool:
-    return not is_node(side) or (isinstance(side.meta["val"], torch.Tensor) and side.meta["val"].dim() == 0)
+    return not is_node(side) or (isinstance(side.meta["val"], torch.Tensor) and side.meta["val"].shape in ((), (1,)))
 
 
 def _norms(graph: Graph) -> Iterator[_Site]:
@@ -205,7 +205,9 @@ def _attentions(graph: Graph, tapped: set[Node]) -> Iterator[_Site]:
         path = _path(node)
         for name, operand in (("q_rope", q), ("k_rope", k)):
             rotated = _before_layout(operand)
+            # Another layer may have made it already.
             if rotated not in tapped and _before_layout(rotated, *CASTS) not in tapped:
+                tapped = tapped | {rotated}
                 yield rotated, f"{path}.{name}", "rope"
         projection = _downwards(out, *CASTS, *LAYOUT, until=(aten.linear.default,))
         yield (out if projection is None else projection.args[0]), f"{path}.attention", "attention"
@@ -247,7 +249,7 @@ def _before_layout(value: Node, *through: Any) -> Node:
 
 
 def _residuals(graph: Graph, sites: list[_Site]) -> Iterator[_Site]:
-    """The stream from the embedding on: every add of something of its shape continues it."""
+    """The stream from the embedding on: adds of something of its shape and products with a number continue it."""
     starts = [node for node, _, op in sites if op == "embedding"]
     stream = starts[0] if starts else None
     counts: dict[str, int] = {}
@@ -261,6 +263,9 @@ def _residuals(graph: Graph, sites: list[_Site]) -> Iterator[_Site]:
                     counts[path] = counts.get(path, 0) + 1
                     yield node, f"{path}.residual.{counts[path]}", "residual"
                     break
+            if is_call(node, aten.mul.Tensor) and all(side is stream or _is_number(side) for side in node.args[:2]):
+                following = node
+                break
         stream = following
 
 

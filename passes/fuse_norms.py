@@ -1,8 +1,9 @@
 """FuseNorms: the textbook RMSNorm becomes one `transom.rms_norm`, its `1 + w` folded into the weight.
 
 Precondition: `Canonicalize` has run.
-Rewrite: `x * rsqrt(mean(x ** 2) + eps)` over the last axis, times a weight or `1 + weight`.
-Skips: norms over other axes, and scales that are no weight.
+Rewrite: `x * rsqrt(mean(x ** 2) + eps)` over the last axis, times a weight or `1 + weight`; without either, times a
+weight of ones.
+Skips: norms over other axes; a scale that is no weight stays behind the norm.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, cast_back, is_call, skip_casts, split_scalar
 from transom.graphs.node import Node
+from transom.graphs.weight import Weight
 from transom.passes.base import Pass, Rewrite
 from transom.passes.canonicalize import Canonicalize
 
@@ -25,7 +27,7 @@ class FuseNorms(Pass):
     after = (Canonicalize,)
 
     def rewrite(self, graph: Graph) -> Rewrite:
-        """Fuse every RMSNorm that ends in a product with a weight."""
+        """Fuse every RMSNorm, with the product with a weight that it ends in, if there is one."""
         changes = 0
         for node in graph.calls(aten.mul.Tensor):
             for normed, scale in (node.args[:2], node.args[1::-1]):
@@ -33,16 +35,28 @@ class FuseNorms(Pass):
                 weight = _weight(graph, scale, operands[0].meta["val"].shape[-1]) if operands else None
                 if operands is None or weight is None:
                     continue
-                x, eps = operands
-                normalised = cast_back(node, x)
-                with graph.fx.inserting_before(node):
-                    if normalised.meta["val"].dtype != x.meta["val"].dtype:  # its result stays wider than its input
-                        x = graph.call(aten.to.dtype, (x, normalised.meta["val"].dtype), node)
-                    fused = graph.call(ops.RMS_NORM, (x, weight, eps), node)
-                normalised.replace_all_uses_with(fused)
+                _fuse(graph, node, *operands, weight)
                 changes += 1
                 break
+        if changes:
+            # Norms that were fused are none without a weight.
+            graph.drop_dead_code()
+        for node in graph.calls(aten.mul.Tensor):
+            if (operands := _match_normalised(node)) is not None:
+                width = node.meta["val"].shape[-1]
+                _fuse(graph, node, *operands, graph.add_weight(f"ones.{width}", Weight.of(torch.ones(width), "ones")))
+                changes += 1
         return Rewrite(changes=changes)
+
+
+def _fuse(graph: Graph, node: Node, x: Node, eps: float, weight: Node) -> None:
+    """Put one operation in the place of a norm that ends in a node, and of the cast behind it."""
+    normalised = cast_back(node, x)
+    with graph.fx.inserting_before(node):
+        if normalised.meta["val"].dtype != x.meta["val"].dtype:  # its result stays wider than its input
+            x = graph.call(aten.to.dtype, (x, normalised.meta["val"].dtype), node)
+        fused = graph.call(ops.RMS_NORM, (x, weight, eps), node)
+    normalised.replace_all_uses_with(fused)
 
 
 def _match_normalised(node: Any) -> tuple[Node, float] | None:

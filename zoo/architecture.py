@@ -52,6 +52,8 @@ class HuggingFaceFormat:
         buffer: A configuration and the name of a buffer that checkpoints may hold, in the module's terms -> what it
             must hold, float64; None for a name that is none.
         renames: Heads of tensors' names in checkpoints -> what most families call them; the first that fits counts.
+        unread: A configuration and the name of a tensor, in the module's terms -> whether checkpoints may hold it
+            although the model has no use for it.
     """
 
     model_types: Mapping[str, str | None]
@@ -68,6 +70,7 @@ class HuggingFaceFormat:
     write: Callable[[Any], dict[str, Any]]
     buffer: Callable[[Any, str], torch.Tensor | None]
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: Callable[[Any, str], bool] = lambda config, name: False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

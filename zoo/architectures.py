@@ -17,6 +17,7 @@ ARCHITECTURES = (
     "gemma3",
     "gemma3_vision",
     "gemma2",
+    "gemma4",
     "llama3",
     "qwen2",
     "qwen3",

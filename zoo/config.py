@@ -39,7 +39,7 @@ class AttentionLayer:
     """What one layer keeps of every position.
 
     Attributes:
-        kv_heads: Heads of keys and values.
+        kv_heads: Heads of keys and values; 0 where the layer keeps none and reads what another one wrote.
         key_width: Width of a key.
         value_width: Width of a value.
         window: Keys that the layer sees, the newest included; None for all.
@@ -56,7 +56,9 @@ class AttentionLayer:
         return "global" if self.window is None else "local"
 
     def states(self, index: int) -> tuple[State, ...]:
-        """A ring of keys and one of values, of the layer with this index."""
+        """A ring of keys and one of values, of the layer with this index; none if it reads another layer's."""
+        if not self.kv_heads:
+            return ()
         return tuple(
             ring(f"cache.{index}.{kind}", layer=index, heads=self.kv_heads, width=width)
             for kind, width in (("key", self.key_width), ("value", self.value_width))
@@ -135,15 +137,18 @@ class DecoderConfig:
                 value = getattr(value, attribute)
             if value is not None and not is_positive(value):
                 raise ConfigError(f"{self.name}: {name} is {value!r}, expected a positive finite number")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {self.num_kv_heads} kv heads")
-        if (width := self.num_heads * self.head_dim) > LARGEST["hidden_size"]:
+        self._check_heads(self.num_kv_heads, self.head_dim)
+
+    def _check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+        if self.num_heads % num_kv_heads:
+            raise ConfigError(f"{self.name}: {self.num_heads} query heads cannot share {num_kv_heads} kv heads")
+        if (width := self.num_heads * head_dim) > LARGEST["hidden_size"]:
             raise ConfigError(
-                f"{self.name}: {self.num_heads} heads of {self.head_dim} are {width:,} wide, at most "
+                f"{self.name}: {self.num_heads} heads of {head_dim} are {width:,} wide, at most "
                 f"{LARGEST['hidden_size']:,} are supported"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {self.head_dim}")
+        if head_dim % 2:
+            raise ConfigError(f"{self.name}: rotary embedding needs an even head_dim, got {head_dim}")
 
     def _check_size(self, name: str) -> None:
         size: Any = getattr(self, name)

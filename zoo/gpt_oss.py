@@ -47,6 +47,7 @@ class GptOssConfig(LocalGlobalConfig):
     """
 
     POSITIVE = ("rope.theta", "rope.factor", "norm_eps", "experts", "chosen")
+    SCALED = ("rope",)
 
     architecture: str = "gpt_oss"
     rope: Rope

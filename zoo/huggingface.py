@@ -20,7 +20,7 @@ from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, LocalGlobalConfig, read_decoder
 from transom.zoo.config_keys import Keys, is_positive, short
-from transom.zoo.rope import Llama3Rope, Rope, YarnRope, yarn_magnitude
+from transom.zoo.rope import Llama3Rope, ProportionalRope, Rope, YarnRope, yarn_magnitude
 
 CONFIG = "config.json"
 
@@ -234,6 +234,7 @@ _ROPE_KEYS = {
     "yarn": (
         *_PLAIN_ROPE_KEYS, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim",
     ),
+    "proportional": ("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"),
 }  # fmt: skip
 """Kind of rotary embedding -> the keys that it has a use for, or that transformers passes over."""
 
@@ -308,6 +309,10 @@ def _rope(
         refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(known)}")
     if rope_type not in _ROPE_KEYS:
         refuse(f"rope_type {rope_type!r} is not supported, only {', '.join(_ROPE_KEYS)} are")
+    if rope_type == "proportional":
+        if (fraction := number("partial_rotary_factor", 1.0)) > 1:
+            refuse(f"partial_rotary_factor is {fraction:g}, expected at most 1")
+        return ProportionalRope(theta=number("rope_theta"), factor=number("factor", 1.0), fraction=fraction)
     if rope_type == "default":
         if (factor := values.get("factor")) not in (None, 1):
             refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
@@ -372,6 +377,8 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
                 "original_max_position_embeddings": rope.original_context,
                 **({} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}),
             }
+        case ProportionalRope():
+            return {"rope_type": "proportional", **plain, "partial_rotary_factor": rope.fraction}
     if rope.factor == 1.0:
         return {"rope_type": "default", "rope_theta": rope.theta}
     return {"rope_type": "linear", **plain}
@@ -395,7 +402,7 @@ def _refuse_unsupported(keys: Keys, form: HuggingFaceFormat) -> None:
     if "auto_map" in keys.values:
         keys.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
     for key, allowed in {**_SUPPORTED, **form.supported}.items():
-        if key in keys.values and not any(_same(keys.values[key], value) for value in allowed):
+        if key in keys.values and key not in form.keys and not any(_same(keys.values[key], value) for value in allowed):
             keys.refuse(key, f"only {json.dumps(allowed[0])} is supported: choose another model")
 
 
@@ -420,7 +427,7 @@ def _open(folder: Path, *, images: bool) -> tuple[Architecture, Keys, Keys]:
         if not isinstance(classes, list) or any(name not in form.classes for name in classes):
             outer.refuse("architectures", f"expected a language model, one of {', '.join(form.classes)}")
     inner_key = form.model_types[model_type]
-    plain = next(name for name, key in form.model_types.items() if key is None)
+    plain = [name for name, key in form.model_types.items() if key is None]
     if inner_key is None:
         for key in form.model_types.values():
             if key is not None and outer.get(key) is not None:
@@ -431,11 +438,11 @@ def _open(folder: Path, *, images: bool) -> tuple[Architecture, Keys, Keys]:
         reason = "is missing" if inner_key not in outer.values else f"is {short(inner)}"
         raise ConfigError(
             f"{path}: {inner_key} {reason}, which describes the language model of a {model_type!r}: mend it, or set "
-            f"model_type to {plain!r} if the keys beside it are those of the language model"
+            f"model_type to {plain[0]!r} if the keys beside it are those of the language model"
         )
     text = Keys(path, inner, f"{inner_key}.")
-    if text.values.get("model_type", plain) != plain:
-        text.refuse("model_type", f"expected {plain!r}")
+    if text.values.get("model_type", plain[0]) not in plain:
+        text.refuse("model_type", f"expected {' or '.join(map(repr, plain))}")
     for key in sorted({*form.sizes, *form.keys}):
         value = text.values.get(key, form.sizes.get(key))
         if key in outer.values and outer.values[key] != value:

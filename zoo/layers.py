@@ -116,27 +116,36 @@ class StackedDecoder(Decoder):
 class RMSNorm(nn.Module):
     """`x / rms(x) * (offset + weight)`, computed in float32.
 
-    Source: arXiv 1910.07467. Weights that are stored around zero have an offset of 1.
+    Source: arXiv 1910.07467. Weights that are stored around zero have an offset of 1. Without a width there are none.
+
+    Attributes:
+        neutral: Around what random weights are drawn, by parameter; see `checkpoints.random`.
     """
 
-    def __init__(self, width: int, eps: float, *, offset: float = 0.0) -> None:
+    def __init__(self, width: int | None, eps: float, *, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps, self.offset = eps, offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset, self.neutral = eps, offset, {"weight": 1.0 - offset}
+        self.weight = None if width is None else nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.weight is None:
+            return normed.type_as(x)
         scale = self.offset + self.weight.float() if self.offset else self.weight.float()
         return (normed * scale).type_as(x)
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450)."""
+    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450).
+
+    Attributes:
+        neutral: As of `RMSNorm`.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.neutral = eps, {"weight": 1.0}
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

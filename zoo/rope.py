@@ -37,6 +37,26 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProportionalRope(Rope):
+    """The first pairs turn as in the whole head, the others not at all.
+
+    Source: transformers 5.23, "proportional". Pairs are those of the whole head: i and i + H/2.
+
+    Attributes:
+        fraction: Share of the pairs that turn, the count of which is rounded down.
+    """
+
+    fraction: float = 1.0
+
+    def frequencies(
+        self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Radians that each pair turns by a position, [head_dim / 2]."""
+        plain, turning = super().frequencies(head_dim, device=device, dtype=dtype), int(self.fraction * head_dim // 2)
+        return torch.cat((plain[:turning], torch.zeros_like(plain[turning:])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope(Rope):
     """Llama 3.1's scaling: slow pairs are divided by `factor`, fast ones are left, those between are blended.
 

@@ -185,9 +185,9 @@ def page(result: Mapping[str, Any]) -> str:
         "written by `python -m benchmarks.ablation`. The base model learned answers of which "
         f"{study['wrong']:.0%} were wrong.",
         f"Every method then took {study['steps']} steps of {study['samples']} samples (SFT: right answers), with exact "
-        "match as the reward",
-        f"(but for WARM). Each learning rate is the best of {', '.join(f'{rate:g}' for rate in study['rates'])}, by one run "
-        f"of {study['tuning_steps']} steps, on",
+        "match as the reward (but for WARM).",
+        f"Each learning rate is the best of {', '.join(f'{rate:g}' for rate in study['rates'])}, by one run of "
+        f"{study['tuning_steps']} steps, on",
         f"{study['splits']['tuning']:,} problems of their own. Measured on {study['splits']['unseen']:,} distinct "
         "problems that stood in no training;",
         "only `reward` is of prompts that were learned from. In brackets: 95% by the bootstrap over seeds and problems",

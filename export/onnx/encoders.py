@@ -22,12 +22,6 @@ def _permute(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Transpose", emitter.value(node.args[0]), perm=[int(axis) for axis in node.args[1]]))
 
 
-@ENCODERS.lowers(aten.flatten.using_ints)
-def _flatten(emitter: Emitter, node: Node) -> str:
-    shape = np.array([int(size) for size in node.meta["val"].shape])
-    return str(emitter.op("Reshape", emitter.value(node.args[0]), emitter.constant(shape)))
-
-
 @ENCODERS.lowers(aten.mean.dim)
 def _mean(emitter: Emitter, node: Node) -> str:
     x, axes, *keep = node.args

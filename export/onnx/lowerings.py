@@ -100,7 +100,7 @@ def _transpose(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Transpose", emitter.value(node.args[0]), perm=order))
 
 
-@SHARED.lowers(aten.view.default, aten.reshape.default)
+@SHARED.lowers(aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 def _reshape(emitter: Emitter, node: Node) -> str | None:
     source, shape = node.args[0], node.meta["val"].shape
     if source in emitter.flat and len(shape) == 3:

@@ -138,3 +138,40 @@ def test_caps_and_sinks_of_hugging_faces_modules_are_read(make: Callable[[], Any
         with torch.no_grad():
             expected = module(tokens_BT)
         assert (run_graph(case.graph, tokens_BT)[0] - expected).abs().max() < FP32_LOGITS
+
+
+def test_layers_of_hugging_faces_gemma_4_that_share_keys_and_values() -> None:
+    """Windows come from the masks, widths of heads from the shapes; two tables; norms without a weight."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        num_hidden_layers=6,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        num_kv_shared_layers=3,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=99,
+        sliding_window=WINDOW,
+        max_position_embeddings=512,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    module = Scorer(transformers.Gemma4ForCausalLM(config).eval())
+    sizes = ({0: Dim("B", max=8), 1: Dim("T", max=512)},)
+    graph = export(module, torch.zeros(2, STATIC_LENGTH, dtype=torch.int64), dynamic_shapes=sizes)
+    case = Case(graph=graph).run(ShareEmbedding(), Canonicalize(), FuseNorms(), FuseAttention())
+    case.expect({ATTENTION: 6, aten.softmax.int: 0, aten.rsqrt.default: 0, aten.embedding.default: 2}).expect_skipped()
+    calls = case.graph.calls(ATTENTION)
+    assert [node.kwargs["window"] for node in calls] == [WINDOW, WINDOW, 0] * 2
+    assert [node.args[1].meta["val"].shape[3] for node in calls] == [16, 16, 32] * 2
+    assert calls[3].args[1:3] == calls[4].args[1:3] == calls[1].args[1:3]
+    assert calls[5].args[1:3] == calls[2].args[1:3]
+    tokens_BT = torch.randint(0, 99, (2, STATIC_LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = module(tokens_BT)
+    assert (run_graph(case.graph, tokens_BT)[0] - expected).abs().max() < FP32_LOGITS

@@ -9,6 +9,7 @@ import torch
 
 from tests.case import Case
 from tests.faults.families import FAMILY_FAULTS
+from tests.faults.gemma4 import GEMMA4_FAULTS
 from tests.faults.llama import LLAMA_FAULTS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
@@ -21,6 +22,7 @@ from transom.validation.bisection.eager import Eager
 from transom.validation.bisection.recording import Recording, plan_calls, record
 from transom.zoo.model import Model, load
 
+FAULTS = {**FAMILY_FAULTS, **GEMMA4_FAULTS}
 CHUNK = 21
 CALLS = plan_calls(window=8, chunk=CHUNK, decode=4)
 TOTAL = CALLS[-1].stop
@@ -84,12 +86,20 @@ def tapped(name: str) -> tuple[Context, Recording]:
     return context, record(ReferenceSession(graph, context=256, chunk=CHUNK), calls, context)
 
 
-@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_a_family_is_placed_and_named(fault: str) -> None:
-    name, spoil, layer, op, cause = FAMILY_FAULTS[fault]
+    name, spoil, layer, op, cause = FAULTS[fault]
     context, right = tapped(name)
     calls = plan_calls(window=load(name).config.longest_window or 8, chunk=CHUNK, decode=4)
     session = ReferenceSession(Case(graph=context.graph).run(spoil).graph, context=256, chunk=CHUNK)
     verdict = compare(right, record(session, calls, context), context)
     assert (verdict.diverged, verdict.layer, verdict.op, verdict.side) == (True, layer, op, "b"), verdict
     assert cause in verdict.cause
+
+
+def test_the_module_of_gemma_4_agrees_with_its_graph() -> None:
+    """Layers that read what others wrote are watched where they are called."""
+    context, right = tapped("gemma4-tiny")
+    eager = Session(Eager(load("gemma4-tiny"), context.graph, "none", context=256, chunk=CHUNK))
+    recorded = record(eager, right.calls, context)
+    assert list(recorded.values) == list(right.values) and not compare(recorded, right, context).diverged

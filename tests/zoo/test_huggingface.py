@@ -115,7 +115,7 @@ def test_thetas_and_softcap_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mamba"}, "unknown model_type .mamba.: known are gemma3_text, gemma3, gemma2, llama"),
+        ({"model_type": "mamba"}, "unknown model_type .mamba.: known are gemma3_text, gemma3, gemma2, gemma4"),
         ({"model_type": None}, "unknown model_type null"),
         ({"hidden_size": "wide"}, 'hidden_size is "wide": expected a whole number from 1'),
         ({"model_type": ["gemma3"]}, "unknown model_type"),

@@ -73,6 +73,19 @@ def test_yarn_is_that_of_transformers(tmp_path: Path, scaling: dict[str, Any]) -
     assert read(tmp_path, rope_scaling={"type" if key == "rope_type" else key: scaling[key] for key in scaling}) == rope
 
 
+@pytest.mark.parametrize(
+    ("fraction", "turning", "factor"), [(0.25, 8, 1.0), (0.3, 9, 2.0), (1.0, 32, 1.0), (None, 32, 1.0)]
+)
+def test_proportional_is_that_of_transformers(tmp_path: Path, fraction: float, turning: int, factor: float) -> None:
+    """A part of the pairs turns; how many is rounded down."""
+    scaling = {"rope_type": "proportional", "partial_rotary_factor": fraction, "rope_theta": 1e6, "factor": factor}
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    rope = read(tmp_path, rope_theta=None, rope_parameters=scaling)
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert torch.equal(rope.frequencies(64), theirs.inv_freq) and int(theirs.inv_freq.count_nonzero()) == turning
+    assert read(tmp_path, rope_theta=None, rope_parameters=rope_parameters(rope)) == rope
+
+
 def test_yarn_stretches_slow_pairs_only() -> None:
     plain, yarn = Rope(theta=1e6), YarnRope(theta=1e6, factor=4.0, original_context=4096)
     divisors = plain.frequencies(64, dtype=torch.float64) / yarn.frequencies(64, dtype=torch.float64)
@@ -94,7 +107,7 @@ def test_yarn_stretches_slow_pairs_only() -> None:
         ({"rope_theta": 1.0}, "rope_theta is 1, expected more than 1"),
         ({"low_freq_factor": 1.0}, "low_freq_factor of its rotary embedding is not understood"),
         ({"short_factor": [1.0]}, "short_factor is not understood there"),
-        ({"rope_type": "dynamic"}, "rope_type 'dynamic' is not supported, only default, linear, llama3, yarn are"),
+        ({"rope_type": "dynamic"}, "rope_type 'dynamic' is not supported, only default, linear, llama3, yarn, prop"),
     ],
     ids=str,
 )
@@ -161,7 +174,7 @@ def test_every_family_says_which_positions_are_scaled() -> None:
         assert scaled.context == 2 * config.context and family.config.SCALED
         assert {name for name in ropes if getattr(scaled, name) != getattr(plain, name)} == set(family.config.SCALED)
     # Their global layers know no positions.
-    assert refused == {"cohere2", "exaone4"}
+    assert refused == {"cohere2", "exaone4", "mamba2"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transom.graphs.match import LAYOUT, aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
 from transom.passes.sinks import without_maximum
 from transom.validation.bisection.context import Context, Site
+from transom.validation.bisection.operands import of_operands
 from transom.validation.bisection.replay import RIGHT, Change, Changes, Hypothesis, Replay, from_node
 
 SCANNED = 256
@@ -80,7 +81,7 @@ class _Keys(NamedTuple):
 
 
 def of_attention(replay: Replay) -> Iterator[Hypothesis]:
-    """First that it is right; then masks, overwritten keys, displaced keys, and heads."""
+    """First that it is right; then masks, overwritten keys, displaced keys, what it is given, and heads."""
     place = masking(replay.site)
     if place is None:
         yield Hypothesis(RIGHT)
@@ -129,6 +130,8 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     if place.softmax.meta["val"].shape[-1] != place.masked.meta["val"].shape[-1]:
         cause = "the sinks are left out: the weights of keys add up to 1"
         yield Hypothesis(cause, {place.softmax: from_node(place.masked, _without_sinks)})
+    for cause, changes in of_operands(replay):
+        yield guess("softmax", cause, seen, changes)
     if tiled := dict(_tiled(replay.site)):
         cause = "query heads read the wrong key/value heads: they are tiled, not repeated"
         yield guess("mask", cause, seen, tiled)

@@ -226,6 +226,9 @@ def _replay(where: Site, run: Recording, context: Context) -> Replay:
         inputs={node: torch.from_numpy(run.values[name][rows]) for node, name in where.inputs.items()},
         output=torch.from_numpy(run.values[tap]),
         calls=run.calls,
+        recorded={
+            node: torch.from_numpy(run.values[name]) for name, (_, node) in context.taps.items() if name in run.values
+        },
     )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.functional import gelu, rms_norm, silu
@@ -39,7 +41,7 @@ def hypotheses(replay: Replay) -> Iterator[Hypothesis]:
         yield from of_attention(replay)
     else:
         yield Hypothesis(RIGHT)
-    for maker in (_MAKERS.get(op), of_scalars, of_caps, of_rounding, of_weights, _of_output):
+    for maker in (_MAKERS.get(op), _of_pieces, of_scalars, of_caps, of_rounding, of_weights, _of_output):
         if maker is not None:
             yield from maker(replay)
     if op in ("projection", "activation"):
@@ -107,15 +109,31 @@ def _of_residual(replay: Replay) -> Iterator[Hypothesis]:
     ordered = sorted(replay.inputs, key=lambda node: ops[node] not in ("residual", "embedding"))
     if len(ordered) != 2:
         return
-    stream, branch = (replay.inputs[node].view_as(replay.output) for node in ordered)
-    for cause, value in (
-        ("the branch is not added: the stream comes out as it was", stream),
-        ("the stream is lost: only the branch comes out", branch),
-        ("the branch is added twice", stream + 2 * branch),
-        ("the stream is added twice", 2 * stream + branch),
-        ("the branch is subtracted", stream - branch),
+    stream, branch = sorted(replay.site.node.args[:2], key=lambda side: side is ordered[1])
+    for cause, combined in (
+        ("the branch is not added: the stream comes out as it was", lambda stream, branch: stream),
+        ("the stream is lost: only the branch comes out", lambda stream, branch: branch),
+        ("the branch is added twice", lambda stream, branch: stream + 2 * branch),
+        ("the stream is added twice", lambda stream, branch: 2 * stream + branch),
+        ("the branch is subtracted", torch.sub),
     ):
-        yield Hypothesis(cause, output=lambda _, value=value: value)  # type: ignore[misc]
+
+        def change(value_of: Callable[[Node], Any], combined: Callable[..., Any] = combined) -> Any:
+            return combined(value_of(stream), value_of(branch))
+
+        yield Hypothesis(cause, {replay.site.node: change})
+
+
+def _of_pieces(replay: Replay) -> Iterator[Hypothesis]:
+    """Another piece of what is split."""
+    for node in replay.site.calls(operator.getitem):
+        whole, index = node.args
+        if not is_call(whole, aten.split.Tensor, aten.split_with_sizes.default):
+            continue
+        for other, piece in enumerate(whole.meta["val"]):
+            if other != index and piece.shape == node.meta["val"].shape:
+                cause = f"it is given piece {other} of {len(whole.meta['val'])} in place of piece {index}"
+                yield Hypothesis(cause, {node: from_node(whole, operator.itemgetter(other))})
 
 
 def _of_embedding(replay: Replay) -> Iterator[Hypothesis]:

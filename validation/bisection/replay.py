@@ -74,6 +74,7 @@ class Replay:
         inputs: Recorded values of the site's inputs, float32 [rows, ...] each.
         output: What the run gave, float32 [rows, ...].
         calls: Positions of every call.
+        recorded: Values of all tapped nodes in that run, float32 [rows, ...] each.
         slots: Of the caches; by default as many as there are rows.
     """
 
@@ -82,6 +83,7 @@ class Replay:
     inputs: Mapping[Node, torch.Tensor]
     output: torch.Tensor
     calls: tuple[range, ...]
+    recorded: Mapping[Node, torch.Tensor] = dataclasses.field(default_factory=dict)
     slots: int | None = None
     _kept: dict[Node, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -100,8 +102,10 @@ class Replay:
             return self
         count = next((end for first, end in self.context.prompt.blocks() if first < count < end), count)
         calls = tuple(range(call.start, min(call.stop, count)) for call in self.calls if call.start < count)
-        inputs = {node: value[:count] for node, value in self.inputs.items()}
-        return dataclasses.replace(self, inputs=inputs, output=self.output[:count], calls=calls)
+        inputs, recorded = (
+            {node: value[:count] for node, value in values.items()} for values in (self.inputs, self.recorded)
+        )
+        return dataclasses.replace(self, inputs=inputs, recorded=recorded, output=self.output[:count], calls=calls)
 
     def run(self, changes: Changes | None = None) -> torch.Tensor:
         """The output, float32 [rows, ...]."""

@@ -38,6 +38,8 @@ def of_weights(replay: Replay) -> Iterator[Hypothesis]:
             elif other in near and len(shape) == 2 and context.graph.weights[other].shape == shape[::-1]:
                 cause = f"the weights are those of {other.removesuffix('.weight')}, transposed"
                 yield Hypothesis(cause, {node: _turned(context, other)})
+        if shape == (1,):
+            yield Hypothesis(f"the factor {name} is left out", {node: from_node(node, torch.ones_like)})
         if is_product and len(shape) == 1:
             yield Hypothesis("the bias is left out", {node: from_node(node, torch.zeros_like)})
         if is_product and len(shape) == 2 and shape[0] == shape[1]:

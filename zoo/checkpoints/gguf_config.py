@@ -188,11 +188,18 @@ def architecture_of(header: Header) -> Architecture:
     families = {family.gguf.name: family for family in texts if family.gguf is not None}
     if not isinstance(architecture, str) or architecture not in families:
         what = advice["mmproj"] if str(architecture) == "clip" else "choose another model"
+        if architecture in [family.name for family in architectures() if family.gguf is None]:
+            what = "such files are not read, give the Hugging Face folder of the model"
         raise ConfigError(
             f"{path}: unknown architecture {shown(architecture)}: known are {', '.join(families)} "
             f"(general.architecture): {what}"
         )
     return families[architecture]
+
+
+def _format(family: Architecture) -> GGUFFormat:
+    assert family.gguf is not None, f"{family.name} has no GGUF files"
+    return family.gguf
 
 
 def _vocab_size(header: Header, hidden_size: int) -> int:

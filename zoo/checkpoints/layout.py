@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +30,13 @@ _OTHER_PARTS = {
     "vision_tower": "the vision tower",
     "vision_model": "the vision tower",
     "multi_modal_projector": "the projector of images",
+    "embed_vision": "the projector of images",
     "audio_tower": "the audio tower",
+    "embed_audio": "the projector of sounds",
+    "vision_embedder": "the embedding of images",
     "mtp": "a part that predicts tokens further ahead",
 }
+_UNREAD = "what no layer reads"
 _ADAPTED = re.compile(r"(^|\.)(lora_\w+|base_layer|base_model|modules_to_save|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
 _PACKED = re.compile(
     r"\.(weight_packed|weight_scale(_inv|_2)?|weight_zero_point|weight_g_idx|qweight|qzeros|scales|biases|g_idx|absmax"
@@ -61,7 +65,11 @@ class Layout:
 
     @staticmethod
     def of(
-        folder: Path, names: Iterable[str], wanted: Mapping[str, Any], renames: Mapping[str, str] | None = None
+        folder: Path,
+        names: Iterable[str],
+        wanted: Mapping[str, Any],
+        renames: Mapping[str, str] | None = None,
+        unread: Callable[[str], bool] = lambda name: False,
     ) -> Layout:
         """Give every tensor its role.
 
@@ -70,6 +78,8 @@ class Layout:
             names: Tensors, as the files call them.
             wanted: Names of the module's state dict.
             renames: What the family calls otherwise; see `HuggingFaceFormat`.
+            unread: Whether the family's checkpoints hold tensors of a name, in the module's terms, that its models have
+                no use for.
 
         Raises:
             CheckpointError: If a tensor is missing, or one has no role.
@@ -107,6 +117,8 @@ class Layout:
             inner = name.removeprefix(prefix)
             if (part := _part(name)) is not None and part not in parts_wanted:
                 parts.setdefault(part, []).append(in_file)
+            elif name.startswith(prefix) and unread(inner):
+                parts.setdefault(_UNREAD, []).append(in_file)
             elif name.startswith(prefix) and _is_redundant(inner, wanted):
                 redundant[in_file] = inner
             else:

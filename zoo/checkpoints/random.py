@@ -23,7 +23,6 @@ from transom.zoo.checkpoints.safetensors import INDEX, SINGLE
 from transom.zoo.checkpoints.safetensors_writer import write
 from transom.zoo.config import DecoderConfig
 from transom.zoo.huggingface import write_config
-from transom.zoo.layers import RMSNorm
 
 _BLOCK_VALUES = 1 << 16
 _METADATA = {"format": "pt"}
@@ -91,13 +90,10 @@ def write_checkpoint(
 
 
 def _neutral(module: torch.nn.Module, name: str) -> float:
-    """The value of a norm's weight that changes nothing, or what a module says of its own; 0 for other parameters."""
-    own: dict[str, float] = getattr(module, "neutral", {})
-    if (last := name.rpartition(".")[2]) in own:
-        return own[last]
-    if isinstance(module, RMSNorm):
-        return 1.0 - module.offset
-    return 1.0 if isinstance(module, torch.nn.LayerNorm) and name.endswith(".weight") else 0.0
+    """The value of a norm's weight, or of a factor, that changes nothing; 0 for any other parameter."""
+    values: Mapping[str, float] = getattr(module, "neutral", {})
+    last = name.rpartition(".")[2]
+    return values.get(last, 1.0 if isinstance(module, torch.nn.LayerNorm) and last == "weight" else 0.0)
 
 
 def _weight(name: str, shape: tuple[int, ...], neutral: float, seed: int) -> Weight:

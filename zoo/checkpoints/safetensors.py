@@ -53,7 +53,8 @@ def open_safetensors(folder: Path, config: DecoderConfig) -> Checkpoint:
     shapes = tensor_shapes(config)
     form = architecture(config.architecture).huggingface
     stacked = {name: how for name in shapes if (how := form.stacked(config, name)) is not None}
-    layout = Layout.of(folder, _joined(entries) if stacked else entries, shapes, form.renames)
+    unread = functools.partial(form.unread, config)
+    layout = Layout.of(folder, _joined(entries) if stacked else entries, shapes, form.renames, unread)
     latest: dict[str, tuple[int, torch.Tensor]] = {}
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():

@@ -1,0 +1,273 @@
+"""What is Gemma 4's own: its configs, values that are keys, layers that share keys and values, its sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import transom
+from tests.tolerances import FLOAT16_LOGITS, FP32_LOGITS
+from tests.zoo.tiny_gguf import TINY, write_gguf
+from transom.errors import CheckpointError, ConfigError
+from transom.passes.pipelines import PIPELINES
+from transom.zoo.architectures import build_empty, preset
+from transom.zoo.checkpoints.random import random_weights, write_checkpoint
+from transom.zoo.config import DecoderConfig, tile
+from transom.zoo.gemma4 import Gemma4Config
+from transom.zoo.huggingface import left_out, read_config, write_config
+from transom.zoo.model import Model, load
+from transom.zoo.plan import plan
+
+ROPES = {
+    "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+TEXT: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_k_eq_v": False,
+    "bos_token_id": 2,
+    "enable_moe_block": False,
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1536,
+    "hidden_size_per_layer_input": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+    "max_position_embeddings": 131072,
+    "model_type": "gemma4_text",
+    "moe_intermediate_size": None,
+    "num_attention_heads": 8,
+    "num_experts": None,
+    "num_global_key_value_heads": None,
+    "num_hidden_layers": 35,
+    "num_key_value_heads": 1,
+    "num_kv_shared_layers": 20,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": ROPES,
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+    "top_k_experts": None,
+    "use_bidirectional_attention": None,
+    "use_cache": True,
+    "use_double_wide_mlp": True,
+    "vocab_size": 262144,
+    "vocab_size_per_layer_input": 262144,
+}
+"""The text part of E2B's config.json, as released."""
+
+OF_12B = {
+    "attention_k_eq_v": True,
+    "hidden_size": 3840,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 15360,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8,
+    "max_position_embeddings": 262144,
+    "model_type": "gemma4_unified_text",
+    "num_attention_heads": 16,
+    "num_global_key_value_heads": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 1024,
+    "use_bidirectional_attention": "vision",
+    "use_double_wide_mlp": False,
+}
+"""What the 12B says besides."""
+
+E2B = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "audio_config": {"model_type": "gemma4_audio"},
+    "boa_token_id": 256000,
+    "image_token_id": 258880,
+    "model_type": "gemma4",
+    "text_config": TEXT,
+    "tie_word_embeddings": True,
+    "vision_config": {"model_type": "gemma4_vision"},
+}
+UNIFIED = {
+    **E2B,
+    "architectures": ["Gemma4UnifiedForConditionalGeneration"],
+    "model_type": "gemma4_unified",
+    "text_config": {**TEXT, **OF_12B},
+}
+
+TINY_CONFIG = preset("gemma4-tiny")
+assert isinstance(TINY_CONFIG, Gemma4Config)
+KEYS_AS_VALUES = dataclasses.replace(
+    TINY_CONFIG,
+    name="keys-as-values",
+    layer_kinds=tile("LLG", 3),
+    num_kv_heads=4,
+    global_kv_heads=2,
+    keys_as_values=True,
+    shared_layers=0,
+    wide_shared=False,
+    layer_embedding=0,
+)
+"""As in the larger models: no layer shares, and values of global layers are their keys."""
+
+
+def read(folder: Path, data: dict[str, Any]) -> DecoderConfig:
+    (folder / "config.json").write_text(json.dumps(data))
+    return read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [(TEXT, "gemma4-e2b"), (E2B, "gemma4-e2b"), (UNIFIED, "gemma4-12b")], ids=["text", "e2b", "12b"]
+)
+def test_released_forms(tmp_path: Path, data: dict[str, Any], name: str) -> None:
+    assert dataclasses.replace(read(tmp_path, data), name=name) == preset(name)
+    assert left_out(tmp_path) == ()
+
+
+@pytest.mark.parametrize("kind", ["Gemma4TextConfig", "Gemma4UnifiedTextConfig"])
+def test_what_is_absent_is_the_default_of_the_class(tmp_path: Path, kind: str) -> None:
+    theirs = getattr(transformers, kind)()
+    sparse = read(tmp_path, {"model_type": theirs.model_type})
+    theirs.save_pretrained(tmp_path)
+    assert read_config(tmp_path) == sparse
+
+
+def test_the_last_layer_is_global_whatever_the_config_says(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, {**TEXT, "layer_types": ["sliding_attention"] * 4 + ["full_attention"] * 30 + TEXT["layer_types"][:1]}
+    )
+    assert config.layers[-1].window is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_activation": "silu"}, 'hidden_activation is "silu"'),
+        ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all": only null is supported'),
+        ({"enable_moe_block": True}, "enable_moe_block is true"),
+        ({"use_double_wide_mlp": 1}, "use_double_wide_mlp is 1: expected true or false"),
+        ({"attention_k_eq_v": None}, "attention_k_eq_v is null: expected true or false"),
+        ({"vocab_size_per_layer_input": 7}, "vocab_size_per_layer_input is 7: expected as many rows"),
+        ({"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input is -1: expected a whole number"),
+        ({"num_kv_shared_layers": 35}, "num_kv_shared_layers is 35: expected a whole number from 1 to 34"),
+        ({"num_kv_shared_layers": 31}, "last 31 layers read the keys and values of others, but no global layer"),
+        ({"attention_k_eq_v": True, "num_global_key_value_heads": 3}, "8 query heads cannot share 3 kv heads"),
+        ({"global_head_dim": 7}, "rotary embedding needs an even head_dim, got 7"),
+        ({"per_layer_config": {"04": {"head_dim": 64}}}, "per_layer_config is"),
+        ({"per_layer_config": {"0": 7}}, "per_layer_config is"),
+        (
+            {"rope_parameters": {**ROPES, "full_attention": {**ROPES["full_attention"], "partial_rotary_factor": 1.5}}},
+            "full_attention: partial_rotary_factor is 1.5, expected at most 1",
+        ),
+        (
+            {"rope_parameters": {**ROPES, "sliding_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
+            "sliding_attention: partial_rotary_factor of its rotary embedding is not understood",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_module_does_not_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, {**TEXT, **change})
+    assert message in str(caught.value)
+
+
+def test_values_that_are_keys(tmp_path: Path) -> None:
+    """Logits past three windows, from a checkpoint of ours, and the config that transformers makes of it."""
+    config = KEYS_AS_VALUES
+    write_checkpoint(tmp_path, config, random_weights(config, 5), dtype=torch.float32)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    ours = load(tmp_path)
+    assert "layers.2.self_attn.v_proj.weight" not in ours.weights
+    W = config.window
+    assert W is not None
+    ids_BT = torch.randint(0, config.vocab_size, (1, 3 * W + 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = theirs(ids_BT).logits - ours.eager()(ids_BT, torch.tensor(0), None)[0]
+    assert difference.abs().max() < FP32_LOGITS
+    theirs.config.save_pretrained(tmp_path / "again")
+    assert dataclasses.replace(read_config(tmp_path / "again"), name="keys-as-values") == config
+
+
+def test_keys_and_values_that_no_layer_reads_are_left_out(tmp_path: Path) -> None:
+    """Released checkpoints hold projections of layers that share others'; a layer that keeps its own needs them."""
+    config = preset("gemma4-tiny")
+    weights = dict(random_weights(config, 0))
+    for name in ("k_proj", "v_proj", "k_norm"):
+        weights[f"layers.4.self_attn.{name}.weight"] = weights[f"layers.1.self_attn.{name}.weight"]
+    write_checkpoint(tmp_path / "more", config, weights)
+    (line,) = (line for line in load(tmp_path / "more").left_out if "no layer reads" in line)
+    assert "model.layers.4.self_attn.k_proj.weight" in line
+    del weights["layers.1.self_attn.k_proj.weight"]
+    write_checkpoint(tmp_path / "less", config, weights)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing: model.layers.1.self_attn.k_proj.weight"):
+        load(tmp_path / "less")
+
+
+def test_gguf_files_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "g.gguf", TINY, random_weights(TINY, 0), architecture="gemma4")
+    with pytest.raises(ConfigError, match="such files are not read, give the Hugging Face folder"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-e4b", "gemma4-12b", "gemma4-31b"])
+def test_sizes_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    """Names and shapes of every tensor, without memory; and the bytes of caches, by hand."""
+    config = preset(name)
+    assert isinstance(config, Gemma4Config)
+    write_config(config, tmp_path)
+    theirs_config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(theirs_config)
+    expected = {key.removeprefix("model."): value.shape for key, value in theirs.state_dict().items()}
+    del expected["lm_head.weight"]
+    assert {key: value.shape for key, value in build_empty(config).state_dict().items()} == expected
+    owners = config.layer_kinds[: config.unshared]
+    local = owners.count("local") * config.num_kv_heads * 256
+    growing = owners.count("global") * config.global_kv_heads * 512
+    assert config.window is not None
+    assert plan(config, context=8192).cache_bytes_bounded == 4 * (local * config.window + growing * 8192)
+
+
+def test_which_layer_reads_which() -> None:
+    config = preset("gemma4-e2b")
+    assert isinstance(config, Gemma4Config)
+    assert [config.source(index) for index in (0, 4, 14, 15, 18, 19, 33, 34)] == [0, 4, 14, 13, 13, 14, 13, 14]
+    assert [layer.kv_heads for layer in config.layers] == [1] * 15 + [0] * 20
+    assert [state.layer for state in config.states] == [index for index in range(15) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return load("gemma4-tiny")
+
+
+@pytest.mark.parametrize("target", PIPELINES)
+def test_artifacts_of_every_target(target: str, tiny: Model, tmp_path: Path) -> None:
+    """Shared keys and values and heads of two widths: right over the wrap of rings, in the bytes of their formula."""
+    chunk, context, W = 21, 256, 16
+    ids = torch.randint(0, 512, (5 * W,), generator=torch.Generator().manual_seed(7)).tolist()
+    with torch.no_grad():
+        logits = tiny.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].numpy()
+    half = target == "tensorrt"  # whose file the CPU runs, to check its numbers
+    dtype = "float16" if half else "float32"
+    transom.compile(tiny, target=target, dtype=dtype, context=context, chunk=chunk, out=tmp_path / "artifact")
+    session = transom.open(tmp_path / "artifact", threads=1)
+    tolerance = FLOAT16_LOGITS if half else FP32_LOGITS
+    actual = [session.logits(ids[: 3 * W + 5]), *(session.decode(token)[None] for token in ids[3 * W + 5 :])]
+    assert np.abs(np.concatenate(actual) - logits).max() < tolerance
+    slots = W if target in ("xla", "tvm") else W + chunk - 1
+    # Keys and values of two heads: two local layers 16 wide, one global layer 32 wide.
+    number = 2 if half else 4
+    assert session.cache_bytes() == {"local": number * 4 * 2 * 16 * slots, "global": number * 4 * 32 * context}
