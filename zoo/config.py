@@ -56,12 +56,11 @@ class AttentionLayer:
         return "global" if self.window is None else "local"
 
     def states(self, index: int) -> tuple[State, ...]:
-        """A ring of keys and one of values, of the layer with this index; none if it reads another layer's."""
-        if not self.kv_heads:
-            return ()
+        """A ring of keys and one of values, of the layer with this index; none if it reads another one's."""
         return tuple(
             ring(f"cache.{index}.{kind}", layer=index, heads=self.kv_heads, width=width)
             for kind, width in (("key", self.key_width), ("value", self.value_width))
+            if self.kv_heads
         )
 
 

@@ -51,6 +51,7 @@ class Gemma4Config(LocalGlobalConfig):
     POSITIVE = (
         "rope_local.theta", "rope_local.factor", "rope_global.theta", "rope_global.factor", "norm_eps", "logit_softcap",
     )  # fmt: skip
+    SIZES = (*LocalGlobalConfig.SIZES, "global_kv_heads", "global_head_dim")
     SCALED = ("rope_global",)
 
     architecture: str = "gemma4"
@@ -483,7 +484,6 @@ ARCHITECTURE = Architecture(
     config=Gemma4Config,
     build=Gemma4,
     huggingface=_HUGGINGFACE,
-    gguf=None,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
     chat=_CHAT,

@@ -125,12 +125,14 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int | None, eps: float, *, offset: float = 0.0) -> None:
         super().__init__()
         self.eps, self.offset, self.neutral = eps, offset, {"weight": 1.0 - offset}
-        self.weight = None if width is None else nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.weighted = width is not None
+        if width is not None:
+            self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.weight is None:
+        if not self.weighted:
             return normed.type_as(x)
         scale = self.offset + self.weight.float() if self.offset else self.weight.float()
         return (normed * scale).type_as(x)

@@ -121,7 +121,6 @@ class Norm(RMSNorm):
     """A norm of what may be wider than the model, whose result is not."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.weight is not None
         return super().forward(x).type_as(self.weight)
 
 
@@ -137,7 +136,6 @@ class GatedNorm(RMSNorm):
         if self.groups == 1:
             return super().forward(gated_BTI).type_as(x_BTI)
         B, T, I = gated_BTI.shape  # noqa: E741
-        assert self.weight is not None
         grouped = gated_BTI.view(B, T, self.groups, I // self.groups)
         normed = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normed.view(B, T, I) * self.weight.float()).type_as(x_BTI)

@@ -297,12 +297,6 @@ def _divisors(head_dim: int, rope: Llama3Rope) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-def _name(config: DecoderConfig) -> str:
-    form = architecture_of(config.architecture).gguf
-    assert form is not None
-    return form.name
-
-
 def write_gguf(
     path: Path,
     config: DecoderConfig,
