@@ -54,7 +54,7 @@ class Batch:
         rows, length = tokens_BT.shape
         # A call that goes on with more than a token takes one row on some targets.
         together = rows if length <= self._runtime.chunk else 1
-        logits, held = [], []
+        logits, runs = [], []
         for low in range(0, rows, together):
             self._runtime.hold({}, together)
             self._runtime.allocate(slots)
@@ -62,11 +62,11 @@ class Batch:
             for first in range(0, length, self._runtime.chunk):
                 last = self._run(tokens_BT[low : low + together, first : first + self._runtime.chunk])
             logits.append(last)
-            held.append({state.name: (state, array) for state, array in self._runtime.state_arrays()})
-        if len(held) > 1:
+            runs.append({state.name: (state, array) for state, array in self._runtime.state_arrays()})
+        if len(runs) > 1:
             joined = {
-                name: np.concatenate([states[name][1] for states in held], state.axes.index(BATCH))
-                for name, (state, _) in held[0].items()
+                name: np.concatenate([states[name][1] for states in runs], state.axes.index(BATCH))
+                for name, (state, _) in runs[0].items()
             }
             self._runtime.hold(joined, rows)
         logits_BV = np.concatenate(logits)

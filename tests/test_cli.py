@@ -185,7 +185,18 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "quantize": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--calibrate"),
     "qat": ("gemma3-tiny", "--scheme", "int8", "-o", "{tmp}/x", "--data"),
     "distill": ("gemma3-tiny", "--teacher", "gemma3-tiny", "-o", "{tmp}/x", "--data"),
-    "learn-windows": ("llama3-tiny", "--windows", "8,all", "--budget", "0.5", "-o", "{tmp}/x", "--data"),
+    "learn-windows": (
+        "llama3-tiny",
+        "--windows",
+        "8,all",
+        "--budget",
+        "0.5",
+        "--length",
+        "64",
+        "-o",
+        "{tmp}/x",
+        "--data",
+    ),
 }
 
 

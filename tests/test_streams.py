@@ -82,7 +82,8 @@ def test_a_name_that_is_no_utf8(artifact: Path, tmp_path: Path) -> None:
     link = os.fsencode(tmp_path) + b"/caf\xe9"
     os.symlink(artifact, link)
     shown = execute(("inspect", os.fsdecode(link)))
-    assert shown.returncode == 0 and b"caf\xe9" in shown.stdout, shown.stderr
+    # The table may break the path where a line ends.
+    assert shown.returncode == 0 and b"caf\xe9" in b"".join(shown.stdout.split()), shown.stderr
 
 
 LINES = {

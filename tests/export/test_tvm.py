@@ -311,7 +311,7 @@ def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: P
 
 
 def test_a_graph_without_fused_attention_is_refused(traced: Graph, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedOpsError, match=r"aten\.softmax|aten\._softmax"):
+    with pytest.raises(UnsupportedOpsError, match=r"cannot lower these operations:\n(.*\n)*.*aten\.index_copy"):
         export_tvm(traced, tmp_path, *request())
 
 

@@ -191,4 +191,4 @@ def test_a_pass_remembers_nothing(name: str, traced: Graph, traced_float16: Grap
         assert rewrites == other_rewrites and graph.digest() == other_graph.digest()
     changes = [max(rewrite.changes for rewrite in pair) for pair in zip(*(run[1] for run in together), strict=True)]
     idle = [current.name for current, count in zip(shared, changes, strict=True) if not count]
-    assert idle == ["ShareEmbedding"], "all others have something to do: the tied table is traced as one"
+    assert set(idle) <= {"ShareEmbedding", "FuseExperts"}, "there are no experts, and the tied table is traced as one"

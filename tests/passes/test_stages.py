@@ -36,6 +36,7 @@ EXPECTED: dict[str, tuple[int | None, Mapping[Any, int]]] = {
     ),
     "ShareEmbedding": (0, {}),
     "FuseAttention": (6, {transom.attention.default: 6, aten.softmax.int: 0, aten.repeat_interleave.self_int: 0}),
+    "FuseExperts": (0, {}),
     "FuseCacheWrites": (12, {transom.write_cache.default: 12, aten.index_copy.default: 0}),
     "FuseNorms": (37, {transom.rms_norm.default: 37, aten.rsqrt.default: 0}),
     "FuseRotary": (12, {transom.rotary.default: 12, aten.cat.default: 0}),

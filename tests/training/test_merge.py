@@ -60,6 +60,9 @@ def spherical(start: torch.Tensor, ends: list[torch.Tensor]) -> torch.Tensor:
     for count, end in enumerate(ends[1:], 2):
         other, at = end - start, 1 / count
         cosine = (merged * other).sum() / (merged.norm() * other.norm())
+        if start.numel() == 1:  # two numbers have no angle
+            merged = (1 - at) * merged + at * other
+            continue
         omega = torch.arccos(cosine)
         merged = (torch.sin((1 - at) * omega) * merged + torch.sin(at * omega) * other) / torch.sin(omega)
     return start + merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,7 +39,9 @@ def context() -> Iterator[Context]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "attend", with_sinks)
-        graph = load("gemma2-tiny").trace()
+        model = load("gemma2-tiny")
+        # Another name: a configuration is traced once for all tests of a process.
+        graph = dataclasses.replace(model, config=dataclasses.replace(model.config, name="gemma2-sinks")).trace()
     ids = torch.randint(0, 384, (TOTAL,), generator=torch.Generator().manual_seed(3))
     yield Context(graph=Case(graph=graph).run(AddTaps()).graph, tokens=ids.tolist())
 

@@ -233,6 +233,7 @@ def test_the_json_contract(cli: Cli, words: Path, tmp_path: Path) -> None:
             "target", "scheme", "dtype", "folder", "weights", "bytes", "bytes_per_weight", "perplexity",
             "perplexity_error", "loss", "loss_error", "loss_difference", "loss_difference_error", "kl", "kl_error",
             "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s", "seconds", "on_front", "name",
+            "by_position",
         } == set(row)  # fmt: skip
     assert found["speed"]["prefill_tokens"] == 38 and found["speed"]["decode_tokens"] == 2
     assert set(tmp_path.iterdir()) == before, "what was compiled is not kept"
