@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_rope, read_gguf_windows
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, Sizes, read_gguf_rope, read_gguf_windows
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
@@ -173,7 +173,7 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
 
 _GGUF = GGUFFormat(
     name="cohere2",
-    neutral={"hidden_activation": ("silu",), "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,)},
+    neutral=USUAL_NEUTRAL,
     read=_read_gguf,
     tensors={
         "embed_tokens": "token_embd",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_rope, read_gguf_windows
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, USUAL_TENSORS, Sizes, read_gguf_rope, read_gguf_windows
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
@@ -150,21 +150,12 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
 
 _GGUF = GGUFFormat(
     name="exaone4",
-    neutral={"hidden_activation": ("silu",), "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,)},
+    neutral=USUAL_NEUTRAL,
     read=_read_gguf,
     tensors={
-        "embed_tokens": "token_embd",
-        "norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
+        **USUAL_TENSORS,
         "self_attn.q_norm": "attn_q_norm",
         "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
         "post_attention_layernorm": "post_attention_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },

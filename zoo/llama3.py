@@ -15,7 +15,7 @@ from typing import Any
 from transom.zoo import pre_norm
 from transom.zoo.adaptive import with_windows
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import neighbours_to_halves
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, neighbours_to_halves
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.packaged import shipped
@@ -67,7 +67,7 @@ _HUGGINGFACE = HuggingFaceFormat(
 
 _GGUF = GGUFFormat(
     name="llama",
-    neutral=pre_norm.GGUF_NEUTRAL,
+    neutral=USUAL_NEUTRAL,
     read=pre_norm.read_gguf,
     tensors=pre_norm.GGUF_TENSORS,
     rows=neighbours_to_halves,

@@ -14,7 +14,7 @@ import torch
 from transom.errors import ConfigError
 from transom.zoo import pre_norm
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes, neighbours_to_halves
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, Sizes, neighbours_to_halves
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
@@ -125,7 +125,7 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
 
 _GGUF = GGUFFormat(
     name="mistral3",
-    neutral=pre_norm.GGUF_NEUTRAL,
+    neutral=USUAL_NEUTRAL,
     read=_read_gguf,
     tensors=pre_norm.GGUF_TENSORS,
     rows=neighbours_to_halves,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_rope
+from transom.zoo.checkpoints.gguf_config import USUAL_TENSORS, Sizes, read_gguf_rope
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
@@ -139,26 +139,7 @@ def buffer(config: PreNormConfig, name: str) -> torch.Tensor | None:
     return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
 
 
-GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_activation": ("silu",),
-    "attn_logit_softcapping": (0,),
-    "final_logit_softcapping": (0,),
-}
-
-GGUF_TENSORS = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+GGUF_TENSORS = {**USUAL_TENSORS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 def read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]:

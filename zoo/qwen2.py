@@ -13,6 +13,7 @@ from typing import Any
 from transom.zoo import pre_norm
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
 from transom.zoo.chat import CHATML
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.huggingface import LAYER_KINDS, read_layer_types, windows
@@ -94,7 +95,7 @@ _HUGGINGFACE = HuggingFaceFormat(
 
 _GGUF = GGUFFormat(
     name="qwen2",
-    neutral=pre_norm.GGUF_NEUTRAL,
+    neutral=USUAL_NEUTRAL,
     read=pre_norm.read_gguf,
     tensors=pre_norm.GGUF_TENSORS,
     rows=pre_norm.as_stored,

@@ -14,6 +14,7 @@ import torch
 from transom.zoo import pre_norm
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
 from transom.zoo.chat import CHATML
+from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.layers import RMSNorm, Rotation
@@ -84,7 +85,7 @@ _HUGGINGFACE = HuggingFaceFormat(
 
 _GGUF = GGUFFormat(
     name="qwen3",
-    neutral=pre_norm.GGUF_NEUTRAL,
+    neutral=USUAL_NEUTRAL,
     read=pre_norm.read_gguf,
     tensors={**pre_norm.GGUF_TENSORS, "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
     rows=pre_norm.as_stored,

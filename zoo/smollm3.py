@@ -18,7 +18,13 @@ import torch
 
 from transom.errors import ConfigError
 from transom.zoo.architecture import Architecture, GGUFFormat, HuggingFaceFormat, Preset
-from transom.zoo.checkpoints.gguf_config import Sizes, neighbours_to_halves, read_gguf_rope
+from transom.zoo.checkpoints.gguf_config import (
+    USUAL_NEUTRAL,
+    USUAL_TENSORS,
+    Sizes,
+    neighbours_to_halves,
+    read_gguf_rope,
+)
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
@@ -183,22 +189,9 @@ def _read_gguf(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]
 
 _GGUF = GGUFFormat(
     name="smollm3",
-    neutral={"hidden_activation": ("silu",), "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,)},
+    neutral=USUAL_NEUTRAL,
     read=_read_gguf,
-    tensors={
-        "embed_tokens": "token_embd",
-        "norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    },
+    tensors={**USUAL_TENSORS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     rows=neighbours_to_halves,
     frequencies=True,
 )

@@ -370,3 +370,25 @@ def neighbours_to_halves(config: DecoderConfig, name: str) -> Callable[[Weight],
     half = config.head_dim // 2
     order = tuple(2 * index + side for side in (0, 1) for index in range(half))
     return lambda weight: weight.reorder_rows(order)
+
+
+USUAL_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("silu",),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+}
+"""Keys and values of families with SiLU and no soft caps; see `GGUFFormat.neutral`."""
+
+USUAL_TENSORS = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Names of what most families have, less the norms of layers; see `GGUFFormat.tensors`."""
