@@ -101,11 +101,11 @@ def test_summaries_take_turns(tmp_path: Path) -> None:
     for _ in range(2):
         np.testing.assert_array_equal(session.logits(TEXT[:50]), other.logits(TEXT[:50]))
         np.testing.assert_array_equal(session.decode(TEXT[50]), other.decode(TEXT[50]))
-    given, made = (
+    read, written = (
         [memory for name, memory in calls.of("set_tensor_address") if name == wanted][-2:]
         for wanted in ("cache.0.state", "cache.0.state.out")
     )
-    assert given == made[::-1] and given[0] != given[1]
+    assert read == written[::-1] and read[0] != read[1]
     assert session.cache_bytes()["summary"] == 2 * other.cache_bytes()["summary"]
 
 
