@@ -1,0 +1,89 @@
+"""Fused operations, each with a reference body, so that a graph runs in eager PyTorch after every pass.
+
+The bodies are the definition: a lowering is right when it gives the same numbers. Axis letters as in the model files;
+a window of 0 means that every earlier key is seen (a global layer).
+"""
+
+from transom.graphs.ops.attention import (
+    ATTEND,
+    ATTENTION,
+    FULL_ATTENTION,
+    WRITE_CACHE,
+    attend,
+    full_attention,
+    seen,
+    slot_positions,
+    visible,
+    write_cache,
+)
+from transom.graphs.ops.experts import (
+    CLAMPED_SWIGLU,
+    EXPERTS,
+    EXPERTS_QUANTIZED,
+    SWIGLU_LIMIT,
+    SWIGLU_SLOPE,
+    experts,
+    experts_quantized,
+)
+from transom.graphs.ops.layers import (
+    ACTIVATIONS,
+    ADD_RMS_NORM,
+    GATED,
+    RMS_NORM,
+    ROTARY,
+    add_rms_norm,
+    gated,
+    rms_norm,
+    rotary,
+)
+from transom.graphs.ops.operation import BODIES
+from transom.graphs.ops.quantized import (
+    EMBEDDING_QUANTIZED,
+    LINEAR_QUANTIZED,
+    ROUND_ACTIVATIONS,
+    embedding_quantized,
+    linear_quantized,
+    round_activations,
+)
+from transom.graphs.ops.summaries import CAUSAL_CONVOLUTION, PIECE, STATE_SPACE, causal_convolution, state_space
+
+__all__ = [
+    "ACTIVATIONS",
+    "ADD_RMS_NORM",
+    "ATTEND",
+    "ATTENTION",
+    "BODIES",
+    "CAUSAL_CONVOLUTION",
+    "CLAMPED_SWIGLU",
+    "EMBEDDING_QUANTIZED",
+    "EXPERTS",
+    "EXPERTS_QUANTIZED",
+    "FULL_ATTENTION",
+    "GATED",
+    "LINEAR_QUANTIZED",
+    "PIECE",
+    "RMS_NORM",
+    "ROTARY",
+    "ROUND_ACTIVATIONS",
+    "STATE_SPACE",
+    "SWIGLU_LIMIT",
+    "SWIGLU_SLOPE",
+    "WRITE_CACHE",
+    "add_rms_norm",
+    "attend",
+    "causal_convolution",
+    "embedding_quantized",
+    "experts",
+    "experts_quantized",
+    "full_attention",
+    "gated",
+    "linear_quantized",
+    "rms_norm",
+    "rotary",
+    "round_activations",
+    "seen",
+    "slot_positions",
+    "state_space",
+    "visible",
+    "write_cache",
+]
