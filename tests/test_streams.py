@@ -146,25 +146,53 @@ def test_an_export_that_is_ended_leaves_nothing(number: signal.Signals, code: in
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_a_signal_that_comes_in_a_finaliser_is_not_lost(name: str, code: int) -> None:
-    """Python drops what is raised there."""
+ENDINGS = pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+
+
+def interrupted(name: str, place: str) -> tuple[int, bytes, bytes]:
+    """Exit code and streams of a program with a place where a signal comes."""
     script = f"""if True:
         import signal, sys, time
         from transom.cli.signals import orderly_end
-        class Finalised:
-            def __del__(self):
-                signal.raise_signal(signal.{name})
+        {place}
         try:
             with orderly_end():
-                Finalised()
+                come(lambda: signal.raise_signal(signal.{name}))
                 time.sleep(60)
         except KeyboardInterrupt:
             sys.exit(130)
     """
     listen = functools.partial(signal.signal, getattr(signal, name), signal.SIG_DFL)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, preexec_fn=listen, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (code, b"", b"")
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@ENDINGS
+def test_a_signal_that_comes_in_a_finaliser_is_not_lost(name: str, code: int) -> None:
+    """Python drops what is raised there."""
+    place = "come = lambda send: type('Finalised', (), {'__del__': lambda self: send()})() and None"
+    assert interrupted(name, place) == (code, b"", b"")
+
+
+@ENDINGS
+def test_a_signal_that_comes_in_a_dispatch_waits_for_its_end(name: str, code: int) -> None:
+    """PyTorch aborts the process where an exception leaves a mode set that C++ sets again."""
+    place = """
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+                self.send()
+                print("to its end", flush=True)
+                return operation(*arguments, **(options or {}))
+        def come(send):
+            with Mode() as mode:
+                mode.send = send
+                torch.ones(1).neg()
+    """
+    ended, out, errors = interrupted(name, place)
+    assert (ended, errors) == (code, b"")
+    assert out.decode().split("\n")[0] == "to its end"
 
 
 def test_an_ignored_signal_stays_ignored(artifact: Path) -> None:

@@ -211,7 +211,7 @@ def _kernels(layout: Any) -> Any:
 
 def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
     tvm = pytest.importorskip("tvm")
-    from transom.export.tvm.lowerings import _codes
+    from transom.export.tvm.products import _codes
 
     safetensors_writer.write(graph.weights, folder / "weights")
     stored = safetensors_writer.stored_names(graph.weights)
