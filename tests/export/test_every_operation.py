@@ -593,7 +593,7 @@ def _state_space(target: str) -> Iterator[Sample]:
         )
 
 
-OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__ == ops.__name__} | {
+OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__.startswith(f"{ops.__name__}.")} | {
     aten.layer_norm.default
 }
 """Those of `graphs.ops`, and torch's own that is as large; what training and observers add is for no target."""
