@@ -126,7 +126,7 @@ def report(runs: Sequence[Mapping[str, Any]], environment: str) -> str:
         "",
         f"Written by `python -m benchmarks.adaptive`. {LAYERS} layers, a context of {CONTEXT} tokens: random words,",
         "text in which the next token follows from the two before it, then the words again. Every contender learns for",
-        f"{STEPS} steps of {BATCH} sequences. `learned` finds its windows meanwhile, of",
+        f"{runs[0]['steps']:,} steps of {BATCH} sequences. `learned` finds its windows meanwhile, of",
         f"{', '.join(map(str, WINDOWS[:-1]))} and all, within the bytes of 5:1, {BUDGET:.1%} of all global layers.",
         f"Measured on {MEASURED} unseen sequences; in brackets 95%, by the bootstrap over seeds and sequences.",
         "",
