@@ -236,7 +236,7 @@ def test_attention_and_writes(
     caches = [torch.randn(1, key_heads, slots, h) for _ in range(2)]
     position = torch.tensor(start)
     expected = ops.attend(q, k, v, *caches, position, None, sinks, scale=0.3, window=window, softcap=softcap)
-    rule = attention.Rule(window=window, scale=0.3, softcap=softcap, sinks=sinks is not None)
+    rule = attention.Rule(mask=ops.Mask(window=window), scale=0.3, softcap=softcap, sinks=sinks is not None)
     kernel = attention.attend(heads, key_heads, h, rule, tile, single=m == 1)
     flat = [value.view(m, -1) for value in (q, k, v)]
     attended, inputs = run(kernel, *flat, *caches, position, flat[0] if sinks is None else sinks, out=(m, heads * h))
@@ -257,7 +257,9 @@ def test_images_are_seen_to_their_ends(window: int, blocks: Sequence[tuple[int, 
     for first, end in blocks:
         until[first:end] = start + end - 1
     expected = ops.attend(q, k, v, *caches, position, until, scale=0.3, window=window)
-    kernel = attention.attend(heads, key_heads, h, attention.Rule(window=window, scale=0.3, images=True), tile)
+    kernel = attention.attend(
+        heads, key_heads, h, attention.Rule(mask=ops.Mask(window=window), scale=0.3, images=True), tile
+    )
     flat = [value.view(m, -1) for value in (q, k, v)]
     attended, _ = run(kernel, *flat, *caches, position, until, flat[0], out=(m, heads * h))
     assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION
