@@ -219,7 +219,8 @@ def _reach(mask: Node) -> int:
 
 def _is_compared(node: Node) -> bool:
     """Whether a value is only asked whether it equals another one."""
-    return all(is_call(user, aten.eq.Tensor) or (is_call(user, *LAYOUT) and _is_compared(user)) for user in node.users)
+    equal = aten.eq.Tensor, aten.ne.Tensor
+    return all(is_call(user, *equal) or (is_call(user, *LAYOUT) and _is_compared(user)) for user in node.users)
 
 
 def _whole_numbers(mask: Node) -> set[int]:

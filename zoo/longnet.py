@@ -12,9 +12,9 @@ segment (section 2.3). We take the causal form, which a cache can decode:
 
 A segment of None is the whole text: the layer reaches everything, sparsely.
 
-What a later token can still read: in a segment, no key farther back than the largest multiple of r below w. No layer
-has to keep more positions than that, and its own. It has to keep all of those: tokens of other residues follow, which
-read the keys between. Where there are no segments, every key is still to be read.
+What a later token can still read: in a segment, no key farther back than the largest multiple of r below w, so a layer
+keeps as many positions and its own. No residue can be left out, as tokens of every residue follow; where r divides w,
+all that is kept is yet to be read at some point of every segment. Where there are no segments, every key is.
 
 No other library reads its checkpoints. Names of tensors are Llama's.
 
