@@ -81,12 +81,9 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
     reach = _reach(mask)
     try:
         telling = _telling_point(reach, tokens, slots, cached=cached)
-        left = candidates(
-            _evaluate(graph, mask, telling, tokens, slots)[-1:],
-            torch.tensor([telling.start + telling.tokens - 1]),
-            ops.slot_positions(telling.start, telling.tokens, telling.slots),
-            _whole_numbers(mask),
-        )
+        last_row, last = _evaluate(graph, mask, telling, tokens, slots)[-1:], telling.start + telling.tokens - 1
+        keys = ops.slot_positions(telling.start, telling.tokens, telling.slots)
+        left = list(candidates(last_row, torch.tensor([last]), keys, _whole_numbers(mask)))
         edges = {size for known in left for size in (known.window, known.segment, known.dilation)}
         points = [telling, *_grid(reach, edges, tokens, slots, cached=cached)]
         if until is not None:
@@ -109,7 +106,7 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
 
 def candidates(
     seen_TS: torch.Tensor, positions_T: torch.Tensor, keys_S: torch.Tensor, sizes: Collection[int]
-) -> list[ops.Mask]:
+) -> Iterator[ops.Mask]:
     """Masks that agree with what some queries see, the simplest first.
 
     Args:
@@ -120,12 +117,13 @@ def candidates(
     """
     distances = (positions_T[:, None] - keys_S)[seen_TS]
     if not len(distances):
-        return []
+        return
     dilation, reach = math.gcd(*distances.tolist()), int(distances.max()) + 1
     dilations = [dilation] if dilation else sorted({1, *sizes})
     bounds = [{}, {"window": reach}, *({"segment": size} for size in sorted(sizes))]
-    masks = [ops.Mask(**bound, dilation=dilation) for bound in bounds for dilation in dilations]
-    return [mask for mask in masks if torch.equal(ops.seen(keys_S, positions_T, mask), seen_TS)]
+    for mask in (ops.Mask(**bound, dilation=dilation) for bound in bounds for dilation in dilations):
+        if torch.equal(ops.seen(keys_S, positions_T, mask), seen_TS):
+            yield mask
 
 
 def mask_of(node: Node) -> ops.Mask:
