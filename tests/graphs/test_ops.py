@@ -34,9 +34,12 @@ def test_rings_show_what_a_plain_list_would(
     for row, position in enumerate(range(start, start + tokens)):
         for slot in range(slots):
             key = held.get(slot)
-            expected = key is not None and key <= position and (not window or position - key < window)
-            expected = expected and (not segment or key // segment == position // segment)
-            expected = expected and (position - key) % dilation == 0
+            expected = key is not None and (
+                key <= position
+                and (not window or position - key < window)
+                and (not segment or key // segment == position // segment)
+                and (position - key) % dilation == 0
+            )
             assert bool(seen_TS[row, slot]) == expected, (position, slot)
     assert bool(seen_TS[-1].any()), "a token always sees itself"
 

@@ -105,6 +105,7 @@ def test_caches_keep_what_can_still_be_read(model: Model, tmp_path: Path, cli: C
 
 def test_sizes_that_are_none_are_refused(tmp_path: Path, cli: Cli) -> None:
     config = preset("longnet-tiny")
+    assert isinstance(config, LongNetConfig)
     with pytest.raises(ConfigError, match="3 segments and 2 dilations"):
         dataclasses.replace(config, dilations=(1, 4))
     with pytest.raises(ConfigError, match="a segment or dilation of 0"):
