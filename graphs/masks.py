@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph, run_nodes
-from transom.graphs.match import aten, is_call
+from transom.graphs.match import LAYOUT, arguments, aten, is_call
 from transom.graphs.node import Node
 
 LARGEST_WINDOW = 2**17
@@ -26,6 +26,8 @@ LARGEST_AREA = 2**26
 MASKED = -1e4
 """An additive mask must be 0 where a key is seen, and at most this where it is not."""
 
+_UNKNOWN = "the mask is neither causal nor a causal window, nor one of these by segments or dilated"
+
 _SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default)
 
 
@@ -34,12 +36,12 @@ class MaskReading:
     """What a mask means, or the reason why nothing can be said.
 
     Attributes:
-        window: In keys; 0 for every earlier key, None if the mask was not recognised.
+        mask: Which of the earlier keys a query sees; None if the mask was not recognised.
         until: The input that says how far each query sees; None if as far as its own position.
         reason: Why the mask was not recognised.
     """
 
-    window: int | None
+    mask: ops.Mask | None
     until: Node | None = None
     reason: str = ""
 
@@ -62,7 +64,7 @@ class _Point:
 
 
 def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool) -> MaskReading:
-    """Find the window of a mask.
+    """Find which keys a mask lets a query see.
 
     Args:
         graph: The graph that the mask stands in.
@@ -73,24 +75,61 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
     """
     inputs, until = _value_inputs(mask), graph.inputs.get("until")
     if unknown := sorted(node.name for node in inputs if node not in (graph.inputs.get("start"), until)):
-        return MaskReading(window=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
+        return MaskReading(mask=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
     if until not in inputs:
         until = None
     reach = _reach(mask)
     try:
         telling = _telling_point(reach, tokens, slots, cached=cached)
-        window = _candidate(_evaluate(graph, mask, telling, tokens, slots), telling)
-        points = [telling, *_grid(reach, window, tokens, slots, cached=cached)]
+        last_row, last = _evaluate(graph, mask, telling, tokens, slots)[-1:], telling.start + telling.tokens - 1
+        keys = ops.slot_positions(telling.start, telling.tokens, telling.slots)
+        left = list(candidates(last_row, torch.tensor([last]), keys, _whole_numbers(mask)))
+        edges = {size for known in left for size in (known.window, known.segment, known.dilation)}
+        points = [telling, *_grid(reach, edges, tokens, slots, cached=cached)]
         if until is not None:
-            points += [with_block for point in points for with_block in _with_blocks(point, window)]
+            points += [with_block for point in points for with_block in _with_blocks(point, max(edges, default=0))]
         for point in points:
             seen = _evaluate(graph, mask, point, tokens, slots)
-            if not torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, window, point.until_T)):
-                reason = f"the mask is neither causal nor a causal window: see {point}"
-                return MaskReading(window=None, reason=reason)
+            left = [
+                known
+                for known in left
+                if torch.equal(seen, ops.visible(point.start, point.tokens, point.slots, known, point.until_T))
+            ]
+            if not left:
+                reason = f"{_UNKNOWN}: see {point}"
+                return MaskReading(mask=None, reason=reason)
     except _UnreadableMaskError as error:
-        return MaskReading(window=None, reason=str(error))
-    return MaskReading(window=window, until=until)
+        return MaskReading(mask=None, reason=str(error))
+    # Where the graph fixes sizes that tell them apart nowhere, the simplest.
+    return MaskReading(mask=left[0], until=until)
+
+
+def candidates(
+    seen_TS: torch.Tensor, positions_T: torch.Tensor, keys_S: torch.Tensor, sizes: Collection[int]
+) -> Iterator[ops.Mask]:
+    """Masks that agree with what some queries see, the simplest first.
+
+    Args:
+        seen_TS: Which keys each query sees.
+        positions_T: Positions of the queries.
+        keys_S: Positions of the keys; negative means empty.
+        sizes: Lengths of segments to be tried, and dilations where no query sees more than itself.
+    """
+    distances = (positions_T[:, None] - keys_S)[seen_TS]
+    if not len(distances):
+        return
+    dilation, reach = math.gcd(*distances.tolist()), int(distances.max()) + 1
+    dilations = [dilation] if dilation else sorted({1, *sizes})
+    bounds = [{}, {"window": reach}, *({"segment": size} for size in sorted(sizes))]
+    for mask in (ops.Mask(**bound, dilation=dilation) for bound in bounds for dilation in dilations):
+        if torch.equal(ops.seen(keys_S, positions_T, mask), seen_TS):
+            yield mask
+
+
+def mask_of(node: Node) -> ops.Mask:
+    """The mask of a call of `ops.ATTENTION` or `ops.ATTEND`."""
+    given = arguments(node)
+    return ops.Mask(**{field.name: given[field.name] for field in dataclasses.fields(ops.Mask)})
 
 
 def structure(graph: Graph, mask: Node) -> tuple[str, ...]:
@@ -123,13 +162,6 @@ class _UnreadableMaskError(Exception):
     pass
 
 
-def _candidate(seen_TS: torch.Tensor, point: _Point) -> int:
-    """The window that one point suggests; every other point must agree."""
-    keys_S = ops.slot_positions(point.start, point.tokens, point.slots)
-    count = int(seen_TS[-1].sum())
-    return 0 if count == int((keys_S >= 0).sum()) else count
-
-
 def _telling_point(reach: int, tokens: Any, slots: Any, *, cached: bool) -> _Point:
     """A long history, so that a window shows."""
     fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
@@ -139,16 +171,16 @@ def _telling_point(reach: int, tokens: Any, slots: Any, *, cached: bool) -> _Poi
     return _Point(start=2 * _span(reach), tokens=fixed_tokens or 1, slots=fixed_slots or _span(reach) + reach)
 
 
-def _grid(reach: int, window: int, tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
-    """Points to compare at: the edges of the window and of the reach, and histories that wrap around the slots.
+def _grid(reach: int, sizes: Collection[int], tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
+    """Points to compare at: the edges of a mask's sizes and of the reach, and histories that wrap around the slots.
 
     Sizes that the graph fixes stay as they are.
     """
     fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
-    edges = sorted({max(1, around + d) for around in (reach, window) for d in (-1, 0, 1)} | {1, 2, 5})
+    edges = sorted({max(1, around + d) for around in (reach, *sizes) for d in (-1, 0, 1)} | {1, 2, 5})
     span = _span(reach)
     if not cached:
-        for size in {*edges, span, min(3 * window + 5, span)}:
+        for size in {*edges, span, min(3 * max(sizes, default=0) + 5, span)}:
             count = fixed_tokens or size
             yield _Point(start=0, tokens=count, slots=count)
         return
@@ -168,18 +200,31 @@ def _with_blocks(point: _Point, window: int) -> Iterator[_Point]:
 def _reach(mask: Node) -> int:
     """The farthest distance at which something can change, judging by the numbers that the mask's subgraph mentions.
 
-    A distance may be compared with a number after it was multiplied or divided, so those factors count as well.
+    A distance may be compared with a number after it was multiplied or divided, so those factors count as well; not
+    where quotients are compared with each other, which change at the edges of segments.
     """
     reach, factors = 16.0, 1.0
     for node in _upstream(mask):
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) <= LARGEST_WINDOW:
                 continue
-            if is_call(node, *_SCALING):
+            if is_call(node, *_SCALING) and not _is_compared(node):
                 factors *= max(abs(value), 1 / abs(value))
             else:
                 reach = max(reach, abs(value))
     return math.ceil(min(reach * factors, LARGEST_WINDOW))
+
+
+def _is_compared(node: Node) -> bool:
+    """Whether a value is only asked whether it equals another one."""
+    equal = aten.eq.Tensor, aten.ne.Tensor
+    return all(is_call(user, *equal) or (is_call(user, *LAYOUT) and _is_compared(user)) for user in node.users)
+
+
+def _whole_numbers(mask: Node) -> set[int]:
+    """Sizes that the mask's subgraph mentions."""
+    values = [value for node in _upstream(mask) for value in (*node.args, *node.kwargs.values())]
+    return {value for value in values if type(value) is int and 0 < value <= LARGEST_WINDOW}
 
 
 def _span(reach: int) -> int:

@@ -5,8 +5,8 @@ caches have `window + chunk - 1` slots; where it follows, `window`, as nothing i
 Rewrite: attention over two written caches reads the caches as they came in, and the new keys and values. The writes
 move behind the last reader of their cache. The transposes that bring heads before time, and back, go away, as both
 operations take [B, T, N, H], the layout in which projections come and go.
-Skips: attention whose keys or values are no cache writes, and that over a cache with other readers where the runtime
-attends and writes at once; each with the reason.
+Skips: attention whose keys or values are no cache writes; where the runtime attends and writes at once, also that over
+a cache with other readers, and that whose mask is more than a window; each with the reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Container, Mapping
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.masks import mask_of
 from transom.graphs.match import aten, is_call, is_transpose, layer_path
 from transom.graphs.node import Node
 from transom.passes.base import Pass, Rewrite
@@ -27,7 +28,8 @@ class AttendBeforeWrites(Pass):
     """Attention that reads caches before the new tokens are written into them.
 
     Args:
-        at_once: Whether the runtime's attention writes the caches itself, so that nothing else can read them.
+        at_once: Whether the runtime's attention writes the caches itself, so that nothing else can read them, and knows
+            windows only.
     """
 
     after = (FuseAttention, FuseCacheWrites, FuseRotary)
@@ -71,6 +73,8 @@ class AttendBeforeWrites(Pass):
             return "what was written into its cache is read by something else too"
         if self.at_once and (len(readers) > 1 or len(sites[node]) < 2):
             return "its cache is read more than once, so it is written first"
+        if self.at_once and not mask_of(node).is_window:
+            return "its mask is more than a window, so its cache is written first"
         return None
 
 

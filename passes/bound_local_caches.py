@@ -1,7 +1,7 @@
 """BoundLocalCaches: strip the growth of local layers' caches.
 
-Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cache is read by attention whose window is
-known.
+Precondition: `FuseAttention` and `FuseCacheWrites` have run, so that every cache is read by attention whose mask is
+known. Its reach is the window: the newest positions among which are all keys that some token still sees.
 Rewrite: a cache that only local layers read gets as many slots as the most demanding of its readers needs, for good.
 Attention over what was written needs `window + chunk - 1`: a chunk of `chunk` new tokens overwrites that many slots,
 and its first token still sees the `window - 1` keys before it. Where a ring is written only up to its end and calls
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from transom.errors import InvariantError
 from transom.graphs import ops
 from transom.graphs.graph import Graph, fake_mode
+from transom.graphs.masks import mask_of
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
 from transom.graphs.state import SLOTS
@@ -33,7 +34,7 @@ class _Reader:
 
     Attributes:
         node: The call.
-        window: Keys that a token sees; 0 for all.
+        window: Newest positions among which are all keys that a token sees; 0 if there is no bound.
         slots: Slots that it needs; 0 if it sees all keys.
     """
 
@@ -129,7 +130,7 @@ class BoundLocalCaches(Pass):
     @staticmethod
     def _reader(node: Node, *, slack: int) -> _Reader:
         """A reader that needs so many slots beside its window's."""
-        window = node.kwargs["window"]
+        window = mask_of(node).reach
         return _Reader(node=node, window=window, slots=window and window + slack)
 
 

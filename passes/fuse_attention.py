@@ -2,7 +2,8 @@
 
 Precondition: `Canonicalize` has run.
 Rewrite: a softmax over masked scores `q @ k.T * scale`, or `scaled_dot_product_attention` with a mask, whose mask is
-found *by evaluation* to be causal or a causal window; `until` may open it as far as the end of each token's image.
+found *by evaluation* to be causal, a causal window or causal within segments, each dilated or not (`graphs.ops.Mask`);
+`until` may open it as far as the end of each token's image.
 Repeated kv heads are folded in, and so are a soft cap `cap * tanh(scores / cap)` before the mask, and sinks: see
 `passes.sinks`. In a graph without positions, such as an image encoder's, a softmax without a mask is attention over all
 keys.
@@ -76,11 +77,11 @@ class FuseAttention(Pass):
             if key not in readings:
                 readings[key] = _read(graph, site, tokens, slots, cached)
             reading = readings[key]
-            if reading.window is None:
+            if reading.mask is None:
                 skipped.append(_where(node, reading.reason))
                 reported.add(node)
                 continue
-            _fuse(graph, site, reading, cached)
+            _fuse(graph, site, reading.mask, reading.until, cached)
             if site.out is not node:
                 graph.fx.erase_node(node)
             changes += 1
@@ -234,12 +235,12 @@ def _unrepeat(node: Node, q: Node) -> Node:
 
 def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> MaskReading:
     if site.full:
-        return MaskReading(window=None, reason="attention without a mask sees later keys")
+        return MaskReading(mask=None, reason="attention without a mask sees later keys")
     if site.mask is None:
         # The is_causal flag lines queries and keys up at the first position.
         if cached or str(tokens) != str(slots):
-            return MaskReading(window=None, reason="is_causal over a cache lines positions up at the front")
-        return MaskReading(window=0)
+            return MaskReading(mask=None, reason="is_causal over a cache lines positions up at the front")
+        return MaskReading(mask=ops.Mask())
     mask = site.mask
     if not (site.hidden and mask.meta["val"].dtype == torch.bool):
         return read_mask(graph, mask, tokens, slots, cached=cached)
@@ -253,11 +254,11 @@ def _read(graph: Graph, site: _Site, tokens: Any, slots: Any, cached: bool) -> M
         graph.fx.erase_node(seen)
 
 
-def _fuse(graph: Graph, site: _Site, reading: MaskReading, cached: bool) -> None:
+def _fuse(graph: Graph, site: _Site, mask: ops.Mask, until: Node | None, cached: bool) -> None:
     start = graph.inputs["start"] if cached else None
-    options = {"scale": site.scale, "window": reading.window, "softcap": site.softcap}
+    options = {"scale": site.scale, "softcap": site.softcap, **dataclasses.asdict(mask)}
     with graph.fx.inserting_before(site.out):
-        args = site.q, site.k, site.v, start, reading.until, site.sinks
+        args = site.q, site.k, site.v, start, until, site.sinks
         new = graph.call(ops.ATTENTION, args, site.out, options)
     _replace(graph, site.out, new)
 

@@ -30,6 +30,7 @@ ARCHITECTURES = (
     "mamba2",
     "gpt_oss",
     "adaptive",
+    "longnet",
 )
 """Files of this folder; each holds an `ARCHITECTURE`."""
 

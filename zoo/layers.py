@@ -20,6 +20,9 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each [B, K, S, H]."""
 
+Pattern = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of positions of queries [T, 1] and of keys [S], which keys each query sees, bool [T, S]."""
+
 Rotation = tuple[torch.Tensor, ...]
 """Cosines and sines of the new tokens' angles, each [T, H / 2]; those of keys follow where they are others."""
 
@@ -173,14 +176,17 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; local or global by its layer's window.
 
-    A family says in `place` what happens to queries and keys between the projections and the scores.
+    A family says in `place` what happens to queries and keys between the projections and the scores, and in `pattern`
+    which keys a query sees, if that is more than a window.
 
     Attributes:
+        window: Keys that each token sees, itself included; None for all, or where the pattern says it.
         scale: Factor on the scores.
         softcap: Bound on the scores, as `attend` takes it.
     """
 
     softcap: float | None = None
+    pattern: Pattern | None = None
 
     def __init__(self, config: DecoderConfig, index: int, *, bias: bool = False) -> None:
         """Build it; `bias` says whether queries, keys and values have biases."""
@@ -208,7 +214,15 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH = self.place(self.q_proj(x_BTD), self.k_proj(x_BTD), cos_sin)
         v_BKTH = self.split(self.v_proj(x_BTD))
         attended_BTX, cache = attend(
-            q_BNTH, k_BKTH, v_BKTH, cache, positions_T, scale=self.scale, window=self.window, softcap=self.softcap
+            q_BNTH,
+            k_BKTH,
+            v_BKTH,
+            cache,
+            positions_T,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            pattern=self.pattern,
         )
         return self.o_proj(attended_BTX), cache
 
@@ -282,17 +296,24 @@ def write_cache(cache_BKSH: torch.Tensor, new_BKTH: torch.Tensor, positions_T: t
 
 
 def visible_keys(
-    positions_T: torch.Tensor, slots: int, window: int | None, until_T: torch.Tensor | None = None
+    positions_T: torch.Tensor,
+    slots: int,
+    window: int | None,
+    until_T: torch.Tensor | None = None,
+    pattern: Pattern | None = None,
 ) -> torch.Tensor:
     """Which slots each new token may see, bool [T, S].
 
     Slot j holds the latest position that was written to it, `last - (last - j) % S`; negative means empty. A token sees
-    keys as far as `until_T` says, or as its own position, and a window bounds how far back it sees.
+    keys as far as `until_T` says, or as its own position; a window bounds how far back it sees, and a pattern may hide
+    more.
     """
     last = positions_T[-1]
     keys_S = last - (last - torch.arange(slots, device=positions_T.device)) % slots
     seen_TS = (keys_S >= 0) & (keys_S <= (positions_T if until_T is None else until_T)[:, None])
-    return seen_TS if window is None else seen_TS & (positions_T[:, None] - keys_S < window)
+    if window is not None:
+        seen_TS = seen_TS & (positions_T[:, None] - keys_S < window)
+    return seen_TS if pattern is None else seen_TS & pattern(positions_T[:, None], keys_S)
 
 
 def attend(
@@ -307,6 +328,7 @@ def attend(
     until_T: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks_N: torch.Tensor | None = None,
+    pattern: Pattern | None = None,
 ) -> tuple[torch.Tensor, LayerCache]:
     """Grouped-query attention: write the new keys and values, then softmax over the keys that each token sees.
 
@@ -322,6 +344,7 @@ def attend(
         softcap: `cap * tanh(scores / cap)` before the mask (Gemma 2, arXiv 2408.00118, section 2); None for none.
         sinks_N: A score of every query head that takes part in the softmax and has no value, so that a token may attend
             to nothing (gpt-oss); None for none.
+        pattern: Which of those keys it sees; None for all.
 
     Returns:
         The values' means [B, T, N * H], and the cache with the new tokens in it.
@@ -335,7 +358,7 @@ def attend(
     scores_BNTS = ((q_BNTH @ k_BNSH.transpose(2, 3)) * scale).float()
     if softcap is not None:
         scores_BNTS = torch.tanh(scores_BNTS / softcap) * softcap
-    seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window, until_T)
+    seen_TS = visible_keys(positions_T, k_BKSH.shape[2], window, until_T, pattern)
     masked_BNTS = scores_BNTS.masked_fill(~seen_TS, float("-inf"))
     if sinks_N is None:
         weights_BNTS = masked_BNTS.softmax(-1)

@@ -10,6 +10,7 @@ from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.lowerings import INT32, new_positions, start
 from transom.export.onnx.rings import seen
+from transom.graphs.masks import mask_of
 from transom.graphs.node import Node
 
 
@@ -45,10 +46,10 @@ def attend_until(emitter: Emitter, node: Node) -> str:
 
 def _attended(emitter: Emitter, node: Node, positions: str, until: str) -> str:
     q, k, v, k_cache, v_cache, *_ = node.args
-    window, (_, tokens, heads, width) = node.kwargs["window"], q.meta["val"].shape
+    mask, (_, tokens, heads, width) = mask_of(node), q.meta["val"].shape
     zero, one = (emitter.constant(np.array([value])) for value in (0, 1))
     first = emitter.op("Unsqueeze", start(emitter), zero)
-    rows = _rows_before(emitter, first, window, k_cache.meta["val"].shape[2]) if window else first
+    rows = _rows_before(emitter, first, mask.window, k_cache.meta["val"].shape[2]) if mask.window else first
     parts = []
     for new, cache in ((k, k_cache), (v, v_cache)):
         before = emitter.op("Slice", emitter.value(cache), zero, rows, emitter.constant(np.array([2])))
@@ -56,9 +57,9 @@ def _attended(emitter: Emitter, node: Node, positions: str, until: str) -> str:
     oldest = emitter.op("Squeeze", emitter.op("Sub", first, rows))
     end = emitter.op("Squeeze", emitter.op("Add", first, emitter.size(tokens)))
     keys = emitter.op("Range", oldest, end, emitter.op("Squeeze", one))
-    mask = seen(emitter, keys, positions, window, until)
+    seen_keys = seen(emitter, keys, positions, mask, until)
     sizes: dict[str, Any] = {"heads": int(heads), "key_heads": int(k.meta["val"].shape[2]), "tokens": tokens}
-    out = attend_masked(emitter, node, [_heads_first(emitter, q), *parts], mask, **sizes)
+    out = attend_masked(emitter, node, [_heads_first(emitter, q), *parts], seen_keys, **sizes)
     turned = emitter.op("Transpose", out, perm=[0, 2, 1, 3])
     return str(emitter.op("Reshape", turned, emitter.constant(np.array([0, 0, int(heads * width)]))))
 

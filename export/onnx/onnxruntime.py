@@ -25,6 +25,7 @@ from transom.export.onnx.rings import RINGS, write_cache
 from transom.formats.quantized import block_of, unpack
 from transom.formats.schemes import BITS
 from transom.graphs import ops
+from transom.graphs.masks import mask_of
 from transom.graphs.match import arguments, aten, is_call, is_transpose, skip_casts
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
@@ -228,6 +229,8 @@ def _attend(emitter: Emitter, node: Node) -> None:
             f"the target 'onnxruntime' takes values as wide as keys, not {value_width} where keys have {width}: choose "
             "'onnx'"
         )
+    if not mask_of(node).is_window:
+        raise TargetError("GroupQueryAttention knows windows only: a cache with another mask is to be written first")
     options: dict[str, Any] = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
     options |= {"softcap": softcap} if softcap else {}
     queries, *new = (emitter.flattened(value) for value in (q, k, v))

@@ -16,6 +16,7 @@ from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.encoders import ENCODERS
 from transom.export.onnx.lowerings import new_positions, start
 from transom.graphs import ops
+from transom.graphs.masks import mask_of
 from transom.graphs.match import arguments
 from transom.graphs.node import Node
 
@@ -47,19 +48,19 @@ def write_cache(emitter: Emitter, node: Node) -> str:
 def _attention(emitter: Emitter, node: Node) -> str:
     emitter.require_opset(OPSET)
     q, k, v, position = node.args[:4]
-    window, until = (arguments(node)[name] for name in ("window", "until"))
+    known, until = mask_of(node), arguments(node)["until"]
     (_, heads, tokens, _), (_, key_heads, slots, _) = (value.meta["val"].shape for value in (q, k))
     # Over themselves, new tokens are as far from each other wherever they stand.
     first = emitter.constant(np.array(0)) if position is None else start(emitter)
     last_seen = None if until is None else emitter.value(until)
     mask = emitter.once(
-        ("mask", str(slots), window, first), lambda: _mask(emitter, tokens, slots, window, first, last_seen)
+        ("mask", str(slots), known, first), lambda: _mask(emitter, tokens, slots, known, first, last_seen)
     )
     inputs = [emitter.value(value) for value in (q, k, v)]
     return attend_masked(emitter, node, inputs, mask, heads=int(heads), key_heads=int(key_heads), tokens=tokens)
 
 
-def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str, until: str | None) -> str:
+def _mask(emitter: Emitter, tokens: Any, slots: Any, mask: ops.Mask, first: str, until: str | None) -> str:
     """Which slots each new token sees, bool [T, S]; see `graphs.ops.visible`."""
     zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
     positions = new_positions(emitter, tokens, first)
@@ -68,16 +69,28 @@ def _mask(emitter: Emitter, tokens: Any, slots: Any, window: int, first: str, un
     # ONNX's Mod of integers takes the sign of the divisor, as Python's does.
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.size(slots))
     keys = emitter.op("Sub", last, age)
-    return seen(emitter, keys, positions, window, until)
+    return seen(emitter, keys, positions, mask, until)
 
 
-def seen(emitter: Emitter, keys: str, positions: str, window: int, until: str | None) -> str:
+def seen(emitter: Emitter, keys: str, positions: str, mask: ops.Mask, until: str | None) -> str:
     """Which keys each query sees, bool [T, S], given the positions of both; see `graphs.ops.seen`."""
     zero, column = emitter.constant(np.array(0)), emitter.constant(np.array([1]))
     queries = emitter.op("Unsqueeze", positions, column)
     last = queries if until is None else emitter.op("Unsqueeze", until, column)
     result = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("LessOrEqual", keys, last))
-    if window:
-        edge = emitter.op("Sub", queries, emitter.constant(np.array(window)))
-        result = emitter.op("And", result, emitter.op("Greater", keys, edge))
-    return str(result)
+    return str(narrowed(emitter, result, keys, queries, mask))
+
+
+def narrowed(emitter: Emitter, seen: str, keys: str, queries: str, mask: ops.Mask) -> str:
+    """Less what a mask's conditions hide; positions of queries broadcast with those of keys."""
+    if mask.window:
+        edge = emitter.op("Sub", queries, emitter.constant(np.array(mask.window)))
+        seen = emitter.op("And", seen, emitter.op("Greater", keys, edge))
+    if mask.segment:
+        inside = emitter.op("Mod", queries, emitter.constant(np.array(mask.segment)))
+        seen = emitter.op("And", seen, emitter.op("GreaterOrEqual", keys, emitter.op("Sub", queries, inside)))
+    if mask.dilation > 1:
+        step = emitter.constant(np.array(mask.dilation))
+        same = emitter.op("Equal", emitter.op("Mod", keys, step), emitter.op("Mod", queries, step))
+        seen = emitter.op("And", seen, same)
+    return seen

@@ -24,9 +24,10 @@ from transom.export.onnx.blocked import Blocked
 from transom.export.onnx.emitter import Dialect, Emitter
 from transom.export.onnx.encoders import ENCODERS
 from transom.export.onnx.lowerings import add_bias, cast, gated, new_positions, start
-from transom.export.onnx.rings import seen
+from transom.export.onnx.rings import narrowed, seen
 from transom.formats.quantized import block_of
 from transom.graphs import ops
+from transom.graphs.masks import mask_of
 from transom.graphs.match import arguments, aten, layer_path
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
@@ -282,7 +283,7 @@ def _is_told(emitter: Emitter, cache: Node) -> bool:
 @TABLE.lowers(ops.ATTENTION)
 def _attention(emitter: Emitter, node: Node) -> str:
     q, k, v, position = node.args[:4]
-    window, until = (arguments(node)[name] for name in ("window", "until"))
+    known, until = mask_of(node), arguments(node)["until"]
     (_, heads, tokens, _), (_, key_heads, slots, _) = (value.meta["val"].shape for value in (q, k))
     slots = emitter.fixed(slots)
     if position is None:
@@ -292,12 +293,12 @@ def _attention(emitter: Emitter, node: Node) -> str:
 
     def make() -> str:
         if "until" not in emitter.graph.inputs:
-            return _mask(emitter, tokens, slots, window)
+            return _mask(emitter, tokens, slots, known)
         keys = _key_positions(emitter, slots, told=_is_told(emitter, k))
         last_seen = None if until is None else emitter.value(until)
-        return seen(emitter, keys, new_positions(emitter, tokens, start(emitter)), window, last_seen)
+        return seen(emitter, keys, new_positions(emitter, tokens, start(emitter)), known, last_seen)
 
-    mask = emitter.once(("mask", str(slots), window, until), make)
+    mask = emitter.once(("mask", str(slots), known, until), make)
     inputs = [emitter.value(value) for value in (q, k, v)]
     return attend_masked(emitter, node, inputs, mask, heads=int(heads), key_heads=int(key_heads), tokens=tokens)
 
@@ -315,25 +316,24 @@ def _key_positions(emitter: Emitter, slots: int, *, told: bool) -> str:
     return str(emitter.op("Unsqueeze", positions, emitter.constant(np.array([0, 1, 2]))))
 
 
-def _mask(emitter: Emitter, tokens: Any, slots: int, window: int) -> str:
+def _mask(emitter: Emitter, tokens: Any, slots: int, mask: ops.Mask) -> str:
     """Which slots each new token of text sees, bool [1, 1, T, S]; see `graphs.ops.visible`."""
     axes = emitter.constant(np.array([0, 1, 3]))
     positions = emitter.once(
         "mask_positions", lambda: emitter.op("Unsqueeze", new_positions(emitter, tokens, start(emitter)), axes)
     )
     slot = _slots(emitter, slots)
-    if not window:
+    if not mask.reach:
         # Never full before the context ends, so slot j holds position j.
-        return str(emitter.op("GreaterOrEqual", positions, slot))
+        return narrowed(emitter, str(emitter.op("GreaterOrEqual", positions, slot)), slot, positions, mask)
     zero, one = emitter.constant(np.array(0)), emitter.constant(np.array(1))
     # Slot j of a ring holds position last - (last - j) % S. Were a remainder negative, as in C, the slot would seem to
     # hold a position to come, and be masked all the same.
     last = emitter.op("Sub", emitter.op("Add", start(emitter), emitter.size(tokens)), one)
     age = emitter.op("Mod", emitter.op("Sub", last, slot), emitter.constant(np.array(slots)))
     keys = emitter.op("Sub", last, age)
-    distance = emitter.op("Sub", positions, keys)
-    causal = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", distance, zero))
-    return str(emitter.op("And", causal, emitter.op("Less", distance, emitter.constant(np.array(window)))))
+    causal = emitter.op("And", emitter.op("GreaterOrEqual", keys, zero), emitter.op("GreaterOrEqual", positions, keys))
+    return narrowed(emitter, str(causal), keys, positions, mask)
 
 
 @TABLE.replaces(ops.FULL_ATTENTION)

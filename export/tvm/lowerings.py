@@ -10,6 +10,7 @@ from transom.export.tvm.emitter import Emitter
 from transom.export.tvm.kernels import attention, rows, summaries
 from transom.export.tvm.products import PRODUCTS
 from transom.graphs import ops
+from transom.graphs.masks import mask_of
 from transom.graphs.match import arguments, aten, is_transpose
 from transom.graphs.node import Node
 
@@ -92,7 +93,7 @@ def _gated(emitter: Emitter, node: Node) -> Any:
 @TABLE.lowers(ops.ATTEND)
 def _attend(emitter: Emitter, node: Node) -> Any:
     given = arguments(node)
-    scale, window, softcap, until, sinks = (given[name] for name in ("scale", "window", "softcap", "until", "sinks_N"))
+    scale, softcap, until, sinks = (given[name] for name in ("scale", "softcap", "until", "sinks_N"))
     heads, h = (int(size) for size in node.args[0].meta["val"].shape[2:])
     key_heads = int(node.args[1].meta["val"].shape[2])
     if (value_width := int(node.args[2].meta["val"].shape[3])) != h:
@@ -101,7 +102,7 @@ def _attend(emitter: Emitter, node: Node) -> Any:
     # One token sees no later one.
     images, has_sinks = until is not None and not single, sinks is not None
     inputs = [*node.args[:6], *([until] if images else []), sinks if has_sinks else node.args[0]]
-    rule = attention.Rule(window=window, scale=scale, softcap=softcap, images=images, sinks=has_sinks)
+    rule = attention.Rule(mask=mask_of(node), scale=scale, softcap=softcap, images=images, sinks=has_sinks)
     (attended,) = emitter.call(
         ("attend", heads, key_heads, h, rule, single),
         lambda: attention.attend(heads, key_heads, h, rule, emitter.tile, single=single),

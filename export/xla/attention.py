@@ -5,7 +5,7 @@ least that a static program can:
 
 - One new token: it attends over the ring as it is after the write, if that is long by blocks of slots.
 - Local layers, many tokens: old and new keys are laid out by position, and each block of queries sees one slice of
-  `window + block` keys.
+  `window + block` keys; the window is the reach of the mask, which may hide keys within it.
 - Global layers, many tokens: an online softmax over blocks of slots of the written cache (FlashAttention's;
   arXiv 2205.14135).
 - Images, whose tokens see each other: a block of queries goes on to the end of the farthest image among them. Of a text
@@ -37,10 +37,13 @@ time estimate by which it could be shown to be better without a TPU.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from transom.graphs.ops import Mask
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 1024
@@ -65,6 +68,8 @@ def attend(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    segment: int = 0,
+    dilation: int = 1,
 ) -> jax.Array:
     """Attend over the caches as they were, and over the new tokens. Returns [B, T, N, H].
 
@@ -72,7 +77,7 @@ def attend(
         q_BTNH: Queries; N is a multiple of K.
         k_BTKH: Keys of the new tokens.
         v_BTKH: Values of the new tokens.
-        k_cache_BKSH: Keys; a local layer needs S >= `window`, a global one S >= `start + count`.
+        k_cache_BKSH: Keys; a local layer needs S >= its mask's reach, a global one S >= `start + count`.
         v_cache_BKSH: Values.
         start: Position of the first new token, an int32 scalar.
         until_T: Last position that each new token sees, a new one: the end of its image; None for its own.
@@ -80,25 +85,27 @@ def attend(
         count: How many of the new tokens are real, an int32 scalar from 1 to T; the rest is padding, whose rows of the
             result mean nothing.
         scale: What scores are multiplied by.
-        window: Keys that a token sees, itself included; 0 for all.
+        window: Keys that a token sees, itself included; 0 for all. With `segment` and `dilation` it is a `Mask`.
         softcap: Bound on the scores; 0 for none.
+        segment: Length of the segments that positions are cut into; 0 for none.
+        dilation: Of every so many positions a token sees one.
     """
     B, T, N, H = q_BTNH.shape
     K = k_cache_BKSH.shape[1]
-    rule = Scores.of(scale, softcap, sinks_N, K)
+    rule, mask = Scores.of(scale, softcap, sinks_N, K), Mask(window=window, segment=segment, dilation=dilation)
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     pairs = (k_cache_BKSH, k_BTKH.swapaxes(1, 2)), (v_cache_BKSH, v_BTKH.swapaxes(1, 2))
     # Padding is nobody's image.
     until_T = None if until_T is None else jnp.minimum(until_T, start + count - 1)
-    if T > 1 and window:
+    if T > 1 and mask.reach:
         k_BKEH, v_BKEH = (_by_position(cache, new, start) for cache, new in pairs)
-        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, until_T, count, rule, window)
+        out_BKGTH = _banded(q_BKGTH, k_BKEH, v_BKEH, start, until_T, count, rule, mask)
     else:
-        k_BKSH, v_BKSH = (write(cache, new, start, count, wraps=bool(window)) for cache, new in pairs)
+        k_BKSH, v_BKSH = (write(cache, new, start, count, wraps=bool(mask.reach)) for cache, new in pairs)
         if T == 1:
-            out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, rule, window)
+            out_BKGTH = _decode(q_BKGTH, k_BKSH, v_BKSH, start, rule, mask)
         else:
-            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, until_T, count, rule)
+            out_BKGTH = _causal(q_BKGTH, k_BKSH, v_BKSH, start, until_T, count, rule, mask)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKH.shape[3])
 
 
@@ -220,12 +227,17 @@ def _zeros(q_BKGTH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
     return jnp.zeros((*q_BKGTH.shape[:-1], v_BKSH.shape[-1]), q_BKGTH.dtype)
 
 
+def narrowed(seen: jax.Array, positions: jax.Array, keys: jax.Array, mask: Mask) -> jax.Array:
+    """Less what the mask's conditions hide; positions of queries and keys broadcast with each other."""
+    return functools.reduce(jnp.logical_and, mask.conditions(positions, keys), seen)
+
+
 def _slice(x_BKSH: jax.Array, begin: jax.Array | int, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x_BKSH, begin, size, 2)
 
 
 def _decode(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, rule: Scores, window: int
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start: jax.Array, rule: Scores, mask: Mask
 ) -> jax.Array:
     """One token over a ring that already holds it."""
     slots = k_BKSH.shape[2]
@@ -236,8 +248,9 @@ def _decode(
         slots_J = first + jnp.arange(size)
         distance_J = (start - slots_J) % slots
         seen_J = (distance_J <= start) & (slots_J >= begin)
-        if window and window < slots:
-            seen_J &= distance_J < window
+        # A ring of a window's slots holds nothing else.
+        if not (mask.is_window and mask.window >= slots):
+            seen_J = narrowed(seen_J, start, start - distance_J, mask)
         return state.over(q_BKGTH, _slice(k_BKSH, first, size), _slice(v_BKSH, first, size), seen_J[None], rule)
 
     state = _Softmax.empty(q_BKGTH, v_BKSH, rule)
@@ -268,19 +281,19 @@ def _banded(
     until_T: jax.Array | None,
     count: jax.Array,
     rule: Scores,
-    window: int,
+    mask: Mask,
 ) -> jax.Array:
     """Blocks of queries, each over the keys from one window before it to its end, or to that of its last image."""
     tokens = q_BKGTH.shape[3]
     slots = k_BKEH.shape[2] - tokens
     size = min(QUERY_BLOCK, tokens)
-    before = min(window, slots)
+    before = min(mask.reach, slots)
     q_BKGTH = _blocked(q_BKGTH, size)
     padding = ((0, 0), (0, 0), (0, q_BKGTH.shape[3] - tokens), (0, 0))
     k_BKEH, v_BKEH = jnp.pad(k_BKEH, padding), jnp.pad(v_BKEH, padding)
     keys_J = jnp.arange(before + size) - before
     distance_TJ = jnp.arange(size)[:, None] - keys_J
-    in_band_TJ = (distance_TJ >= 0) & (distance_TJ < window)
+    in_band_TJ = (distance_TJ >= 0) & (distance_TJ < mask.reach)
 
     def with_images(q: jax.Array, first: jax.Array) -> jax.Array:
         last_T, positions_T = _last(until_T, first, size), start + first + jnp.arange(size)
@@ -288,7 +301,7 @@ def _banded(
         def over(state: _Softmax, begin: jax.Array, width: int) -> _Softmax:
             """Keys from `begin` on, counted from the first new token."""
             keys_J = start + begin + jnp.arange(width)
-            seen_TJ = (keys_J >= 0) & (keys_J <= last_T[:, None]) & (positions_T[:, None] - keys_J < window)
+            seen_TJ = narrowed((keys_J >= 0) & (keys_J <= last_T[:, None]), positions_T[:, None], keys_J, mask)
             k, v = (_slice(x, slots + begin, width) for x in (k_BKEH, v_BKEH))
             return state.over(q, k, v, seen_TJ, rule)
 
@@ -303,6 +316,9 @@ def _banded(
         if until_T is None:
             k, v = (_slice(x, first + slots - before, before + size) for x in (k_BKEH, v_BKEH))
             seen_TJ = in_band_TJ & (start + first + keys_J >= 0)
+            if not mask.is_window:
+                queries_T = start + first + jnp.arange(size)
+                seen_TJ = narrowed(seen_TJ, queries_T[:, None], start + first + keys_J, mask)
             weights = rule.weights(jnp.where(seen_TJ, rule.between(q, k), HIDDEN)).astype(v.dtype)
             out = jnp.einsum("bkgtj,bkjh->bkgth", weights, v)
         else:
@@ -327,6 +343,7 @@ def _causal(
     until_T: jax.Array | None,
     count: jax.Array,
     rule: Scores,
+    mask: Mask,
 ) -> jax.Array:
     """Blocks of queries over a cache that already holds them, a block of live slots at a time."""
     tokens, slots = q_BKGTH.shape[3], k_BKSH.shape[2]
@@ -342,6 +359,9 @@ def _causal(
             first = jnp.minimum(j * width, slots - width)
             slots_J = first + jnp.arange(width)
             seen_TJ = (slots_J <= last_T[:, None]) & (slots_J >= j * width)
+            if not mask.is_window:
+                queries_T = start + i * size + jnp.arange(size)
+                seen_TJ = narrowed(seen_TJ, queries_T[:, None], slots_J, mask)
             return state.over(q, _slice(k_BKSH, first, width), _slice(v_BKSH, first, width), seen_TJ, rule)
 
         live = jnp.minimum(start + (i + 1) * size if until_T is None else last_T.max() + 1, slots)

@@ -268,6 +268,8 @@ def _attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    segment: int = 0,
+    dilation: int = 1,
     count: jax.Array,
 ) -> jax.Array:
     B, N, T, H = q_BNTH.shape
@@ -275,10 +277,10 @@ def _attention(
     first, steps_S = 0 if start is None else start, jnp.arange(S)
     last = S - 1 if start is None else start + count - 1
     keys_S = last - jnp.remainder(last - steps_S, S)
-    distance_TS = (first + jnp.arange(T))[:, None] - keys_S
-    seen_TS = (keys_S >= 0) & (distance_TS >= 0 if until_T is None else keys_S <= until_T[:, None])
-    if window:
-        seen_TS &= distance_TS < window
+    positions_T1 = (first + jnp.arange(T))[:, None]
+    seen_TS = (keys_S >= 0) & (keys_S <= (positions_T1 if until_T is None else until_T[:, None]))
+    mask = ops.Mask(window=window, segment=segment, dilation=dilation)
+    seen_TS = attention.narrowed(seen_TS, positions_T1, keys_S, mask)
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
     rule = attention.Scores.of(scale, softcap, sinks_N, K)
     scores = jnp.where(seen_TS, rule.between(q_BKGTH, k_BKSH), attention.HIDDEN)

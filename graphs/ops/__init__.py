@@ -36,6 +36,7 @@ from transom.graphs.ops.layers import (
     rms_norm,
     rotary,
 )
+from transom.graphs.ops.mask import Mask
 from transom.graphs.ops.operation import BODIES
 from transom.graphs.ops.quantized import (
     EMBEDDING_QUANTIZED,
@@ -69,6 +70,7 @@ __all__ = [
     "SWIGLU_LIMIT",
     "SWIGLU_SLOPE",
     "WRITE_CACHE",
+    "Mask",
     "add_rms_norm",
     "attend",
     "causal_convolution",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from transom.graphs.ops.mask import Mask
 from transom.graphs.ops.operation import operation
 
 
@@ -19,26 +20,28 @@ def slot_positions(start: torch.Tensor | int, tokens: int, slots: int) -> torch.
 
 
 def visible(
-    start: torch.Tensor | int, tokens: int, slots: int, window: int, until_T: torch.Tensor | None = None
+    start: torch.Tensor | int, tokens: int, slots: int, mask: Mask, until_T: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Which slots each new token sees, bool [T, S]; see `seen`."""
-    return seen(slot_positions(start, tokens, slots), start + torch.arange(tokens), window, until_T)
+    return seen(slot_positions(start, tokens, slots), start + torch.arange(tokens), mask, until_T)
 
 
 def seen(
-    keys_S: torch.Tensor, positions_T: torch.Tensor, window: int, until_T: torch.Tensor | None = None
+    keys_S: torch.Tensor, positions_T: torch.Tensor, mask: Mask, until_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which keys each query sees, bool [T, S]: `0 <= key <= until`, and `position - key < window` if local.
+    """Which keys each query sees, bool [T, S]: `0 <= key <= until`, and what the mask says.
 
     Args:
         keys_S: Positions of the keys; negative means empty.
         positions_T: Positions of the queries.
-        window: Keys that a query sees, itself included; 0 for every earlier one.
+        mask: Which of the earlier keys.
         until_T: Last position that each query sees: the end of the image that it belongs to; None for its own.
     """
     last_T = positions_T if until_T is None else until_T
     seen_TS = (keys_S >= 0) & (keys_S <= last_T[:, None])
-    return seen_TS & (positions_T[:, None] - keys_S < window) if window else seen_TS
+    for condition_TS in mask.conditions(positions_T[:, None], keys_S):
+        seen_TS = seen_TS & condition_TS
+    return seen_TS
 
 
 @operation
@@ -70,15 +73,19 @@ def attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    segment: int = 0,
+    dilation: int = 1,
 ) -> torch.Tensor:
     """Attend over slots that the new tokens were written to (or, with `start` None, over the new tokens themselves).
 
-    Returns [B, N, T, H]. A local layer needs `window + T - 1` slots: the last new token overwrites what the first one
-    would see in a smaller ring. `until` [T] is the last position that each token sees, a new one; None for its own.
+    Returns [B, N, T, H]. What a token sees is said by `window`, `segment` and `dilation`, as in `Mask`. A local layer
+    needs `reach + T - 1` slots: the last new token overwrites what the first one would see in a smaller ring. `until`
+    [T] is the last position that each token sees, a new one; None for its own.
     Scores become `softcap * tanh(scores / softcap)` before the mask; 0 for no cap. `sinks_N` are scores of one more key
     per query head, which every token sees and which has no value.
     """
-    seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], window, until)
+    mask = Mask(window=window, segment=segment, dilation=dilation)
+    seen_TS = visible(0 if start is None else start, q_BNTH.shape[2], k_BKSH.shape[2], mask, until)
     return _weighted_values(q_BNTH, k_BKSH, v_BKSH, seen_TS, scale, softcap, sinks_N)
 
 
@@ -137,18 +144,20 @@ def attend(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    segment: int = 0,
+    dilation: int = 1,
 ) -> torch.Tensor:
     """Attend over caches as they were before the new tokens, and over the new tokens. Returns [B, T, N, H].
 
-    A local layer needs `window` slots, however long the chunk: nothing is overwritten that a token still sees. `until`
-    [T] is the last position that each token sees, a new one; None for its own. Soft caps and sinks are those of
+    A local layer needs `reach` slots, however long the chunk: nothing is overwritten that a token still sees. `until`
+    [T] is the last position that each token sees, a new one; None for its own. Masks, soft caps and sinks are those of
     `attention`.
     """
     k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     tokens, slots = k_BKTH.shape[2], k_cache_BKSH.shape[2]
     positions_T = start + torch.arange(tokens)
     keys_J = torch.cat((slot_positions(start, 0, slots), positions_T))
-    seen_TJ = seen(keys_J, positions_T, window, until)
+    seen_TJ = seen(keys_J, positions_T, Mask(window=window, segment=segment, dilation=dilation), until)
     k_BKJH, v_BKJH = torch.cat((k_cache_BKSH, k_BKTH), 2), torch.cat((v_cache_BKSH, v_BKTH), 2)
     out_BNTH = _weighted_values(q_BTNH.transpose(1, 2), k_BKJH, v_BKJH, seen_TJ, scale, softcap, sinks_N)
     return out_BNTH.transpose(1, 2).contiguous()

@@ -100,12 +100,12 @@ def window_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """A local layer's window bounds how far ahead a token sees, too."""
     seen = rings.seen
 
-    def spoilt(emitter: Emitter, keys: str, positions: str, window: int, until: str | None) -> str:
-        right = seen(emitter, keys, positions, window, until)
-        if not window:
+    def spoilt(emitter: Emitter, keys: str, positions: str, mask: ops.Mask, until: str | None) -> str:
+        right = seen(emitter, keys, positions, mask, until)
+        if not mask.window:
             return right
         queries = emitter.op("Unsqueeze", positions, emitter.constant(np.array([1])))
-        edge = emitter.op("Add", queries, emitter.constant(np.array(window)))
+        edge = emitter.op("Add", queries, emitter.constant(np.array(mask.window)))
         return str(emitter.op("And", right, emitter.op("Less", keys, edge)))
 
     monkeypatch.setattr(images, "seen", spoilt)

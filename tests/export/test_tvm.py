@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -30,6 +31,7 @@ from transom.formats.rounding import round_rows
 from transom.formats.schemes import QuantSpec
 from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.ops import Mask
 from transom.graphs.weight import Weight
 from transom.zoo.checkpoints import safetensors_writer
 from transom.zoo.model import Model
@@ -216,27 +218,31 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
 @pytest.mark.parametrize(
-    ("m", "heads", "key_heads", "h", "slots", "window", "start", "softcap"),
+    ("m", "heads", "key_heads", "h", "slots", "mask", "start", "softcap"),
     [
-        (1, 4, 1, 32, 16, 16, 0, 0),
-        (1, 4, 1, 32, 16, 16, 1000, 2),
-        (1, 4, 2, 32, 300, 0, 299, 0),
-        (37, 4, 2, 32, 52, 16, 5, 0),
-        (37, 4, 2, 32, 16, 16, 50, 2),
-        (70, 2, 2, 10, 66, 66, 66, 0),
-        (5, 6, 2, 24, 200, 0, 195, 50),
+        (1, 4, 1, 32, 16, Mask(window=16), 0, 0),
+        (1, 4, 1, 32, 16, Mask(window=16), 1000, 2),
+        (1, 4, 2, 32, 300, Mask(), 299, 0),
+        (37, 4, 2, 32, 52, Mask(window=16), 5, 0),
+        (37, 4, 2, 32, 16, Mask(window=16), 50, 2),
+        (70, 2, 2, 10, 66, Mask(window=66), 66, 0),
+        (5, 6, 2, 24, 200, Mask(), 195, 50),
+        (37, 4, 2, 32, 300, Mask(dilation=3), 263, 0),
+        (300, 4, 2, 32, 128, Mask(segment=129, dilation=4), 1000, 0),
     ],
 )
 def test_attention_and_writes(
-    m: int, heads: int, key_heads: int, h: int, slots: int, window: int, start: int, softcap: float, tile: Tile
+    m: int, heads: int, key_heads: int, h: int, slots: int, mask: Mask, start: int, softcap: float, tile: Tile
 ) -> None:
     """Capped scores come with sinks, some far above all scores."""
     sinks = torch.linspace(-3, 9, heads) if softcap else None
     q, k, v = (torch.randn(1, m, count, h) for count in (heads, key_heads, key_heads))
     caches = [torch.randn(1, key_heads, slots, h) for _ in range(2)]
     position = torch.tensor(start)
-    expected = ops.attend(q, k, v, *caches, position, None, sinks, scale=0.3, window=window, softcap=softcap)
-    rule = attention.Rule(window=window, scale=0.3, softcap=softcap, sinks=sinks is not None)
+    expected = ops.attend(
+        q, k, v, *caches, position, None, sinks, scale=0.3, softcap=softcap, **dataclasses.asdict(mask)
+    )
+    rule = attention.Rule(mask=mask, scale=0.3, softcap=softcap, sinks=sinks is not None)
     kernel = attention.attend(heads, key_heads, h, rule, tile, single=m == 1)
     flat = [value.view(m, -1) for value in (q, k, v)]
     attended, inputs = run(kernel, *flat, *caches, position, flat[0] if sinks is None else sinks, out=(m, heads * h))
@@ -257,7 +263,9 @@ def test_images_are_seen_to_their_ends(window: int, blocks: Sequence[tuple[int, 
     for first, end in blocks:
         until[first:end] = start + end - 1
     expected = ops.attend(q, k, v, *caches, position, until, scale=0.3, window=window)
-    kernel = attention.attend(heads, key_heads, h, attention.Rule(window=window, scale=0.3, images=True), tile)
+    kernel = attention.attend(
+        heads, key_heads, h, attention.Rule(mask=Mask(window=window), scale=0.3, images=True), tile
+    )
     flat = [value.view(m, -1) for value in (q, k, v)]
     attended, _ = run(kernel, *flat, *caches, position, until, flat[0], out=(m, heads * h))
     assert (attended - expected.view(m, -1)).abs().max() < FP32_ATTENTION

@@ -48,6 +48,16 @@ def _norm_of_keys(graph: Graph, node: Node) -> None:
         node.update_arg(1, graph.placeholders()[names["layers.1.self_attn.k_norm.weight"]])
 
 
+def _whole(old: int, new: int) -> Edit:
+    """Another whole number where a given one stands."""
+
+    def edit(_: Graph, node: Node) -> None:
+        if node.args[1] == old:
+            node.update_arg(1, new)
+
+    return edit
+
+
 FAMILY_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "a rotation that is scaled in a local layer": (
         "olmo3-tiny", Spoil(aten.cat.default, _angles_of("layers.3.self_attn"), "layers.1.self_attn"),
@@ -99,6 +109,18 @@ FAMILY_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "experts with a sigmoid of another slope": (
         "gpt-oss-tiny", Spoil(aten.mul.Tensor, other_number(1.702, 1.0), "layers.1.mlp.experts"),
         1, "experts", "the value is not multiplied by 1.702",
+    ),
+    "a dilation of one more": (
+        "longnet-tiny", Spoil(aten.remainder.Scalar, _whole(4, 5), "layers.1.self_attn"),
+        1, "mask", "one key in 5 is seen in place of one in 4",
+    ),
+    "no dilation in a global layer": (
+        "longnet-tiny", Spoil(aten.remainder.Scalar, _whole(3, 1), "layers.2.self_attn"),
+        2, "mask", "the dilation is ignored: tokens see every key, not one in 3",
+    ),
+    "a segment of one less": (
+        "longnet-tiny", Spoil(aten.floor_divide.default, _whole(16, 15), "layers.1.self_attn"),
+        1, "mask", "segments are 15 long in place of 16",
     ),
 }  # fmt: skip
 """The model, the fault, the layer and the operation that bisection names, and words of the cause."""

@@ -16,12 +16,13 @@ from torch.export import Dim
 from tests.case import export
 from transom.graphs.graph import Graph
 from transom.graphs.masks import MaskReading, read_mask, structure
+from transom.graphs.ops import Mask
 
 INF = float("inf")
 W = 16
 
-Expected = int | str
-"""A window, or words of the reason why there is none."""
+Expected = int | Mask | str
+"""A mask (a number is a window), or words of the reason why there is none."""
 
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query positions [T, 1], key positions [1, T], token ids [B, T]) -> mask."""
@@ -56,13 +57,40 @@ PLAIN: dict[str, tuple[Plain, Expected]] = {
     "window of two": (lambda i, j, x: (j == i) | (j == i - 1), 2),
     "prime window": (lambda i, j, x: (j <= i) & (i - j < 23), 23),
     "window from a quotient": (lambda i, j, x: (j <= i) & ((i - j) / 10.0 < 6), 60),
-    # None of these is a causal window.
+    "dilated": (lambda i, j, x: (j <= i) & ((i - j) % 2 == 0), Mask(dilation=2)),
+    "dilated window": (lambda i, j, x: (j <= i) & (i - j < 13) & (i % 4 == j % 4), Mask(window=13, dilation=4)),
+    "dilated window, whose last keys are none": (
+        lambda i, j, x: (j <= i) & (i - j < W) & ((i - j) % 4 == 0),
+        Mask(window=13, dilation=4),
+    ),
+    "segments": (lambda i, j, x: (j <= i) & (i // W == j // W), Mask(segment=W)),
+    "segments by their beginnings": (lambda i, j, x: (j <= i) & (j >= i - i % W), Mask(segment=W)),
+    "dilated segments": (
+        lambda i, j, x: additive((j <= i) & (i // W == j // W) & ((i - j) % 4 == 0)),
+        Mask(segment=W, dilation=4),
+    ),
+    "segments that the dilation does not divide": (
+        lambda i, j, x: (j <= i) & (i // 17 == j // 17) & ((i - j) % 5 == 0),
+        Mask(segment=17, dilation=5),
+    ),
+    "long segments": (
+        lambda i, j, x: (j <= i) & (i // 1024 == j // 1024) & ((i - j) % 16 == 0),
+        Mask(segment=1024, dilation=16),
+    ),
+    # None of these is a mask of a known family.
     "nothing hidden": (lambda i, j, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), NEITHER),
     "strictly earlier keys": (lambda i, j, x: j < i, NEITHER),
     "window without the token itself": (lambda i, j, x: (j < i) & (i - j < W), NEITHER),
     "later keys": (lambda i, j, x: j >= i, NEITHER),
     "symmetric window": (lambda i, j, x: (i - j).abs() < W, NEITHER),
-    "chunks": (lambda i, j, x: (j <= i) & (i // W == j // W), NEITHER),
+    "segments that see each other's keys": (lambda i, j, x: i // W == j // W, NEITHER),
+    "segments that begin one earlier": (lambda i, j, x: (j <= i) & ((i + 1) // W == (j + 1) // W), NEITHER),
+    "segments and the one before": (lambda i, j, x: (j <= i) & (i // W - j // W < 2), NEITHER),
+    "dilated, another residue": (lambda i, j, x: (j <= i) & ((i - j) % 4 == 1), NEITHER),
+    "dilated and the token itself": (lambda i, j, x: (j == i) | ((j <= i) & (j % 4 == 0)), NEITHER),
+    "dilated on both sides": (lambda i, j, x: (i - j) % 4 == 0, NEITHER),
+    "dilated by segment": (lambda i, j, x: (j <= i) & (i // W == j // W) & ((i % W) % 5 == (j % W) % 3), NEITHER),
+    "dilated past a window": (lambda i, j, x: (j <= i) & ((i - j < W) | ((i - j) % 4 == 0)), NEITHER),
     "image block": (lambda i, j, x: (j <= i) | ((i >= 4) & (i < 9) & (j >= 4) & (j < 9)), NEITHER),
     "window and image block": (
         lambda i, j, x: (i - j < W) & ((j <= i) | ((i >= 4) & (i < 9) & (j >= 4) & (j < 9))),
@@ -70,7 +98,6 @@ PLAIN: dict[str, tuple[Plain, Expected]] = {
     ),
     "sink": (lambda i, j, x: (j <= i) & ((i - j < W) | (j < 1)), NEITHER),
     "prefix": (lambda i, j, x: (j <= i) | (j < 10), NEITHER),
-    "dilated": (lambda i, j, x: (j <= i) & ((i - j) % 2 == 0), NEITHER),
     "local from position 100 on": (lambda i, j, x: (j <= i) & ((i - j < W) | (i < 100)), NEITHER),
     "global from position 100 on": (lambda i, j, x: (j <= i) & ((i - j < W) | (i >= 100)), NEITHER),
     "window of a third": (lambda i, j, x: (j <= i) & ((i - j) * 3 < x.shape[1]), NEITHER),
@@ -112,9 +139,9 @@ def read_plain(graph: Graph, index: int) -> MaskReading:
 
 def expect(reading: MaskReading, expected: Expected) -> None:
     if isinstance(expected, str):
-        assert reading.window is None and expected in reading.reason, reading
+        assert reading.mask is None and expected in reading.reason, reading
     else:
-        assert reading == MaskReading(window=expected), reading
+        assert reading == MaskReading(mask=expected if isinstance(expected, Mask) else Mask(window=expected)), reading
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -135,7 +162,17 @@ RING: dict[str, tuple[Ring, Expected]] = {
     "empty slots seen": (lambda i, k, p, s: (k <= i) & (i - k < W), NEITHER),
     "the token itself forgotten": (lambda i, k, p, s: (k >= 0) & (k < i) & (i - k < W), NEITHER),
     "no ring": (lambda i, k, p, s: torch.arange(s) <= i, NEITHER),
-    "chunks": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i // W == k // W), NEITHER),
+    "segments": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i // W == k // W), Mask(segment=W)),
+    "dilated": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k) % 3 == 0), Mask(dilation=3)),
+    "dilated segments": (
+        lambda i, k, p, s: (k >= 0) & (k <= i) & (i // W == k // W) & ((i - k) % 3 == 0),
+        Mask(segment=W, dilation=3),
+    ),
+    "segments from the call's first token": (
+        lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - p) // W == (k - p) // W),
+        NEITHER,
+    ),
+    "dilated by slot": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - torch.arange(s)) % 4 == 0), NEITHER),
     "chunk of new tokens sees itself": (lambda i, k, p, s: (k >= 0) & ((k <= i) | (k >= p)), NEITHER),
     "local after the first wrap": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k < W) | (p < s)), NEITHER),
 }
@@ -187,7 +224,8 @@ STATIC: dict[str, tuple[Plain, Expected]] = {
     "window": (lambda i, j, x: (j <= i) & (i - j < W), W),
     "window that the size never fills": (lambda i, j, x: (j <= i) & (i - j < 40), 0),
     "window of W + 1": (lambda i, j, x: (j <= i) & (i - j <= W), W + 1),
-    "chunks": (lambda i, j, x: (j <= i) & (i // W == j // W), NEITHER),
+    "segments": (lambda i, j, x: (j <= i) & (i // W == j // W), Mask(segment=W)),
+    "segments longer than the size": (lambda i, j, x: (j <= i) & (i // 40 == j // 40), 0),
     "a stored mask": (
         lambda i, j, x: torch.tensor([[True] * 29] * 29).tril(),
         "depends on the values of",
@@ -223,7 +261,7 @@ def test_keys_of_unknown_length_are_left_alone() -> None:
     mask = graph.outputs["output.0"]
     tokens, keys = mask.meta["val"].shape
     for cached in (False, True):
-        assert read_mask(graph, mask, tokens, keys, cached=cached).window is None
+        assert read_mask(graph, mask, tokens, keys, cached=cached).mask is None
 
 
 @pytest.mark.parametrize("window", [1024, 4096])
@@ -275,7 +313,7 @@ def test_tokens_of_an_image_see_each_other(ahead: Graph, name: str) -> None:
     tokens, slots = ahead.inputs["x"].meta["val"].shape[1], ahead.inputs["cache"].meta["val"].shape[2]
     reading = read_mask(ahead, mask, tokens, slots, cached=True)
     if isinstance(expected, int):
-        assert reading == MaskReading(window=expected, until=ahead.inputs["until"]), reading
+        assert reading == MaskReading(mask=Mask(window=expected), until=ahead.inputs["until"]), reading
     else:
         expect(reading, expected)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transom.graphs import ops
@@ -19,29 +19,59 @@ transom = torch.ops.transom
     tokens=st.integers(1, 12),
     slots=st.integers(1, 40),
     window=st.integers(0, 20),
+    segment=st.integers(0, 12),
+    dilation=st.integers(1, 5),
 )
-def test_rings_show_what_a_plain_list_would(start: int, tokens: int, slots: int, window: int) -> None:
+def test_rings_show_what_a_plain_list_would(
+    start: int, tokens: int, slots: int, window: int, segment: int, dilation: int
+) -> None:
     """Simulate the ring with a dictionary, one token after the other."""
     held: dict[int, int] = {}
     for position in range(start + tokens):
         held[position % slots] = position
-    seen_TS = ops.visible(start, tokens, slots, window)
+    seen_TS = ops.visible(start, tokens, slots, ops.Mask(window=window, segment=segment, dilation=dilation))
     assert seen_TS.shape == (tokens, slots)
     for row, position in enumerate(range(start, start + tokens)):
         for slot in range(slots):
             key = held.get(slot)
-            expected = key is not None and key <= position and (not window or position - key < window)
+            expected = key is not None and (
+                key <= position
+                and (not window or position - key < window)
+                and (not segment or key // segment == position // segment)
+                and (position - key) % dilation == 0
+            )
             assert bool(seen_TS[row, slot]) == expected, (position, slot)
     assert bool(seen_TS[-1].any()), "a token always sees itself"
 
 
-@given(window=st.integers(1, 20), chunk=st.integers(1, 12), start=st.integers(0, 100))
-def test_window_and_chunk_less_one_slots_lose_no_key(window: int, chunk: int, start: int) -> None:
-    seen_TS = ops.visible(start, chunk, window + chunk - 1, window)
-    assert seen_TS.sum(-1).tolist() == [min(window, start + row + 1) for row in range(chunk)]
-    if start >= window and chunk > 1:
-        starved = ops.visible(start, chunk, window + chunk - 2, window)
-        assert int(starved[0].sum()) < window, "one slot fewer loses a key: the capacity is tight"
+BOUNDED = st.builds(
+    lambda size, kind, dilation: ops.Mask(**{kind: size}, dilation=dilation),
+    st.integers(1, 20),
+    st.sampled_from(["window", "segment"]),
+    st.integers(1, 5),
+)
+"""Masks with a bound on how far back a token sees."""
+
+
+@settings(max_examples=30)
+@given(mask=BOUNDED, chunk=st.integers(1, 12))
+def test_what_a_ring_holds_is_what_can_still_be_read(mask: ops.Mask, chunk: int) -> None:
+    """With reach + chunk - 1 slots no call misses a key; with one fewer, some call does, so that none is idle."""
+    starts, slots = range(3 * 20), mask.reach + chunk - 1
+    counts = [ops.visible(start, chunk, 200, mask).sum() for start in starts]
+    assert [ops.visible(start, chunk, slots, mask).sum() for start in starts] == counts
+    if slots > 1:
+        assert [ops.visible(start, chunk, slots - 1, mask).sum() for start in starts] != counts
+
+
+@given(mask=BOUNDED)
+def test_every_slot_is_read_by_a_later_token(mask: ops.Mask) -> None:
+    """Before some token, all positions that a ring of its reach keeps beside the token's own are yet to be read."""
+    at = torch.arange(120)
+    last_reader_S = torch.where(ops.seen(at, at, mask), at[:, None], -1).amax(0)
+    kept = max(int((last_reader_S[:position] >= position).sum()) for position in range(60))
+    # Of segments that the dilation does not divide, the last tokens are of fewer residues than it has.
+    assert kept == mask.reach - 1 if mask.segment % mask.dilation == 0 else 0 <= mask.reach - 1 - kept < mask.dilation
 
 
 @pytest.mark.parametrize("window", [0, 3])

@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.case import Case, export, run_graph
 from tests.conftest import WINDOW
 from tests.tolerances import FP32_ATTENTION
-from transom.graphs.masks import MaskReading, read_mask
-from transom.graphs.ops import ATTENTION, FULL_ATTENTION
+from transom.graphs.masks import MaskReading, mask_of, read_mask
+from transom.graphs.ops import ATTENTION, FULL_ATTENTION, Mask
 from transom.passes.base import Pipeline
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
@@ -102,7 +102,13 @@ def one_kv_head_broadcast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     return (q @ k[:, :1].transpose(2, 3)).masked_fill(hidden(q.shape[2]), INF).softmax(-1) @ v[:, :1]
 
 
-MATCHES: dict[Attend, int] = {
+def in_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(q.shape[2])
+    other = (positions[:, None] // W != positions // W) | (positions > positions[:, None])
+    return scores(q, k).masked_fill(other, INF).softmax(-1) @ grown(v)
+
+
+MATCHES: dict[Attend, int | Mask] = {
     plain: W,
     negated: W,
     least: W,
@@ -115,6 +121,7 @@ MATCHES: dict[Attend, int] = {
     sdpa_grouped: W,
     sdpa_causal: 0,
     one_kv_head_broadcast: W,
+    in_segments: Mask(segment=W),
 }
 
 
@@ -153,9 +160,10 @@ def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (scores(q, k) + bias.masked_fill(hidden(q.shape[2]), INF)).softmax(-1) @ grown(v)
 
 
-def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def overlapping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Segments, each of which sees the one before it too."""
     positions = torch.arange(q.shape[2])
-    other = (positions[:, None] // W != positions // W) | (positions > positions[:, None])
+    other = (positions[:, None] // W - positions // W > 1) | (positions > positions[:, None])
     return scores(q, k).masked_fill(other, INF).softmax(-1) @ grown(v)
 
 
@@ -184,7 +192,7 @@ MISSES: dict[Attend, str] = {
     where_computed: "fill",
     subtracted: "no mask",
     biased: "adds a bias",
-    chunked: "neither causal nor a causal window",
+    overlapping: "neither causal nor a causal window",
     masked_by_values: "depends on the values of k",
 }
 
@@ -222,7 +230,8 @@ def fuse(attend: Attend, *, dynamic: bool) -> Case:
 def test_a_site_is_fused_with_its_window(attend: Attend, dynamic: bool) -> None:
     case = fuse(attend, dynamic=dynamic).expect({ATTENTION: 1}).expect_skipped().settled()
     (node,) = case.graph.calls(ATTENTION)
-    assert node.kwargs["window"] == MATCHES[attend]
+    expected = MATCHES[attend]
+    assert mask_of(node) == (expected if isinstance(expected, Mask) else Mask(window=expected))
     assert node.args[3] is None
     if attend in (plain, divided, sdpa, sdpa_grouped):
         assert node.args[1].meta["val"].shape[1] == K, "repeated heads are folded in"
@@ -274,7 +283,7 @@ def test_reasons_name_the_layer_and_the_line() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = Attention(chunked)
+            self.layer = Attention(overlapping)
 
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.layer(q, k, v)  # type: ignore[no-any-return]
@@ -286,14 +295,14 @@ def test_reasons_name_the_layer_and_the_line() -> None:
 
 def test_layers_of_one_kind_are_read_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six layers make six masks, of two kinds."""
-    windows = []
+    masks = []
 
     def read(*args: Any, **options: Any) -> MaskReading:
         reading = read_mask(*args, **options)
-        windows.append(reading.window)
+        masks.append(reading.mask)
         return reading
 
     monkeypatch.setattr("transom.passes.fuse_attention.read_mask", read)
     graph, _ = Pipeline([Canonicalize(), FuseAttention()]).run(tiny.trace())
     assert len(graph.calls(ATTENTION)) == tiny.config.num_layers == 6
-    assert len(windows) == 2 and set(windows) == {0, WINDOW}
+    assert len(masks) == 2 and set(masks) == {Mask(), Mask(window=WINDOW)}

@@ -39,7 +39,7 @@ TEXT = [family for family in architectures() if family.text is None]
 """Those that see images are shown in `test_gemma3_vision.py`, beside what is their own."""
 
 
-OURS = ("adaptive",)
+OURS = ("adaptive", "longnet")
 """Families that no other library has."""
 
 

@@ -5,16 +5,19 @@ A mask is what a softmax's input becomes where the scores are zeros, however the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import NamedTuple
 
 import torch
 
-from transom.graphs.masks import MASKED
+from transom.graphs.masks import MASKED, candidates
 from transom.graphs.match import LAYOUT, aten, is_call, skip_casts
 from transom.graphs.node import Node, is_node
+from transom.graphs.ops import Mask
 from transom.passes.sinks import without_maximum
 from transom.validation.bisection.context import Context, Site
 from transom.validation.bisection.operands import of_operands
@@ -52,15 +55,19 @@ def seen_keys(replay: Replay, place: Masking) -> torch.Tensor:
     return masked.flatten(0, -3)[0].expand(total, slots) > MASKED  # type: ignore[no-any-return]
 
 
-def windows(context: Context) -> dict[int | None, int | None]:
-    """Window of every layer that attends: what the last token sees; None if that is every earlier key."""
+def masks(context: Context) -> dict[int | None, Mask]:
+    """Mask of every layer that attends, by what its last tokens see."""
     layers, total = {}, len(context.prompt)
-    last = (range(total - 1, total),)
+    last = range(max(0, total - SCANNED), total)
     for site in context.sites("attention"):
         if (place := masking(site)) is not None:
-            replay = Replay(site=site, context=context, inputs={}, output=torch.empty(1), calls=last, slots=total)
-            count = int(seen_keys(replay, place).sum())
-            layers[site.tap.layer] = None if count >= total else count
+            output = torch.empty(len(last))
+            replay = Replay(site=site, context=context, inputs={}, output=output, calls=(last,), slots=total)
+            seen, positions, keys = seen_keys(replay, place), replay.positions, torch.arange(total)
+            if context.spans:  # tokens of images see further; the last token is text
+                seen, positions = seen[-1:], positions[-1:]
+            fitting = candidates(seen, positions, keys, range(1, len(seen)))
+            layers[site.tap.layer] = next(fitting, Mask(window=int(seen[-1].sum())))
     return layers
 
 
@@ -68,16 +75,23 @@ class _Keys(NamedTuple):
     """Which keys each token may see, [T, T] each, positions of queries first.
 
     Attributes:
+        positions: Of queries, and of keys, [T].
         distance: How far back a key is; negative for later ones.
         same_call: Whether it is written by the token's own call.
         lost: How many newer keys have been written when the token attends: its call's last position less the key's.
         before: The same, counted before the call writes; negative in the call.
     """
 
+    positions: torch.Tensor
     distance: torch.Tensor
     same_call: torch.Tensor
     lost: torch.Tensor
     before: torch.Tensor
+
+    def under(self, mask: Mask) -> torch.Tensor:
+        """Those that meet a mask's conditions, later ones among them."""
+        every = torch.ones_like(self.same_call)
+        return functools.reduce(torch.logical_and, mask.conditions(self.positions[:, None], self.positions), every)
 
 
 def of_attention(replay: Replay) -> Iterator[Hypothesis]:
@@ -93,25 +107,27 @@ def of_attention(replay: Replay) -> Iterator[Hypothesis]:
     starts = torch.tensor([call.start for call in replay.calls for _ in call])
     lasts = torch.tensor([call[-1] for call in replay.calls for _ in call])
     keys = _Keys(
+        positions=at,
         distance=at[:, None] - at,
         same_call=starts[:, None] == starts,
         lost=lasts[:, None] - at,
         before=starts[:, None] - 1 - at,
     )
-    chunk, layers = max(map(len, replay.calls)), windows(replay.context)
-    window = layers.pop(replay.site.tap.layer, None)
-    local = window or min((other for other in layers.values() if other is not None), default=chunk)
+    chunk, layers = max(map(len, replay.calls)), masks(replay.context)
+    mask = layers.pop(replay.site.tap.layer, Mask())
+    window = mask.reach or None
+    local = window or min((other.reach for other in layers.values() if other.reach), default=chunk)
     causal, blocks = keys.distance >= 0, _blocks(replay)
     seen = seen_keys(replay, place)
     if blocks.any():
-        seen = causal | blocks if window is None else (causal | blocks) & (keys.distance < window)
+        seen = (causal | blocks) & keys.under(mask)
 
     def guess(op: str, cause: str, seen: torch.Tensor, changes: Changes | None = None) -> Hypothesis:
         hide = from_node(place.scores, lambda scores: scores.masked_fill(~seen, float("-inf")))
         return Hypothesis(cause, {place.masked: hide, **(changes or {})}, op=op)
 
     yield guess("mask", RIGHT, seen) if blocks.any() else Hypothesis(RIGHT, op="mask")
-    for cause, changed in _masks(keys, window, local, blocks):
+    for cause, changed in _masks(keys, mask, local, blocks):
         yield guess("mask", cause, changed)
         for cached in _cached_keys(keys, window, chunk):
             if not torch.equal(changed & cached, changed):
@@ -171,36 +187,54 @@ def _causal(scores: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
 
 
-def _masks(keys: _Keys, window: int | None, local: int, blocks: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _masks(keys: _Keys, mask: Mask, local: int, blocks: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Masks that are not the layer's."""
-    causal = keys.distance >= 0
-    scanned = range(1, len(causal) if len(causal) <= SCANNED else 0)
-
-    def bounded(words: str, wrong: int) -> tuple[str, torch.Tensor]:
-        return words, (causal | blocks) & (keys.distance < wrong)
-
-    if window is not None:
-        for wrong in (window - 1, window + 1):
-            yield bounded(f"the window is off by one: {wrong} keys in place of {window}", wrong)
-        yield "the window is ignored: the local layer sees every earlier key", causal | blocks
-        for wrong in sorted({window // 2, 2 * window, *scanned} - {window - 1, window, window + 1}):
-            yield bounded(f"the window is {wrong} keys in place of {window}", wrong)
-        in_window = keys.distance < window
-    else:
-        words = f"the global layer is bounded to the window of {local} keys: its mask is a local layer's"
-        yield bounded(words, local)
-        for wrong in scanned:
-            yield bounded(f"the global layer is bounded to a window of {wrong} keys", wrong)
-        in_window = torch.ones_like(causal)
-    yield "attention is not causal: tokens see later ones of their call", (causal | keys.same_call) & in_window
-    yield "tokens see one key too late a position", (keys.distance >= -1) & (causal | keys.same_call) & in_window
-    yield "tokens do not see their own key", (keys.distance >= 1) & in_window
+    causal, under = keys.distance >= 0, keys.under(mask)
+    for words, wrong in _other_masks(mask, local, len(causal)):
+        yield words, (causal | blocks) & keys.under(wrong)
+    yield "attention is not causal: tokens see later ones of their call", (causal | keys.same_call) & under
+    yield "tokens see one key too late a position", (keys.distance >= -1) & (causal | keys.same_call) & under
+    yield "tokens do not see their own key", (keys.distance >= 1) & under
     if blocks.any():
-        yield "the image block is missing: its tokens see only earlier ones", causal & in_window
-        if window is not None:
+        yield "the image block is missing: its tokens see only earlier ones", causal & under
+        if window := mask.window:
             words = f"the window of {window} keys bounds how far ahead tokens of an image see, too"
             yield words, (causal | blocks) & (keys.distance.abs() < window)
-            yield "images are seen whole, however far back they begin", (causal & in_window) | blocks
+            yield "images are seen whole, however far back they begin", (causal & under) | blocks
+
+
+def _other_masks(mask: Mask, local: int, total: int) -> Iterator[tuple[str, Mask]]:
+    """What the mask may have become, the likeliest first."""
+    scanned = range(1, total if total <= SCANNED else 0)
+    if (length := mask.segment) or mask.dilation > 1:
+        yield from _other_segments(mask, scanned)
+    elif window := mask.window:
+        for wrong in {window - 1, window + 1} - {0}:
+            yield f"the window is off by one: {wrong} keys in place of {window}", Mask(window=wrong)
+        yield "the window is ignored: the local layer sees every earlier key", Mask()
+        for wrong in sorted({window // 2, 2 * window, *scanned} - {0, window - 1, window, window + 1}):
+            yield f"the window is {wrong} keys in place of {window}", Mask(window=wrong)
+    if not (mask.window or length):
+        words = f"the global layer is bounded to the window of {local} keys: its mask is a local layer's"
+        yield words, dataclasses.replace(mask, window=local)
+        for wrong in scanned:
+            yield f"the global layer is bounded to a window of {wrong} keys", dataclasses.replace(mask, window=wrong)
+
+
+def _other_segments(mask: Mask, scanned: Sequence[int]) -> Iterator[tuple[str, Mask]]:
+    """What a mask of segments, or a dilated one, may have become."""
+    length, step = mask.segment, mask.dilation
+    if step > 1:
+        words = f"the dilation is ignored: tokens see every key, not one in {step}"
+        yield words, dataclasses.replace(mask, dilation=1)
+    if length:
+        words = f"segments of {length} are ignored: tokens see keys before their own"
+        yield words, dataclasses.replace(mask, segment=0)
+        yield f"segments of {length} are taken for a window", dataclasses.replace(mask, segment=0, window=length)
+    for wrong in sorted({step - 1, step + 1, *scanned} - {0, 1, step}):
+        yield f"one key in {wrong} is seen in place of one in {step}", dataclasses.replace(mask, dilation=wrong)
+    for wrong in sorted({length - 1, length + 1, *scanned} - {0, length}) if length else ():
+        yield f"segments are {wrong} long in place of {length}", dataclasses.replace(mask, segment=wrong)
 
 
 def _cached_keys(keys: _Keys, window: int | None, chunk: int) -> Iterator[torch.Tensor]:

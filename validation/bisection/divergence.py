@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from transom.backends.runtime import Float
 from transom.errors import ArtifactError
-from transom.validation.bisection.attention import windows
+from transom.validation.bisection.attention import masks
 from transom.validation.bisection.context import LOGITS, Context, Site
 from transom.validation.bisection.mutations import hypotheses
 from transom.validation.bisection.recording import Recording, positions_of
@@ -141,7 +141,7 @@ def _explain(where: Site, difference: Difference, a: Recording, b: Recording, co
     # Of an encoder, some taps have fewer positions than others.
     every = positions_of(where.tap.name, a.calls)[: len(differs)]
     positions = every[differs]
-    longest = max((window for window in windows(context).values() if window), default=None)
+    longest = max((mask.reach for mask in masks(context).values() if mask.reach), default=None)
     pattern = describe_positions(positions, every, a.calls, longest)
     accepted = [trial for trial in tried if trial.error < UNEXPLAINED * share]
     if accepted:

@@ -9,7 +9,7 @@ import torch
 
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
-from transom.validation.bisection.attention import windows
+from transom.validation.bisection.attention import masks
 from transom.validation.bisection.context import Site
 from transom.validation.bisection.replay import Hypothesis, Replay, from_node
 from transom.validation.bisection.scalars import scalars_of
@@ -17,7 +17,8 @@ from transom.validation.bisection.scalars import scalars_of
 
 def of_rope(replay: Replay) -> Iterator[Hypothesis]:
     """Every hypothesis of a rotation."""
-    at, layers = replay.positions, windows(replay.context)
+    at = replay.positions
+    layers = {layer: mask.reach or None for layer, mask in masks(replay.context).items()}
     moved = {
         "RoPE's positions are one too large": at + 1,
         "RoPE's positions are one too small": at - 1,

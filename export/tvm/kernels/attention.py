@@ -19,6 +19,7 @@ from tvm.script import tirx as T
 
 from transom.export.tvm.kernels.arithmetic import exponential, hyperbolic_tangent, lane_sum
 from transom.export.tvm.kernels.tile import Tile, divisor, part
+from transom.graphs.ops import Mask
 
 BLOCK = 64
 """Keys whose scores are held at once."""
@@ -70,9 +71,9 @@ def soften(scores, best, top, total, shift, groups, place, lanes):  # type: igno
 
 @T.inline
 def visit(  # type: ignore[no-untyped-def]
-    number, Q, K, V, row, head, first, count, score, scores, top, total, out, groups, h, lanes, strip, keys
+    number, Q, K, V, row, head, first, count, rule, scores, top, total, out, groups, h, lanes, strip, keys
 ):
-    """Attend over `count` keys from `first` on; `number` reads K and V, `score` makes a score of a product."""
+    """Attend over `count` keys from `first` on, as far apart as the mask says; `number` reads K and V."""
     shift = T.alloc_buffer((groups,), "float32", scope="local")
     best = T.alloc_buffer((groups, lanes), "float32", scope="local")
     for block in T.serial((count + T.int64(BLOCK - 1)) // T.int64(BLOCK)):
@@ -94,13 +95,13 @@ def visit(  # type: ignore[no-untyped-def]
                             ] * number(
                                 K,
                                 head,
-                                first + T.min(block * BLOCK + quad * keys + key, count - 1),
+                                first + rule.apart(T.min(block * BLOCK + quad * keys + key, count - 1)),
                                 step * lanes + lane,
                             )
             for group in T.unroll(groups):
                 for key in T.unroll(keys):
                     if block * BLOCK + quad * keys + key < count:
-                        scores[group, quad * keys + key] = score(lane_sum(products, group * keys + key, lanes))
+                        scores[group, quad * keys + key] = rule.score(lane_sum(products, group * keys + key, lanes))
         soften(scores, best, top, total, shift, groups, group_itself, lanes)
         for wide in T.serial(h // (strip * lanes)):
             sums = T.alloc_buffer((groups * strip, lanes), "float32", scope="local")
@@ -116,7 +117,9 @@ def visit(  # type: ignore[no-untyped-def]
                         for lane in T.vectorized(lanes):
                             sums[group * strip + item, lane] = sums[group * strip + item, lane] + scores[
                                 group, key
-                            ] * number(V, head, first + block * BLOCK + key, (wide * strip + item) * lanes + lane)
+                            ] * number(
+                                V, head, first + rule.apart(block * BLOCK + key), (wide * strip + item) * lanes + lane
+                            )
             for group in T.unroll(groups):
                 for item in T.unroll(strip):
                     for lane in T.vectorized(lanes):
@@ -128,18 +131,39 @@ class Rule:
     """What a token sees, and how keys score.
 
     Attributes:
-        window: Keys that a token sees, at most S; 0 for all.
+        mask: Which of the earlier keys a token sees; its reach is at most S.
         scale: Factor of the scores.
         softcap: Bound on the scores; 0 for none.
         images: Whether the last position that each token sees is an input.
         sinks: Whether scores of every head that have no value are an input.
     """
 
-    window: int
+    mask: Mask
     scale: float
     softcap: float = 0.0
     images: bool = False
     sinks: bool = False
+
+    def first(self, position: Any) -> Any:
+        """Position of the first key that a token sees."""
+        oldest = T.max(position - T.int64(self.mask.window or 2**62) + 1, T.int64(0))
+        if self.mask.segment:
+            oldest = T.max(oldest, position - T.truncmod(position, T.int64(self.mask.segment)))
+        return self.aligned(oldest, position)
+
+    def aligned(self, oldest: Any, position: Any) -> Any:
+        """The first position from `oldest` on that is whole steps before a token's."""
+        step = self.mask.dilation
+        return oldest if step == 1 else oldest + T.truncmod(position - oldest, T.int64(step))
+
+    def apart(self, index: Any) -> Any:
+        """How far behind the first key the one with an index stands."""
+        return index if self.mask.dilation == 1 else index * T.int64(self.mask.dilation)
+
+    def steps(self, distance: Any) -> Any:
+        """How many keys a token sees over a distance, from the first one on; none if it is negative."""
+        step = self.mask.dilation
+        return distance if step == 1 else T.truncdiv(T.max(distance, T.int64(0)) + T.int64(step - 1), T.int64(step))
 
     def score(self, product: Any) -> Any:
         """The score of a product of a query and a key."""
@@ -170,7 +194,6 @@ def attend(heads: int, key_heads: int, h: int, rule: Rule, tile: Tile, *, single
     keys = divisor(4, max(1, tile.registers // 2 // groups))
     strip = divisor(h // lanes, keys)
     new = fresh(h)
-    reach = rule.window or 2**62
     loop = T.serial if single and key_heads == 1 else T.parallel
 
     def sinks_shape(m: Any) -> Any:
@@ -185,7 +208,10 @@ def attend(heads: int, key_heads: int, h: int, rule: Rule, tile: Tile, *, single
             row[0] = task // key_heads
             row[0] = T.if_then_else(row[0] % 2 == 0, row[0] // 2, m - 1 - row[0] // 2)
             first = T.alloc_buffer((1,), "int64", scope="local")
-            first[0] = T.max(start[()] + row[0] - T.int64(reach) + 1, T.int64(0))
+            first[0] = rule.first(start[()] + row[0])
+            # Among the new keys, counted from the first of them.
+            first_new = T.alloc_buffer((1,), "int64", scope="local")
+            first_new[0] = rule.aligned(T.max(first[0] - start[()], T.int64(0)), row[0])
             scores = T.alloc_buffer((groups, BLOCK), "float32", scope="local")
             top = T.alloc_buffer((groups,), "float32", scope="local")
             total = T.alloc_buffer((groups,), "float32", scope="local")
@@ -205,8 +231,8 @@ def attend(heads: int, key_heads: int, h: int, rule: Rule, tile: Tile, *, single
                 row[0],
                 task % key_heads,
                 T.truncmod(first[0], s),
-                start[()] - first[0],
-                rule.score,
+                rule.steps(start[()] - first[0]),
+                rule,
                 scores,
                 top,
                 total,
@@ -224,9 +250,9 @@ def attend(heads: int, key_heads: int, h: int, rule: Rule, tile: Tile, *, single
                 V,
                 row[0],
                 task % key_heads,
-                T.max(first[0] - start[()], T.int64(0)),
-                newest(row[0]) - T.max(first[0] - start[()], T.int64(0)),
-                rule.score,
+                first_new[0],
+                rule.steps(newest(row[0]) - first_new[0]),
+                rule,
                 scores,
                 top,
                 total,
