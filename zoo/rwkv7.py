@@ -215,7 +215,7 @@ class RWKV7(StackedDecoder):
         return self.norm(x_BTD), written
 
 
-# Class defaults of flash-linear-attention. Ranks have none here: its versions differ in them.
+# Class defaults of flash-linear-attention. What is absent here must be stated: its versions differ in it.
 _SIZES = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
@@ -223,7 +223,12 @@ _SIZES = {
     "head_dim": 64,
     "max_position_embeddings": 2048,
 }
-_RANKS = {
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
     "decay_rank": "decay_low_rank_dim",
     "rate_rank": "a_low_rank_dim",
     "value_rank": "v_low_rank_dim",
@@ -232,25 +237,19 @@ _RANKS = {
 
 
 def _read(text: Keys, outer: Keys) -> dict[str, Any]:
-    width, head_dim = (text.whole(key, _SIZES[key]) for key in ("hidden_size", "head_dim"))
-    if width % head_dim:
-        text.refuse("hidden_size", f"expected a multiple of head_dim, {head_dim}")
-    wider = text.number("hidden_ratio", 4.0) if text.get("hidden_ratio") is not None else 4.0
-    stated = text.get("intermediate_size") is not None
+    sizes = {field: text.whole(key, _SIZES.get(key, 0)) for field, key in _FIELDS.items()}
+    heads, rest = divmod(sizes["hidden_size"], sizes["head_dim"])
+    if rest:
+        text.refuse("hidden_size", f"expected a multiple of head_dim, {sizes['head_dim']}")
     values = text.get("value_dim")
-    if values is not None and {*(values if isinstance(values, list) else [values])} != {width}:
-        text.refuse("value_dim", f"only values as wide as the model, {width}, are supported")
+    if values is not None and {*(values if isinstance(values, list) else [values])} != {sizes["hidden_size"]}:
+        text.refuse("value_dim", f"only values as wide as the model, {sizes['hidden_size']}, are supported")
     return {
-        "vocab_size": text.whole("vocab_size", _SIZES["vocab_size"]),
-        "hidden_size": width,
-        "intermediate_size": text.whole("intermediate_size", 1) if stated else math.ceil(int(width * wider) / 32) * 32,
-        "num_heads": width // head_dim,
-        "num_kv_heads": width // head_dim,
-        "head_dim": head_dim,
+        **sizes,
+        "num_heads": heads,
+        "num_kv_heads": heads,
         "depth": text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"]),
         "norm_eps": text.number("norm_eps", 1e-5),
-        "context": text.whole("max_position_embeddings", _SIZES["max_position_embeddings"]),
-        **{field: text.whole(key, 0) for field, key in _RANKS.items()},
     }
 
 
@@ -258,13 +257,8 @@ def _write(config: RWKV7Config) -> dict[str, Any]:
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        **{key: getattr(config, field) for field, key in _FIELDS.items()},
         "num_hidden_layers": config.depth,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context,
-        **{key: getattr(config, field) for field, key in _RANKS.items()},
         "norm_eps": config.norm_eps,
         "hidden_act": "sqrelu",
         "attn": None,
@@ -285,13 +279,13 @@ _HUGGINGFACE = HuggingFaceFormat(
         "attn": (None,),
         "tie_word_embeddings": (False,),
     },
-    keys=frozenset({*_RANKS.values(), "intermediate_size", "hidden_ratio", "value_dim", "norm_eps"}),
-    # Of kernels, and of how many heads there would be without `head_dim`. Checkpoints bring code that imports
+    keys=frozenset({*_FIELDS.values(), "value_dim", "norm_eps"}),
+    # Of kernels, and what `head_dim` and `intermediate_size` say. Checkpoints bring code that imports
     # flash-linear-attention, as transformers has no such class.
     ignored=frozenset(
         {
-            "auto_map", "attn_mode", "num_heads", "fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy",
-            "use_l2warp",
+            "auto_map", "attn_mode", "num_heads", "hidden_ratio", "fuse_norm", "fuse_cross_entropy",
+            "fuse_linear_cross_entropy", "use_l2warp",
         }
     ),
     renames={"model.embeddings.": "model.embed_tokens."},
@@ -315,7 +309,7 @@ _PRESETS = (
     Preset(
         config=RWKV7Config(
             name="rwkv7-tiny", vocab_size=512, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=4,
-            head_dim=16, depth=3, decay_rank=32, rate_rank=32, value_rank=32, gate_rank=32, norm_eps=1e-5, context=512,
+            head_dim=16, depth=2, decay_rank=32, rate_rank=32, value_rank=32, gate_rank=32, norm_eps=1e-5, context=512,
         )
     ),
     _released("0.1b", "RWKV/RWKV7-Goose-World2.8-0.1B-HF", 768, 12, (64, 32, 128)),

@@ -175,7 +175,9 @@ def delta_rule(
         state_BNVH = state_BNVH * logs.exp() - (state_BNVH @ u.mT) @ replaced + v.mT @ k
         results = [q @ state_BNVH.mT]
     else:
-        for piece in zip(*(torch.split(tensor, DELTA_PIECE, 2) for tensor in (q, logs, k, v, u, replaced)), strict=True):
+        for piece in zip(
+            *(torch.split(tensor, DELTA_PIECE, 2) for tensor in (q, logs, k, v, u, replaced)), strict=True
+        ):
             rows, state_BNVH = _solve_piece(*piece, state_BNVH)
             results.append(rows)
     return torch.cat(results, 2).transpose(1, 2).to(values_BTNV.dtype).contiguous(), state_BNVH

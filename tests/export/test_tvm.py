@@ -292,7 +292,7 @@ class Odd(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
-        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
+        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).prod(-1)  # type: ignore[no-any-return]
 
 
 def request(cpu: str | None = None) -> tuple[Options, Progress]:

@@ -3,8 +3,8 @@
 All change their summaries in place. A head's state stays in the processor's nearest cache from token to token, so one
 token costs one pass over it, and a prompt no more a token than that.
 
-Axes: M new tokens, C channels, W taps, N heads, H numbers of a head, V of its values where those are others, G groups of
-heads, Z numbers of the state of each.
+Axes: M new tokens, C channels, W taps, N heads, H numbers of a head, V of its values, G groups of heads, Z numbers of
+the state of each.
 """
 
 # mypy: disable-error-code="untyped-decorator"
