@@ -17,8 +17,8 @@ from transom.zoo.config import DecoderConfig
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-LayerCache = tuple[torch.Tensor, ...]
-"""What one layer keeps: keys and values, each [B, K, S, H], or its summaries."""
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [B, K, S, H]."""
 
 Rotation = tuple[torch.Tensor, ...]
 """Cosines and sines of the new tokens' angles, each [T, H / 2]; those of keys follow where they are others."""

@@ -65,9 +65,10 @@ class RWKV7Config(DecoderConfig):
     @property
     def layers(self) -> tuple[SummaryLayer, ...]:
         """What every layer keeps: a row before each half, and the state."""
-        shift, H = {"rows": 1, "width": self.hidden_size}, self.head_dim
+        H = self.head_dim
         state = summary("state", dtype="float32", heads=self.num_heads, values=H, width=H)
-        return (SummaryLayer(summaries=(summary("shift", **shift), state, summary("mlp_shift", **shift))),) * self.depth
+        before, mlp_before = (summary(name, rows=1, width=self.hidden_size) for name in ("shift", "mlp_shift"))
+        return (SummaryLayer(summaries=(before, state, mlp_before)),) * self.depth
 
 
 class Shift(nn.Module):
@@ -81,11 +82,13 @@ class Shift(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`activation(x A) B + bias`, where A and B meet in few numbers."""
+    """`activation(x A) B + bias`, where A and B meet in few numbers; random biases lie around a value."""
 
-    def __init__(self, width: int, rank: int, activation: nn.Module, *, bias: bool = True) -> None:
+    def __init__(self, width: int, rank: int, activation: nn.Module, *, bias: bool = True, around: float = 0.0) -> None:
         super().__init__()
-        self.lora = nn.Sequential(nn.Linear(width, rank, bias=False), activation, nn.Linear(rank, width, bias=bias))
+        out: Any = nn.Linear(rank, width, bias=bias)
+        out.neutral = {"bias": around}
+        self.lora = nn.Sequential(nn.Linear(width, rank, bias=False), activation, out)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         out_BTD: torch.Tensor = self.lora(x_BTD)
@@ -122,9 +125,8 @@ class TimeMix(Shift):
         self.k_k, self.k_a = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
         self.r_k = nn.Parameter(torch.zeros(N, H))
         self.r_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
-        self.w_lora = LowRank(D, config.decay_rank, nn.Tanh())
         # Decays of 0.97, so that random states reach back over some tens of tokens.
-        self.w_lora.lora[2].neutral = {"bias": -3.0}
+        self.w_lora = LowRank(D, config.decay_rank, nn.Tanh(), around=-3.0)
         self.v_lora = LowRank(D, config.value_rank, nn.Identity()) if index else None
         self.a_lora = LowRank(D, config.rate_rank, nn.Identity())
         self.g_lora = LowRank(D, config.gate_rank, nn.Sigmoid(), bias=False)
@@ -188,8 +190,8 @@ class Layer(nn.Module):
         self.attn, self.ffn = TimeMix(config, index), ChannelMix(config)
 
     def forward(
-        self, x_BTD: torch.Tensor, first_BTD: torch.Tensor | None, start: torch.Tensor, cache: LayerCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor, LayerCache]:
+        self, x_BTD: torch.Tensor, first_BTD: torch.Tensor | None, start: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         before, state, mlp_before = (None, None, None) if cache is None else cache
         x_BTD = x_BTD if self.pre_norm is None else self.pre_norm(x_BTD)
         mixed_BTD, first_BTD, before, state = self.attn(self.attn_norm(x_BTD), first_BTD, start, before, state)

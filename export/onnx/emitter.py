@@ -278,8 +278,9 @@ class Emitter:
             for values in (given, results)
         )
         body = helper.make_graph(nodes, name, inputs, outputs)
-        axes = {"scan_input_axes": [axis] * len(rows), "scan_output_axes": [axis]}
-        after, stacked = self.op("Scan", before, *rows, outputs=2, body=body, num_scan_inputs=len(rows), **axes)
+        count = len(rows)
+        axes: dict[str, Any] = {"scan_input_axes": [axis] * count, "scan_output_axes": [axis]}
+        after, stacked = self.op("Scan", before, *rows, outputs=2, body=body, num_scan_inputs=count, **axes)
         return after, stacked
 
     def _inner(self, make: Callable[[], Sequence[str]], names: Sequence[str]) -> list[onnx.NodeProto]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -175,24 +176,16 @@ def delta_rule(
         state_BNVH = state_BNVH * logs.exp() - (state_BNVH @ u.mT) @ replaced + v.mT @ k
         results = [q @ state_BNVH.mT]
     else:
-        for piece in zip(
-            *(torch.split(tensor, DELTA_PIECE, 2) for tensor in (q, logs, k, v, u, replaced)), strict=True
-        ):
-            rows, state_BNVH = _solve_piece(*piece, state_BNVH)
+        pieces = (torch.split(tensor, DELTA_PIECE, 2) for tensor in (q, logs, k, v, u, replaced))
+        for piece in zip(*pieces, strict=True):
+            rows, state_BNVH = _solve_piece(state_BNVH, piece)
             results.append(rows)
     return torch.cat(results, 2).transpose(1, 2).to(values_BTNV.dtype).contiguous(), state_BNVH
 
 
-def _solve_piece(
-    q: torch.Tensor,
-    logs: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    u: torch.Tensor,
-    replaced: torch.Tensor,
-    state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _solve_piece(state: torch.Tensor, piece: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Results [B, N, t, V] and state of a few tokens, of which a channel's decays from each to each are at hand."""
+    q, logs, k, v, u, replaced = piece
     tokens = q.shape[2]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
     # From token s to token t, as sums of what lies between them; to the token before t, for what is there when t comes.
