@@ -4,7 +4,7 @@ Precondition: a graph as it was traced. Passes that replace a node replace it am
 there from the start outlive every fusion.
 Rewrite: taps after the embedding, every norm, projection and rotation, attention (what the output projection reads),
 the MLP's product of gate and up or its one activation, every mixture of experts, every average over positions, every
-convolution and state space, and every residual add, in the order of execution. Names are module paths.
+convolution, state space and delta rule, and every residual add, in the order of execution. Names are module paths.
 Skips: projections that an activation reads (a fusion may make one call of both), what is inside of a mixture of experts
 (of which only the chosen are computed later), and the head: its logits are returned
 anyway. A tap keeps `SelectLogits` from moving above it, so with taps the last layer's MLP and the final
@@ -166,7 +166,7 @@ def _averages(graph: Graph) -> Iterator[_Site]:
 
 def _summaries(graph: Graph) -> Iterator[_Site]:
     """What a call computes with a summary, beside the summary itself."""
-    names = {ops.CAUSAL_CONVOLUTION: "convolution", ops.STATE_SPACE: "state_space"}
+    names = {ops.CAUSAL_CONVOLUTION: "convolution", ops.STATE_SPACE: "state_space", ops.DELTA_RULE: "delta_rule"}
     for node in graph.calls(*names):
         result = next(user for user in node.users if user.args[1] == 0)
         yield result, f"{_path(node)}.{names[node.target]}", names[node.target]
@@ -266,13 +266,19 @@ def _residuals(graph: Graph, sites: list[_Site]) -> Iterator[_Site]:
             if is_call(node, aten.mul.Tensor) and all(side is stream or _is_number(side) for side in node.args[:2]):
                 following = node
                 break
+            # A norm that alone reads the embedding.
+            if is_call(node, aten.layer_norm.default) and len([*_readers(stream)]) == 1 and stream is starts[0]:
+                following = node
+                break
         stream = following
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """What reads a node, itself or after a cast."""
+    """What reads a node's numbers, itself or after a cast."""
     for user in node.users:
         if is_call(user, *CASTS):
-            yield from _readers(user)
-        else:
+            # What is cast to its dtype is another value.
+            if user.args[0] is node:
+                yield from _readers(user)
+        elif not is_call(user, aten._assert_tensor_metadata.default, aten.sym_size.int):
             yield user

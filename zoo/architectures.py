@@ -28,6 +28,7 @@ ARCHITECTURES = (
     "cohere2",
     "smollm3",
     "mamba2",
+    "rwkv7",
     "gpt_oss",
     "adaptive",
     "longnet",

@@ -399,7 +399,7 @@ def _refuse_packed(keys: Keys, form: HuggingFaceFormat) -> None:
 
 
 def _refuse_unsupported(keys: Keys, form: HuggingFaceFormat) -> None:
-    if "auto_map" in keys.values:
+    if "auto_map" in keys.values and "auto_map" not in form.ignored:
         keys.refuse("auto_map", "the checkpoint brings model code of its own, which is not supported")
     for key, allowed in {**_SUPPORTED, **form.supported}.items():
         if key in keys.values and key not in form.keys and not any(_same(keys.values[key], value) for value in allowed):

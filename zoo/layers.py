@@ -142,19 +142,21 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean(x)) / deviation(x) * weight`, computed in float32, without a bias (arXiv 1607.06450).
+    """`(x - mean(x)) / deviation(x) * weight + bias`, computed in float32 (arXiv 1607.06450).
 
     Attributes:
         neutral: As of `RMSNorm`.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
         self.eps, self.neutral = eps, {"weight": 1.0}
         self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps).type_as(x)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.eps).type_as(x)
 
 
 class GatedMLP(nn.Module):

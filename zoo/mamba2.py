@@ -266,9 +266,6 @@ _HYBRID = "mamba2_attention"
 
 def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     sizes = {field: text.whole(key, _SIZES[key]) for field, key in _FIELDS.items()}
-    tied = text.values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        text.refuse("tie_word_embeddings", "expected true or false")
     attention: dict[str, Any] = {}
     if text.get("model_type") == _HYBRID:
         attention = {field: text.whole(key, 0) for field, key in _ATTENTION.items()}
@@ -279,7 +276,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **sizes,
         **attention,
-        "tied": tied,
+        "tied": text.flag("tie_word_embeddings", False),
         "intermediate_size": text.whole("expand", _SIZES["expand"]) * sizes["hidden_size"],
         "depth": text.whole("num_hidden_layers", _SIZES["num_hidden_layers"], LARGEST["num_layers"]),
         "norm_eps": text.number("layer_norm_epsilon", 1e-5),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -229,7 +229,7 @@ class Emitter:
         self._counts["branch"] += 1
         name = f"branch_{self._counts['branch']}"
         value = helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], [None] * rank)
-        return helper.make_graph(self._inner(make, name), name, [], [value])
+        return helper.make_graph(self._inner(lambda: [make()], [name]), name, [], [value])
 
     def loop(self, count: str, before: str, make: Callable[[str, str], str], like: torch.Tensor) -> str:
         """A value after a number of steps, of which each may use all that stands before the loop.
@@ -243,7 +243,7 @@ class Emitter:
         self._counts["step"] += 1
         name = f"step_{self._counts['step']}"
         names = {part: f"{name}.{part}" for part in ("number", "before", "goes_on")}
-        nodes = self._inner(lambda: make(names["number"], names["before"]), name)
+        nodes = self._inner(lambda: [make(names["number"], names["before"])], [name])
         kinds = {"number": TensorProto.INT64, "goes_on": TensorProto.BOOL, "before": ELEMENT_TYPES[like.dtype]}
         number, goes_on, value = (
             helper.make_tensor_value_info(names[part], kind, [None] * like.dim() if part == "before" else [])
@@ -255,12 +255,43 @@ class Emitter:
         body = helper.make_graph(nodes, name, [number, goes_on, value], [still, after])
         return str(self.op("Loop", count, "", before, body=body))
 
-    def _inner(self, make: Callable[[], str], name: str) -> list[onnx.NodeProto]:
-        """Nodes of an inner graph, whose result has this name."""
+    def scan(
+        self, before: str, rows: Sequence[str], make: Callable[..., tuple[str, str]], *, axis: int, rank: int
+    ) -> tuple[str, str]:
+        """A float32 value after steps along an axis, and what every step gave, on the same axis.
+
+        Args:
+            before: The value before the first step.
+            rows: Float32 values that are stepped along.
+            make: Adds the nodes of a step, given the value before it and each of `rows` without the axis, and returns
+                the value after it and what it gives.
+            axis: Of `rows`, and of the result.
+            rank: Number of axes of the value, and of what a step takes and gives.
+        """
+        self._counts["scan"] += 1
+        name = f"scan_{self._counts['scan']}"
+        given = [f"{name}.{part}" for part in ("before", *range(len(rows)))]
+        results = [f"{name}.after", f"{name}.row"]
+        nodes = self._inner(lambda: make(*given), results)
+        inputs, outputs = (
+            [helper.make_tensor_value_info(value, TensorProto.FLOAT, [None] * rank) for value in values]
+            for values in (given, results)
+        )
+        body = helper.make_graph(nodes, name, inputs, outputs)
+        count = len(rows)
+        axes: dict[str, Any] = {"scan_input_axes": [axis] * count, "scan_output_axes": [axis]}
+        after, stacked = self.op("Scan", before, *rows, outputs=2, body=body, num_scan_inputs=count, **axes)
+        return after, stacked
+
+    def _inner(self, make: Callable[[], Sequence[str]], names: Sequence[str]) -> list[onnx.NodeProto]:
+        """Nodes of an inner graph, whose results have these names."""
         outer = self._nodes, dict(self._names), dict(self.flat), dict(self._memo)
         self._nodes = []
-        result = make()
-        nodes = [*self._nodes, helper.make_node("Identity", [result], [name], name=name)]
+        results = make()
+        nodes = self._nodes + [
+            helper.make_node("Identity", [result], [name], name=name)
+            for result, name in zip(results, names, strict=True)
+        ]
         self._nodes, self._names, self.flat, self._memo = outer
         return nodes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,16 @@ def _permute(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Transpose", emitter.value(node.args[0]), perm=[int(axis) for axis in node.args[1]]))
 
 
-@ENCODERS.lowers(aten.mean.dim)
-def _mean(emitter: Emitter, node: Node) -> str:
-    x, axes, *keep = node.args
-    return str(emitter.op("ReduceMean", emitter.value(x), emitter.constant(np.array(axes)), keepdims=int(any(keep))))
+def _reduced(kind: str) -> Any:
+    def lower(emitter: Emitter, node: Node) -> str:
+        x, axes, *keep = node.args
+        return str(emitter.op(kind, emitter.value(x), emitter.constant(np.array(axes)), keepdims=int(any(keep))))
+
+    return lower
+
+
+ENCODERS.lowers(aten.mean.dim)(_reduced("ReduceMean"))
+ENCODERS.lowers(aten.sum.dim_IntList)(_reduced("ReduceSum"))
 
 
 @ENCODERS.lowers(aten.matmul.default)

@@ -66,6 +66,7 @@ for _target, _kind in (
     (aten.floor.default, "Floor"),
     (aten.tanh.default, "Tanh"),
     (aten.sigmoid.default, "Sigmoid"),
+    (aten.relu.default, "Relu"),
 ):
     SHARED.lowers(_target)(_unary(_kind))
 
@@ -169,13 +170,15 @@ def _silu(emitter: Emitter, node: Node) -> str:
 @SHARED.lowers(aten.layer_norm.default)
 def _layer_norm(emitter: Emitter, node: Node) -> str:
     """In float32, as torch computes it."""
-    x, shape, weight, *rest = node.args
-    bias, epsilon = (*rest, *(None, 1e-5)[len(rest) :])[:2]
+    x, shape, *rest = node.args
+    weight, bias, epsilon = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
     inputs = [
         cast(emitter, emitter.value(value), value.meta["val"].dtype, torch.float32)
         for value in (x, weight, bias)
         if value is not None
     ]
+    if weight is None:
+        inputs.insert(1, emitter.constant(np.ones(tuple(map(int, shape)), np.float32)))
     normed = emitter.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=epsilon)
     return cast(emitter, normed, torch.float32, node.meta["val"].dtype)
 

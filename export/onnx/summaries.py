@@ -1,4 +1,4 @@
-"""What keeps a summary in place of positions, in standard operators: a causal convolution and a state space.
+"""What keeps a summary in place of positions, in standard operators.
 
 A runtime may give a summary's input and output one memory. So an input is read once, by the `Where` that takes it for
 zeros at position 0, and all else follows from that.
@@ -80,6 +80,45 @@ def _state_space(emitter: Emitter, node: Node) -> list[str]:
     after = emitter.op("Mul", last_token(reached), before)
     after = emitter.op("Add", after, emitter.op("MatMul", added, keys_BNTZ))
     y = emitter.op("Transpose", y, perm=[0, 2, 1, 3])
+    return [cast(emitter, y, torch.float32, node.meta["val"][0].dtype), after]
+
+
+@SUMMARIES.lowers(ops.TOKEN_SHIFT)
+def _token_shift(emitter: Emitter, node: Node) -> list[str]:
+    x, before, _ = node.args
+    rows = emitter.op("Concat", _kept(emitter, before), emitter.value(x), axis=1)
+    first, last, axis = (emitter.constant(np.array([value])) for value in (0, -1, 1))
+    return [emitter.op("Slice", rows, first, last, axis), emitter.op("Slice", rows, last, emitter.constant(_END), axis)]
+
+
+@SUMMARIES.lowers(ops.DELTA_RULE)
+def _delta_rule(emitter: Emitter, node: Node) -> list[str]:
+    """Token by token."""
+    queries, logs, keys, values, removals, rates, state, _ = node.args
+    column, row = (emitter.constant(np.array([axis])) for axis in (-1, -2))
+
+    def spread(value: str, axis: str) -> str:
+        return str(emitter.op("Unsqueeze", value, axis))
+
+    removal = _wide(emitter, removals)
+    length = emitter.op("ReduceL2", removal, column, keepdims=1)
+    removal = emitter.op("Div", removal, emitter.op("Max", length, emitter.number(ops.LEAST_NORM, torch.float32)))
+    negative = emitter.op("Neg", emitter.op("Mul", removal, _wide(emitter, rates)))
+    rows = (
+        spread(_wide(emitter, queries), column),
+        spread(emitter.op("Exp", _wide(emitter, logs)), row),
+        spread(removal, column),
+        spread(_wide(emitter, values), column),
+        emitter.op("Concat", spread(_wide(emitter, keys), row), spread(negative, row), axis=-2),
+    )
+
+    def step(before: str, query: str, decay: str, removal: str, value: str, places: str) -> tuple[str, str]:
+        put = emitter.op("Concat", value, emitter.op("MatMul", before, removal), axis=-1)
+        after = emitter.op("Add", emitter.op("Mul", before, decay), emitter.op("MatMul", put, places))
+        return after, emitter.op("MatMul", after, query)
+
+    after, y = emitter.scan(_kept(emitter, state), rows, step, axis=1, rank=4)
+    y = emitter.op("Squeeze", y, column)
     return [cast(emitter, y, torch.float32, node.meta["val"][0].dtype), after]
 
 

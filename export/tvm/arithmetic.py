@@ -31,9 +31,19 @@ def _arange(emitter: Emitter, node: Node) -> Any:
 def _operand(emitter: Emitter, node: Node, value: Any) -> Any:
     if not is_node(value):
         return relax.const(value, dtype_name(node.meta["val"].dtype))
-    if emitter.is_batched(value) and value.meta["val"].dim() > 3 and value.meta["val"].shape != node.meta["val"].shape:
-        raise emitter.refuse(node, "heads are spread over an axis that rows do not have")
-    return emitter.value(value)
+    return _whole(emitter, value) if _is_spread(node) else emitter.value(value)
+
+
+def _is_spread(node: Node) -> bool:
+    """Whether a number of a head, say, is taken for all of its numbers, which rows alone do not tell."""
+    shape = node.meta["val"].shape
+    return len(shape) > 3 and any(value.meta["val"].shape not in ((), shape) for value in node.all_input_nodes)
+
+
+def _spread(emitter: Emitter, node: Node, value: Any) -> Any:
+    """Emit what was computed of `_operand`s."""
+    result = emitter.builder.emit(value)
+    return _held(emitter, node, result) if _is_spread(node) else result
 
 
 def _binary(operation: Any) -> Any:
@@ -41,7 +51,7 @@ def _binary(operation: Any) -> Any:
         left, right = (_operand(emitter, node, value) for value in node.args[:2])
         if (alpha := node.kwargs.get("alpha", 1)) != 1:
             right = relax.op.multiply(right, relax.const(alpha, dtype_name(node.meta["val"].dtype)))
-        return emitter.builder.emit(operation(left, right))
+        return _spread(emitter, node, operation(left, right))
 
     return lower
 
@@ -69,6 +79,7 @@ for _target, _operation in (
     (aten.floor.default, relax.op.floor),
     (aten.sigmoid.default, relax.op.sigmoid),
     (aten.silu.default, relax.op.nn.silu),
+    (aten.relu.default, relax.op.nn.relu),
 ):
     ARITHMETIC.lowers(_target)(_unary(_operation))
 
@@ -117,7 +128,7 @@ def _less(emitter: Emitter, node: Node) -> Any:
 
 @ARITHMETIC.lowers(aten.where.self)
 def _where(emitter: Emitter, node: Node) -> Any:
-    return emitter.builder.emit(relax.op.where(*(_operand(emitter, node, value) for value in node.args)))
+    return _spread(emitter, node, relax.op.where(*(_operand(emitter, node, value) for value in node.args)))
 
 
 @ARITHMETIC.lowers(aten.to.dtype, aten._to_copy.default)
@@ -161,10 +172,16 @@ def _permute(emitter: Emitter, node: Node) -> Any:
     return _held(emitter, node, emitter.builder.emit(relax.op.permute_dims(_whole(emitter, x), list(axes))))
 
 
-@ARITHMETIC.lowers(aten.mean.dim)
-def _mean(emitter: Emitter, node: Node) -> Any:
-    x, axes, *_ = node.args
-    return _held(emitter, node, emitter.builder.emit(relax.op.mean(_whole(emitter, x), list(axes))))
+def _reduced(operation: Any) -> Any:
+    def lower(emitter: Emitter, node: Node) -> Any:
+        x, axes, *_ = node.args
+        return _held(emitter, node, emitter.builder.emit(operation(_whole(emitter, x), list(axes))))
+
+    return lower
+
+
+ARITHMETIC.lowers(aten.mean.dim)(_reduced(relax.op.mean))
+ARITHMETIC.lowers(aten.sum.dim_IntList)(_reduced(relax.op.sum))
 
 
 @ARITHMETIC.lowers(aten.transpose.int)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from tvm import relax
+
 from transom.export.lowering import Table
 from transom.export.tvm.arithmetic import ARITHMETIC
 from transom.export.tvm.emitter import Emitter
@@ -21,13 +24,15 @@ TABLE = Table(ARITHMETIC | PRODUCTS)
 def _layer_norm(emitter: Emitter, node: Node) -> Any:
     x, shape, *rest = node.args
     weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
-    if len(shape) != 1 or x.meta["val"].dim() != 3 or weight is None:
-        raise emitter.refuse(node, "rows are normalised, with a weight")
-    h, biased = emitter.width(x), bias is not None
+    if len(shape) != 1 or x.meta["val"].dim() < 3:
+        raise emitter.refuse(node, "rows are normalised, or the heads in them")
+    h, biased = int(shape[0]), bias is not None
+    heads = emitter.width(x) // h
+    factors = relax.const(np.ones(h, np.float32)) if weight is None else emitter.value(weight)
     (result,) = emitter.call(
-        ("layer_norm", h, eps, biased),
-        lambda: rows.layer_norm(h, eps, emitter.tile, biased=biased),
-        [emitter.value(value) for value in (x, weight, bias if biased else weight)],
+        ("layer_norm", heads, h, eps, biased),
+        lambda: rows.layer_norm(heads, h, eps, emitter.tile, biased=biased),
+        [emitter.value(x), factors, emitter.value(bias) if biased else factors],
         emitter.shape(node),
     )
     return result
@@ -165,5 +170,32 @@ def _state_space(emitter: Emitter, node: Node) -> list[Any]:
         lambda: summaries.state_space(heads, h, groups, z, emitter.tile),
         [emitter.value(value) for value in node.args],
         emitter.shape(x),
+        in_place=(6,),
+    )
+
+
+@TABLE.lowers(ops.TOKEN_SHIFT)
+def _token_shift(emitter: Emitter, node: Node) -> list[Any]:
+    x = node.args[0]
+    channels, single = emitter.width(x), emitter.is_single(x)
+    return emitter.call(
+        ("shift", channels, single),
+        lambda: summaries.token_shift(channels, emitter.tile, single=single),
+        [emitter.value(value) for value in node.args],
+        emitter.shape(x),
+        in_place=(1,),
+    )
+
+
+@TABLE.lowers(ops.DELTA_RULE)
+def _delta_rule(emitter: Emitter, node: Node) -> list[Any]:
+    keys, values = node.args[2:4]
+    heads, h = (int(size) for size in keys.meta["val"].shape[2:])
+    v = int(values.meta["val"].shape[3])
+    return emitter.call(
+        ("delta", heads, h, v),
+        lambda: summaries.delta_rule(heads, h, v, emitter.tile),
+        [emitter.value(value) for value in node.args],
+        emitter.shape(values),
         in_place=(6,),
     )

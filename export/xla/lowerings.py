@@ -35,7 +35,12 @@ DTYPES: dict[torch.dtype, Any] = {
 
 TABLE = Table()
 
-COUNTED = frozenset({ops.WRITE_CACHE, ops.ATTENTION, ops.ATTEND, ops.CAUSAL_CONVOLUTION, ops.STATE_SPACE})
+COUNTED = frozenset(
+    {
+        ops.WRITE_CACHE, ops.ATTENTION, ops.ATTEND, ops.CAUSAL_CONVOLUTION, ops.STATE_SPACE, ops.TOKEN_SHIFT,
+        ops.DELTA_RULE,
+    }
+)  # fmt: skip
 """Operations that must know how many of the new tokens are no padding; their lowerings take it as `count`."""
 
 
@@ -73,6 +78,7 @@ for _target, _function in (
     (aten.tanh.default, jnp.tanh),
     (aten.sigmoid.default, jax.nn.sigmoid),
     (aten.silu.default, jax.nn.silu),
+    (aten.relu.default, jax.nn.relu),
     (aten.softplus.default, jax.nn.softplus),
 ):
     TABLE.lowers(_target)(_rounded_once(_function))
@@ -137,6 +143,11 @@ def _flatten(x: jax.Array, first: int = 0, last: int = -1) -> jax.Array:
 @TABLE.lowers(aten.mean.dim)
 def _mean(x: jax.Array, axes: Sequence[int], keepdim: bool = False) -> jax.Array:
     return jnp.mean(x, tuple(axes), dtype=jnp.float32, keepdims=keepdim).astype(x.dtype)
+
+
+@TABLE.lowers(aten.sum.dim_IntList)
+def _sum(x: jax.Array, axes: Sequence[int], keepdim: bool = False) -> jax.Array:
+    return jnp.sum(x, tuple(axes), dtype=jnp.float32, keepdims=keepdim).astype(x.dtype)
 
 
 @TABLE.lowers(aten.split_with_sizes.default)
@@ -254,6 +265,8 @@ TABLE.lowers(ops.ATTEND)(attention.attend)
 TABLE.lowers(ops.FULL_ATTENTION)(attention.attend_fully)
 TABLE.lowers(ops.CAUSAL_CONVOLUTION)(summaries.causal_convolution)
 TABLE.lowers(ops.STATE_SPACE)(summaries.state_space)
+TABLE.lowers(ops.TOKEN_SHIFT)(summaries.token_shift)
+TABLE.lowers(ops.DELTA_RULE)(summaries.delta_rule)
 
 
 @TABLE.lowers(ops.ATTENTION)

@@ -1,4 +1,4 @@
-"""What keeps a summary in place of positions, in jax: a causal convolution and a state space, all in float32.
+"""What keeps a summary in place of positions, in jax, all in float32.
 
 What follows the first `count` tokens is padding, and leaves no trace in what is kept.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from transom.graphs.ops import PIECE
+from transom.graphs.ops import LEAST_NORM, PIECE
 
 
 def causal_convolution(
@@ -71,6 +71,47 @@ def state_space(
             state = reached[:, :, -1:] * state + added
         y = jnp.concatenate(results, 2) + skip_N.astype(jnp.float32)[:, None, None] * x
     return y.swapaxes(1, 2).astype(x_BTNH.dtype), state
+
+
+def token_shift(
+    x_BTC: jax.Array, before_B1C: jax.Array, start: jax.Array, *, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`graphs.ops.token_shift`."""
+    rows = jnp.concatenate((_kept(before_B1C, start), x_BTC), 1)
+    return rows[:, :-1], jax.lax.dynamic_slice_in_dim(rows, count, 1, 1)
+
+
+def delta_rule(
+    queries_BTNH: jax.Array,
+    logs_BTNH: jax.Array,
+    keys_BTNH: jax.Array,
+    values_BTNV: jax.Array,
+    removals_BTNH: jax.Array,
+    rates_BTNH: jax.Array,
+    state_BNVH: jax.Array,
+    start: jax.Array,
+    *,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`graphs.ops.delta_rule`, token by token; padding has no decay, no value and no removal."""
+    valid_T111 = (jnp.arange(queries_BTNH.shape[1]) < count)[:, None, None, None]
+    q, logs, k, v, u, rates = (
+        value.astype(jnp.float32).swapaxes(0, 1)
+        for value in (queries_BTNH, logs_BTNH, keys_BTNH, values_BTNV, removals_BTNH, rates_BTNH)
+    )
+    u = u / jnp.maximum(jnp.linalg.norm(u, axis=-1, keepdims=True), LEAST_NORM)
+    decays, k, replaced = jnp.exp(jnp.where(valid_T111, logs, 0)), k * valid_T111, u * rates * valid_T111
+
+    def step(state: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        query, decay, key, value, removal, share = rows
+        found = (state @ removal[..., None])[..., 0]
+        put = value[..., None] * key[..., None, :] - found[..., None] * share[..., None, :]
+        state = state * decay[..., None, :] + put
+        return state, (state @ query[..., None])[..., 0]
+
+    with jax.default_matmul_precision("highest"):
+        state, y = jax.lax.scan(step, _kept(state_BNVH, start), (q, decays, k, v, u, replaced))
+    return y.swapaxes(0, 1).astype(values_BTNV.dtype), state
 
 
 def _kept(state: jax.Array, start: jax.Array) -> jax.Array:

@@ -46,7 +46,19 @@ from transom.graphs.ops.quantized import (
     linear_quantized,
     round_activations,
 )
-from transom.graphs.ops.summaries import CAUSAL_CONVOLUTION, PIECE, STATE_SPACE, causal_convolution, state_space
+from transom.graphs.ops.summaries import (
+    CAUSAL_CONVOLUTION,
+    DELTA_PIECE,
+    DELTA_RULE,
+    LEAST_NORM,
+    PIECE,
+    STATE_SPACE,
+    TOKEN_SHIFT,
+    causal_convolution,
+    delta_rule,
+    state_space,
+    token_shift,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -56,11 +68,14 @@ __all__ = [
     "BODIES",
     "CAUSAL_CONVOLUTION",
     "CLAMPED_SWIGLU",
+    "DELTA_PIECE",
+    "DELTA_RULE",
     "EMBEDDING_QUANTIZED",
     "EXPERTS",
     "EXPERTS_QUANTIZED",
     "FULL_ATTENTION",
     "GATED",
+    "LEAST_NORM",
     "LINEAR_QUANTIZED",
     "PIECE",
     "RMS_NORM",
@@ -69,11 +84,13 @@ __all__ = [
     "STATE_SPACE",
     "SWIGLU_LIMIT",
     "SWIGLU_SLOPE",
+    "TOKEN_SHIFT",
     "WRITE_CACHE",
     "Mask",
     "add_rms_norm",
     "attend",
     "causal_convolution",
+    "delta_rule",
     "embedding_quantized",
     "experts",
     "experts_quantized",
@@ -86,6 +103,7 @@ __all__ = [
     "seen",
     "slot_positions",
     "state_space",
+    "token_shift",
     "visible",
     "write_cache",
 ]

@@ -1,15 +1,23 @@
-"""What layers without attention keep: the last inputs of a convolution, the state of a state space."""
+"""What layers without attention keep: the last inputs of a convolution, the state of a state space or a delta rule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from transom.graphs.ops.operation import differentiate, operation
 
 PIECE = 64
 """Tokens that are scanned at once: within a piece the work grows with their square, from piece to piece in a line."""
+
+DELTA_PIECE = 16
+"""The same of a delta rule, where every channel has decays of its own, so that memory too grows with the square."""
+
+LEAST_NORM = 1e-12
+"""What a shorter vector is divided by in place of its length, as `torch.nn.functional.normalize` does."""
 
 
 def _kept(state: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
@@ -106,8 +114,111 @@ def _(x_BTNH: torch.Tensor, _: Any, __: Any, keys_BTGZ: torch.Tensor, *___: Any)
     return x_BTNH.new_empty(x_BTNH.shape), state
 
 
+@operation
+def token_shift(
+    x_BTC: torch.Tensor, before_B1C: torch.Tensor | None, start: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every token the row of the one before it; also the last row, to be kept.
+
+    What was kept before position 0, or where nothing is, counts as zeros.
+    """
+    before_B1C = torch.zeros_like(x_BTC[:, :1]) if before_B1C is None else _kept(before_B1C, start)
+    return torch.cat((before_B1C, x_BTC[:, :-1]), 1), x_BTC[:, -1:].clone()
+
+
+@token_shift.register_fake
+def _(x_BTC: torch.Tensor, _: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty((x_BTC.shape[0], 1, x_BTC.shape[2]))
+
+
+@operation
+def delta_rule(
+    queries_BTNH: torch.Tensor,
+    logs_BTNH: torch.Tensor,
+    keys_BTNH: torch.Tensor,
+    values_BTNV: torch.Tensor,
+    removals_BTNH: torch.Tensor,
+    rates_BTNH: torch.Tensor,
+    state_BNVH: torch.Tensor | None,
+    start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RWKV-7's delta rule: token by token `state = state (diag(w) - u^T (a u)) + v^T k`, `y = state q`.
+
+    Source: arXiv 2503.14456, section 4.1. u is the removal divided by its length, head by head, a the rate and
+    w = exp(log). What the state says of u is taken away, as far as the rates say, before the value is put at the key.
+    All is computed in float32. A piece of tokens is solved at once: what each finds at its removal depends on what the
+    tokens before it found, which is a triangular system (arXiv 2406.06484, section 3, with decays).
+
+    Args:
+        queries_BTNH: What of the state a token reads.
+        logs_BTNH: Logarithms of the decays, up to 0.
+        keys_BTNH: What of the state a value goes to.
+        values_BTNV: Inputs.
+        removals_BTNH: What of the state is replaced; of any length.
+        rates_BTNH: Share of it that is replaced.
+        state_BNVH: Float32 state after the tokens before; None for none.
+        start: Position of the first token; the state counts as zeros at position 0.
+
+    Returns:
+        [B, T, N, V], and the state after the last token.
+    """
+    q, logs, k, v, u, rates = (
+        tensor.float().transpose(1, 2)
+        for tensor in (queries_BTNH, logs_BTNH, keys_BTNH, values_BTNV, removals_BTNH, rates_BTNH)
+    )
+    if state_BNVH is None:
+        state_BNVH = v.new_zeros(*v.shape[:2], v.shape[3], k.shape[3])
+    state_BNVH = _kept(state_BNVH, start)
+    u = nn.functional.normalize(u, dim=-1, eps=LEAST_NORM)
+    replaced = u * rates
+    results = []
+    if q.shape[2] == 1:
+        state_BNVH = state_BNVH * logs.exp() - (state_BNVH @ u.mT) @ replaced + v.mT @ k
+        results = [q @ state_BNVH.mT]
+    else:
+        pieces = (torch.split(tensor, DELTA_PIECE, 2) for tensor in (q, logs, k, v, u, replaced))
+        for piece in zip(*pieces, strict=True):
+            rows, state_BNVH = _solve_piece(state_BNVH, piece)
+            results.append(rows)
+    return torch.cat(results, 2).transpose(1, 2).to(values_BTNV.dtype).contiguous(), state_BNVH
+
+
+def _solve_piece(state: torch.Tensor, piece: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results [B, N, t, V] and state of a few tokens, of which a channel's decays from each to each are at hand."""
+    q, logs, k, v, u, replaced = piece
+    tokens = q.shape[2]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    # From token s to token t, as sums of what lies between them; to the token before t, for what is there when t comes.
+    between = logs[:, :, :, None].masked_fill(~causal.tril(-1)[..., None], 0).cumsum(2)
+    decays = between.exp().masked_fill(~causal[..., None], 0)
+    earlier = nn.functional.pad(decays[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    reached = logs.cumsum(2).exp()
+    reached_earlier = nn.functional.pad(reached[:, :, :-1], (0, 0, 1, 0), value=1)
+
+    def scores(rows: torch.Tensor, columns: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        return ((columns[:, :, None] * shares) @ rows[..., None]).squeeze(-1)
+
+    # What each token finds at its removal: (1 + L) found = what the state and the values before it put there.
+    put = (u * reached_earlier) @ state.mT + scores(u, k, earlier) @ v
+    found = torch.linalg.solve_triangular(scores(u, replaced, earlier), put, upper=False, unitriangular=True)
+    rows = (q * reached) @ state.mT + scores(q, k, decays) @ v - scores(q, replaced, decays) @ found
+    left = decays[:, :, -1]
+    return rows, state * reached[:, :, -1:] + v.mT @ (k * left) - found.mT @ (replaced * left)
+
+
+@delta_rule.register_fake
+def _(_: Any, __: Any, keys_BTNH: torch.Tensor, values_BTNV: torch.Tensor, *___: Any) -> tuple[torch.Tensor, Any]:
+    batch, _, heads, width = values_BTNV.shape
+    state = keys_BTNH.new_empty((batch, heads, width, keys_BTNH.shape[3]), dtype=torch.float32)
+    return values_BTNV.new_empty(values_BTNV.shape), state
+
+
 differentiate(causal_convolution)
 differentiate(state_space)
+differentiate(token_shift)
+differentiate(delta_rule)
 
 CAUSAL_CONVOLUTION = torch.ops.transom.causal_convolution.default
 STATE_SPACE = torch.ops.transom.state_space.default
+TOKEN_SHIFT = torch.ops.transom.token_shift.default
+DELTA_RULE = torch.ops.transom.delta_rule.default

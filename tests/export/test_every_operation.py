@@ -173,11 +173,14 @@ def _rms_norm(target: str) -> Iterator[Sample]:
 
 @samples_of(aten.layer_norm.default)
 def _layer_norm(target: str) -> Iterator[Sample]:
-    """Rows far from zero, with a bias and without."""
+    """Rows far from zero, with a bias and without; heads without a weight."""
 
     def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, biased: bool) -> Any:
         bias = self.bias if biased else None
         return nn.functional.layer_norm(look_up(self.table, tokens), self.weight.shape, self.weight, bias, EPS)
+
+    def of_heads(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
+        return by_rows(nn.functional.layer_norm(by_heads(look_up(self.table, tokens)), (HEAD,), eps=EPS))
 
     tensors = {"table": normal(VOCABULARY, 24, mean=3), "weight": normal(24, seed=1), "bias": normal(24, seed=2)}
     for biased in (False, True):
@@ -187,6 +190,7 @@ def _layer_norm(target: str) -> Iterator[Sample]:
             tensors=tensors,
             tolerance=FP32_SUMS,
         )
+    yield Sample(name="heads", rows=of_heads, tensors={"table": tensors["table"]}, tolerance=FP32_SUMS)
 
 
 @samples_of(ops.ADD_RMS_NORM)
@@ -605,6 +609,38 @@ def _state_space(target: str) -> Iterator[Sample]:
         )
 
 
+@samples_of(ops.TOKEN_SHIFT)
+def _token_shift(target: str) -> Iterator[Sample]:
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, before: torch.Tensor) -> Any:
+        return ops.TOKEN_SHIFT(look_up(self.table, tokens), before, start)
+
+    tensors, summary = {"table": normal(VOCABULARY, 40)}, {"rows": 1, "channels": 40}
+    yield Sample(name="rows", rows=rows, tensors=tensors, tolerance=0, summary=summary, calls=AFTER)
+
+
+@samples_of(ops.DELTA_RULE)
+def _delta_rule(target: str) -> Iterator[Sample]:
+    """With what a model adds of every head: a number of it, spread over its values."""
+
+    def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor, state: torch.Tensor) -> Any:
+        tables = (self.queries, self.logs, self.keys, self.values, self.removals, self.rates)
+        q, logs, k, v, u, rates = (by_heads(look_up(table, tokens)) for table in tables)
+        v = nn.functional.relu(v)
+        y, state = ops.DELTA_RULE(q, logs, k, v, u, rates, state, start)
+        return by_rows(y + (q * k).sum(-1, keepdim=True) * v), state
+
+    wide = HEADS * HEAD
+    names = ("queries", "keys", "values", "removals")
+    tensors = {name: normal(VOCABULARY, wide, seed=seed) for seed, name in enumerate(names)}
+    # From channels that forget nothing to such as keep nearly nothing; a removal of no length replaces nothing.
+    tensors["logs"] = -normal(VOCABULARY, wide, seed=4, mean=-2.0, deviation=2.0).exp()
+    tensors["rates"] = normal(VOCABULARY, wide, seed=5).sigmoid()
+    tensors["removals"][::7] = 0
+    summary = {"heads": HEADS, "values": HEAD, "width": HEAD}
+    calls = (*AFTER, (FAR, 2 * ops.DELTA_PIECE + 3))
+    yield Sample(name="heads", rows=rows, tensors=tensors, tolerance=FP32_SUMS, summary=summary, calls=calls)
+
+
 OPERATIONS = {operation for operation, body in ops.BODIES.items() if body.__module__.startswith(f"{ops.__name__}.")} | {
     aten.layer_norm.default
 }
@@ -650,7 +686,7 @@ def test_a_lowering_gives_the_numbers_of_the_body(operation: Any, target: str, s
         assert error <= sample.tolerance * largest, f"{where}: {error} of {largest}"
         if not sample.own_order:
             for actual_state, state in zip(own_states, states, strict=True):
-                if operation is ops.STATE_SPACE:
+                if operation in (ops.STATE_SPACE, ops.DELTA_RULE):
                     assert (actual_state - state).abs().max() <= sample.tolerance * state.abs().max(), where
                 else:
                     assert torch.equal(actual_state, state), where

@@ -209,7 +209,7 @@ def test_operations_on_rows(m: int, heads: int, h: int) -> None:
         found, _ = run(rows.activated(2 * h, activation, tile), packed, out=packed.shape)
         close(found, function(packed))
     bias = torch.randn(heads * h)
-    found, _ = run(rows.layer_norm(heads * h, 1e-6, tile), wide + 9, weight, bias, out=wide.shape)
+    found, _ = run(rows.layer_norm(1, heads * h, 1e-6, tile), wide + 9, weight, bias, out=wide.shape)
     close(found, torch.nn.functional.layer_norm(wide + 9, (heads * h,), weight, bias, 1e-6))
     index = torch.tensor([m - 1, 0])
     found, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
@@ -300,7 +300,7 @@ class Odd(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
-        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
+        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).prod(-1)  # type: ignore[no-any-return]
 
 
 def request(cpu: str | None = None) -> tuple[Options, Progress]:

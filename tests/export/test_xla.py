@@ -241,7 +241,7 @@ class Odd(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
-        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).sum(-1)  # type: ignore[no-any-return]
+        return torch.linalg.norm(x.erf(), dim=-1).erf() + x.cumsum(1).prod(-1)  # type: ignore[no-any-return]
 
 
 def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_all_unsupported_operations_are_named_and_nothing_is_written(tmp_path: P
         "aten.cumsum.default",
         "aten.erf.default",
         "aten.linalg_norm.default",
-        "aten.sum.dim_IntList",
+        "aten.prod.dim_int",
     ]
     assert all("test_xla.py:" in line for line in lines)
     assert list(tmp_path.iterdir()) == []

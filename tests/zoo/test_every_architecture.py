@@ -39,8 +39,8 @@ TEXT = [family for family in architectures() if family.text is None]
 """Those that see images are shown in `test_gemma3_vision.py`, beside what is their own."""
 
 
-OURS = ("adaptive", "longnet")
-"""Families that no other library has."""
+OURS = ("adaptive", "longnet", "rwkv7")
+"""Families that transformers does not have."""
 
 
 @pytest.fixture(scope="module", params=TEXT, ids=lambda family: family.name)

@@ -80,41 +80,45 @@ def add_rms_norm(h: int, eps: float, tile: Tile) -> Any:
     return add_rms_norm_rows
 
 
-def layer_norm(h: int, eps: float, tile: Tile, *, biased: bool = True) -> Any:
-    """X [M, H], weight [H], bias [H] -> Y [M, H]; any numbers stand in the bias's place where there is none."""
+def layer_norm(heads: int, h: int, eps: float, tile: Tile, *, biased: bool = True) -> Any:
+    """X [M, N * H], weight [H], bias [H] -> Y [M, N * H], each head by itself.
+
+    Any numbers stand in the bias's place where there is none.
+    """
     lanes, share = divisor(h, tile.lanes), float(biased)
 
     @T.prim_func(private=True, s_tir=True)
     def layer_norm_rows(x: T.handle, w: T.handle, b: T.handle, y: T.handle) -> None:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         m = T.int64()
-        X = T.match_buffer(x, (m, h), "float32")
+        X = T.match_buffer(x, (m, heads * h), "float32")
         W = T.match_buffer(w, (h,), "float32")
         B = T.match_buffer(b, (h,), "float32")
-        Y = T.match_buffer(y, (m, h), "float32")
+        Y = T.match_buffer(y, (m, heads * h), "float32")
         for row in T.parallel(m):
             sums = T.alloc_buffer((1, lanes), "float32", scope="local")
             mean = T.alloc_buffer((1,), "float32", scope="local")
             factor = T.alloc_buffer((1,), "float32", scope="local")
-            for lane in T.vectorized(lanes):
-                sums[0, lane] = T.float32(0)
-            for step in T.serial(h // lanes):
+            for head in T.serial(heads):
                 for lane in T.vectorized(lanes):
-                    sums[0, lane] = sums[0, lane] + X[row, step * lanes + lane]
-            mean[0] = lane_sum(sums, 0, lanes) / T.float32(h)
-            for lane in T.vectorized(lanes):
-                sums[0, lane] = T.float32(0)
-            for step in T.serial(h // lanes):
+                    sums[0, lane] = T.float32(0)
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        sums[0, lane] = sums[0, lane] + X[row, head * h + step * lanes + lane]
+                mean[0] = lane_sum(sums, 0, lanes) / T.float32(h)
                 for lane in T.vectorized(lanes):
-                    sums[0, lane] = sums[0, lane] + (X[row, step * lanes + lane] - mean[0]) * (
-                        X[row, step * lanes + lane] - mean[0]
-                    )
-            factor[0] = T.float32(1) / T.sqrt(lane_sum(sums, 0, lanes) / T.float32(h) + T.float32(eps))
-            for step in T.serial(h // lanes):
-                for lane in T.vectorized(lanes):
-                    Y[row, step * lanes + lane] = (X[row, step * lanes + lane] - mean[0]) * factor[0] * W[
-                        step * lanes + lane
-                    ] + B[step * lanes + lane] * T.float32(share)
+                    sums[0, lane] = T.float32(0)
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        sums[0, lane] = sums[0, lane] + (X[row, head * h + step * lanes + lane] - mean[0]) * (
+                            X[row, head * h + step * lanes + lane] - mean[0]
+                        )
+                factor[0] = T.float32(1) / T.sqrt(lane_sum(sums, 0, lanes) / T.float32(h) + T.float32(eps))
+                for step in T.serial(h // lanes):
+                    for lane in T.vectorized(lanes):
+                        Y[row, head * h + step * lanes + lane] = (
+                            X[row, head * h + step * lanes + lane] - mean[0]
+                        ) * factor[0] * W[step * lanes + lane] + B[step * lanes + lane] * T.float32(share)
 
     return layer_norm_rows
 
