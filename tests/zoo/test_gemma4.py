@@ -20,7 +20,7 @@ from transom.passes.pipelines import PIPELINES
 from transom.zoo.architectures import build_empty, preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.config import DecoderConfig, tile
-from transom.zoo.gemma4 import Gemma4Config
+from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.huggingface import left_out, read_config, write_config
 from transom.zoo.model import Model, load
 from transom.zoo.plan import plan

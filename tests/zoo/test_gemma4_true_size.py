@@ -24,7 +24,7 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.zoo.architectures import build_empty, preset
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.gemma4 import Gemma4Config
+from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.huggingface import write_config
 
 pytestmark = pytest.mark.large
