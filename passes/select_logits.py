@@ -2,7 +2,7 @@
 
 Precondition: a `decode` graph; it returns `index_select(logits, 1, logit_positions)`.
 Rewrite: moves the selection up through everything that treats each position by itself (head, final norm, residual
-adds, and the last layer's MLP or experts), so that a prefill chunk pays for one row of the vocabulary, not for T rows.
+adds, and the last layer's MLP), so that a prefill chunk pays for one row of the vocabulary, not for T rows.
 Skips: whatever mixes positions (attention) or has other uses stops the selection.
 """
 
@@ -31,7 +31,6 @@ _BY_POSITION: dict[Any, tuple[int, ...]] = {
     aten.to.dtype: (0,),
     ops.RMS_NORM: (0,),
     ops.GATED: (0,),
-    ops.EXPERTS: (0, 1, 2),
 }
 
 

@@ -89,8 +89,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BTE = self.proj(self.norm(x_BTD) * self.scale * x_BTD.shape[-1] ** -0.5)
         choices_BTC, weights_BTC = route(logits_BTE, self.chosen)
-        factors = self.per_expert_scale.index_select(0, choices_BTC.flatten())
-        return choices_BTC, weights_BTC * factors.view(choices_BTC.shape)
+        return choices_BTC, weights_BTC * self.per_expert_scale[choices_BTC]
 
 
 class Layer(nn.Module):
