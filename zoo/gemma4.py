@@ -1,4 +1,4 @@
-"""Gemma 4's text decoder, as textbook tensor code. Its configuration and files stand in `gemma4_config`.
+"""Gemma 4's text decoder, as textbook tensor code. Configuration and files: `gemma4_config`, `gemma4_gguf`.
 
 Source: transformers 5.23, `gemma4`. Beside what Gemma 3 has, heads of global layers are wider than those of local ones,
 and in larger models their values are the keys before norm and rotation; the last layers of the small models keep no
@@ -24,6 +24,7 @@ from transom.zoo.architecture import Architecture, Preset
 from transom.zoo.config import tile
 from transom.zoo.experts import Experts, gated, route
 from transom.zoo.gemma4_config import HUGGINGFACE, ROPES, Gemma4Config
+from transom.zoo.gemma4_gguf import GGUF
 from transom.zoo.layers import Decoder, GatedMLP, LayerCache, RMSNorm, Rotation, attend
 from transom.zoo.rope import rotate, rotation
 
@@ -286,6 +287,7 @@ ARCHITECTURE = Architecture(
     config=Gemma4Config,
     build=Gemma4,
     huggingface=HUGGINGFACE,
+    gguf=GGUF,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
     chat=_CHAT,
