@@ -162,7 +162,7 @@ class Tokenizer:
                 [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in kinds]
                 for kinds in ((_CONTROL, _UNKNOWN), (_USER_DEFINED,))
             )
-            backend = byte_level.build(tables.pieces, tables.merges, tables.words, special=special, own=own)
+            backend = byte_level.build(tables.pieces, tables.merges or [], tables.words, special=special, own=own)
             # llama.cpp's own default for this way to cut.
             adds = config.adds_bos if config.adds_bos is not None else tables.words in byte_level.WHOLE_WORDS
             return Tokenizer(backend, dataclasses.replace(config, adds_bos=adds and "bos_token" in config.tokens))
@@ -308,7 +308,7 @@ class TokenStream:
 
 
 def _build(
-    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], ranked: Sequence[str] = ()
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], ranked: Sequence[str] | None = None
 ) -> tokenizers.Tokenizer:
     """Byte-pair encoding with byte fallback out of SentencePiece's tables, by id.
 
@@ -319,7 +319,7 @@ def _build(
     """
     ids = {piece: id for id, piece in enumerate(pieces)}
     normal = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _NORMAL} - _ALWAYS_CONTROL
-    merges = split_merges(ranked) if ranked else _merges_of_scores(normal, scores, ids)
+    merges = _merges_of_scores(normal, scores, ids) if ranked is None else split_merges(ranked)
     try:
         model = tokenizers.models.BPE(vocab=ids, merges=merges, unk_token=_UNK, fuse_unk=True, byte_fallback=True)
     # The library raises plain Exception.

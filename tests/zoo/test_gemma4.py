@@ -15,7 +15,7 @@ import transformers
 import transom
 from tests.case import Case
 from tests.tolerances import FLOAT16_LOGITS, FP32_LOGITS
-from tests.zoo.tiny_gguf import TINY, write_gguf
+from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.errors import CheckpointError, ConfigError
 from transom.formats.schemes import scheme
 from transom.graphs import ops
@@ -121,6 +121,10 @@ UNIFIED = {
     "model_type": "gemma4_unified",
     "text_config": {**TEXT, **OF_12B},
 }
+
+
+STORED = STORABLE["gemma4"]
+assert isinstance(STORED, Gemma4Config)
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +263,48 @@ def test_keys_and_values_that_no_layer_reads_are_left_out(tmp_path: Path) -> Non
         load(tmp_path / "less")
 
 
-def test_gguf_files_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "g.gguf", TINY, random_weights(TINY, 0), architecture="gemma4")
-    with pytest.raises(ConfigError, match="such files are not read, give the Hugging Face folder"):
+def test_what_gguf_files_hold_otherwise(tmp_path: Path) -> None:
+    """Values of their own, gates and ups apart, and what layers that share keys and values have no use for."""
+    config = dataclasses.replace(STORED, keys_as_values=False, name="again")
+    weights = random_weights(config, 3)
+    extra = dict(weights)
+    for part in ("k_proj", "v_proj", "k_norm"):
+        extra[f"layers.4.self_attn.{part}.weight"] = weights[f"layers.1.self_attn.{part}.weight"]
+    again = load(write_gguf(tmp_path / "again.gguf", config, extra, gates_apart=True))
+    assert again.config == config
+    assert all(torch.equal(again.weights[name].read(), weight.read()) for name, weight in weights.items())
+    (line,) = (line for line in again.left_out if "no layer reads" in line)
+    assert "blk.4.attn_k.weight" in line
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"attention.sliding_window_pattern": None}, "expected whether each layer is local"),
+        ({"attention.sliding_window_pattern": 6}, "expected whether each layer is local"),
+        ({"attention.sliding_window": 0}, "attention.sliding_window is 0"),
+        ({"attention.scale": 0.125}, "attention.scale is 0.125, but llama.cpp takes 1"),
+        ({"attention.key_length_swa": None}, "attention.key_length_swa is None"),
+        ({"attention.value_length_swa": 32}, "attention.value_length_swa is 32, but keys are 64 wide"),
+        ({"rope.dimension_count": 32}, "rope.dimension_count is 32, but keys are 128 wide"),
+        ({"attention.head_count_kv": [2, 1, 1, 2, 2]}, "expected one number for local and one for global layers"),
+        ({"attention.shared_kv_layers": 1}, "expected a local and a global layer as the last ones"),
+        ({"feed_forward_length": [256, 256, 512, 512, 512]}, "expected one width, or twice that"),
+        ({"rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"embedding_length_per_layer_input": None}, "embedding_length_per_layer_input is None"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gguf_files_of_another_model_are_refused(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    path = write_gguf(tmp_path / "other.gguf", STORED, random_weights(STORED, 0), metadata=metadata)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
+def test_a_gguf_file_must_say_which_pairs_turn(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "g.gguf", STORED, random_weights(STORED, 0), skip=("rope_freqs.weight",))
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight is not what says how many of 64 pairs turn"):
         load(path)
 
 

@@ -305,13 +305,15 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
     return values.reshape(rows // config.head_dim, 2, config.head_dim // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def _by_expert(config: GptOssConfig | Gemma4Config, name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _by_expert(
+    config: GptOssConfig | Gemma4Config, name: str, values: np.ndarray, gates_apart: bool
+) -> list[tuple[str, np.ndarray]]:
     """Tensors with an axis of experts, gates and ups apart, or as one."""
     stacked = values.reshape(config.experts, -1, *values.shape[1:])
     last, block = "bias" if name.endswith("_bias") else "weight", f"blk.{name.split('.')[1]}"
     if "down" in name:
         return [(f"{block}.ffn_down_exps.{last}", stacked)]
-    if isinstance(config, Gemma4Config):
+    if isinstance(config, Gemma4Config) and not gates_apart:
         return [(f"{block}.ffn_gate_up_exps.{last}", stacked)]
     gates, ups = np.split(stacked, 2, axis=1)
     return [(f"{block}.ffn_gate_exps.{last}", gates), (f"{block}.ffn_up_exps.{last}", ups)]
@@ -363,6 +365,7 @@ def write_gguf(
     architecture: str | None = None,
     general: Mapping[str, object] | None = None,
     tokens: Mapping[int, str] | None = None,
+    gates_apart: bool = False,
 ) -> Path:
     """Write a model.
 
@@ -376,6 +379,7 @@ def write_gguf(
         architecture: What `general.architecture` says; by default what llama.cpp calls the family.
         general: Metadata by their whole keys.
         tokens: Pieces by id, in the place of unused ones.
+        gates_apart: Whether gates and ups of experts are two tensors, in a family whose converter makes one of them.
     """
     architecture = architecture or gguf_format(architecture_of(config.architecture)).name
     writer = gguf.GGUFWriter(path, architecture)
@@ -401,7 +405,7 @@ def write_gguf(
         whole = name if name.startswith("lm_head") else f"model.{name}"
         stored = weight.read().float().numpy()
         if isinstance(config, GptOssConfig | Gemma4Config) and ".experts." in name:
-            for in_file, values_of_part in _by_expert(config, name, stored):
+            for in_file, values_of_part in _by_expert(config, name, stored, gates_apart):
                 _add_tensor(writer, in_file, values_of_part, types or {}, rng)
             continue
         in_file = names.get_name(whole, try_suffixes=(".weight", ".bias"))
@@ -415,7 +419,7 @@ def write_gguf(
             stored = _STORED[config.architecture](config, name, stored)
         _add_tensor(writer, in_file, stored, types or {}, rng)
     rope = getattr(config, "rope", None)
-    if isinstance(config, Gemma4Config):
+    if isinstance(config, Gemma4Config) and "rope_freqs.weight" not in skip:
         turning = int(config.rope_global.frequencies(config.global_head_dim).count_nonzero())
         divisors = [1.0] * turning + [1e30] * (config.global_head_dim // 2 - turning)
         writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))

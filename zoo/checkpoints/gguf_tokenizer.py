@@ -23,14 +23,15 @@ class Tables:
         scores: By id.
         kinds: By id, as SentencePiece numbers them.
         words: How a byte-level one cuts texts; None for SentencePiece's.
-        merges: Of a byte-level one, and of Gemma 4's, with a space between two pieces; scores rank them otherwise.
+        merges: Of a byte-level one, and of Gemma 4's, with a space between two pieces; None where scores rank
+            them.
     """
 
     pieces: list[str]
     scores: list[float]
     kinds: list[int]
     words: str | None = None
-    merges: list[str] = dataclasses.field(default_factory=list)
+    merges: list[str] | None = None
 
 
 _PREFIX = "tokenizer.ggml."
@@ -85,18 +86,22 @@ def read_tables(header: Header) -> Tables:
         )
     _check_flags(header)
     _check_ids(header, pieces, named=model != "gpt2")
-    if model != "llama":
-        merges, words = metadata.get(f"{_PREFIX}merges"), metadata.get(f"{_PREFIX}pre") if model == "gpt2" else None
-        if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
-            raise TokenizerError(f"{path}: {_PREFIX}merges is no list of strings: convert the model again")
-        if model == "gpt2" and not isinstance(words, str):
-            raise TokenizerError(
-                f"{path}: {_PREFIX}pre is {shown(words)}, so how texts are cut is unknown: convert the model again"
-            )
-        return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist(), words=words, merges=merges)
-    _check_order(header, pieces, scores, kinds)
-    _check_unused(header, pieces, kinds)
-    return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist())
+    if model == "llama":
+        _check_order(header, pieces, scores, kinds)
+        _check_unused(header, pieces, kinds)
+        return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist())
+    merges, words = (metadata.get(f"{_PREFIX}{name}") for name in ("merges", "pre"))
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise TokenizerError(f"{path}: {_PREFIX}merges is no list of strings: convert the model again")
+    tables = Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist(), merges=merges)
+    # llama.cpp cuts texts for Gemma 4's as it always does, whatever the file says.
+    if model == "gemma4":
+        return tables
+    if not isinstance(words, str):
+        raise TokenizerError(
+            f"{path}: {_PREFIX}pre is {shown(words)}, so how texts are cut is unknown: convert the model again"
+        )
+    return dataclasses.replace(tables, words=words)
 
 
 def _table(header: Header, name: str, count: int, default: float, kinds: str) -> np.ndarray:
