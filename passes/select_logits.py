@@ -86,4 +86,6 @@ def _select(graph: Graph, operand: Node, positions: Node) -> Node:
     for user in operand.users:
         if is_call(user, aten.index_select.default) and user.args[1:] == (1, positions):
             return user
-    return graph.call(aten.index_select.default, (operand, 1, positions), operand)
+    # Beside the operand, so that another of its readers, which may stand further up, can share it.
+    with graph.fx.inserting_after(operand):
+        return graph.call(aten.index_select.default, (operand, 1, positions), operand)

@@ -84,8 +84,11 @@ class GGUFFormat:
         read: Sizes and keys -> fields of the configuration beside the sizes; see `gguf_config`.
         tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second. What
             files hold as two tensors on an axis of experts, gates and ups, has two names.
+        apart: The same, of what some files hold as two tensors, and others as the one that `tensors` says.
         rows: A configuration and a name in the module -> what becomes of the stored rows; None if nothing.
         frequencies: The file may hold `rope_freqs.weight`, which `read` understands.
+        uneven: Keys of sizes that may differ from layer to layer; `read` reads them. The first layer's stand in what it
+            is given.
     """
 
     name: str
@@ -93,7 +96,9 @@ class GGUFFormat:
     read: Callable[..., dict[str, Any]]
     tensors: Mapping[str, str | tuple[str, str]]
     rows: Callable[[Any, str], Callable[[Any], Any] | None]
+    apart: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     frequencies: bool = False
+    uneven: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,11 @@ WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 """Those in which a word that is a piece is taken whole, whatever the merges say."""
 
 
+def split_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of pieces that stand with a space between."""
+    return [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+
+
 def build(
     pieces: Sequence[str], merges: Sequence[str], words: str, *, special: Sequence[str], own: Sequence[str]
 ) -> tokenizers.Tokenizer:
@@ -82,11 +87,10 @@ def build(
             f"it cuts texts into words by {words!r} (tokenizer.ggml.pre), known are {', '.join(WORDS)}: choose another "
             "model, or give its Hugging Face folder"
         )
-    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     try:
         model = tokenizers.models.BPE(
             vocab={piece: id for id, piece in enumerate(pieces)},
-            merges=pairs,
+            merges=split_merges(merges),
             ignore_merges=words in WHOLE_WORDS,
         )
     # The library raises plain Exception.

@@ -12,7 +12,7 @@ import codecs
 import dataclasses
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -21,7 +21,7 @@ from transom.errors import TokenizerError
 from transom.json_object import is_file
 from transom.wording import listed
 from transom.zoo import byte_level
-from transom.zoo.byte_level import BYTES, missing_bytes
+from transom.zoo.byte_level import BYTES, missing_bytes, split_merges
 from transom.zoo.chat import Message, compile_template, render_template
 from transom.zoo.checkpoints.gguf_header import Header, header_of
 from transom.zoo.checkpoints.gguf_tokenizer import read_tables
@@ -42,7 +42,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _BOS, _EOS, _UNK, _END_OF_TURN = "<bos>", "<eos>", "<unk>", "<end_of_turn>"
 # Some published files call these ordinary text, which would make a chat unreadable to the model.
 _ALWAYS_CONTROL = {"<pad>", _EOS, _BOS, _UNK, "<start_of_turn>", _END_OF_TURN}
-_ENDS = (_EOS, _END_OF_TURN, "<|eot_id|>", "<|im_end|>")
+_ENDS = (_EOS, _END_OF_TURN, "<turn|>", "<|eot_id|>", "<|im_end|>")
 """Tokens that end a text or a turn in every vocabulary that has them, whatever its files call the end."""
 
 
@@ -157,12 +157,12 @@ class Tokenizer:
         config = TokenizerConfig.from_gguf(header.path, header.metadata, tables.pieces)
         try:
             if tables.words is None:
-                return Tokenizer(_build(tables.pieces, tables.scores, tables.kinds), config)
+                return Tokenizer(_build(tables.pieces, tables.scores, tables.kinds, tables.merges), config)
             special, own = (
                 [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in kinds]
                 for kinds in ((_CONTROL, _UNKNOWN), (_USER_DEFINED,))
             )
-            backend = byte_level.build(tables.pieces, tables.merges, tables.words, special=special, own=own)
+            backend = byte_level.build(tables.pieces, tables.merges or [], tables.words, special=special, own=own)
             # llama.cpp's own default for this way to cut.
             adds = config.adds_bos if config.adds_bos is not None else tables.words in byte_level.WHOLE_WORDS
             return Tokenizer(backend, dataclasses.replace(config, adds_bos=adds and "bos_token" in config.tokens))
@@ -307,26 +307,24 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _build(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> tokenizers.Tokenizer:
-    """Byte-pair encoding with byte fallback out of SentencePiece's tables, by id."""
+def _build(
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], ranked: Sequence[str] | None = None
+) -> tokenizers.Tokenizer:
+    """Byte-pair encoding with byte fallback out of SentencePiece's tables, by id.
+
+    Its merges may be `ranked`, with a space between two pieces; otherwise they follow from the scores.
+
+    Raises:
+        TokenizerError: If they are, and do not fit the pieces.
+    """
     ids = {piece: id for id, piece in enumerate(pieces)}
     normal = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _NORMAL} - _ALWAYS_CONTROL
-    # SentencePiece joins the two neighbours whose joint piece scores best. As ranked pairs: every way to split a piece
-    # into two, best piece first.
-    merges = [
-        (-scores[ids[piece]], ids[left], ids[right], left, right)
-        for piece in normal
-        for cut in range(1, len(piece))
-        if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal
-    ]
-    merges.sort()
-    model = tokenizers.models.BPE(
-        vocab=ids,
-        merges=[(left, right) for *_, left, right in merges],
-        unk_token=_UNK,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    merges = _merges_of_scores(normal, scores, ids) if ranked is None else split_merges(ranked)
+    try:
+        model = tokenizers.models.BPE(vocab=ids, merges=merges, unk_token=_UNK, fuse_unk=True, byte_fallback=True)
+    # The library raises plain Exception.
+    except Exception as error:
+        raise TokenizerError(f"its merges do not fit its pieces ({error}): convert the model again") from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = tokenizers.normalizers.Replace(" ", _SPACE)
     backend.decoder = tokenizers.decoders.Sequence(
@@ -340,6 +338,20 @@ def _build(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int])
     backend.add_special_tokens(added[True])
     backend.add_tokens(added[False])
     return backend
+
+
+def _merges_of_scores(normal: set[str], scores: Sequence[float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """SentencePiece joins the two neighbours whose joint piece scores best.
+
+    As ranked pairs: every way to split a piece into two, best piece first.
+    """
+    merges = [
+        (-scores[ids[piece]], ids[left], ids[right], left, right)
+        for piece in normal
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal
+    ]
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _in_folder(backend: tokenizers.Tokenizer, folder: Path) -> Tokenizer:

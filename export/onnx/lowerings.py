@@ -137,6 +137,12 @@ def _index_select(emitter: Emitter, node: Node) -> str:
     return str(emitter.op("Gather", emitter.value(source), emitter.value(index), axis=axis))
 
 
+@SHARED.lowers(aten.index.Tensor)
+def _index(emitter: Emitter, node: Node) -> str:
+    vector, (index,) = node.args
+    return str(emitter.op("Gather", emitter.value(vector), emitter.value(index)))
+
+
 @SHARED.lowers(aten.topk.default)
 def _topk(emitter: Emitter, node: Node) -> list[str]:
     x, count, *axis = node.args

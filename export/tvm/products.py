@@ -22,6 +22,15 @@ def _embedding(emitter: Emitter, node: Node) -> Any:
     return _select(emitter, node, emitter.value(node.args[0]), emitter.value(node.args[1]))
 
 
+@PRODUCTS.lowers(aten.index.Tensor)
+def _index(emitter: Emitter, node: Node) -> Any:
+    """A number of a vector for each number of a row."""
+    vector, indices = node.args
+    if len(indices) != 1 or vector.meta["val"].dim() != 1 or not emitter.is_batched(indices[0]):
+        raise emitter.refuse(node, "only numbers of a vector can be chosen by those of rows")
+    return emitter.builder.emit(relax.op.take(emitter.value(vector), emitter.value(indices[0]), axis=0, mode="clip"))
+
+
 @PRODUCTS.lowers(aten.index_select.default)
 def _index_select(emitter: Emitter, node: Node) -> Any:
     source, axis, index = node.args

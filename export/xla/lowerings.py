@@ -176,6 +176,12 @@ def _index_select(x: jax.Array, axis: int, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis, mode="clip")
 
 
+@TABLE.lowers(aten.index.Tensor)
+def _index(vector: jax.Array, indices: Sequence[jax.Array]) -> jax.Array:
+    (index,) = indices
+    return jnp.take(vector, index, 0, mode="clip")
+
+
 @TABLE.lowers(aten.index_copy.default)
 def _index_copy(x: jax.Array, axis: int, index: jax.Array, source: jax.Array) -> jax.Array:
     return x.at[(slice(None),) * axis + (index,)].set(source)

@@ -293,18 +293,20 @@ EXPERTS, CHOSEN, EXPERT = 5, 2, 32
 
 
 def _mixture(activation: str, *, biases: bool) -> tuple[Rows, dict[str, torch.Tensor]]:
-    """A router and experts; some experts are chosen by no token, and one by all."""
+    """A router and experts, each with a factor; some experts are chosen by no token, and one by all."""
 
     def rows(self: Any, tokens: torch.Tensor, start: torch.Tensor) -> Any:
         x = look_up(self.table, tokens)
         logits, choices = nn.functional.linear(x, self.choose).topk(CHOSEN)
         more = (self.gate_up_bias, self.down_bias) if biases else (None, None)
-        return ops.EXPERTS(x, choices, logits.softmax(-1), self.gate_up, self.down, *more, activation)
+        weights = logits.softmax(-1) * self.factors[choices]
+        return ops.EXPERTS(x, choices, weights, self.gate_up, self.down, *more, activation)
 
     width, hidden = 64, EXPERT
     tensors = {
         "table": normal(VOCABULARY, width, mean=0.3),
         "choose": normal(EXPERTS, width, seed=3) + torch.tensor([-1.0, 0, 0, 1, 0])[:, None],
+        "factors": normal(EXPERTS, seed=6, mean=1.0, deviation=0.2),
         "gate_up": normal(EXPERTS * 2 * hidden, width, seed=1, mean=0.1, deviation=0.4),
         "down": normal(EXPERTS * width, hidden, seed=2, mean=0.1),
     }

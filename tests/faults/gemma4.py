@@ -1,10 +1,11 @@
-"""Faults planted in gemma4-tiny as it is traced, each with the verdict that it deserves."""
+"""Faults planted in Gemma 4 as it is traced, each with the verdict that it deserves."""
 
 from __future__ import annotations
 
 import operator
 
 from tests.faults.graph import Spoil
+from tests.faults.llama import other_number
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path
@@ -56,6 +57,13 @@ def _no_scalar(graph: Graph, node: Node) -> None:
         node.replace_all_uses_with(node.args[0])
 
 
+def _no_factor(graph: Graph, node: Node) -> None:
+    """Experts' shares as the softmax gives them."""
+    factors = [side for side in node.args if is_call(side, aten.index.Tensor)]
+    if factors:
+        node.replace_all_uses_with(next(side for side in node.args if side not in factors))
+
+
 GEMMA4_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "keys and values of another layer": (
         "gemma4-tiny", Spoil(aten.repeat_interleave.self_int, _read_layer_0, "layers.3.self_attn"),
@@ -76,6 +84,14 @@ GEMMA4_FAULTS: dict[str, tuple[str, Pass, int | None, str, str]] = {
     "a layer without its factor": (
         "gemma4-tiny", Spoil(aten.mul.Tensor, _no_scalar, "layers.1"),
         2, "residual", "the factor layers.1.layer_scalar is left out",
+    ),
+    "experts without their factors": (
+        "gemma4-experts-tiny", Spoil(aten.mul.Tensor, _no_factor, "layers.1.router"),
+        1, "experts", "the factor layers.1.router.per_expert_scale is left out",
+    ),
+    "a router of states that are not scaled": (
+        "gemma4-experts-tiny", Spoil(aten.mul.Tensor, other_number(0.125, 1.0), "layers.2.router"),
+        2, "projection", "the value is not multiplied by 0.125",
     ),
 }  # fmt: skip
 """The model, the fault as it is traced, the layer and the operation that bisection names, and words of the cause."""

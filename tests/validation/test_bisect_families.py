@@ -69,8 +69,9 @@ def test_a_quantised_llama_is_compared_with_what_its_codes_mean(llama: Model) ->
     assert not verdict.diverged, verdict
 
 
-def test_quantised_experts_are_compared_with_what_their_codes_mean() -> None:
-    model = load("gpt-oss-tiny")
+@pytest.mark.parametrize("name", ["gpt-oss-tiny", "gemma4-experts-tiny"])
+def test_quantised_experts_are_compared_with_what_their_codes_mean(name: str) -> None:
+    model = load(name)
     verdict = bisect("eager", "onnx@ConvertQuantized", model=model, quant="int8", chunk=CHUNK, length=30, decode=2)
     assert not verdict.diverged, verdict
 

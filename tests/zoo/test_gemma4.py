@@ -13,14 +13,17 @@ import torch
 import transformers
 
 import transom
+from tests.case import Case
 from tests.tolerances import FLOAT16_LOGITS, FP32_LOGITS
-from tests.zoo.tiny_gguf import TINY, write_gguf
+from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.errors import CheckpointError, ConfigError
-from transom.passes.pipelines import PIPELINES
-from transom.zoo.architectures import build_empty, preset
+from transom.formats.schemes import scheme
+from transom.graphs import ops
+from transom.passes.pipelines import PIPELINES, pipeline
+from transom.zoo.architectures import architecture, build_empty, preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
-from transom.zoo.config import DecoderConfig, tile
-from transom.zoo.gemma4 import Gemma4Config
+from transom.zoo.config import DecoderConfig
+from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.huggingface import left_out, read_config, write_config
 from transom.zoo.model import Model, load
 from transom.zoo.plan import plan
@@ -87,6 +90,21 @@ OF_12B = {
 }
 """What the 12B says besides."""
 
+OF_26B = {
+    **OF_12B,
+    "enable_moe_block": True,
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+    "model_type": "gemma4_text",
+    "moe_intermediate_size": 704,
+    "num_experts": 128,
+    "num_global_key_value_heads": 2,
+    "num_hidden_layers": 30,
+    "top_k_experts": 8,
+}
+"""What 26B-A4B says besides."""
+
 E2B = {
     "architectures": ["Gemma4ForConditionalGeneration"],
     "audio_config": {"model_type": "gemma4_audio"},
@@ -104,20 +122,18 @@ UNIFIED = {
     "text_config": {**TEXT, **OF_12B},
 }
 
-TINY_CONFIG = preset("gemma4-tiny")
-assert isinstance(TINY_CONFIG, Gemma4Config)
-KEYS_AS_VALUES = dataclasses.replace(
-    TINY_CONFIG,
-    name="keys-as-values",
-    layer_kinds=tile("LLG", 3),
-    num_kv_heads=4,
-    global_kv_heads=2,
-    keys_as_values=True,
-    shared_layers=0,
-    wide_shared=False,
-    layer_embedding=0,
-)
-"""As in the larger models: no layer shares, and values of global layers are their keys."""
+
+STORED = STORABLE["gemma4"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return load("gemma4-tiny")
+
+
+@pytest.fixture(scope="module")
+def experts() -> Model:
+    return load("gemma4-experts-tiny")
 
 
 def read(folder: Path, data: dict[str, Any]) -> DecoderConfig:
@@ -126,7 +142,9 @@ def read(folder: Path, data: dict[str, Any]) -> DecoderConfig:
 
 
 @pytest.mark.parametrize(
-    ("data", "name"), [(TEXT, "gemma4-e2b"), (E2B, "gemma4-e2b"), (UNIFIED, "gemma4-12b")], ids=["text", "e2b", "12b"]
+    ("data", "name"),
+    [(TEXT, "gemma4-e2b"), (E2B, "gemma4-e2b"), (UNIFIED, "gemma4-12b"), ({**TEXT, **OF_26B}, "gemma4-26b-a4b")],
+    ids=["text", "e2b", "12b", "26b"],
 )
 def test_released_forms(tmp_path: Path, data: dict[str, Any], name: str) -> None:
     assert dataclasses.replace(read(tmp_path, data), name=name) == preset(name)
@@ -153,7 +171,12 @@ def test_the_last_layer_is_global_whatever_the_config_says(tmp_path: Path) -> No
     [
         ({"hidden_activation": "silu"}, 'hidden_activation is "silu"'),
         ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all": only null is supported'),
-        ({"enable_moe_block": True}, "enable_moe_block is true"),
+        ({"enable_moe_block": 1}, "enable_moe_block is 1: expected true or false"),
+        ({"enable_moe_block": True}, "num_experts is null: expected a whole number"),
+        (
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
+            "5 of 4 experts are chosen",
+        ),
         ({"use_double_wide_mlp": 1}, "use_double_wide_mlp is 1: expected true or false"),
         ({"attention_k_eq_v": None}, "attention_k_eq_v is null: expected true or false"),
         ({"vocab_size_per_layer_input": 7}, "vocab_size_per_layer_input is 7: expected as many rows"),
@@ -181,23 +204,47 @@ def test_what_the_module_does_not_compute_is_refused(tmp_path: Path, change: dic
     assert message in str(caught.value)
 
 
-def test_values_that_are_keys(tmp_path: Path) -> None:
-    """Logits past three windows, from a checkpoint of ours, and the config that transformers makes of it."""
-    config = KEYS_AS_VALUES
-    write_checkpoint(tmp_path, config, random_weights(config, 5), dtype=torch.float32)
+def test_experts_and_values_that_are_keys(experts: Model, tmp_path: Path) -> None:
+    """Logits up to three windows, from a checkpoint of ours, and the config that transformers makes of it."""
+    config, W = experts.config, experts.config.longest_window
+    assert W is not None and "layers.2.self_attn.v_proj.weight" not in experts.weights
+    write_checkpoint(tmp_path, config, experts.weights, dtype=torch.float32)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
-    ours = load(tmp_path)
-    assert "layers.2.self_attn.v_proj.weight" not in ours.weights
-    W = config.window
-    assert W is not None
-    ids_BT = torch.randint(0, config.vocab_size, (1, 3 * W + 5), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        difference = theirs(ids_BT).logits - ours.eager()(ids_BT, torch.tensor(0), None)[0]
-    assert difference.abs().max() < FP32_LOGITS
+    ours, words = load(tmp_path), torch.randint(0, 512, (3 * W + 5,), generator=torch.Generator().manual_seed(1))
+    assert theirs.state_dict()["model.layers.1.experts.gate_up_proj"].shape == (8, 64, 64)
+    for length in (W - 1, W, W + 1, 2 * W, 3 * W + 5):
+        with torch.no_grad():
+            expected = theirs(words[None, :length]).logits
+            difference = expected - ours.eager()(words[None, :length], torch.tensor(0), None)[0]
+        assert difference.abs().max() < FP32_LOGITS, length
     theirs.config.save_pretrained(tmp_path / "again")
-    assert dataclasses.replace(read_config(tmp_path / "again"), name="keys-as-values") == config
+    assert dataclasses.replace(read_config(tmp_path / "again"), name=config.name) == config
+
+
+@pytest.mark.parametrize("target", PIPELINES)
+def test_lists_of_passes_with_experts(target: str, experts: Model) -> None:
+    """Chunks longer than the window, decoding over the wrap, bytes of caches."""
+    case, chunk, W = Case.of(experts), 21, 16
+    graph, records = pipeline(target, chunk=chunk, scheme=scheme("none")).run(case.graph)
+    assert len(graph.calls(ops.EXPERTS)) == 3 and not any(record.skipped for record in records)
+    ids = torch.randint(0, 512, (4 * W,), generator=torch.Generator().manual_seed(7)).tolist()
+    with torch.no_grad():
+        expected = experts.eager()(torch.tensor([ids]), torch.tensor(0), None)[0][0].numpy()
+    session = dataclasses.replace(case, graph=graph).session(chunk=chunk)
+    actual = [session.logits(ids[: 3 * W + 5]), *(session.decode(token)[None] for token in ids[3 * W + 5 :])]
+    assert np.abs(np.concatenate(actual) - expected).max() < FP32_LOGITS
+    slots = W if target in ("xla", "tvm") else W + chunk - 1
+    # Keys and values of two local layers with four heads, 16 wide, and of a global one with two, 32 wide.
+    sizes = session.cache_bytes()
+    assert sizes["local"] == 4 * 2 * 2 * 4 * 16 * slots and sizes["global"] % (4 * 2 * 2 * 32) == 0
+
+
+@pytest.mark.parametrize(("target", "quant"), [("onnxruntime", "none"), ("reference", "int8")])
+def test_artifacts_with_experts(target: str, quant: str, experts: Model) -> None:
+    """With codes, runtimes round activations, so that here and there another expert is chosen."""
+    assert transom.validate(experts, targets=[target], quant=quant, threads=1).passed
 
 
 def test_keys_and_values_that_no_layer_reads_are_left_out(tmp_path: Path) -> None:
@@ -215,13 +262,53 @@ def test_keys_and_values_that_no_layer_reads_are_left_out(tmp_path: Path) -> Non
         load(tmp_path / "less")
 
 
-def test_gguf_files_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "g.gguf", TINY, random_weights(TINY, 0), architecture="gemma4")
-    with pytest.raises(ConfigError, match="such files are not read, give the Hugging Face folder"):
+def test_what_gguf_files_hold_otherwise(tmp_path: Path) -> None:
+    """Values of their own, gates and ups apart, and what layers that share keys and values have no use for."""
+    assert isinstance(STORED, Gemma4Config)
+    config = dataclasses.replace(STORED, keys_as_values=False, name="again")
+    weights = random_weights(config, 3)
+    extra = dict(weights)
+    for part in ("k_proj", "v_proj", "k_norm"):
+        extra[f"layers.4.self_attn.{part}.weight"] = weights[f"layers.1.self_attn.{part}.weight"]
+    again = load(write_gguf(tmp_path / "again.gguf", config, extra, gates_apart=True))
+    assert again.config == config
+    assert all(torch.equal(again.weights[name].read(), weight.read()) for name, weight in weights.items())
+    (line,) = (line for line in again.left_out if "no layer reads" in line)
+    assert "blk.4.attn_k.weight" in line
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"attention.sliding_window_pattern": None}, "expected whether each layer is local"),
+        ({"attention.sliding_window_pattern": 6}, "expected whether each layer is local"),
+        ({"attention.sliding_window": 0}, "attention.sliding_window is 0"),
+        ({"attention.scale": 0.125}, "attention.scale is 0.125, but llama.cpp takes 1"),
+        ({"attention.key_length_swa": None}, "attention.key_length_swa is None"),
+        ({"attention.value_length_swa": 32}, "attention.value_length_swa is 32, but keys are 64 wide"),
+        ({"rope.dimension_count": 32}, "rope.dimension_count is 32, but keys are 128 wide"),
+        ({"attention.head_count_kv": [2, 1, 1, 2, 2]}, "expected one number for local and one for global layers"),
+        ({"attention.shared_kv_layers": 1}, "expected a local and a global layer as the last ones"),
+        ({"feed_forward_length": [256, 256, 512, 512, 512]}, "expected one width, or twice that"),
+        ({"rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"embedding_length_per_layer_input": None}, "embedding_length_per_layer_input is None"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gguf_files_of_another_model_are_refused(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    path = write_gguf(tmp_path / "other.gguf", STORED, random_weights(STORED, 0), metadata=metadata)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
+def test_a_gguf_file_must_say_which_pairs_turn(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "g.gguf", STORED, random_weights(STORED, 0), skip=("rope_freqs.weight",))
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight is not what says how many of 64 pairs turn"):
         load(path)
 
 
-@pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-e4b", "gemma4-12b", "gemma4-31b"])
+@pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-e4b", "gemma4-12b", "gemma4-26b-a4b", "gemma4-31b"])
 def test_sizes_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Names and shapes of every tensor, without memory; and the bytes of caches, by hand."""
     config = preset(name)
@@ -232,7 +319,11 @@ def test_sizes_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         theirs = transformers.AutoModelForCausalLM.from_config(theirs_config)
     expected = {key.removeprefix("model."): value.shape for key, value in theirs.state_dict().items()}
     del expected["lm_head.weight"]
-    assert {key: value.shape for key, value in build_empty(config).state_dict().items()} == expected
+    stacked = architecture(config.architecture).huggingface.stacked
+    for key, value in build_empty(config).state_dict().items():
+        how = stacked(config, key)
+        assert expected.pop(key) == (value.shape if how is None else how.shape(tuple(value.shape))), key
+    assert not expected
     owners = config.layer_kinds[: config.unshared]
     local = owners.count("local") * config.num_kv_heads * 256
     growing = owners.count("global") * config.global_kv_heads * 512
@@ -246,11 +337,6 @@ def test_which_layer_reads_which() -> None:
     assert [config.source(index) for index in (0, 4, 14, 15, 18, 19, 33, 34)] == [0, 4, 14, 13, 13, 14, 13, 14]
     assert [layer.kv_heads for layer in config.layers] == [1] * 15 + [0] * 20
     assert [state.layer for state in config.states] == [index for index in range(15) for _ in range(2)]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return load("gemma4-tiny")
 
 
 @pytest.mark.parametrize("target", PIPELINES)

@@ -24,7 +24,8 @@ from transom.passes.canonicalize import Canonicalize
 from transom.passes.fuse_attention import FuseAttention
 from transom.zoo.architectures import build_empty, preset
 from transom.zoo.checkpoints.random import random_weights
-from transom.zoo.gemma4 import Gemma4Config
+from transom.zoo.gemma4 import ARCHITECTURE
+from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.huggingface import write_config
 
 pytestmark = pytest.mark.large
@@ -46,15 +47,19 @@ def theirs_of(config: Gemma4Config, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "beyond"),
     [
         # A local layer, a global one, and one of each that reads the keys and values of these.
-        ("gemma4-e2b", {"layer_kinds": ("local", "global") * 2, "shared_layers": 2}),
-        ("gemma4-12b", {"layer_kinds": ("local", "global")}),
+        ("gemma4-e2b", {"layer_kinds": ("local", "global") * 2, "shared_layers": 2}, 40),
+        ("gemma4-12b", {"layer_kinds": ("local", "global")}, 40),
+        # One layer, of 128 experts; the textbook computes all of them, so that a few tokens are enough.
+        ("gemma4-26b-a4b", {"layer_kinds": ("global",)}, -1000),
     ],
 )
-def test_layers_of_every_kind_are_those_of_transformers(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Past the window; of the tables of tokens, some rows are enough."""
+def test_layers_of_every_kind_are_those_of_transformers(
+    name: str, changes: dict[str, Any], beyond: int, tmp_path: Path
+) -> None:
+    """So many tokens past the window; of the tables of tokens, some rows are enough."""
     config = dataclasses.replace(config_of(name), vocab_size=512, **changes)
     state = {key: weight.read() for key, weight in random_weights(config, 1).items()}
     ours = build_empty(config)
@@ -62,14 +67,21 @@ def test_layers_of_every_kind_are_those_of_transformers(name: str, changes: dict
     their_config = theirs_of(config, tmp_path)
     with torch.device("meta"):
         theirs: Any = transformers.AutoModelForCausalLM.from_config(their_config)
-    theirs.model.load_state_dict(state, assign=True)
+    stacked = {key: ARCHITECTURE.huggingface.stacked(config, key) for key in state}
+    theirs.model.load_state_dict(
+        {
+            key: value if (how := stacked[key]) is None else value.view(how.shape(value.shape))
+            for key, value in state.items()
+        },
+        assign=True,
+    )
     theirs.lm_head.weight = theirs.model.embed_tokens.weight
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(their_config)
     for module in theirs.modules():
         if hasattr(module, "scalar_embed_scale"):
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
     assert config.window is not None
-    ids_BT = torch.randint(0, 512, (1, config.window + 40), generator=torch.Generator().manual_seed(2))
+    ids_BT = torch.randint(0, 512, (1, config.window + beyond), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         difference = theirs.eval()(ids_BT, use_cache=False).logits - ours(ids_BT, torch.tensor(0), None)[0]
     assert difference.abs().max() < FP32_LOGITS

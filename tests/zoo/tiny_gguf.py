@@ -20,13 +20,14 @@ from transom.zoo.exaone4 import Exaone4Config
 from transom.zoo.gemma2 import Gemma2Config
 from transom.zoo.gemma3 import Gemma3Config
 from transom.zoo.gemma3_vision import Gemma3VisionConfig
+from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.gpt_oss import GptOssConfig
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.qwen2 import Qwen2Config
 from transom.zoo.qwen3 import Qwen3Config
-from transom.zoo.rope import Llama3Rope, Rope, YarnRope
+from transom.zoo.rope import Llama3Rope, ProportionalRope, Rope, YarnRope
 from transom.zoo.smollm3 import SmolLM3Config
 
 TINY = Gemma3Config(
@@ -74,6 +75,24 @@ STORABLE: dict[str, DecoderConfig] = {
         query_scalar=64,
         attention_softcap=5.0,
         logit_softcap=None,
+        **SIZES,
+    ),
+    "gemma4": Gemma4Config(
+        name="tiny",
+        layer_kinds=tile("LLG", 5),
+        window=16,
+        rope_local=Rope(theta=2e4),
+        rope_global=ProportionalRope(theta=1e6, fraction=0.25),
+        global_kv_heads=1,
+        global_head_dim=128,
+        keys_as_values=True,
+        shared_layers=2,
+        wide_shared=True,
+        layer_embedding=32,
+        experts=4,
+        chosen=2,
+        expert_size=32,
+        logit_softcap=30.0,
         **SIZES,
     ),
     "olmo3": Olmo3Config(
@@ -182,6 +201,32 @@ def _gpt_oss(config: GptOssConfig) -> dict[str, object]:
     }
 
 
+def _gemma4(config: Gemma4Config) -> dict[str, object]:
+    """As the converter writes them: global layers' lengths go by the plain keys."""
+    local = [kind == "local" for kind in config.layer_kinds]
+    wide = 2 if config.wide_shared else 1
+    widths = {f"attention.{part}_length": config.global_head_dim for part in ("key", "value")}
+    return {
+        **_windows(config),
+        **widths,
+        **{f"{key}_swa": config.head_dim for key in widths},
+        "attention.head_count_kv": [config.num_kv_heads if own else config.global_kv_heads for own in local],
+        "attention.shared_kv_layers": config.shared_layers,
+        "feed_forward_length": [
+            config.intermediate_size * (wide if index >= config.unshared else 1) for index in range(config.num_layers)
+        ],
+        "embedding_length_per_layer_input": config.layer_embedding,
+        "rope.freq_base": config.rope_global.theta,
+        "rope.freq_base_swa": config.rope_local.theta,
+        "rope.dimension_count": config.global_head_dim,
+        "rope.dimension_count_swa": config.head_dim,
+        "final_logit_softcapping": config.logit_softcap,
+        "expert_count": config.experts,
+        "expert_used_count": config.chosen,
+        "expert_feed_forward_length": config.expert_size,
+    }
+
+
 def _windows(config: LocalGlobalConfig) -> dict[str, object]:
     local = [kind == "local" for kind in config.layer_kinds]
     return {"attention.sliding_window": config.window, "attention.sliding_window_pattern": local}
@@ -243,6 +288,7 @@ _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "cohere2": _cohere2,
     "smollm3": _rope,
     "gpt_oss": _gpt_oss,
+    "gemma4": _gemma4,
 }
 """Metadata of each family; None leaves a key out."""
 
@@ -259,15 +305,26 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
     return values.reshape(rows // config.head_dim, 2, config.head_dim // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def _by_expert(config: GptOssConfig, name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Tensors with an axis of experts, gates and ups apart."""
+def _by_expert(
+    config: GptOssConfig | Gemma4Config, name: str, values: np.ndarray, gates_apart: bool
+) -> list[tuple[str, np.ndarray]]:
+    """Tensors with an axis of experts, gates and ups apart, or as one."""
     stacked = values.reshape(config.experts, -1, *values.shape[1:])
     last, block = "bias" if name.endswith("_bias") else "weight", f"blk.{name.split('.')[1]}"
     if "down" in name:
         return [(f"{block}.ffn_down_exps.{last}", stacked)]
+    if isinstance(config, Gemma4Config) and not gates_apart:
+        return [(f"{block}.ffn_gate_up_exps.{last}", stacked)]
     gates, ups = np.split(stacked, 2, axis=1)
     return [(f"{block}.ffn_gate_exps.{last}", gates), (f"{block}.ffn_up_exps.{last}", ups)]
 
+
+_FACTORS = {
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+}
+"""Names that the converter of Gemma 4 gives itself."""
 
 _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
     "gemma2": _norms_shifted,
@@ -308,6 +365,7 @@ def write_gguf(
     architecture: str | None = None,
     general: Mapping[str, object] | None = None,
     tokens: Mapping[int, str] | None = None,
+    gates_apart: bool = False,
 ) -> Path:
     """Write a model.
 
@@ -321,6 +379,7 @@ def write_gguf(
         architecture: What `general.architecture` says; by default what llama.cpp calls the family.
         general: Metadata by their whole keys.
         tokens: Pieces by id, in the place of unused ones.
+        gates_apart: Whether gates and ups of experts are two tensors, in a family whose converter makes one of them.
     """
     architecture = architecture or gguf_format(architecture_of(config.architecture)).name
     writer = gguf.GGUFWriter(path, architecture)
@@ -345,11 +404,13 @@ def write_gguf(
     for name, weight in weights.items():
         whole = name if name.startswith("lm_head") else f"model.{name}"
         stored = weight.read().float().numpy()
-        if isinstance(config, GptOssConfig) and ".experts." in name:
-            for in_file, values_of_part in _by_expert(config, name, stored):
+        if isinstance(config, GptOssConfig | Gemma4Config) and ".experts." in name:
+            for in_file, values_of_part in _by_expert(config, name, stored, gates_apart):
                 _add_tensor(writer, in_file, values_of_part, types or {}, rng)
             continue
         in_file = names.get_name(whole, try_suffixes=(".weight", ".bias"))
+        if isinstance(config, Gemma4Config) and name.endswith(tuple(_FACTORS)):
+            in_file = f"blk.{name.split('.')[1]}.{next(_FACTORS[end] for end in _FACTORS if name.endswith(end))}"
         if isinstance(config, GptOssConfig) and name.endswith("sinks"):
             in_file += ".weight"
         if in_file in skip:
@@ -358,6 +419,10 @@ def write_gguf(
             stored = _STORED[config.architecture](config, name, stored)
         _add_tensor(writer, in_file, stored, types or {}, rng)
     rope = getattr(config, "rope", None)
+    if isinstance(config, Gemma4Config) and "rope_freqs.weight" not in skip:
+        turning = int(config.rope_global.frequencies(config.global_head_dim).count_nonzero())
+        divisors = [1.0] * turning + [1e30] * (config.global_head_dim // 2 - turning)
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
     if isinstance(rope, Llama3Rope):
         writer.add_tensor("rope_freqs.weight", _divisors(config.head_dim, rope))
     return _write(writer, path)

@@ -11,7 +11,7 @@ import torch
 
 from transom.errors import QuantizationError
 from transom.formats.schemes import SCHEMES, QuantSpec
-from transom.graphs.match import aten
+from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node
 from transom.graphs.weight import Weight
 from transom.validation.bisection.context import Context, Rows, rounded
@@ -38,7 +38,7 @@ def of_weights(replay: Replay) -> Iterator[Hypothesis]:
             elif other in near and len(shape) == 2 and context.graph.weights[other].shape == shape[::-1]:
                 cause = f"the weights are those of {other.removesuffix('.weight')}, transposed"
                 yield Hypothesis(cause, {node: _turned(context, other)})
-        if shape == (1,):
+        if site.op != "norm" and len(shape) == 1 and _is_factor(node):
             yield Hypothesis(f"the factor {name} is left out", {node: from_node(node, torch.ones_like)})
         if is_product and len(shape) == 1:
             yield Hypothesis("the bias is left out", {node: from_node(node, torch.zeros_like)})
@@ -48,6 +48,11 @@ def of_weights(replay: Replay) -> Iterator[Hypothesis]:
         width = heads[0].args[0].meta["val"].shape[-1] ** 0.5
         changes = {heads[0]: from_node(heads[0], lambda value: value * width)}
         yield Hypothesis("the head has the embedding's factor", changes)
+
+
+def _is_factor(vector: Node) -> bool:
+    """Whether it is multiplied with, or numbers of it are chosen to be multiplied with."""
+    return any(is_call(user, aten.mul.Tensor, aten.index.Tensor) for user in vector.users)
 
 
 def _turned(context: Context, name: str) -> Rows:

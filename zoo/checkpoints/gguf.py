@@ -53,12 +53,14 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     header = header_of(source)
     config, lines = read_metadata(header)
     shapes = tensor_shapes(config)
-    form = gguf_format(architecture(config.architecture))
-    names = {name: _names_in_file(form, name) for name in shapes}
+    family = architecture(config.architecture)
+    form = gguf_format(family)
+    names = {name: _names_in_file(form, name, header) for name in shapes}
     gguf = gguf_package()
     weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))
     needed = {*itertools.chain(*names.values()), *([FREQUENCIES] if form.frequencies else [])}
-    parts = account(gguf, header, needed, config)
+    unread = {name for name in header.tensors if family.huggingface.unread(config, _name_in_module(form, name))}
+    parts = account(gguf, header, needed, config, unread - needed)
     copies = {}
     if HEAD in header.tensors and HEAD not in needed:
         copies[TABLE] = (open_weight(gguf, HEAD, header.tensors[HEAD], weights[TABLE].shape),)
@@ -122,7 +124,7 @@ def revision(source: Path | Header) -> str:
     return f"sha256:{digest.hexdigest()}" if whole else f"head-sha256:{digest.hexdigest()}:{header.size}"
 
 
-def _names_in_file(form: GGUFFormat, name: str) -> tuple[str, ...]:
+def _names_in_file(form: GGUFFormat, name: str, header: Header) -> tuple[str, ...]:
     head, rest = "", name
     if name.startswith("layers."):
         _, index, rest = name.split(".", 2)
@@ -130,4 +132,21 @@ def _names_in_file(form: GGUFFormat, name: str) -> tuple[str, ...]:
     module, _, last = rest.rpartition(".")
     # A tensor goes by its own name, or by its module's.
     names = form.tensors.get(rest) or f"{form.tensors[module]}.{last}"
+    if rest in form.apart and f"{head}{names}" not in header.tensors:
+        names = form.apart[rest]
     return tuple(head + one for one in ((names,) if isinstance(names, str) else names))
+
+
+def _name_in_module(form: GGUFFormat, name: str) -> str:
+    """What the module would call a tensor of the file; "" for one that goes by no name of the family."""
+    modules = {in_file: module for module, in_file in form.tensors.items() if isinstance(in_file, str)}
+    head, rest = "", name
+    if name.startswith("blk."):
+        _, index, rest = name.split(".", 2)
+        head = f"layers.{index}."
+    stem, _, last = rest.rpartition(".")
+    return (
+        head + (modules[rest] if rest in modules else f"{modules[stem]}.{last}")
+        if {rest, stem} & modules.keys()
+        else ""
+    )

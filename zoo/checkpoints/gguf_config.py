@@ -104,7 +104,7 @@ def read_metadata(header: Header) -> tuple[DecoderConfig, tuple[str, ...]]:
     form = gguf_format(family)
     keys = Metadata(header, form.name)
     lines: list[str] = []
-    sizes = _sizes(header, keys)
+    sizes = _sizes(header, keys, form)
     fields = {**sizes.fields(), **form.read(sizes, keys, lines)}
     config = read_decoder(header.path, family.config, name=header.name, architecture=family.name, **fields)
     _check_agreement(keys, config, form)
@@ -118,8 +118,14 @@ def gguf_format(family: Architecture) -> GGUFFormat:
     return family.gguf
 
 
-def _sizes(header: Header, keys: Metadata) -> Sizes:
+def _sizes(header: Header, keys: Metadata, form: GGUFFormat) -> Sizes:
     path = header.path
+
+    def in_layers(key: str, default: int | None = None) -> int:
+        """One size for all layers, or the first layer's where they may differ."""
+        uneven = key in form.uneven
+        return keys.sizes(key, blocks, default)[0] if uneven else keys.same_size_in_every_layer(key, blocks, default)
+
     blocks = keys.size("block_count")
     if blocks > LARGEST["num_layers"]:
         raise keys.refuse("block_count", f"more than {LARGEST['num_layers']:,} layers: convert the model again")
@@ -128,7 +134,7 @@ def _sizes(header: Header, keys: Metadata) -> Sizes:
     if num_layers < 1:
         raise keys.refuse("nextn_predict_layers", f"which leaves none of {blocks} layers: convert the model again")
     hidden_size = keys.size("embedding_length")
-    num_heads = keys.same_size_in_every_layer("attention.head_count", blocks)
+    num_heads = in_layers("attention.head_count")
     per_head = max(hidden_size // num_heads, 1)
     head_dim = keys.size("attention.key_length", per_head)
     if (value_dim := keys.size("attention.value_length", per_head)) != head_dim:
@@ -142,7 +148,7 @@ def _sizes(header: Header, keys: Metadata) -> Sizes:
             f"{path}: heads of {head_dim} ({keys.prefix}attention.key_length) cannot be rotated in pairs: "
             "convert the model again"
         )
-    num_kv_heads = keys.same_size_in_every_layer("attention.head_count_kv", blocks, num_heads)
+    num_kv_heads = in_layers("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"{path}: {num_heads} query heads cannot share {num_kv_heads} kv heads "
@@ -153,7 +159,7 @@ def _sizes(header: Header, keys: Metadata) -> Sizes:
     return Sizes(
         vocab_size=_vocab_size(header, hidden_size),
         hidden_size=hidden_size,
-        intermediate_size=keys.same_size_in_every_layer("feed_forward_length", blocks),
+        intermediate_size=in_layers("feed_forward_length"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -225,7 +231,8 @@ def _check_agreement(keys: Metadata, config: DecoderConfig, form: GGUFFormat) ->
         "rope.dimension_count_swa": config.head_dim,
     }
     for key, size in sizes.items():
-        if key in keys and keys.size(key) != size:
+        # What the family reads it has judged.
+        if key in keys.unread and keys.size(key) != size:
             raise keys.refuse(key, f"but the model has {size}: another one is not supported, convert the model again")
     keys.agree("attention.layer_norm_epsilon", config.norm_eps)
     if "rope.scaling.original_context_length" in keys:

@@ -58,24 +58,34 @@ class Metadata:
             raise self.refuse(key, f"expected at least {minimum} and less than 2**31: convert the model again")
         return value
 
-    def same_size_in_every_layer(self, key: str, num_layers: int, default: int | None = None) -> int:
-        """An integer, or an array of one integer a layer that are all equal.
+    def sizes(self, key: str, num_layers: int, default: int | None = None) -> tuple[int, ...]:
+        """An integer for every layer: an array, or one for all of them.
 
         Raises:
-            ConfigError: As `size` does, or if the array has another length or layers differ.
+            ConfigError: As `size` does, or if the array has another length.
         """
         value = self.values.get(key)
         if not isinstance(value, np.ndarray | list):
-            return self.size(key, default)
+            return (self.size(key, default),) * num_layers
         self.unread.discard(key)
         array = np.asarray(value)
         if array.dtype.kind not in "iu" or array.shape != (num_layers,):
             raise self.refuse(key, f"expected one integer for each of {num_layers} layers: convert the model again")
-        if len(distinct := sorted(set(array.tolist()))) > 1:
-            raise self.refuse(key, f"so layers differ ({distinct[:5]}): only models of equal layers are supported")
-        if not 1 <= (size := int(array[0])) < _SIZE_LIMIT:
+        sizes = tuple(array.tolist())
+        if not all(1 <= size < _SIZE_LIMIT for size in sizes):
             raise self.refuse(key, "expected at least 1 and less than 2**31: convert the model again")
-        return size
+        return sizes
+
+    def same_size_in_every_layer(self, key: str, num_layers: int, default: int | None = None) -> int:
+        """An integer, or an array of one integer a layer that are all equal.
+
+        Raises:
+            ConfigError: As `sizes` does, or if layers differ.
+        """
+        distinct = sorted(set(self.sizes(key, num_layers, default)))
+        if len(distinct) > 1:
+            raise self.refuse(key, f"so layers differ ({distinct[:5]}): only models of equal layers are supported")
+        return distinct[0]
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         """A number above zero, or zero if that is allowed; integers are taken too.

@@ -16,6 +16,7 @@ from transom.zoo.checkpoints.checkpoint import left_out_line
 from transom.zoo.checkpoints.gguf_config import PARTS_OF_KEYS
 from transom.zoo.checkpoints.gguf_header import Header
 from transom.zoo.checkpoints.gguf_weight import open_weight
+from transom.zoo.checkpoints.layout import UNREAD
 from transom.zoo.config import DecoderConfig
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -37,7 +38,9 @@ _ONES = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weigh
 _ZEROS = re.compile(r".+\.bias")
 
 
-def account(gguf: ModuleType, header: Header, needed: Collection[str], config: DecoderConfig) -> tuple[str, ...]:
+def account(
+    gguf: ModuleType, header: Header, needed: Collection[str], config: DecoderConfig, unread: Collection[str] = ()
+) -> tuple[str, ...]:
     """Judge every tensor that is not needed. A head is the caller's to judge, if it is not: it is a copy of the table.
 
     Args:
@@ -45,6 +48,7 @@ def account(gguf: ModuleType, header: Header, needed: Collection[str], config: D
         header: Of the model.
         needed: Tensors of the decoder, and those that its configuration was read from.
         config: Of the decoder, out of the header's metadata.
+        unread: Tensors that files of the family hold and its models have no use for.
 
     Returns:
         A line for each part that is left out.
@@ -60,6 +64,8 @@ def account(gguf: ModuleType, header: Header, needed: Collection[str], config: D
     for name in others:
         if (part := _part(name, num_layers, blocks)) is not None:
             parts.setdefault(part, []).append(name)
+        elif name in unread:
+            parts.setdefault(UNREAD, []).append(name)
         elif _ADAPTER.fullmatch(name):
             raise CheckpointError(f"{header.path}: {name} belongs to an adapter: merge it into the model first")
         elif _ONES.fullmatch(name):

@@ -23,14 +23,15 @@ class Tables:
         scores: By id.
         kinds: By id, as SentencePiece numbers them.
         words: How a byte-level one cuts texts; None for SentencePiece's.
-        merges: Of a byte-level one, with a space between two pieces.
+        merges: Of a byte-level one, and of Gemma 4's, with a space between two pieces; None where scores rank
+            them.
     """
 
     pieces: list[str]
     scores: list[float]
     kinds: list[int]
     words: str | None = None
-    merges: list[str] = dataclasses.field(default_factory=list)
+    merges: list[str] | None = None
 
 
 _PREFIX = "tokenizer.ggml."
@@ -57,10 +58,10 @@ def read_tables(header: Header) -> Tables:
     path, metadata = header.path, header.metadata
     model = metadata.get(f"{_PREFIX}model")
     # An array is compared by element, so that the value must be a string first.
-    if not isinstance(model, str) or model not in ("llama", "gpt2"):
+    if not isinstance(model, str) or model not in ("llama", "gpt2", "gemma4"):
         raise TokenizerError(
-            f"{path}: its tokenizer is {shown(model)}, expected 'llama' (SentencePiece's) or 'gpt2' (byte-level) as "
-            f"{_PREFIX}model: convert the model again"
+            f"{path}: its tokenizer is {shown(model)}, expected 'llama' or 'gemma4' (SentencePiece's) or 'gpt2' "
+            f"(byte-level) as {_PREFIX}model: convert the model again"
         )
     pieces = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(pieces, list) or not pieces:
@@ -84,19 +85,23 @@ def read_tables(header: Header) -> Tables:
             f"{path}: {_PREFIX}token_type of {index} is {kinds[index]}, known are 1 to 6: convert the model again"
         )
     _check_flags(header)
-    _check_ids(header, pieces, named=model == "llama")
-    if model == "gpt2":
-        merges, words = (metadata.get(f"{_PREFIX}{name}") for name in ("merges", "pre"))
-        if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
-            raise TokenizerError(f"{path}: {_PREFIX}merges is no list of strings: convert the model again")
-        if not isinstance(words, str):
-            raise TokenizerError(
-                f"{path}: {_PREFIX}pre is {shown(words)}, so how texts are cut is unknown: convert the model again"
-            )
-        return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist(), words=words, merges=merges)
-    _check_order(header, pieces, scores, kinds)
-    _check_unused(header, pieces, kinds)
-    return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist())
+    _check_ids(header, pieces, named=model != "gpt2")
+    if model == "llama":
+        _check_order(header, pieces, scores, kinds)
+        _check_unused(header, pieces, kinds)
+        return Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist())
+    merges, words = (metadata.get(f"{_PREFIX}{name}") for name in ("merges", "pre"))
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise TokenizerError(f"{path}: {_PREFIX}merges is no list of strings: convert the model again")
+    tables = Tables(pieces=pieces, scores=scores.tolist(), kinds=kinds.tolist(), merges=merges)
+    # llama.cpp cuts texts for Gemma 4's as it always does, whatever the file says.
+    if model == "gemma4":
+        return tables
+    if not isinstance(words, str):
+        raise TokenizerError(
+            f"{path}: {_PREFIX}pre is {shown(words)}, so how texts are cut is unknown: convert the model again"
+        )
+    return dataclasses.replace(tables, words=words)
 
 
 def _table(header: Header, name: str, count: int, default: float, kinds: str) -> np.ndarray:

@@ -36,7 +36,7 @@ _OTHER_PARTS = {
     "vision_embedder": "the embedding of images",
     "mtp": "a part that predicts tokens further ahead",
 }
-_UNREAD = "what no layer reads"
+UNREAD = "what no layer reads"
 _ADAPTED = re.compile(r"(^|\.)(lora_\w+|base_layer|base_model|modules_to_save|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
 _PACKED = re.compile(
     r"\.(weight_packed|weight_scale(_inv|_2)?|weight_zero_point|weight_g_idx|qweight|qzeros|scales|biases|g_idx|absmax"
@@ -118,7 +118,7 @@ class Layout:
             if (part := _part(name)) is not None and part not in parts_wanted:
                 parts.setdefault(part, []).append(in_file)
             elif name.startswith(prefix) and unread(inner):
-                parts.setdefault(_UNREAD, []).append(in_file)
+                parts.setdefault(UNREAD, []).append(in_file)
             elif name.startswith(prefix) and _is_redundant(inner, wanted):
                 redundant[in_file] = inner
             else:

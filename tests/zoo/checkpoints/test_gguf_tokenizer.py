@@ -34,6 +34,18 @@ def test_the_tiny_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == len(PIECES) and tokenizer.largest_id == len(PIECES) - 1
 
 
+def test_ranked_merges(tmp_path: Path) -> None:
+    """Gemma 4's: merges stand in the file, and scores, which are all one here, bear on nothing."""
+    model: dict[str, Value] = {"model": ("string", "gemma4"), "scores": ("array of f32", [0.0] * len(PIECES))}
+    ranked = write(tmp_path, merges=("array of string", ["e l", "l l", "h e"]), **model)
+    pieces = ("<bos>", "h", "el", "l", "o", "\u2581", "he", "<0x41>")
+    assert Tokenizer.from_gguf(ranked).encode("hello heA") == [IDS[piece] for piece in pieces]
+    with pytest.raises(TokenizerError, match="its merges do not fit its pieces"):
+        Tokenizer.from_gguf(write(tmp_path, merges=("array of string", ["o h"]), **model))
+    with pytest.raises(TokenizerError, match=r"tokenizer.ggml.merges is no list of strings"):
+        Tokenizer.from_gguf(write(tmp_path, **model))
+
+
 def test_whole_scores_and_missing_types(tmp_path: Path) -> None:
     scores: Value = ("array of i32", [score for _, score, _ in PIECES])
     tokenizer = Tokenizer.from_gguf(write(tmp_path, scores=scores, token_type=None))
@@ -49,7 +61,7 @@ def test_an_empty_piece_is_named_after_its_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model": ("string", "bert")}, "'bert', expected 'llama' (SentencePiece's) or 'gpt2'"),
+        ({"model": ("string", "bert")}, "'bert', expected 'llama' or 'gemma4' (SentencePiece's)"),
         ({"model": ("string", "none")}, "as tokenizer.ggml.model: convert the model again"),
         ({"model": None}, "None, expected 'llama'"),
         ({"tokens": None}, "tokenizer.ggml.tokens is no list"),
