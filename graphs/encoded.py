@@ -50,6 +50,7 @@ class Encoded:
         scale_dtype: What every scale can be rounded to without a change; "bfloat16" ones are positive too.
         read_rows: `(start, stop) -> codes of those rows`. Never caches.
         has_offsets: Whether there are offsets, which are what the code in the middle means.
+        group: Rows that were reordered among themselves: whole groups are read once, and parts of one twice.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Encoded:
     read_rows: Callable[[int, int], Codes]
     scale_dtype: str = "float32"
     has_offsets: bool = False
+    group: int = 1
 
     @staticmethod
     def of(spec: QuantSpec, shape: tuple[int, ...], read_rows: Callable[[int, int], Codes]) -> Encoded:
@@ -121,8 +123,9 @@ class Encoded:
         return None if self.symmetric else "zero_points"
 
     def blocks(self) -> Iterator[tuple[int, Codes]]:
-        """All rows in order, in blocks: the first row of each, an even one, and its codes."""
-        step = _PIECES * rows_at_once(self.shape[1])
+        """All rows in order, in blocks of whole groups: the first row of each, an even one, and its codes."""
+        step, group = _PIECES * rows_at_once(self.shape[1]), math.lcm(self.group, 2)
+        step = max(1, step // group) * group
         for start in range(0, self.shape[0], step):
             yield start, self.read_rows(start, min(start + step, self.shape[0]))
 
@@ -147,7 +150,7 @@ class Encoded:
             codes, scales, zeros = self.read_rows(low, high)
             return codes[index], scales[index], None if zeros is None else zeros[index]
 
-        return dataclasses.replace(self, read_rows=read_rows)
+        return dataclasses.replace(self, read_rows=read_rows, group=math.lcm(self.group, len(order)))
 
     def decode(self, codes: Codes) -> torch.Tensor:
         """What some rows of codes mean, float32 [rows, K]."""

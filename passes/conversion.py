@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transom.errors import QuantizationError
+from transom.formats.finite import is_finite
 from transom.formats.quantized import decode
 from transom.formats.recover import recover, saved_dtype
 from transom.formats.rounding import Method, Rounded, round_rows, split_groups
@@ -197,7 +198,7 @@ class _Encoder:
         return largest
 
     def _check_finite(self, values: torch.Tensor, start: int, stop: int) -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             where = _rows_of(start, stop)
             raise QuantizationError(f"{self.name} holds NaN or infinity in {where}: mend the checkpoint")
 
