@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from transom.errors import CheckpointError
+from transom.formats import float4
 from transom.formats.finite import is_finite, nonfinite_rows
 from transom.formats.quantized import decode
 from transom.formats.rounding import Rounded
@@ -22,7 +23,7 @@ from transom.formats.schemes import Format, QuantSpec
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """(codes [rows, K], scales float32 [rows, K / block], zeros) of some rows. Codes of symmetric integers are int8, with
 the middle code as 0, and perhaps with offsets float32 [rows, K / block]; other integers are uint8, with zero points
-uint8 [rows, K / block]; floats are their own dtype, SFP8 is uint8."""
+uint8 [rows, K / block]; floats are their own dtype, those of SFP8 and of 4 bits are uint8, a code each."""
 
 ROUNDED_NUMBERS = 2**18
 """Numbers encoded at a time: 1 MiB of float32 stays in a core's cache, which made rounding 3 times faster."""
@@ -141,6 +142,17 @@ class Encoded:
             return codes, scales.repeat_interleave(pieces, 1), again
 
         return dataclasses.replace(self, block=block, read_rows=read_rows)
+
+    def as_integers(self) -> Encoded:
+        """Codes of 4-bit floats as integers, twice as large, of scales half as large; any others as they are."""
+        if self.format != "float4_e2m1fn":
+            return self
+
+        def read_rows(start: int, stop: int) -> Codes:
+            codes, scales, _ = self.read_rows(start, stop)
+            return float4.doubled(codes), scales / 2, None
+
+        return dataclasses.replace(self, format="int8", bits=5, scale_dtype="float32", read_rows=read_rows)
 
     def reorder_rows(self, order: Sequence[int]) -> Encoded:
         """The same codes with rows reordered; see `Weight.reorder_rows`."""

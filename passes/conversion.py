@@ -77,6 +77,7 @@ def _sum_of_squares(numbers: torch.Tensor) -> float:
 
 def can_hold(spec: QuantSpec, encoded: Encoded) -> bool:
     """Whether a spec's grid can hold codes and scales as they are."""
+    encoded = encoded.as_integers() if spec.is_integer else encoded
     if encoded.block % spec.stored_block(encoded.shape[1]) or encoded.has_offsets != spec.has_offsets:
         return False
     if spec.scale_dtype == "bfloat16" and encoded.scale_dtype != "bfloat16":
@@ -148,6 +149,7 @@ class _Encoder:
         """The checkpoint's own codes."""
         spec, encoded = self.spec, self.weight.encoded
         assert encoded is not None
+        encoded = encoded.as_integers() if spec.is_integer else encoded
         codes, scales, zeros = encoded.with_block(spec.stored_block(self.weight.shape[1])).read_rows(start, stop)
         self._check_finite(scales, start, stop)
         if encoded.has_offsets and zeros is not None:

@@ -20,6 +20,7 @@ from transom.export.options import Options
 from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
 from transom.passes.conversion import can_hold, encode
+from transom.passes.convert_quantized import scheme_spec
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
 
@@ -67,10 +68,10 @@ def test_mxfp4_is_read_to_the_bit(packed: Path) -> None:
         assert codes is not None and codes.name == "MXFP4"
         rows = model.weights[ours].read()
         assert torch.equal(codes.decode(codes.read_rows(5, 77)), rows[5:77])
-        # Eight bits hold them: what such a target multiplies with is what the checkpoint says.
-        for name_of_scheme in ("int8", "as_shipped"):
-            spec = scheme(name_of_scheme).of(ours)
-            assert spec is not None and can_hold(spec, codes)
+        # Eight bits hold them too: what such a target multiplies with is what the checkpoint says.
+        for name_of_scheme, bits in (("int8", 8), ("mxfp4", 4), ("as_shipped", 4)):
+            spec = scheme_spec(scheme(name_of_scheme), ours, model.weights[ours])
+            assert spec is not None and spec.bits == bits and can_hold(spec, codes)
             encoded, record = encode(ours, model.weights[ours], spec)
             assert record.kept and record.source == "MXFP4"
             assert torch.equal(encoded.dequantized(), rows)
@@ -120,3 +121,13 @@ def test_int8_is_near_where_no_choice_of_experts_changes(tmp_path: Path) -> None
         expected_TV = model.eager()(ids_T[None], torch.tensor(0), None)[0][0]
     logits_TV = torch.from_numpy(open_session(tmp_path / "int8").logits(ids_T.tolist()))
     assert 0 < (logits_TV - expected_TV).square().mean().sqrt() < INT8_EXPERTS
+
+
+def test_the_manifest_tells_that_mxfp4_takes_8_bits(packed: Path, tmp_path: Path) -> None:
+    """Where the target has no products with 4-bit floats."""
+    model = load(packed)
+    options = Options.of(model, target="onnxruntime", quant="mxfp4", context=128)
+    manifest = compile_model(model, options, out=tmp_path / "mxfp4").manifest
+    kept = {entry["weight"]: entry["kept"] for entry in manifest.conversions}
+    assert {name for name, is_kept in kept.items() if is_kept} == {name for name in kept if ".experts." in name}
+    assert any(line.startswith("float4_e2m1fn: its codes are written as int8") for line in manifest.not_done)

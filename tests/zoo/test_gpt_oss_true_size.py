@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -38,12 +39,13 @@ def released() -> GptOssConfig:
 
 @pytest.mark.large
 @pytest.mark.parametrize("kind", ["local", "global"])
-def test_a_layer_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_a_layer_is_that_of_transformers(kind: Literal["local", "global"], tmp_path: Path) -> None:
     """Past the window and through a checkpoint; of the table of tokens, some rows are enough."""
     config = dataclasses.replace(released(), vocab_size=512, layer_kinds=(kind,))
     weights = random_weights(config, 1)
     ours = build_empty(config)
     ours.load_state_dict({name: weight.read() for name, weight in weights.items()}, assign=True)
+    assert config.window is not None
     ids_BT = torch.randint(0, 512, (1, config.window + 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         logits = ours(ids_BT, torch.tensor(0), None)[0]
@@ -117,7 +119,8 @@ compile_model(tiny, tiny_options, out=Path(sys.argv[1]) / "tiny")
 model.trace()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 compile_model(model, options, out=Path(sys.argv[1]) / "streamed")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sum(weight.bytes for weight in model.weights.values()))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown, sum(weight.bytes for weight in model.weights.values()))
 """
 
 
