@@ -3,7 +3,8 @@
 A matrix [R, K] is cut into blocks of `block` columns. It is held as
 
     codes        uint8 [R, K / block, block * bits / 8]   two 4-bit codes a byte, the even column in the low half;
-                                                          8-bit floats stand in their own dtype, SFP8 as uint8
+                                                          8-bit floats stand in their own dtype, SFP8 as uint8, and
+                                                          4-bit ones two a byte
     scales       float32 [R, K / block]
     zero_points  uint8 [R, ceil(K / block * bits / 8)]    packed like the codes; None: the middle code 2 ** (bits - 1),
                                                           and 0 for floats
@@ -18,8 +19,11 @@ from __future__ import annotations
 
 import torch
 
-from transom.formats import sfp8
+from transom.formats import float4, sfp8
 from transom.formats.schemes import BITS
+
+ENCODED_FLOATS = {"sfp8": sfp8.decode, "float4_e2m1fn": float4.decode}
+"""Numbers of codes that torch has no dtype for, by format."""
 
 
 def pack(codes: torch.Tensor, format: str) -> torch.Tensor:
@@ -64,8 +68,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     Returns:
         float32 [R, G, C].
     """
-    if format == "sfp8":
-        return sfp8.decode(codes) * scales[..., None]
+    if format in ENCODED_FLOATS:
+        return ENCODED_FLOATS[format](codes) * scales[..., None]
     values = codes.float()
     has_offsets = zeros is not None and zeros.is_floating_point()
     if not codes.is_floating_point():

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from transom.errors import QuantizationError
-from transom.formats import sfp8
+from transom.formats import float4, sfp8
+from transom.formats.quantized import decode
 from transom.formats.schemes import QuantSpec
 
 FLOAT8 = torch.float8_e4m3fn
@@ -88,9 +89,11 @@ def find_grid(
     if method == "nearest":
         return plain
     best, least = plain, _error(blocks_RGC, plain, spec, importance_GC)
+    # A power of two times anything else would be no power of two.
+    factors = (0.5, 2.0) if spec.scale_dtype == "float8_e8m0fnu" else (*_SHRINK, 1.0)
     # Both signs are tried where the sign is free: the lowest code reaches one step further than the highest.
     signs = (1.0, -1.0) if spec.signed_scale else (1.0,)
-    for factor in (sign * shrink for sign in signs for shrink in (*_SHRINK, 1.0)):
+    for factor in (sign * shrink for sign in signs for shrink in factors):
         if factor == 1.0:
             continue
         divisors = plain.divisors * factor
@@ -130,6 +133,8 @@ def _largest_fits(largest: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     if spec.format == "sfp8":
         # Its makers scale only what would not fit.
         return torch.where(largest <= sfp8.LARGEST, 1.0, largest / sfp8.LARGEST)
+    if spec.format == "float4_e2m1fn":
+        return float4.largest_fits(largest)
     top = FLOAT8_MAX if spec.format == "float8_e4m3fn" else 2 ** (spec.bits - 1) - 1
     # Codes are computed with the stored scale, where its dtype is narrower.
     return _no_zeros((largest / top).to(getattr(torch, spec.scale_dtype)).float())
@@ -148,8 +153,7 @@ def values(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tenso
     """Numbers of the nearest codes, float32 [R, G, C], as `encode` and then `formats.quantized.decode` give them."""
     scales = grid.scales(spec)[..., None]
     if not spec.is_integer:
-        narrow = encode(blocks_RGC, grid, spec).codes
-        return (sfp8.decode(narrow) if spec.format == "sfp8" else narrow.float()) * scales
+        return decode(encode(blocks_RGC, grid, spec).codes, grid.scales(spec), None, spec.format)
     return _integers(blocks_RGC, grid, spec).sub_(_zeros(grid, spec)).mul_(scales)
 
 
@@ -180,6 +184,8 @@ def encode(blocks_RGC: torch.Tensor, grid: Grid, spec: QuantSpec) -> Rounded:
         raise QuantizationError(f"a scale does not fit {spec.scale_dtype}: choose a scheme with float32 scales")
     if spec.format == "sfp8":
         codes = sfp8.encode(blocks_RGC / grid.divisors[..., None])
+    elif spec.format == "float4_e2m1fn":
+        codes = float4.encode(blocks_RGC / grid.divisors[..., None])
     elif spec.format == "float8_e4m3fn":
         # Clamped first: what is out of range would become NaN.
         codes = (blocks_RGC / grid.divisors[..., None]).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)

@@ -13,11 +13,11 @@ from typing import Literal
 
 from transom.errors import QuantizationError
 
-Format = Literal["int4", "int8", "float8_e4m3fn", "sfp8"]
-"""What a code is: an integer; an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point Specification 1.0); or
-a switched 8-bit float (`formats.sfp8`)."""
+Format = Literal["int4", "int8", "float8_e4m3fn", "sfp8", "float4_e2m1fn"]
+"""What a code is: an integer; an 8-bit float (E4M3 without infinities: OCP 8-bit Floating Point Specification 1.0); a
+switched 8-bit float (`formats.sfp8`); or a 4-bit float (`formats.float4`)."""
 
-BITS: dict[str, int] = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "sfp8": 8}
+BITS: dict[str, int] = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "sfp8": 8, "float4_e2m1fn": 4}
 
 SMALLEST_BLOCK = 16
 """Runtimes take powers of two from here on."""
@@ -49,7 +49,7 @@ class QuantSpec:
     symmetric: bool = True
     has_offsets: bool = False
     signed_scale: bool = False
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    scale_dtype: Literal["float32", "float16", "bfloat16", "float8_e8m0fnu"] = "float32"
     modules: str = ""
 
     def __post_init__(self) -> None:
@@ -203,6 +203,8 @@ _INTO_ATTENTION = dataclasses.replace(SPECS["int8_block32"], modules=r"self_attn
 _INT4 = QuantSpec(format="int4", block=32, symmetric=False)
 _OWN_TABLE = ("sfp8", "int4_block32_bf16", "fp8_channel")
 _FP8 = SPECS["fp8_channel"]
+MXFP4 = QuantSpec(format="float4_e2m1fn", block=32, scale_dtype="float8_e8m0fnu")
+_ATTENTION = dataclasses.replace(SPECS["int8_block32"], modules=r"self_attn\.")
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -219,6 +221,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(name="fp8", linears=(SPECS["fp8_e4m3"],), table=_TABLE),
         Scheme(name="fp8_activations", linears=(SPECS["fp8_e4m3"],), table=_TABLE, activations="float8_e4m3fn"),
         Scheme(name="fp8_channel_activations", linears=(_FP8,), table=_FP8, activations="float8_e4m3fn"),
+        # As gpt-oss is released: attention is finer.
+        Scheme(name="mxfp4", linears=(_ATTENTION, MXFP4), table=_TABLE),
         # Weights that a GGUF file holds as codes stay what they are; others come as near as 8 bits can.
         Scheme(name="as_shipped", linears=(SPECS["int8_block32"],), table=SPECS["int8_block32"], as_shipped=True),
         *(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from transom.errors import CheckpointError
+from transom.formats import float4
 from transom.formats.finite import is_finite, nonfinite_rows
 from transom.formats.quantized import decode
 from transom.formats.rounding import Rounded
@@ -22,7 +23,7 @@ from transom.formats.schemes import Format, QuantSpec
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """(codes [rows, K], scales float32 [rows, K / block], zeros) of some rows. Codes of symmetric integers are int8, with
 the middle code as 0, and perhaps with offsets float32 [rows, K / block]; other integers are uint8, with zero points
-uint8 [rows, K / block]; floats are their own dtype, SFP8 is uint8."""
+uint8 [rows, K / block]; floats are their own dtype, those of SFP8 and of 4 bits are uint8, a code each."""
 
 ROUNDED_NUMBERS = 2**18
 """Numbers encoded at a time: 1 MiB of float32 stays in a core's cache, which made rounding 3 times faster."""
@@ -50,6 +51,7 @@ class Encoded:
         scale_dtype: What every scale can be rounded to without a change; "bfloat16" ones are positive too.
         read_rows: `(start, stop) -> codes of those rows`. Never caches.
         has_offsets: Whether there are offsets, which are what the code in the middle means.
+        group: Rows that were reordered among themselves: whole groups are read once, and parts of one twice.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Encoded:
     read_rows: Callable[[int, int], Codes]
     scale_dtype: str = "float32"
     has_offsets: bool = False
+    group: int = 1
 
     @staticmethod
     def of(spec: QuantSpec, shape: tuple[int, ...], read_rows: Callable[[int, int], Codes]) -> Encoded:
@@ -121,8 +124,9 @@ class Encoded:
         return None if self.symmetric else "zero_points"
 
     def blocks(self) -> Iterator[tuple[int, Codes]]:
-        """All rows in order, in blocks: the first row of each, an even one, and its codes."""
-        step = _PIECES * rows_at_once(self.shape[1])
+        """All rows in order, in blocks of whole groups: the first row of each, an even one, and its codes."""
+        step, group = _PIECES * rows_at_once(self.shape[1]), math.lcm(self.group, 2)
+        step = max(1, step // group) * group
         for start in range(0, self.shape[0], step):
             yield start, self.read_rows(start, min(start + step, self.shape[0]))
 
@@ -139,6 +143,17 @@ class Encoded:
 
         return dataclasses.replace(self, block=block, read_rows=read_rows)
 
+    def as_integers(self) -> Encoded:
+        """Codes of 4-bit floats as integers, twice as large, of scales half as large; any others as they are."""
+        if self.format != "float4_e2m1fn":
+            return self
+
+        def read_rows(start: int, stop: int) -> Codes:
+            codes, scales, _ = self.read_rows(start, stop)
+            return float4.doubled(codes), scales / 2, None
+
+        return dataclasses.replace(self, format="int8", bits=5, scale_dtype="float32", read_rows=read_rows)
+
     def reorder_rows(self, order: Sequence[int]) -> Encoded:
         """The same codes with rows reordered; see `Weight.reorder_rows`."""
 
@@ -147,7 +162,7 @@ class Encoded:
             codes, scales, zeros = self.read_rows(low, high)
             return codes[index], scales[index], None if zeros is None else zeros[index]
 
-        return dataclasses.replace(self, read_rows=read_rows)
+        return dataclasses.replace(self, read_rows=read_rows, group=math.lcm(self.group, len(order)))
 
     def decode(self, codes: Codes) -> torch.Tensor:
         """What some rows of codes mean, float32 [rows, K]."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transom.errors import QuantizationError
+from transom.formats.finite import is_finite
 from transom.formats.quantized import decode
 from transom.formats.recover import recover, saved_dtype
 from transom.formats.rounding import Method, Rounded, round_rows, split_groups
@@ -76,6 +77,7 @@ def _sum_of_squares(numbers: torch.Tensor) -> float:
 
 def can_hold(spec: QuantSpec, encoded: Encoded) -> bool:
     """Whether a spec's grid can hold codes and scales as they are."""
+    encoded = encoded.as_integers() if spec.is_integer else encoded
     if encoded.block % spec.stored_block(encoded.shape[1]) or encoded.has_offsets != spec.has_offsets:
         return False
     if spec.scale_dtype == "bfloat16" and encoded.scale_dtype != "bfloat16":
@@ -147,6 +149,7 @@ class _Encoder:
         """The checkpoint's own codes."""
         spec, encoded = self.spec, self.weight.encoded
         assert encoded is not None
+        encoded = encoded.as_integers() if spec.is_integer else encoded
         codes, scales, zeros = encoded.with_block(spec.stored_block(self.weight.shape[1])).read_rows(start, stop)
         self._check_finite(scales, start, stop)
         if encoded.has_offsets and zeros is not None:
@@ -197,7 +200,7 @@ class _Encoder:
         return largest
 
     def _check_finite(self, values: torch.Tensor, start: int, stop: int) -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             where = _rows_of(start, stop)
             raise QuantizationError(f"{self.name} holds NaN or infinity in {where}: mend the checkpoint")
 

@@ -166,13 +166,14 @@ QUANTIZATION_LIMITS: dict[tuple[str, int | str], float] = {
     ("int4", 128): 3.0,
     ("float8_e4m3fn", 128): 0.2,
     ("sfp8", 128): 0.2,
+    ("float4_e2m1fn", 32): 0.95,
 }
 """Most that mean KL(unquantised oracle || target) may be, in nats, by number and length of a block; `LONG_BLOCK`
 stands for all other lengths. The oracle of a quantised target has the target's own codes, so only this tells codes
 that are wrong. Measured on a tiny model: 0.002 for int8 (0.0035 with int8 activations), 0.035 for fp8, 0.19 for int4,
-0.38 for int4_table, 17 to 26 for codes that are all zero, 0.9 to 1.1 for scales of half the size at 4 bits; on the
-real 270M 1.1 for int4 by channel. The limits are 2.5 to 15 times what was measured: it is loose, for other random
-models."""
+0.24 for mxfp4, 0.38 for int4_table, 17 to 26 for codes that are all zero, 0.9 to 1.1 for scales of half the size at 4
+bits; on the real 270M 1.1 for int4 by channel. The limits are 2.5 to 15 times what was measured: it is loose, for other
+random models."""
 
 
 def quantization_limit(quant: str) -> float | None:

@@ -58,7 +58,7 @@ def read_parameters(path: Path, parameters: Mapping[str, Parameter], put: Any) -
     Raises:
         ArtifactError: If the file is damaged or does not hold them.
     """
-    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16, 8-bit floats and 4-bit integers)
+    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16, narrow floats and 4-bit integers)
 
     with reading(path) as file:
         return {name: put(_in_memory(file.read(name), wanted)) for name, wanted in parameters.items()}
@@ -86,5 +86,7 @@ def _arranged(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
             rows = pairs.reshape(len(rows), -1)[:, : math.prod(wanted.held[1:])]
         if wanted.middle:
             rows = (rows - np.uint8(wanted.middle)).view(np.int8)
+        elif wanted.packed and not wanted.dtype.startswith("uint"):
+            rows = rows.view(dtype)  # the bits of floats
         by_row[start : start + step] = rows.reshape(len(rows), *wanted.held[1:])
     return tensor

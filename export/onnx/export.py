@@ -11,6 +11,7 @@ from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
 from transom.export.onnx.preprocess import preprocessing_model
 from transom.export.options import Options
+from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.images.resize import PixelSpec
 
@@ -20,7 +21,19 @@ DIALECTS = {dialect.name: dialect for dialect in (onnxruntime.DIALECT, standard.
 def export(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:
     """Write `model.onnx` and its data; see `emitter.write`."""
     emitter.write(graph, DIALECTS[options.target], folder, on_bytes=progress.on_bytes)
-    return Lowered(entry=entry(graph, MODEL_FILE), libraries=("onnx",))
+    return Lowered(entry=entry(graph, MODEL_FILE), libraries=("onnx",), not_done=_widened(graph, options.target))
+
+
+def _widened(graph: Graph, target: str) -> tuple[str, ...]:
+    """Lines on codes that are written in a wider format."""
+    if target != onnxruntime.DIALECT.name:
+        return ()
+    calls = graph.calls(ops.LINEAR_QUANTIZED, ops.EXPERTS_QUANTIZED)
+    return tuple(
+        f"{narrow}: its codes are written as {wide}, which mean the same, as the provider has no products with them"
+        for narrow, wide in onnxruntime.WIDENED.items()
+        if any(narrow in node.args for node in calls)
+    )
 
 
 def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progress) -> Lowered:

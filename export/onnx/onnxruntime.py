@@ -37,6 +37,9 @@ HEAD_STEP = 8
 # Computes with int8 activations. Without it MatMulNBits falls back to paths that are 200 times slower.
 ACCURACY_LEVEL = 4
 
+WIDENED = {"float4_e2m1fn": "int8"}
+"""Formats whose codes are written in a wider one, as the provider multiplies by them in no other: the numbers stay."""
+
 TABLE = Table(RINGS)
 TABLE.lowers(ops.EXPERTS)(experts.lower)
 
@@ -52,19 +55,27 @@ def _linear(emitter: Emitter, node: Node) -> str:
 def _linear_quantized(emitter: Emitter, node: Node) -> str:
     x, codes, scales, zeros, format = node.args
     rows, blocks, _ = (int(size) for size in codes.meta["val"].shape)
-    if format in FLOATS:
+    block = block_of(codes.meta["val"], format)
+    if format in FLOATS and format not in WIDENED:
         weight = looked_up(emitter, codes, scales, format)
         return str(emitter.op("FusedMatMul", emitter.value(x), weight, domain=MICROSOFT, transB=1))
-    block = block_of(codes.meta["val"], format)
-    weights = [codes, scales, *([] if zeros is None or is_offsets(zeros) else [zeros])]
+    if format in WIDENED:
+        integers, halves, _ = _parts(emitter, codes)
+        weights = [
+            emitter.initializer(f"{codes.name}.integers", integers),
+            emitter.initializer(f"{scales.name}.halves", halves),
+        ]
+    else:
+        parts = [codes, scales, *([] if zeros is None or is_offsets(zeros) else [zeros])]
+        weights = [emitter.value(part) for part in parts]
     product = emitter.op(
         "MatMulNBits",
         emitter.value(x),
-        *map(emitter.value, weights),
+        *weights,
         domain=MICROSOFT,
         K=blocks * block,
         N=rows,
-        bits=BITS[format],
+        bits=BITS[WIDENED.get(format, format)],
         block_size=block,
         accuracy_level=ACCURACY_LEVEL,
     )
@@ -129,7 +140,10 @@ def _experts_quantized(emitter: Emitter, node: Node) -> str:
     (gate_up, down), biases, activation = (parts[:4], parts[4:8]), parts[8:10], parts[10]
     swiglu = {ops.CLAMPED_SWIGLU: (ops.SWIGLU_SLOPE, 1.0), "silu": (1.0, 0.0)}.get(activation)
     blocks = {block_of(codes.meta["val"], format) for codes, _, _, format in (gate_up, down)}
-    integers = all(format in ("int4", "int8") and not is_offsets(zeros) for _, _, zeros, format in (gate_up, down))
+    formats = [WIDENED.get(format, format) for _, _, _, format in (gate_up, down)]
+    integers = all(format in ("int4", "int8") for format in formats) and not (
+        is_offsets(gate_up[2]) or is_offsets(down[2])
+    )
     if not (swiglu and integers and len(blocks) == 1 and is_call(skip_casts(weights), aten.softmax.int)):
         return experts.lower_quantized(emitter, node)
     rows, chosen, shares = experts.rows_of(emitter, (x, choices, weights))
@@ -154,8 +168,8 @@ def _experts_quantized(emitter: Emitter, node: Node) -> str:
         activation_alpha=swiglu[0],
         activation_beta=swiglu[1],
         swiglu_fusion=1,
-        expert_weight_bits=BITS[gate_up[3]],
-        fc2_expert_weight_bits=BITS[down[3]],
+        expert_weight_bits=BITS[formats[0]],
+        fc2_expert_weight_bits=BITS[formats[1]],
         block_size=blocks.pop(),
         weights_prepacked=0,
         accuracy_level=ACCURACY_LEVEL,
@@ -173,10 +187,7 @@ def _stacked(
 ) -> list[str]:
     """Codes [E, R, bytes], scales, biases and zero points of all experts, each one's rows in an order."""
     nodes = [*matrix[:2], bias, matrix[2]]
-    named_codes = emitter.graph.weight_of(nodes[0])
-    assert named_codes is not None and named_codes[1].part_of is not None, f"{nodes[0]} are no codes"
-    encoded = named_codes[1].part_of
-    codes, scales, zeros = Weight.parts_of(encoded.reorder_rows(order) if order else encoded, named_codes[1].origin)
+    codes, scales, zeros = _parts(emitter, nodes[0], order)
     codes = codes.map_rows(lambda rows: rows.flatten(1), row_shape=(codes.shape[1] * codes.shape[2],))
     weights, names = [codes, scales, None, zeros], list[str]()
     for node, weight in zip(nodes, weights, strict=True):
@@ -189,6 +200,16 @@ def _stacked(
         assert weight is not None
         names.append(emitter.initializer(f"{named[0]}.stacked", weight, stacked=count))
     return names
+
+
+def _parts(emitter: Emitter, codes: Node, order: tuple[int, ...] | None = None) -> tuple[Weight, Weight, Weight | None]:
+    """Codes as the provider's products take them, scales and zero points, rows in an order."""
+    named_codes = emitter.graph.weight_of(codes)
+    assert named_codes is not None and named_codes[1].part_of is not None, f"{codes} are no codes"
+    encoded = named_codes[1].part_of
+    if encoded.format in WIDENED:
+        encoded = encoded.as_integers()
+    return Weight.parts_of(encoded.reorder_rows(order) if order else encoded, named_codes[1].origin)
 
 
 @TABLE.lowers(ops.RMS_NORM)

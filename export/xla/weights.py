@@ -41,7 +41,8 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
         numbers: dict[str, Any] = {"dtype": f"{'int' if signed else 'uint'}{bits}", "packed": bits == 4}
         numbers["middle"] = 2 ** (bits - 1) if signed else 0
         if format not in ("int4", "int8"):
-            numbers = {"dtype": str(codes.meta["val"].dtype).removeprefix("torch.")}
+            numbers = {"dtype": format if bits == 4 else str(codes.meta["val"].dtype).removeprefix("torch.")}
+            numbers["packed"] = bits == 4
         arranged = {
             codes: {"held": (rows, blocks * block), "axes": (0, 1), **numbers}
             if table

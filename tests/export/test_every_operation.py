@@ -329,7 +329,8 @@ def _experts_quantized(target: str) -> Iterator[Sample]:
         # Runtimes that have an operator for it have it for some activations.
         for activation in ("gelu_tanh", ops.CLAMPED_SWIGLU):
             rows, tensors = _mixture(activation, biases=activation == ops.CLAMPED_SWIGLU)
-            operator = target == "onnxruntime" and activation == ops.CLAMPED_SWIGLU and spec.format == "int8"
+            wide = spec.format in ("int8", "float4_e2m1fn")
+            operator = target == "onnxruntime" and activation == ops.CLAMPED_SWIGLU and wide
             yield Sample(
                 name=f"{activation}, {name}",
                 rows=rows,

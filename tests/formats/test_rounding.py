@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from transom.errors import QuantizationError
 from transom.formats.quantized import decode
 from transom.formats.rounding import Method, Rounded, encode, find_grid, round_rows, values
-from transom.formats.schemes import SPECS, QuantSpec
+from transom.formats.schemes import MXFP4, SPECS, QuantSpec
 
 ASYMMETRIC = QuantSpec(format="int4", block=32, symmetric=False)
 POSITIVE = QuantSpec(format="int4", block=32)
 ALL: dict[str, QuantSpec] = {
     **SPECS,
+    "mxfp4": MXFP4,
     "int4 asymmetric": ASYMMETRIC,
     "int8 asymmetric": QuantSpec(format="int8", block=32, symmetric=False),
     "int4 positive": POSITIVE,
@@ -146,6 +147,9 @@ def step(spec: QuantSpec, rows: torch.Tensor) -> torch.Tensor:
         return torch.maximum(rows.abs() / 16, scales * 2**-10)
     if spec.format == "sfp8":
         return torch.maximum(rows.abs() / 8, scales * 2**-23)
+    if spec.format == "float4_e2m1fn":
+        # What lies beyond 6 is clipped, by a quarter at most, as nothing reaches 8.
+        return torch.maximum(rows.abs(), scales) / 4
     # With a signed scale, the side away from the extreme number ends one code earlier.
     return scales * (1.0 if spec.signed_scale else 0.5)
 
@@ -280,7 +284,7 @@ def test_important_columns_are_rounded_better() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("name", ["int8_block32", "int4_block32", "fp8_e4m3", "int4 asymmetric", "sfp8"])
+@pytest.mark.parametrize("name", ["int8_block32", "int4_block32", "fp8_e4m3", "int4 asymmetric", "sfp8", "mxfp4"])
 def test_what_is_no_number_has_no_scale(name: str, bad: float) -> None:
     rows = normal(11, 2, 64)
     rows[1, 3] = bad

@@ -8,7 +8,7 @@ import pytest
 
 from tests.case import Case
 from transom.errors import QuantizationError
-from transom.formats.schemes import SCHEMES, SPECS, QuantSpec, scheme
+from transom.formats.schemes import MXFP4, SCHEMES, SPECS, QuantSpec, scheme
 from transom.graphs.graph import Graph
 from transom.passes.canonicalize import Canonicalize
 from transom.passes.convert_quantized import ConvertQuantized
@@ -18,7 +18,7 @@ from transom.zoo.plan import plan
 NAMES = {
     "none", "int8", "int4", "int4_table", "fp8", "fp8_activations", "as_shipped", "int4_block32", "int4_block128",
     "int4_channel", "int8_block32", "int8_block128", "int8_channel", "fp8_e4m3", "sfp8", "int4_block32_bf16",
-    "fp8_channel", "fp8_channel_activations",
+    "fp8_channel", "fp8_channel_activations", "mxfp4",
 }  # fmt: skip
 TABLE, QUERY, DOWN = "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"
 
@@ -54,6 +54,15 @@ def test_queries_keys_and_values_are_finer_under_int4() -> None:
     for name in (DOWN, "layers.3.self_attn.o_proj.weight", "layers.3.mlp.gate_up_proj.weight"):
         spec = made.of(name)
         assert spec is not None and (spec.bits, spec.symmetric) == (4, False)
+
+
+def test_attention_is_finer_under_mxfp4() -> None:
+    made = scheme("mxfp4")
+    for kind in ("q", "k", "v", "o"):
+        assert made.of(f"layers.3.self_attn.{kind}_proj.weight").format == "int8"  # type: ignore[union-attr]
+    for name in (DOWN, "layers.3.mlp.experts.gate_up_proj"):
+        assert made.of(name) == MXFP4
+    assert made.of("layers.3.mlp.router.weight") is None
 
 
 def test_activations_are_among_the_numbers() -> None:

@@ -106,6 +106,19 @@ def test_one_pass_yields_codes_scales_and_zero_points() -> None:
     assert {name for name, _, _ in read_blocks(parts)} == set(parts)
 
 
+def test_reordered_codes_are_read_once() -> None:
+    """In blocks of whole groups; a block that ended within one had the rest of it read twice."""
+    reads: list[tuple[int, int]] = []
+    rows, order = 700_000, [*range(0, 70_000, 2), *range(1, 70_000, 2)]
+    codes = Weight.parts_of(noted(rows, reads).reorder_rows(order), "noted")[0]
+    whole = read_all({"codes": codes})["codes"]
+    assert len(reads) > 1 and [start for start, _ in reads] == [0, *(stop for _, stop in reads[:-1])]
+    assert torch.equal(
+        whole.view(10, 70_000, -1),
+        read_all({"codes": Weight.parts_of(noted(rows, []), "noted")[0]})["codes"].view(10, 70_000, -1)[:, order],
+    )
+
+
 def test_what_no_format_holds_together_is_not_stacked() -> None:
     with_zeros = noted(4, [])
     symmetric = counted(torch.zeros(4, 32), 16).encoded

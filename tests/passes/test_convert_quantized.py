@@ -20,10 +20,10 @@ from tests.case import Case, export, run_graph
 from tests.tolerances import FP8_WEIGHTS, FP32_ATTENTION, FP32_LOGITS
 from tests.zoo.tiny_gguf import TINY, write_gguf
 from transom.errors import QuantizationError
-from transom.formats import sfp8
+from transom.formats import float4, sfp8
 from transom.formats.quantized import dequantize, pack, unpack
 from transom.formats.rounding import round_rows
-from transom.formats.schemes import BITS, SCHEMES, SPECS, Format, QuantSpec, Scheme, scheme
+from transom.formats.schemes import BITS, MXFP4, SCHEMES, SPECS, Format, QuantSpec, Scheme, scheme
 from transom.graphs import ops
 from transom.graphs.encoded import Encoded
 from transom.graphs.graph import Graph
@@ -291,6 +291,9 @@ def held_as(
     if format == "float8_e4m3fn":
         codes = codes.where(codes & 127 != 127, 0).to(torch.uint8).view(torch.float8_e4m3fn)
         plain = codes.float()
+    elif format == "float4_e2m1fn":
+        codes = codes.to(torch.uint8)
+        plain = float4.decode(codes)
     elif format == "sfp8":
         codes = codes.to(torch.uint8)
         plain = sfp8.decode(codes)
@@ -337,11 +340,13 @@ KINDS = {
     "int8 in 128": held_as("int8", 8, 128),
     "fp8": held_as("float8_e4m3fn", 8, 128),
     "sfp8": held_as("sfp8", 8, COLUMNS),
+    "MXFP4": held_as("float4_e2m1fn", 4, 32),
     "int4 of bfloat16 scales": held_as("int4", 4, 32, positive=True),
     "fp8 by row of bfloat16 scales": held_as("float8_e4m3fn", 8, COLUMNS, positive=True),
 }
 GRIDS = {
     **SPECS,
+    "mxfp4": MXFP4,
     "int4 with zeros": ASYMMETRIC,
     "int8 with zeros": QuantSpec(format="int8", block=32, symmetric=False),
     "int8 in 16": QuantSpec(format="int8", block=16),
@@ -360,6 +365,7 @@ KEPT = {
     "int8 in 128": {"int8_block32", "int8_block128", "int8_channel", "int8 with zeros", "int8 in 16"},
     "fp8": {"fp8_e4m3"},
     "sfp8": {"sfp8"},
+    "MXFP4": {"mxfp4", "int8_block32", "int8 with zeros", "int8 in 16"},
     "int4 of bfloat16 scales": {
         "int4_block32", "int4_block32_bf16", "int8_block32", "int4 with zeros", "int8 with zeros", "int8 in 16"
     },

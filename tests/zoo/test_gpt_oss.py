@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.tolerances import INT8_EXPERTS
 from tests.zoo.tiny_gguf import STORABLE, write_gguf
+from transom.backends.opening import open_session
+from transom.compiler import compile_model
 from transom.errors import CheckpointError, ConfigError
+from transom.export.options import Options
 from transom.formats.schemes import scheme
+from transom.graphs.weight import Weight
 from transom.passes.conversion import can_hold, encode
+from transom.passes.convert_quantized import scheme_spec
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.model import Model, load
 
@@ -62,10 +68,10 @@ def test_mxfp4_is_read_to_the_bit(packed: Path) -> None:
         assert codes is not None and codes.name == "MXFP4"
         rows = model.weights[ours].read()
         assert torch.equal(codes.decode(codes.read_rows(5, 77)), rows[5:77])
-        # Eight bits hold them: what such a target multiplies with is what the checkpoint says.
-        for name_of_scheme in ("int8", "as_shipped"):
-            spec = scheme(name_of_scheme).of(ours)
-            assert spec is not None and can_hold(spec, codes)
+        # Eight bits hold them too: what such a target multiplies with is what the checkpoint says.
+        for name_of_scheme, bits in (("int8", 8), ("mxfp4", 4), ("as_shipped", 4)):
+            spec = scheme_spec(scheme(name_of_scheme), ours, model.weights[ours])
+            assert spec is not None and spec.bits == bits and can_hold(spec, codes)
             encoded, record = encode(ours, model.weights[ours], spec)
             assert record.kept and record.source == "MXFP4"
             assert torch.equal(encoded.dequantized(), rows)
@@ -98,3 +104,30 @@ def test_mxfp4_of_a_gguf_file_keeps_its_codes(tmp_path: Path) -> None:
         assert torch.equal(codes.decode(codes.read_rows(3, 40)), rows[3:40])
         # Steps between the largest floats of 4 bits are a third of the numbers there.
         assert 0 < (rows - weights[name].read()).abs().max() < 0.25 * weights[name].read().abs().max()
+
+
+def test_int8_is_near_where_no_choice_of_experts_changes(tmp_path: Path) -> None:
+    """What rounding does beyond its usual errors is that other experts are chosen."""
+    model = load("gpt-oss-tiny")
+    weights = dict(model.weights)
+    for layer in range(model.config.num_layers):
+        bias = torch.zeros(EXPERTS)
+        bias[[layer % EXPERTS, (layer + 1) % EXPERTS]] = 30.0
+        weights[f"layers.{layer}.mlp.router.bias"] = Weight.of(bias)
+    model = dataclasses.replace(model, weights=weights)
+    compile_model(model, Options.of(model, target="onnxruntime", quant="int8", context=128), out=tmp_path / "int8")
+    ids_T = torch.randint(0, 512, (100,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected_TV = model.eager()(ids_T[None], torch.tensor(0), None)[0][0]
+    logits_TV = torch.from_numpy(open_session(tmp_path / "int8").logits(ids_T.tolist()))
+    assert 0 < (logits_TV - expected_TV).square().mean().sqrt() < INT8_EXPERTS
+
+
+def test_the_manifest_tells_that_mxfp4_takes_8_bits(packed: Path, tmp_path: Path) -> None:
+    """Where the target has no products with 4-bit floats."""
+    model = load(packed)
+    options = Options.of(model, target="onnxruntime", quant="mxfp4", context=128)
+    manifest = compile_model(model, options, out=tmp_path / "mxfp4").manifest
+    kept = {entry["weight"]: entry["kept"] for entry in manifest.conversions}
+    assert {name for name, is_kept in kept.items() if is_kept} == {name for name in kept if ".experts." in name}
+    assert any(line.startswith("float4_e2m1fn: its codes are written as int8") for line in manifest.not_done)

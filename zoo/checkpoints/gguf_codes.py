@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from transom.formats import float4
 from transom.formats.schemes import Format
 from transom.graphs.encoded import Codes, Encoded
-from transom.zoo.checkpoints.stacked import integers_of_mxfp4
 
 
 def read_codes(type_name: str, shape: tuple[int, ...], read_bytes: Callable[[int, int], np.ndarray]) -> Encoded | None:
@@ -24,7 +24,7 @@ def read_codes(type_name: str, shape: tuple[int, ...], read_bytes: Callable[[int
         codes, scales, *offsets = (torch.from_numpy(part.reshape(stop - start, -1)) for part in parts)
         return codes, scales, offsets[0] if offsets else None
 
-    format: Format = "int4" if bits == 4 else "int8"
+    format: Format = "float4_e2m1fn" if type_name == "MXFP4" else "int4" if bits == 4 else "int8"
     return Encoded(
         name=type_name,
         shape=shape,
@@ -96,8 +96,7 @@ def _unpack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _unpack_mxfp4(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    codes, powers, _ = integers_of_mxfp4(torch.from_numpy(_nibbles(blocks[:, 1:])), torch.from_numpy(blocks[:, 0]))
-    return codes.numpy(), powers.numpy()
+    return _nibbles(blocks[:, 1:]), float4.scales_of(torch.from_numpy(blocks[:, 0])).numpy()
 
 
 # Type -> (reader of one block, values that share a scale, bytes of a block, bits that hold a code).
@@ -108,5 +107,5 @@ _UNPACK: dict[str, tuple[_Unpack, int, int, int]] = {
     "Q5_1": (_unpack_q5_1, 32, 24, 5),
     "Q8_0": (_unpack_q8_0, 32, 34, 8),
     "Q6_K": (_unpack_q6_k, 16, 210, 6),
-    "MXFP4": (_unpack_mxfp4, 32, 17, 5),
+    "MXFP4": (_unpack_mxfp4, 32, 17, 4),
 }

@@ -1,18 +1,18 @@
 """Matrices of experts, which files hold on an axis of their own, and modules one below the other.
 
 Files of some families hold them transposed, gates and ups by turns, or as MXFP4: 4-bit floats (E2M1), two a byte, with
-a power of two for each 32 columns (OCP Microscaling Formats Specification 1.0). Twice such a float is an integer of 12
-at most, so its codes are read as integers, with half the scales: nothing is rounded.
+a power of two for each 32 columns (`formats.float4`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from transom.formats import float4
+from transom.formats.quantized import unpack
 from transom.graphs.encoded import Codes, Encoded
 from transom.graphs.weight import Weight
 
@@ -20,17 +20,6 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """What stands behind a name of MXFP4's two parts."""
 
 _BLOCK = 32
-_TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-"""Twice what every E2M1 code means."""
-_BIAS = 127
-"""Of the exponents of scales."""
-
-
-def integers_of_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> Codes:
-    """Codes that mean what MXFP4's do: E2M1 codes [rows, columns], and exponents uint8 [rows, columns / 32]."""
-    # Half of the power of two; exponent 255 is no number.
-    powers = torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - (_BIAS + 1))
-    return _TWICE[codes.int()], torch.where(exponents == 255, math.nan, powers), None
 
 
 def side_by_side(parts: Sequence[Weight], count: int) -> Weight:
@@ -145,10 +134,17 @@ class Stacked:
 
         def read_rows(start: int, stop: int) -> Codes:
             packed, exponents = blocks.read_rows(start, stop), scales.read_rows(start, stop)
-            return integers_of_mxfp4(torch.stack((packed & 15, packed >> 4), -1).flatten(1), exponents)
+            return unpack(packed, "float4_e2m1fn", shape[1]), float4.scales_of(exponents), None
 
         encoded = Encoded(
-            name="MXFP4", shape=shape, format="int8", bits=5, block=_BLOCK, symmetric=True, read_rows=read_rows
+            name="MXFP4",
+            shape=shape,
+            format="float4_e2m1fn",
+            bits=4,
+            block=_BLOCK,
+            symmetric=True,
+            scale_dtype="float8_e8m0fnu",
+            read_rows=read_rows,
         )
         weight = Weight(
             shape=shape,

@@ -85,14 +85,26 @@ class Codes:
         return T.Cast("float32", (zeros[row, block // 2] >> shift) & T.uint8(15))
 
 
-def low(code: Any) -> Any:
+def low(codes: Codes, code: Any) -> Any:
     """The even column of a byte of 4-bit codes, float32."""
-    return T.Cast("float32", T.Cast("int32", code & T.uint8(15)))
+    return half(codes, T.Cast("int32", code & T.uint8(15)))
 
 
-def high(code: Any) -> Any:
+def high(codes: Codes, code: Any) -> Any:
     """The odd column of a byte of 4-bit codes, float32."""
-    return T.Cast("float32", T.Cast("int32", code >> T.uint8(4)))
+    return half(codes, T.Cast("int32", code >> T.uint8(4)))
+
+
+def half(codes: Codes, wide: Any) -> Any:
+    """A 4-bit code, float32."""
+    if codes.format == "int4":
+        return T.Cast("float32", wide)
+    # The bits of a float32 whose exponent is not biased yet.
+    return (
+        T.reinterpret("float32", (wide & 7) << 22)
+        * T.float32(2.0**126)
+        * T.Select(wide >= 8, T.float32(-1), T.float32(1))
+    )
 
 
 def whole(codes: Codes, code: Any) -> Any:
@@ -214,12 +226,12 @@ def _halves_product(codes: Codes, tile: Tile) -> Any:
                                 inner[row, lane]
                                 + even[part_ * size + step * lanes + lane]
                                 * (
-                                    low(C[group * rows + row, part_, step * lanes + lane])
+                                    low(codes, C[group * rows + row, part_, step * lanes + lane])
                                     - codes.zero(Z, group * rows + row, part_)
                                 )
                                 + odd[part_ * size + step * lanes + lane]
                                 * (
-                                    high(C[group * rows + row, part_, step * lanes + lane])
+                                    high(codes, C[group * rows + row, part_, step * lanes + lane])
                                     - codes.zero(Z, group * rows + row, part_)
                                 )
                             )
@@ -244,8 +256,10 @@ def unpack_block(codes, C, S, Z, row, block, out, out_row, out_column):  # type:
             out[out_row, out_column + column] = codes.number_of(whole(codes, C[row, block, column]), S, Z, row, block)
     else:
         for column in T.vectorized(codes.bytes):
-            out[out_row, out_column + column * 2] = codes.number_of(low(C[row, block, column]), S, Z, row, block)
-            out[out_row, out_column + column * 2 + 1] = codes.number_of(high(C[row, block, column]), S, Z, row, block)
+            out[out_row, out_column + column * 2] = codes.number_of(low(codes, C[row, block, column]), S, Z, row, block)
+            out[out_row, out_column + column * 2 + 1] = codes.number_of(
+                high(codes, C[row, block, column]), S, Z, row, block
+            )
 
 
 def matrix_product(codes: Codes, tile: Tile) -> Any:
