@@ -22,8 +22,9 @@ from tests.images.sequences import Sequence, sequence
 from tests.tolerances import FP32_LOGITS
 from transom.backends.artifact import read_manifest
 from transom.errors import ContextLengthError
-from transom.export.onnx import emitter, images, onnxruntime, rings
+from transom.export.onnx import images, onnxruntime, rings
 from transom.export.onnx.emitter import Emitter
+from transom.export.onnx.nodes import values_read
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.node import Node, is_node
@@ -197,7 +198,7 @@ def test_no_value_is_made_in_vain(tmp_path: Path, target: str) -> None:
     transom.compile(load("gemma3-vision-tiny", images=True), target=target, out=tmp_path / "a", chunk=CHUNK)
     for file in ("model.onnx", "encode_image.onnx"):
         graph = onnx.load(tmp_path / "a" / file, load_external_data=False).graph
-        read = {value.name for value in graph.output}.union(*map(emitter._read, graph.node))
+        read = {value.name for value in graph.output}.union(*map(values_read, graph.node))
         assert [node.name for node in graph.node if not read.intersection(node.output)] == []
 
 

@@ -14,7 +14,9 @@ PROGRAM = """
 import resource, sys, tempfile, pathlib
 import torch
 from torch import nn
+from transom.backends.artifact import MODEL_FILE
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.data import data_file
 from transom.graphs.graph import Graph
 from transom.formats.schemes import scheme
 from transom.graphs.weight import Weight
@@ -43,7 +45,7 @@ graph, _ = Pipeline([ConvertQuantized(scheme(sys.argv[2]))]).run(graph)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with tempfile.TemporaryDirectory() as folder:
     emitter.write(graph, DIALECT, pathlib.Path(folder))
-    size = (pathlib.Path(folder) / emitter.data_file(emitter.MODEL_FILE)).stat().st_size
+    size = (pathlib.Path(folder) / data_file(MODEL_FILE)).stat().st_size
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(size, (after - before) * 1024)
 """
