@@ -51,8 +51,8 @@ print(size, (after - before) * 1024)
 """
 
 
-@pytest.mark.parametrize("quant", ["none", "int8"])
-@pytest.mark.parametrize("target", ["onnxruntime", "onnx"])
+# Weights that are not quantised are written by what dialects share.
+@pytest.mark.parametrize(("target", "quant"), [("onnxruntime", "none"), ("onnxruntime", "int8"), ("onnx", "int8")])
 def test_a_table_of_600_megabytes(target: str, quant: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, target, quant], capture_output=True, text=True, cwd=ROOT, check=False
