@@ -22,9 +22,10 @@ from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, Sizes, read_gguf_
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_usual_sizes, read_windows, rope_parameters, usual_sizes, windows
 from transom.zoo.layers import Attention, GatedMLP, LayerCache, LayerNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, rotate_interleaved, rotation
+from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, read_windows, usual_sizes, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **read_usual_sizes(text, _SIZES),
         **read_windows(text, _SIZES, _PATTERN),
-        "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "")[""],
+        "rope": read_rope(text, 1e4),
         "norm_eps": text.number("layer_norm_eps", 1e-5),
         "logit_scale": text.number("logit_scale", 0.0625),
     }
@@ -120,10 +121,6 @@ def _write(config: Cohere2Config) -> dict[str, Any]:
         "rope_parameters": rope_parameters(config.rope),
         "tie_word_embeddings": True,
     }
-
-
-def _buffer(config: Cohere2Config, name: str) -> torch.Tensor | None:
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
 
 
 _HUGGINGFACE = HuggingFaceFormat(
@@ -154,7 +151,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     ignored=frozenset({"_sliding_window_pattern"}),
     read=_read,
     write=_write,
-    buffer=_buffer,
+    buffer=rope_buffer,
 )  # fmt: skip
 
 

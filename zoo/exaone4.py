@@ -22,9 +22,10 @@ from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, USUAL_TENSORS, Si
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_usual_sizes, read_windows, rope_parameters, usual_sizes, windows
 from transom.zoo.layers import Attention, PostNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Llama3Rope, Rope, rotate, rotation
+from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, read_windows, usual_sizes, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **read_usual_sizes(text, _SIZES),
         **read_windows(text, _SIZES, _PATTERN),
-        "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "")[""],
+        "rope": read_rope(text, 1e4),
         "norm_eps": text.number("rms_norm_eps", 1e-5),
         "tied": text.flag("tie_word_embeddings", False),
     }
@@ -112,10 +113,6 @@ def _write(config: Exaone4Config) -> dict[str, Any]:
     }
 
 
-def _buffer(config: Exaone4Config, name: str) -> torch.Tensor | None:
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
-
-
 _HUGGINGFACE = HuggingFaceFormat(
     model_types={"exaone4": None},
     classes=("Exaone4ForCausalLM",),
@@ -129,7 +126,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     ),
     read=_read,
     write=_write,
-    buffer=_buffer,
+    buffer=rope_buffer,
 )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.gemma3 import CHAT
-from transom.zoo.huggingface import SIZES, read_ropes, read_sizes, read_windows, rope_parameters, windows
 from transom.zoo.layers import Attention, RMSNorm, Rotation, SandwichLayer, StackedDecoder
 from transom.zoo.rope import Rope, rotate, rotation
+from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import SIZES, read_sizes, read_windows, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **read_sizes(text, SIZES, _SIZES),
         **read_windows(text, _SIZES, _PATTERN),
-        "rope": read_ropes(text, {"": ("rope_theta", _THETA)}, "")[""],
+        "rope": read_rope(text, _THETA),
         "query_scalar": text.whole("query_pre_attn_scalar", _SIZES["query_pre_attn_scalar"]),
         "attention_softcap": _cap(text, "attn_logit_softcapping", _ATTENTION_CAP),
         "logit_softcap": _cap(text, "final_logit_softcapping", _LOGIT_CAP),
@@ -144,7 +145,7 @@ def _write(config: Gemma2Config) -> dict[str, Any]:
 def _buffer(config: Gemma2Config, name: str) -> torch.Tensor | None:
     if name == "embed_tokens.embed_scale":
         return torch.tensor([config.hidden_size**0.5], dtype=torch.float64)
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
+    return rope_buffer(config, name)
 
 
 _HUGGINGFACE = HuggingFaceFormat(

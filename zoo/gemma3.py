@@ -25,10 +25,11 @@ from transom.zoo.checkpoints.gguf_config import Sizes, read_gguf_windows
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import SIZES, read_ropes, read_sizes, read_windows, rope_parameters, windows
 from transom.zoo.layers import Decoder, LayerCache, RMSNorm, SandwichLayer, attend
 from transom.zoo.packaged import assembled
 from transom.zoo.rope import Rope, rotate, rotation
+from transom.zoo.rope_keys import read_ropes, rope_parameters
+from transom.zoo.usual_keys import SIZES, read_sizes, read_windows, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

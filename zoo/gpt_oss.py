@@ -34,6 +34,7 @@ from transom.zoo.huggingface import (
 )
 from transom.zoo.layers import LayerCache, RMSNorm, Rotation, StackedDecoder, attend
 from transom.zoo.rope import Rope, YarnRope, rotate, rotation
+from transom.zoo.rope_keys import rope_buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,6 @@ def _write(config: GptOssConfig) -> dict[str, Any]:
     }
 
 
-def _buffer(config: GptOssConfig, name: str) -> torch.Tensor | None:
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
-
-
 def _stacked(config: GptOssConfig, name: str) -> Stacked | None:
     """Files hold the experts' matrices transposed, and gates and ups by turns."""
     if ".experts." not in name:
@@ -214,7 +211,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     stacked=_stacked,
     read=_read,
     write=_write,
-    buffer=_buffer,
+    buffer=rope_buffer,
 )  # fmt: skip
 
 

@@ -2,30 +2,35 @@
 
 A config is read as transformers 5 reads it. A key that bears on numbers is understood, or refused by name where its
 value is one that transformers itself refuses, reads in another way in its two generations, or that the zoo cannot
-compute. Keys that nothing reads are listed by `left_out`. What a family's keys are stands in its model's file; the
-keys that all families share stand here.
+compute. Keys that nothing reads are listed by `left_out`. What a family's keys are stands in its model's file,
+which reads those that families share by `usual_keys` and `rope_keys`; the keys that all of them have stand here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transom.errors import ConfigError
 from transom.json_object import read_object
 from transom.zoo.architecture import Architecture, HuggingFaceFormat
 from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
-from transom.zoo.config import LARGEST, DecoderConfig, LayerKind, LocalGlobalConfig, read_decoder
-from transom.zoo.config_keys import Keys, is_positive, short
-from transom.zoo.rope import Llama3Rope, ProportionalRope, Rope, YarnRope, yarn_magnitude
+from transom.zoo.config import DecoderConfig, read_decoder
+from transom.zoo.config_keys import Keys, short
+from transom.zoo.rope_keys import read_ropes as read_ropes
+from transom.zoo.rope_keys import rope_parameters as rope_parameters
+from transom.zoo.usual_keys import LAYER_KINDS as LAYER_KINDS
+from transom.zoo.usual_keys import SIZES as SIZES
+from transom.zoo.usual_keys import read_layer_types as read_layer_types
+from transom.zoo.usual_keys import read_sizes as read_sizes
+from transom.zoo.usual_keys import read_usual_sizes as read_usual_sizes
+from transom.zoo.usual_keys import read_windows as read_windows
+from transom.zoo.usual_keys import usual_sizes as usual_sizes
+from transom.zoo.usual_keys import windows as windows
 
 CONFIG = "config.json"
-
-LAYER_KINDS: dict[str, LayerKind] = {"sliding_attention": "local", "full_attention": "global"}
-LAYER_TYPES = {kind: name for name, kind in LAYER_KINDS.items()}
 
 # Keys with one value that model files compute; absent is that value too. None stands in the list where transformers
 # takes null for it.
@@ -102,286 +107,6 @@ def write_config(config: DecoderConfig, folder: Path) -> None:
     """Write a `config.json` that `read_config` and transformers 5 read alike."""
     data = architecture(config.architecture).huggingface.write(config)
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def read_sizes(text: Keys, fields: Mapping[str, str], defaults: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of a config.
-
-    Args:
-        text: Keys that describe the decoder.
-        fields: Our name of a size -> the key.
-        defaults: What an absent key means.
-
-    Raises:
-        ConfigError: If a value is no whole number from 1 on, or transformers refuses them together.
-    """
-    sizes = {field: text.whole(key, defaults[key]) for field, key in fields.items()}
-    # transformers refuses it too, though nothing in a model need divide so.
-    if sizes["hidden_size"] % sizes["num_heads"]:
-        text.refuse("hidden_size", f"expected a multiple of num_attention_heads, {sizes['num_heads']}")
-    return sizes
-
-
-_USUAL = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "context": "max_position_embeddings",
-}
-SIZES = {**_USUAL, "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-"""Our names of sizes -> keys, where a class has a default for each."""
-
-
-def read_usual_sizes(text: Keys, defaults: Mapping[str, int]) -> dict[str, int]:
-    """Sizes by the keys that most families share; heads of keys and values, and their width, follow from others.
-
-    Args:
-        text: Keys that describe the decoder.
-        defaults: What an absent key means. Without `num_key_value_heads`, there are as many as query heads.
-
-    Raises:
-        ConfigError: As `read_sizes` does.
-    """
-    sizes = read_sizes(text, _USUAL, defaults)
-    heads, per_head = sizes["num_heads"], sizes["hidden_size"] // sizes["num_heads"]
-    absent = {"num_key_value_heads": defaults.get("num_key_value_heads", heads), "head_dim": per_head}
-    for field, key, null in (("num_kv_heads", "num_key_value_heads", heads), ("head_dim", "head_dim", per_head)):
-        stated = key in text.values
-        sizes[field] = null if stated and text.get(key) is None else text.whole(key, absent[key])
-    return sizes
-
-
-def usual_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_usual_sizes` reads, number of layers and activation, and no tokens that begin or end a text.
-
-    Those stand in the tokenizer's files and in generation_config.json.
-    """
-    return {
-        **{key: getattr(config, field) for field, key in _USUAL.items()},
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-
-
-def read_windows(text: Keys, defaults: Mapping[str, int], pattern: int) -> dict[str, Any]:
-    """`layer_kinds` and `window` of a `LocalGlobalConfig`.
-
-    Args:
-        text: Keys that describe the decoder.
-        defaults: What an absent `num_hidden_layers` or `sliding_window` means; the latter may be left out for none.
-        pattern: Every n-th layer is global, where the config does not say.
-
-    Raises:
-        ConfigError: If the keys contradict each other, or a type of layer is unknown.
-    """
-    layer_types = read_layer_types(text, count=defaults["num_hidden_layers"], pattern=pattern)
-    window = text.values.get("sliding_window", defaults.get("sliding_window"))
-    if window is not None:
-        window = text.whole("sliding_window", window)
-    elif "sliding_attention" in layer_types:
-        text.refuse("sliding_window", "layers of sliding_attention need one: set it, or make them full_attention")
-    return {"layer_kinds": tuple(LAYER_KINDS[name] for name in layer_types), "window": window}
-
-
-def windows(config: LocalGlobalConfig) -> dict[str, Any]:
-    """The keys that `read_windows` reads."""
-    return {
-        "sliding_window": config.window,
-        "layer_types": [LAYER_TYPES[kind] for kind in config.layer_kinds],
-    }
-
-
-def read_layer_types(text: Keys, *, count: int, pattern: int) -> list[str]:
-    """The type of every layer: `layer_types`, or every n-th is full.
-
-    Args:
-        text: Keys that describe the decoder.
-        count: Layers, where the config does not say.
-        pattern: n, where the config does not say.
-
-    Raises:
-        ConfigError: If the keys contradict each other, or a type is unknown.
-    """
-    count = text.whole("num_hidden_layers", count, LARGEST["num_layers"])
-    if (names := text.get("layer_types")) is None:
-        pattern = text.values.get("sliding_window_pattern", pattern)
-        if type(pattern) is not int or pattern < 1:
-            text.refuse("sliding_window_pattern", "expected a positive whole number")
-        # transformers 5 writes it beside layer_types, and does not read it.
-        if text.values.get("_sliding_window_pattern", pattern) != pattern:
-            text.refuse("_sliding_window_pattern", f"without layer_types, transformers reads a pattern of {pattern}")
-        return ["full_attention" if index % pattern == pattern - 1 else "sliding_attention" for index in range(count)]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        text.refuse("layer_types", f"expected a list of {' and '.join(LAYER_KINDS)}")
-    if unknown := sorted(set(names) - set(LAYER_KINDS)):
-        raise ConfigError(f"{text.path}: unknown layer_types {unknown}: known are {', '.join(LAYER_KINDS)}")
-    if len(names) != count:
-        raise ConfigError(f"{text.path}: {len(names)} layer_types for {count} layers: they must be as many")
-    return list(names)
-
-
-_PLAIN_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
-_ROPE_KEYS = {
-    "default": _PLAIN_ROPE_KEYS,
-    "linear": _PLAIN_ROPE_KEYS,
-    "llama3": (*_PLAIN_ROPE_KEYS, "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        *_PLAIN_ROPE_KEYS, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim",
-    ),
-    "proportional": ("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"),
-}  # fmt: skip
-"""Kind of rotary embedding -> the keys that it has a use for, or that transformers passes over."""
-
-
-def read_ropes(
-    text: Keys, thetas: Mapping[str, tuple[str, float]], scaled: str, *, beside: Sequence[str] = ()
-) -> dict[str, Rope]:
-    """The rotary embedding of each type of layer, from the keys of both generations, which must agree.
-
-    Up to transformers 4 a config holds a theta a type and `rope_scaling`; from 5 on `rope_parameters`, by type where
-    there are several.
-
-    Args:
-        text: Keys that describe the decoder.
-        thetas: Type of layer -> the older key of its theta, and the theta of configs that do not say. One type of ""
-            stands for all layers, whose parameters are not nested.
-        scaled: The type that `rope_scaling` is about.
-        beside: Keys that stand among the parameters and that the family reads itself.
-
-    Raises:
-        ConfigError: If they contradict each other or are not supported.
-    """
-    known = tuple(dict.fromkeys((*(key for keys in _ROPE_KEYS.values() for key in keys), *beside)))
-    parameters, scaling = text.mapping("rope_parameters"), text.mapping("rope_scaling")
-    for key, entries, names in (
-        ("rope_parameters", parameters, known if "" in thetas else tuple(thetas)),
-        ("rope_scaling", scaling, known),
-    ):
-        if others := sorted(name for name, value in entries.items() if name not in names and value is not None):
-            text.refuse(key, f"{', '.join(others)} is not understood there, only {', '.join(names)}")
-    # transformers 4 takes `type` for `rope_type`; 5 overlooks it where parameters stand by type of layer.
-    if "" not in thetas and scaling.get("type") is not None and scaling.get("rope_type") is None:
-        text.refuse("rope_scaling", "call its type rope_type: versions of transformers read type differently")
-    ropes = {}
-    for layer_type, (theta_key, theta) in thetas.items():
-        entry = (parameters.get(layer_type) if layer_type else parameters) or {}
-        if not isinstance(entry, dict):
-            text.refuse("rope_parameters", f"expected an object for {layer_type}")
-        older = {} if theta_key not in text.values else {"rope_theta": text.values[theta_key]}
-        if layer_type == scaled:
-            older |= scaling
-        ropes[layer_type] = _rope(text, layer_type, theta, entry, older, beside)
-    return ropes
-
-
-def _rope(
-    text: Keys, layer_type: str, theta: float, entry: dict[str, Any], older: dict[str, Any], beside: Sequence[str]
-) -> Rope:
-    def refuse(reason: str) -> NoReturn:
-        raise ConfigError(f"{text.path}: {text.prefix}{layer_type or 'rope_parameters'}: {reason}")
-
-    def number(key: str, default: float | None = None) -> float:
-        """A number; the default, if there is one, where the key is absent or null."""
-        value: Any = values.get(key)
-        if value is None and default is not None:
-            return default
-        if not is_positive(value):
-            what = "the factor of its rotary embedding" if key == "factor" else key
-            refuse(f"{what} is {short(value)}, expected a positive finite number")
-        return float(value)
-
-    for key, value in older.items():
-        if key in entry and entry[key] != value and not (key == "rope_theta" and value is None):
-            refuse(f"{key} is {short(entry[key])} in rope_parameters and {short(value)} beside it: they must agree")
-    values: dict[str, Any] = {"rope_theta": theta, **older, **entry}
-    names = {values[key] for key in ("rope_type", "type") if isinstance(values.get(key), str)}
-    if len(names) > 1 or any(not isinstance(values.get(key, ""), str | None) for key in ("rope_type", "type")):
-        refuse(f"rope_type {short(values.get('rope_type'))} and type {short(values.get('type'))} must be one name")
-    rope_type = names.pop() if names else "default"
-    known = (*_ROPE_KEYS.get(rope_type, _PLAIN_ROPE_KEYS), *beside)
-    if others := sorted(name for name, value in values.items() if name not in known and value is not None):
-        refuse(f"{', '.join(others)} of its rotary embedding is not understood, only {', '.join(known)}")
-    if rope_type not in _ROPE_KEYS:
-        refuse(f"rope_type {rope_type!r} is not supported, only {', '.join(_ROPE_KEYS)} are")
-    if rope_type == "proportional":
-        if (fraction := number("partial_rotary_factor", 1.0)) > 1:
-            refuse(f"partial_rotary_factor is {fraction:g}, expected at most 1")
-        return ProportionalRope(theta=number("rope_theta"), factor=number("factor", 1.0), fraction=fraction)
-    if rope_type == "default":
-        if (factor := values.get("factor")) not in (None, 1):
-            refuse(f"its rotary embedding has the factor {short(factor)} and no rope_type that uses it, such as linear")
-        values["factor"] = 1
-    plain = {"theta": number("rope_theta"), "factor": number("factor")}
-    if rope_type in ("default", "linear"):
-        return Rope(**plain)
-    original = values.get("original_max_position_embeddings")
-    if type(original) is not int or not 1 <= original <= LARGEST["context"]:
-        refuse(f"original_max_position_embeddings is {short(original)}, expected a whole number from 1 on")
-    if rope_type == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
-        if low >= high:
-            refuse(f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
-        return Llama3Rope(**plain, low_freq_factor=low, high_freq_factor=high, original_context=original)
-    truncate = values.get("truncate", True)
-    if not isinstance(truncate, bool):
-        refuse(f"truncate is {short(truncate)}, expected true or false")
-    if layer_type and not truncate:
-        refuse("truncate is false, which transformers overlooks where parameters stand by type of layer")
-    slow, fast = number("beta_slow", 1.0), number("beta_fast", 32.0)
-    if slow >= fast:
-        refuse(f"beta_slow {slow:g} must be less than beta_fast {fast:g}")
-    if plain["theta"] <= 1:
-        refuse(f"rope_theta is {plain['theta']:g}, expected more than 1, as pairs slow down with their index")
-    attention_factor = None
-    if values.get("attention_factor") is not None:
-        attention_factor = number("attention_factor")
-    elif values.get("mscale") and values.get("mscale_all_dim"):
-        weights = number("mscale"), number("mscale_all_dim")
-        above, below = (yarn_magnitude(plain["factor"], weight) for weight in weights)
-        attention_factor = above / below
-    return YarnRope(
-        **plain,
-        original_context=original,
-        beta_fast=fast,
-        beta_slow=slow,
-        truncate=truncate,
-        attention_factor=attention_factor,
-    )
-
-
-def rope_parameters(rope: Rope) -> dict[str, Any]:
-    """What `rope_parameters` holds of a rotary embedding."""
-    plain = {"rope_theta": rope.theta, "factor": rope.factor}
-    match rope:
-        case Llama3Rope():
-            return {
-                "rope_type": "llama3",
-                **plain,
-                "low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-                "original_max_position_embeddings": rope.original_context,
-            }
-        case YarnRope():
-            return {
-                "rope_type": "yarn",
-                **plain,
-                "beta_fast": rope.beta_fast,
-                "beta_slow": rope.beta_slow,
-                "truncate": rope.truncate,
-                "original_max_position_embeddings": rope.original_context,
-                **({} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}),
-            }
-        case ProportionalRope():
-            return {"rope_type": "proportional", **plain, "partial_rotary_factor": rope.fraction}
-    if rope.factor == 1.0:
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    return {"rope_type": "linear", **plain}
 
 
 def _refuse_packed(keys: Keys, form: HuggingFaceFormat) -> None:

@@ -14,8 +14,8 @@ from transom.zoo import pre_norm
 from transom.zoo.architecture import Architecture, HuggingFaceFormat, Preset
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_windows, windows
 from transom.zoo.rope import Rope
+from transom.zoo.usual_keys import read_windows, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

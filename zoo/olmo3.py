@@ -22,9 +22,10 @@ from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL, USUAL_TENSORS, Si
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_usual_sizes, read_windows, rope_parameters, usual_sizes, windows
 from transom.zoo.layers import Attention, PostNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, YarnRope, rotate, rotation
+from transom.zoo.rope_keys import read_ropes, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, read_windows, usual_sizes, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ from transom.zoo.checkpoints.gguf_config import USUAL_TENSORS, Sizes, read_gguf_
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_usual_sizes, rope_parameters, usual_sizes
 from transom.zoo.layers import Attention, PreNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, rotate, rotation
+from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, usual_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def read(text: Keys, sizes: Mapping[str, int], *, eps: float = 1e-6, rope_keys: 
     """
     return {
         **read_usual_sizes(text, sizes),
-        "rope": read_ropes(text, {"": ("rope_theta", 1e4)}, "", beside=rope_keys)[""],
+        "rope": read_rope(text, 1e4, beside=rope_keys),
         "norm_eps": text.number("rms_norm_eps", eps),
         "tied": text.flag("tie_word_embeddings", False),
     }
@@ -134,10 +135,8 @@ def write(config: PreNormConfig, model_type: str, class_name: str) -> dict[str, 
     }
 
 
-def buffer(config: PreNormConfig, name: str) -> torch.Tensor | None:
-    """What a buffer of this name must hold, float64; None for a name that is none."""
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
-
+buffer = rope_buffer
+"""What buffers must hold."""
 
 GGUF_TENSORS = {**USUAL_TENSORS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 

@@ -16,8 +16,8 @@ from transom.zoo.chat import CHATML
 from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import LAYER_KINDS, read_layer_types, windows
 from transom.zoo.rope import Rope
+from transom.zoo.usual_keys import LAYER_KINDS, read_layer_types, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

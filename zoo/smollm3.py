@@ -28,9 +28,10 @@ from transom.zoo.checkpoints.gguf_config import (
 from transom.zoo.checkpoints.gguf_metadata import Metadata
 from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_usual_sizes, read_windows, rope_parameters, usual_sizes, windows
 from transom.zoo.layers import Attention, PreNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, rotate, rotation
+from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, read_windows, usual_sizes, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     return {
         **read_usual_sizes(text, _SIZES),
         **_windows(text, rotated),
-        "rope": read_ropes(text, {"": ("rope_theta", 2e6)}, "")[""],
+        "rope": read_rope(text, 2e6),
         "rotated": tuple(map(bool, rotated)),
         "norm_eps": text.number("rms_norm_eps", 1e-6),
         "tied": text.flag("tie_word_embeddings", True),
@@ -145,10 +146,6 @@ def _write(config: SmolLM3Config) -> dict[str, Any]:
     }
 
 
-def _buffer(config: SmolLM3Config, name: str) -> torch.Tensor | None:
-    return config.rope.frequencies(config.head_dim, dtype=torch.float64) if "inv_freq" in name else None
-
-
 _HUGGINGFACE = HuggingFaceFormat(
     model_types={"smollm3": None},
     classes=("SmolLM3ForCausalLM",),
@@ -170,7 +167,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     ignored=frozenset({"max_window_layers"}),
     read=_read,
     write=_write,
-    buffer=_buffer,
+    buffer=rope_buffer,
 )  # fmt: skip
 
 

@@ -1,17 +1,15 @@
 """Writes a graph as ONNX: a small model file, and its weights streamed into one data file beside it.
 
-A dialect is a table of lowerings, one small function for an operation. Every operation that the table lacks is
-reported at once, before anything is written.
+Every operation that the dialect's table of lowerings lacks is reported at once, before anything is written.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,76 +19,13 @@ from onnx import TensorProto, helper
 from transom.backends.artifact import MODEL_FILE
 from transom.errors import UnsupportedOpsError
 from transom.export.lowering import require_supported
-from transom.formats.quantized import pack
+from transom.export.onnx.data import ELEMENT_TYPES, DataFile, data_file, raw_bytes
+from transom.export.onnx.dialect import Dialect
+from transom.export.onnx.nodes import rename, without_unused
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten, is_call, layer_path
 from transom.graphs.node import Node
-from transom.graphs.weight import Weight, read_blocks
-
-ALIGNMENT = 4096
-"""Offset of every tensor in the data file, in bytes: a page, so that a runtime can map it."""
-
-INLINE_BYTES = 1024
-"""Tensors up to this size stay in the model file."""
-
-
-ELEMENT_TYPES: dict[torch.dtype, int] = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32,
-    torch.uint8: TensorProto.UINT8,
-    torch.int8: TensorProto.INT8,
-    torch.bool: TensorProto.BOOL,
-    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
-}
-
-Lowering = Callable[["Emitter", Node], Any]
-"""Emits the nodes for one call and returns the name of its value, or a list of names if it has several."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """What a kind of ONNX runtime understands.
-
-    Attributes:
-        name: Its target name.
-        opset: Version of the standard operators, if no lowering requires a later one.
-        ir_version: Version of the file format.
-        domains: Further operator domains, with their versions.
-        lowerings: Lowering by exact operation.
-        widens: Whether logits and taps leave as float32, whatever is computed in.
-    """
-
-    name: str
-    opset: int
-    ir_version: int
-    domains: Mapping[str, int]
-    lowerings: Mapping[Any, Lowering]
-    widens: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a weight is to be written.
-
-    Attributes:
-        weight: What is written.
-        offset: In the data file; None if it stays in the model file.
-        transposed: Whether a matrix [N, K] is written as [K, N].
-        packs: Whether it is codes of 4 bits, one a byte, which are written two a byte.
-    """
-
-    weight: Weight
-    offset: int | None
-    transposed: bool
-    packs: bool
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.weight.bytes // (2 if self.packs else 1)
+from transom.graphs.weight import Weight
 
 
 class Emitter:
@@ -100,28 +35,18 @@ class Emitter:
         graph: What to lower.
         dialect: What to write.
         data: Where weights go.
-        on_bytes: Called with the number of weight bytes written each time.
         fixed: Sizes that symbols of the graph have for good, by symbol.
-        location: Name of the file of `data`.
     """
 
     def __init__(
-        self,
-        graph: Graph,
-        dialect: Dialect,
-        data: BinaryIO,
-        *,
-        on_bytes: Callable[[int], None],
-        fixed: Mapping[str, int] | None = None,
-        location: str,
+        self, graph: Graph, dialect: Dialect, data: DataFile, *, fixed: Mapping[str, int] | None = None
     ) -> None:
         self.graph, self.dialect, self._fixed = graph, dialect, fixed or {}
         self.flat: dict[Node, str] = {}
         """Values [B, T, N, H] that exist as [B, T, N * H]."""
         self.written: dict[tuple[Node, Node], str] = {}
         """Caches that an attention wrote, by the cache that came in and the new keys or values."""
-        self._data, self._location, self._on_bytes, self._end = data, location, on_bytes, 0
-        self._places: dict[str, _Place] = {}
+        self._data = data
         self._axes = graph.symbols()
         self._names: dict[Node, Any] = {}
         self._nodes: list[onnx.NodeProto] = []
@@ -154,10 +79,11 @@ class Emitter:
             else:
                 value, wide = self._result(value, wide)
             # Several taps may show one value, and an output has one name.
-            self._rename(self.op("Identity", value) if name in taps and wide is node.meta["val"] else value, name)
+            own = self.op("Identity", value) if name in taps and wide is node.meta["val"] else value
+            rename(self._nodes, own, name)
             outputs.append(self._describe(name, wide))
-        self._drop_unused({value.name for value in outputs})
-        self._write_weights()
+        self._nodes = without_unused(self._nodes, {value.name for value in outputs})
+        self._data.write()
         inputs += self._more_inputs
         proto = helper.make_graph(self._nodes, self.graph.task, inputs, outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", self._opset)]
@@ -317,7 +243,7 @@ class Emitter:
             shared: Whether equal constants may be one.
         """
         tensor = torch.as_tensor(value).to(dtype)
-        raw = bytes(_bytes(tensor))
+        raw = bytes(raw_bytes(tensor))
 
         def make() -> str:
             name = f"constant_{len(self._initializers)}"
@@ -351,49 +277,10 @@ class Emitter:
             transposed: Whether to write a matrix [N, K] as [K, N].
             stacked: Number of matrices that stand one below the other in the weight; they get an axis of their own.
         """
-        if name in self._initializers:
-            return name
-        kind = element_type or ELEMENT_TYPES[weight.dtype]
-        narrow, shape = kind in (TensorProto.INT4, TensorProto.UINT4), list(weight.shape)
-        if transposed:
-            shape.reverse()
-        elif narrow:
-            shape[-1] *= 2
-        if stacked is not None:
-            shape[:1] = [stacked, shape[0] // stacked]
-        proto = TensorProto(name=name, data_type=kind, dims=shape)
-        place = _Place(weight=weight, offset=None, transposed=transposed, packs=transposed and narrow)
-        if place.size > INLINE_BYTES:
-            offset = self._end + -self._end % ALIGNMENT
-            place, self._end = dataclasses.replace(place, offset=offset), offset + place.size
-            proto.data_location = TensorProto.EXTERNAL
-            for key, entry in (("location", self._location), ("offset", offset), ("length", place.size)):
-                proto.external_data.add(key=key, value=str(entry))
-        self._initializers[name], self._places[name] = proto, place
+        if name not in self._initializers:
+            proto = self._data.place(name, weight, element_type, transposed=transposed, stacked=stacked)
+            self._initializers[name] = proto
         return name
-
-    def _write_weights(self) -> None:
-        """Write every weight to its place. What is transposed is written in strips, so that it is read only once."""
-        inline = {name: bytearray(place.size) for name, place in self._places.items() if place.offset is None}
-        for name, start, block in read_blocks({name: place.weight for name, place in self._places.items()}):
-            place = self._places[name]
-            if place.transposed:
-                block = pack(block.T & 15, "int4") if place.packs else block.T
-            raw = _bytes(block)
-            # Rows of what is written, their bytes, and how many of those this block has.
-            lines = place.weight.shape[1] if place.transposed and len(raw) < place.size else 1
-            line, step = place.size // lines, len(raw) // lines
-            first = line * start // place.weight.shape[0] if start else 0
-            for index in range(lines):
-                position, piece = index * line + first, raw[index * step : (index + 1) * step]
-                if place.offset is None:
-                    inline[name][position : position + len(piece)] = piece
-                else:
-                    self._data.seek(place.offset + position)
-                    self._data.write(piece)
-            self._on_bytes(len(raw))
-        for name, content in inline.items():
-            self._initializers[name].raw_data = bytes(content)
 
     def size(self, symbol: Any) -> str:
         """An int64 vector [1] with one size: a number, or a symbol that some input's shape holds."""
@@ -422,39 +309,6 @@ class Emitter:
     def _axis_name(self, symbol: str) -> str:
         """What users read in place of torch's symbol."""
         return self._axes.get(symbol, symbol)
-
-    def _drop_unused(self, results: set[str]) -> None:
-        """Leave out nodes that no result needs: runtimes keep what nothing reads until a run has ended."""
-        used, nodes = set(results), list[onnx.NodeProto]()
-        for node in reversed(self._nodes):
-            if used.intersection(node.output):
-                nodes.append(node)
-                used |= _read(node)
-        self._nodes = nodes[::-1]
-
-    def _rename(self, old: str, new: str) -> None:
-        """Let the node that makes `old` make `new`."""
-        for node in self._nodes:
-            node.input[:] = [new if name == old else name for name in node.input]
-            node.output[:] = [new if name == old else name for name in node.output]
-
-
-def _read(node: onnx.NodeProto) -> set[str]:
-    """Values that a node reads, in its branches too."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            names |= _read(inner)
-    return names
-
-
-def data_file(model_file: str) -> str:
-    """The file that holds a model's weights."""
-    return f"{model_file}.data"
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write(
@@ -485,7 +339,8 @@ def write(
         UnsupportedOpsError: Naming every operation that the dialect cannot express.
     """
     require_supported(graph, dialect.lowerings, dialect.name)
-    with open(folder / data_file(file), "wb") as data:
-        model = Emitter(graph, dialect, data, on_bytes=on_bytes, fixed=fixed, location=data_file(file)).emit()
+    with open(folder / data_file(file), "wb") as opened:
+        data = DataFile(opened, data_file(file), on_bytes)
+        model = Emitter(graph, dialect, data, fixed=fixed).emit()
     (folder / file).write_bytes(model.SerializeToString())
     return model

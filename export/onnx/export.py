@@ -9,6 +9,7 @@ import onnx
 from transom.backends.artifact import MODEL_FILE, PREPROCESS_FILE
 from transom.export.exporter import Lowered, Progress, entry
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.dialect import Dialect
 from transom.export.onnx.preprocess import preprocessing_model
 from transom.export.options import Options
 from transom.graphs import ops
@@ -41,9 +42,7 @@ def export_encoder(graph: Graph, folder: Path, options: Options, progress: Progr
     return write_encoder(graph, DIALECTS[options.target], folder, progress)[0]
 
 
-def write_encoder(
-    graph: Graph, dialect: emitter.Dialect, folder: Path, progress: Progress
-) -> tuple[Lowered, onnx.ModelProto]:
+def write_encoder(graph: Graph, dialect: Dialect, folder: Path, progress: Progress) -> tuple[Lowered, onnx.ModelProto]:
     """Write a model and its data, called after the graph's task, and one that makes its pixels of an image.
 
     Returns:

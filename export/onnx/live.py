@@ -9,7 +9,9 @@ import onnx
 import torch
 
 from transom.export.lowering import require_supported
-from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.data import DataFile
+from transom.export.onnx.dialect import Dialect
+from transom.export.onnx.emitter import Emitter
 from transom.graphs.graph import Graph
 from transom.graphs.weight import Weight
 
@@ -31,7 +33,7 @@ def live_model(graph: Graph, dialect: Dialect) -> tuple[onnx.ModelProto, dict[st
 
 class _LiveEmitter(Emitter):
     def __init__(self, graph: Graph, dialect: Dialect) -> None:
-        super().__init__(graph, dialect, io.BytesIO(), on_bytes=lambda count: None, location="")
+        super().__init__(graph, dialect, DataFile(io.BytesIO(), "", on_bytes=lambda count: None))
         self.recipes: dict[str, Weight] = {}
 
     def initializer(

@@ -9,7 +9,8 @@ import torch
 from onnx import TensorProto
 
 from transom.export.lowering import Table
-from transom.export.onnx.emitter import ELEMENT_TYPES, Emitter
+from transom.export.onnx.data import ELEMENT_TYPES
+from transom.export.onnx.emitter import Emitter
 from transom.graphs import ops
 from transom.graphs.match import aten, is_call
 from transom.graphs.node import Node, is_node

@@ -15,7 +15,8 @@ import torch
 from transom.errors import TargetError
 from transom.export.lowering import Table
 from transom.export.onnx import experts
-from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.dialect import Dialect
+from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.encoders import attend_in_blocks
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.images import any_ahead, attend_until

@@ -13,7 +13,8 @@ from transom.errors import QuantizationError
 from transom.export.lowering import Table
 from transom.export.onnx import experts
 from transom.export.onnx.blocked import Blocked
-from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.dialect import Dialect
+from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.floats import FLOATS, looked_up
 from transom.export.onnx.lowerings import add_bias
 from transom.export.onnx.offsets import add_to_product, add_to_rows, is_offsets

@@ -21,7 +21,8 @@ from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx.attention import attend_masked
 from transom.export.onnx.blocked import Blocked
-from transom.export.onnx.emitter import Dialect, Emitter
+from transom.export.onnx.dialect import Dialect
+from transom.export.onnx.emitter import Emitter
 from transom.export.onnx.encoders import ENCODERS
 from transom.export.onnx.lowerings import add_bias, cast, gated, new_positions, start
 from transom.export.onnx.rings import narrowed, seen

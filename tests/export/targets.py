@@ -18,6 +18,7 @@ from torch.export import Dim
 from tests.case import export
 from transom.export.exporter import Progress, exporter
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.dialect import Dialect
 from transom.export.options import Options
 from transom.export.tensorrt import dialect
 from transom.graphs.graph import Graph
@@ -77,7 +78,7 @@ def decoder(
     return graph
 
 
-def _onnx(graph: Graph, folder: Path, dialect: emitter.Dialect) -> Program:
+def _onnx(graph: Graph, folder: Path, dialect: Dialect) -> Program:
     model = emitter.write(graph, dialect, folder)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

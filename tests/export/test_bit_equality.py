@@ -31,6 +31,7 @@ from transom.backends.artifact import MODEL_FILE
 from transom.backends.safetensors import reading
 from transom.errors import QuantizationError
 from transom.export.onnx import emitter, onnxruntime, standard
+from transom.export.onnx.dialect import Dialect
 from transom.export.tensorrt import dialect
 from transom.formats.schemes import SCHEMES, scheme
 from transom.graphs import ops
@@ -142,7 +143,7 @@ def _asked(run: Callable[[dict[str, Any]], Any]) -> tuple[Found, Found]:
     return [value[0] for value in whole], [value[0] for value in parts]
 
 
-def _of_onnx(graph: Graph, dialect: emitter.Dialect, folder: Path) -> tuple[Found, Found]:
+def _of_onnx(graph: Graph, dialect: Dialect, folder: Path) -> tuple[Found, Found]:
     emitter.write(graph, dialect, folder)
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for node in model.graph.node:

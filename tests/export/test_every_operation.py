@@ -698,6 +698,7 @@ def test_a_lowering_gives_the_numbers_of_the_body(operation: Any, target: str, s
 
 def test_every_lowering_is_tried() -> None:
     assert {(operation, target) for operation, target, sample in USES if sample.refused is None} == PAIRS
+    assert SAMPLES.keys() == OPERATIONS, "an operation that no pair is of would be overlooked"
 
 
 def test_what_passes_leave_is_lowered(traced: Graph) -> None:

@@ -191,6 +191,7 @@ def test_what_the_file_and_the_sidecar_say(model: Model, compiled: Callable[[str
         onnx.checker.check_model(folder / entry.payload, full_check=True)
 
 
+@pytest.mark.parametrize("model", ["gemma3-vision-tiny"], indirect=True)
 def test_text_alone_needs_none_of_it(model: Model, tmp_path: Path) -> None:
     out = tmp_path / "a"
     manifest = transom.compile(model.text(), target="tensorrt", chunk=CHUNK, context=CONTEXT, out=out).manifest
@@ -231,7 +232,11 @@ def test_engines_are_given_what_the_file_is(text: Sequence, compiled: Callable[[
         alone.encode_image(pixels)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("gemma3-vision-tiny", "bfloat16"), ("gemma3-vision-tiny", "float16"), ("gemma3-vision-tiny-wide", "bfloat16")],
+    indirect=["model"],
+)
 def test_engines_build(dtype: str, model: Model, compiled: Callable[[str], Path], cli: Cli) -> None:
     """By TensorRT for RTX, without a GPU: one for each entry."""
     try:

@@ -26,7 +26,8 @@ from transom.backends.artifact import MODEL_FILE
 from transom.errors import QuantizationError, UnsupportedOpsError
 from transom.export.lowering import Table
 from transom.export.onnx import emitter, onnxruntime, standard
-from transom.export.onnx.emitter import ALIGNMENT, data_file
+from transom.export.onnx.data import ALIGNMENT, INLINE_BYTES, data_file
+from transom.export.onnx.dialect import Dialect
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
 from transom.graphs.match import aten
@@ -153,7 +154,7 @@ def test_files(target: str, quant: str, exported: Export) -> None:
             assert offset % ALIGNMENT == 0 and offset >= ends[-1] and entries["location"] == data_file(MODEL_FILE)
             ends.append(offset + length)
         else:
-            assert len(tensor.raw_data) <= emitter.INLINE_BYTES
+            assert len(tensor.raw_data) <= INLINE_BYTES
     assert ends[-1] == size
     assert model.ByteSize() < 200_000
 
@@ -174,7 +175,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, standard.DIALECT], ids=lambda dialect: dialect.name)
-def test_all_unsupported_operations_are_named_and_nothing_is_written(dialect: emitter.Dialect, tmp_path: Path) -> None:
+def test_all_unsupported_operations_are_named_and_nothing_is_written(dialect: Dialect, tmp_path: Path) -> None:
     graph: Graph = export(Odd(), torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(UnsupportedOpsError) as caught:
         emitter.write(graph, dialect, tmp_path)
@@ -204,7 +205,7 @@ class Details(nn.Module):
 
 
 @pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, standard.DIALECT], ids=lambda dialect: dialect.name)
-def test_biases_and_factors_are_lowered(dialect: emitter.Dialect, tmp_path: Path) -> None:
+def test_biases_and_factors_are_lowered(dialect: Dialect, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, tokens = Details(), torch.tensor([[3, 599, 0]])
     emitter.write(export(module, tokens), dialect, tmp_path)

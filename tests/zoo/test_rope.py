@@ -19,11 +19,12 @@ from transom.errors import ConfigError
 from transom.zoo.architectures import architectures, preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.gemma3 import Gemma3Config
-from transom.zoo.huggingface import read_config, rope_parameters, write_config
+from transom.zoo.huggingface import read_config, write_config
 from transom.zoo.llama3 import Llama3Config
 from transom.zoo.model import load
 from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.rope import Rope, RopeScaling, YarnRope, rotation
+from transom.zoo.rope_keys import rope_parameters
 
 PLAIN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 128, "rope_type": "yarn"}
 LLAMA = {
