@@ -19,6 +19,7 @@ from tests.tolerances import FP32_LOGITS
 from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.formats.schemes import scheme
 from transom.graphs.graph import Graph
+from transom.graphs.match import aten
 from transom.passes.base import Pass
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.architecture import Architecture
@@ -160,7 +161,10 @@ def test_every_pass_of_every_list_keeps_the_logits(
     def keep(ran: Pass, graph: Graph) -> None:
         stages.append((ran.name, graph.clone()))
 
-    pipeline(target, chunk=chunk, scheme=scheme("none")).run(case.graph, on_pass=keep)
+    rewritten, records = pipeline(target, chunk=chunk, scheme=scheme("none")).run(case.graph, on_pass=keep)
+    if any(record.name == "AttendBeforeWrites" and not record.skipped for record in records):
+        # Attention takes heads behind tokens then, and TVM can turn no value around.
+        assert not rewritten.calls(aten.transpose.int)
     for name, graph in stages:
         stage = dataclasses.replace(case, graph=graph)
         session = stage.session(chunk=chunk)
