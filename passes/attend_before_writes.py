@@ -85,13 +85,15 @@ def _writes(node: Node) -> set[Node]:
 
 
 def _heads_last(graph: Graph, value: Node, known: dict[Node, Node]) -> Node:
-    """The value as [B, T, N, H]; a rotation is done in that layout too."""
+    """The value as [B, T, N, H]; rotations and norms of heads are done in that layout too."""
     if value not in known:
         if is_transpose(value, 1, 2):
             known[value] = value.args[0]
-        elif is_call(value, ops.ROTARY) and value.args[3] and is_transpose(value.args[0], 1, 2):
-            x, cos, sin, _, *pairs = value.args
-            turned = graph.call(ops.ROTARY, (x.args[0], cos, sin, False, *pairs), value)
+        elif _is_turned(value):
+            args = [_heads_last(graph, value.args[0], known), *value.args[1:]]
+            if is_call(value, ops.ROTARY):
+                args[3] = False
+            turned = graph.call(value.target, tuple(args), value)
             value.replace_all_uses_with(
                 graph.call(aten.transpose.int, (turned, 1, 2), value), delete_user_cb=lambda user: user.op == "output"
             )
@@ -99,3 +101,10 @@ def _heads_last(graph: Graph, value: Node, known: dict[Node, Node]) -> Node:
         else:
             known[value] = graph.call(aten.transpose.int, (value, 1, 2), value)
     return known[value]
+
+
+def _is_turned(value: Node) -> bool:
+    """Whether a value is a transpose of [B, T, N, H], or what norms and rotations make of one, head by head."""
+    while (is_call(value, ops.ROTARY) and value.args[3]) or is_call(value, ops.RMS_NORM):
+        value = value.args[0]
+    return is_transpose(value, 1, 2)

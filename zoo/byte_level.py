@@ -20,7 +20,10 @@ BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(0x100 + index): byte for i
 """Character -> the byte that it stands for."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_LETTERS = rf"{_CONTRACTIONS}|{_BEFORE}\p{{L}}+"
+"""Words as of cl100k: contractions, and letters with one character before them."""
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def missing_bytes(vocabulary: Container[str]) -> list[str]:
@@ -29,15 +32,21 @@ def missing_bytes(vocabulary: Container[str]) -> list[str]:
     return sorted(f"{byte:02x}" for char, byte in BYTES.items() if byte not in never and char not in vocabulary)
 
 
-def _cut(digits: str) -> pre_tokenizers.PreTokenizer:
-    """Words as of cl100k: contractions, letters with one character before them, some digits, the rest."""
-    pattern = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}{_REST}"
+def _cut(letters: str, digits: str, line_ends: str = r"\r\n") -> pre_tokenizers.PreTokenizer:
+    """Words of letters, some digits, and the rest, to which line ends behind it belong."""
+    pattern = rf"{letters}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{line_ends}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def _cut_by_case(digits: str, behind: str = "") -> pre_tokenizers.PreTokenizer:
+    """Words as of o200k: a capital behind a small letter begins one; a slash may end a line as well."""
+    letters = f"{_BEFORE}{_UPPER}*{_LOWER}+{behind}|{_BEFORE}{_UPPER}+{_LOWER}*{behind}"
+    return _cut(letters, digits, r"\r\n/")
 
 
 def _gpt2() -> pre_tokenizers.PreTokenizer:
@@ -48,18 +57,45 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
+def _three_digits() -> pre_tokenizers.PreTokenizer:
+    return _cut(_LETTERS, r"\p{N}{1,3}")
+
+
+def _qwen2() -> pre_tokenizers.PreTokenizer:
+    return _cut(_LETTERS, r"\p{N}")
+
+
 WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _gpt2,
-    "llama-bpe": lambda: _cut(r"\p{N}{1,3}"),
-    "llama-v3": lambda: _cut(r"\p{N}{1,3}"),
-    "llama3": lambda: _cut(r"\p{N}{1,3}"),
-    "qwen2": lambda: _cut(r"\p{N}"),
+    "exaone4": _gpt2,
+    "llama-bpe": _three_digits,
+    "llama-v3": _three_digits,
+    "llama3": _three_digits,
+    "smaug-bpe": _three_digits,
+    "dbrx": _three_digits,
+    "qwen2": _qwen2,
+    "deepseek-r1-qwen": _qwen2,
     "smollm": _single_digits,
+    "command-r": _single_digits,
+    "tekken": lambda: _cut_by_case(r"\p{N}"),
+    "gpt-4o": lambda: _cut_by_case(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),
 }
-"""`tokenizer.ggml.pre` -> how texts are cut into words."""
+"""`tokenizer.ggml.pre` -> how texts are cut into words: of OLMo 3 (dbrx), SmolLM3 (smaug-bpe) and the like.
 
-WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
-"""Those in which a word that is a piece is taken whole, whatever the merges say."""
+Source: llama.cpp, `llama-vocab.cpp`, whose expressions are the published ones as far as its own syntax allows.
+"""
+
+BEGUN = ("llama-bpe", "llama-v3", "llama3", "tekken")
+"""Those that put a token in front of every text, where a file does not say."""
+
+_WHOLE_WORDS = (*BEGUN, "smaug-bpe")
+"""Those in which a word that is a piece is taken whole, whatever the merges say.
+
+SmolLM3's, with Llama 3's vocabulary, does in its tokenizer.json; llama.cpp merges.
+"""
+
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "command-r")
+"""Those that read letters with their accents as one character; llama.cpp does not."""
 
 
 def split_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
@@ -91,13 +127,13 @@ def build(
         model = tokenizers.models.BPE(
             vocab={piece: id for id, piece in enumerate(pieces)},
             merges=split_merges(merges),
-            ignore_merges=words in WHOLE_WORDS,
+            ignore_merges=words in _WHOLE_WORDS,
         )
     # The library raises plain Exception.
     except Exception as error:
         raise TokenizerError(f"its merges do not fit its pieces ({error}): convert the model again") from error
     backend = tokenizers.Tokenizer(model)
-    if words == "qwen2":
+    if words in _COMPOSED:
         backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = WORDS[words]()
     backend.decoder = tokenizers.decoders.ByteLevel()

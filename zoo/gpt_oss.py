@@ -199,6 +199,8 @@ _HUGGINGFACE = HuggingFaceFormat(
         "swiglu_limit": (7.0,),
         "swiglu_alpha": (1.702,),
         "experts_per_token": (None, 4),
+        # transformers has no such key, and takes every second layer.
+        "sliding_window_pattern": (2,),
     },
     keys=frozenset(
         {

@@ -86,7 +86,8 @@ _HUGGINGFACE = HuggingFaceFormat(
     model_types={"qwen2": None},
     classes=("Qwen2ForCausalLM",),
     sizes=_SIZES,
-    supported=pre_norm.SUPPORTED,
+    # Queries, keys and values have biases, whatever the key says.
+    supported={**pre_norm.SUPPORTED, "attention_bias": (True, False)},
     keys=pre_norm.KEYS | WINDOW_KEYS,
     read=_read,
     write=_write,

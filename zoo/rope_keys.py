@@ -125,7 +125,8 @@ def _rope(
     plain = {"theta": number("rope_theta"), "factor": number("factor")}
     if rope_type in ("default", "linear"):
         return Rope(**plain)
-    original = values.get("original_max_position_embeddings")
+    # Without it, transformers takes the context itself for the one before it was extended.
+    original = values.get("original_max_position_embeddings", text.get("max_position_embeddings"))
     if type(original) is not int or not 1 <= original <= LARGEST["context"]:
         refuse(f"original_max_position_embeddings is {short(original)}, expected a whole number from 1 on")
     if rope_type == "llama3":

@@ -164,7 +164,7 @@ class Tokenizer:
             )
             backend = byte_level.build(tables.pieces, tables.merges or [], tables.words, special=special, own=own)
             # llama.cpp's own default for this way to cut.
-            adds = config.adds_bos if config.adds_bos is not None else tables.words in byte_level.WHOLE_WORDS
+            adds = config.adds_bos if config.adds_bos is not None else tables.words in byte_level.BEGUN
             return Tokenizer(backend, dataclasses.replace(config, adds_bos=adds and "bos_token" in config.tokens))
         except TokenizerError as error:
             raise TokenizerError(f"{header.path}: {error}") from error

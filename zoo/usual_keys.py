@@ -47,14 +47,18 @@ def read_usual_sizes(text: Keys, defaults: Mapping[str, int]) -> dict[str, int]:
 
     Args:
         text: Keys that describe the decoder.
-        defaults: What an absent key means. Without `num_key_value_heads`, there are as many as query heads.
+        defaults: What an absent key means. Without `num_key_value_heads`, there are as many as query heads; without
+            `head_dim`, they share the model's width.
 
     Raises:
         ConfigError: As `read_sizes` does.
     """
     sizes = read_sizes(text, _USUAL, defaults)
     heads, per_head = sizes["num_heads"], sizes["hidden_size"] // sizes["num_heads"]
-    absent = {"num_key_value_heads": defaults.get("num_key_value_heads", heads), "head_dim": per_head}
+    absent = {
+        "num_key_value_heads": defaults.get("num_key_value_heads", heads),
+        "head_dim": defaults.get("head_dim", per_head),
+    }
     for field, key, null in (("num_kv_heads", "num_key_value_heads", heads), ("head_dim", "head_dim", per_head)):
         stated = key in text.values
         sizes[field] = null if stated and text.get(key) is None else text.whole(key, absent[key])

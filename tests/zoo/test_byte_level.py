@@ -14,10 +14,11 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from transom.errors import CheckpointError, TokenizerError
 from transom.zoo.architectures import packaged
-from transom.zoo.byte_level import BYTES
+from transom.zoo.byte_level import BYTES, WORDS
 from transom.zoo.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -39,27 +40,39 @@ TEXTS = st.lists(
             " DON'T",
             "é",
             "\r\n",
+            "camelCase",
+            " HTTPServer's",
+            "//\n/",
+            "\u01c5a\u0301",
         ]
     )
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 ).map("".join)
 
-# What the published tokenizer.json of each family says, where it differs from GPT-2's.
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DIGITS_APART = [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+]
+# What the published tokenizer.json of each family says, where it differs from GPT-2's; the expressions are those that
+# transformers has for GGUF files.
 PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}],
-    "smollm": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
+    "smollm": _DIGITS_APART,
+    "command-r": _DIGITS_APART,
 } | {
     name: [
-        {"type": "Split", "pattern": {"Regex": _LETTERS + digits + _REST}, "behavior": "Isolated", "invert": False},
+        {
+            "type": "Split",
+            "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]},
+            "behavior": "Isolated",
+            "invert": False,
+        },
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ]
-    for name, digits in (("llama-bpe", r"\p{N}{1,3}"), ("qwen2", r"\p{N}"))
+    for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o")
 }
+WHOLE_WORDS = ("llama-bpe", "tekken", "smaug-bpe")
+COMPOSED = ("qwen2", "command-r")
 
 
 def trained(words: str) -> tokenizers.Tokenizer:
@@ -73,8 +86,8 @@ def trained(words: str) -> tokenizers.Tokenizer:
     data = json.loads(backend.to_str())
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PUBLISHED[words]}
     data["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    data["model"]["ignore_merges"] = words == "llama-bpe"
-    if words == "qwen2":
+    data["model"]["ignore_merges"] = words in WHOLE_WORDS
+    if words in COMPOSED:
         data["normalizer"] = {"type": "NFC"}
     return tokenizers.Tokenizer.from_str(json.dumps(data))
 
@@ -126,7 +139,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.parametrize("words", PUBLISHED)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(text=TEXTS)
 @example(text="I'll pay 12345.60 for<|im_end|> it\n\n\n  said  she\t")
 def test_ids_are_those_of_the_library(words: str, text: str) -> None:
@@ -161,7 +174,13 @@ def test_every_byte_has_a_character() -> None:
 
 @pytest.mark.parametrize(
     ("words", "flag", "adds"),
-    [("smollm", None, False), ("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", True, True)],
+    [
+        ("smollm", None, False),
+        ("llama-bpe", None, True),
+        ("tekken", None, True),
+        ("llama-bpe", False, False),
+        ("smollm", True, True),
+    ],
 )
 def test_what_begins_a_text_in_gguf(tmp_path: Path, words: str, flag: bool | None, adds: bool) -> None:
     path = write_gguf(tmp_path / "model.gguf", PAIRS[words][0], words, add_bos_token=flag)
@@ -236,9 +255,21 @@ def pieces_of(path: Path, words: str, merges: list[str], extra: list[str], text:
     return [pieces[token] for token in tokenizer.encode(text, bos=False)]
 
 
-@pytest.mark.parametrize("words", ["llama-bpe", "llama3", "llama-v3", "qwen2"])
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("exaone4", "gpt-2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("smaug-bpe", "llama-bpe"),
+        ("dbrx", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"), ("command-r", "smollm"),
+    ],
+)  # fmt: skip
+def test_names_that_cut_alike(words: str, same: str) -> None:
+    text = "I'll pay 12345.60\n\n for  camelCase's //\n\u01c5e\u0301 \u00e9 "
+    assert WORDS[words]().pre_tokenize_str(text) == WORDS[same]().pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("words", ["llama-bpe", "llama3", "llama-v3", "smaug-bpe", "tekken", "qwen2", "dbrx", "gpt-4o"])
 def test_words_that_are_pieces_without_merges(tmp_path: Path, words: str) -> None:
-    expected = ["he", *"llo"] if words == "qwen2" else ["hello"]
+    expected = ["he", *"llo"] if words in ("qwen2", "dbrx", "gpt-4o") else ["hello"]
     assert pieces_of(tmp_path, words, ["h e"], ["hello", "he"], "hello") == expected
 
 
@@ -253,7 +284,7 @@ def test_a_folder_that_names_no_token(tmp_path: Path) -> None:
     [
         (
             {"pre": "falcon"},
-            "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are gpt-2, llama-bpe",
+            "it cuts texts into words by 'falcon' (tokenizer.ggml.pre), known are gpt-2, exaone4, ",
         ),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "tokenizer.ggml.merges is no list"),

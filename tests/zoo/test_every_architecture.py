@@ -19,7 +19,9 @@ from tests.tolerances import FP32_LOGITS
 from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.backends.reference.session import ReferenceSession
 from transom.formats.schemes import scheme
+from transom.graphs import ops
 from transom.graphs.graph import Graph
+from transom.graphs.match import aten
 from transom.passes.base import Pipeline
 from transom.passes.pipelines import PIPELINES, pipeline
 from transom.zoo.architecture import Architecture
@@ -179,7 +181,11 @@ def test_every_pass_of_every_list_keeps_the_logits(
         stages[passed] = graph if record.changes else before
         if record.changes:
             prefilled(graph, current.name)
-    session = prefilled(stages[passed], "all passes")
+    rewritten = stages[passed]
+    if rewritten.calls(ops.ATTEND) and not rewritten.calls(ops.ATTENTION):
+        # Attention takes heads behind tokens then, and TVM can turn no value around.
+        assert not rewritten.calls(aten.transpose.int)
+    session = prefilled(rewritten, "all passes")
     for position in range(3 * W + 5, 8 * W):
         actual = session.decode(words[position])
         assert np.abs(actual - logits[position]).max() < FP32_LOGITS, f"decode at {position} after all passes"
