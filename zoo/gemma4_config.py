@@ -15,8 +15,9 @@ from transom.zoo.architecture import HuggingFaceFormat
 from transom.zoo.checkpoints.stacked import Stacked
 from transom.zoo.config import AttentionLayer, LayerKind, LocalGlobalConfig
 from transom.zoo.config_keys import Keys
-from transom.zoo.huggingface import read_ropes, read_sizes, read_windows, rope_parameters, windows
 from transom.zoo.rope import ProportionalRope, Rope
+from transom.zoo.rope_keys import read_ropes, rope_parameters
+from transom.zoo.usual_keys import read_sizes, read_windows, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

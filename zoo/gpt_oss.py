@@ -24,17 +24,10 @@ from transom.zoo.checkpoints.stacked import Stacked
 from transom.zoo.config import LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.experts import Experts, clamped_swiglu, route
-from transom.zoo.huggingface import (
-    read_ropes,
-    read_usual_sizes,
-    read_windows,
-    rope_parameters,
-    usual_sizes,
-    windows,
-)
 from transom.zoo.layers import LayerCache, RMSNorm, Rotation, StackedDecoder, attend
 from transom.zoo.rope import Rope, YarnRope, rotate, rotation
-from transom.zoo.rope_keys import rope_buffer
+from transom.zoo.rope_keys import read_ropes, rope_buffer, rope_parameters
+from transom.zoo.usual_keys import read_usual_sizes, read_windows, usual_sizes, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

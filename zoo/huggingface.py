@@ -19,16 +19,6 @@ from transom.zoo.architectures import architecture, architectures
 from transom.zoo.checkpoints.containers import explain_missing
 from transom.zoo.config import DecoderConfig, read_decoder
 from transom.zoo.config_keys import Keys, short
-from transom.zoo.rope_keys import read_ropes as read_ropes
-from transom.zoo.rope_keys import rope_parameters as rope_parameters
-from transom.zoo.usual_keys import LAYER_KINDS as LAYER_KINDS
-from transom.zoo.usual_keys import SIZES as SIZES
-from transom.zoo.usual_keys import read_layer_types as read_layer_types
-from transom.zoo.usual_keys import read_sizes as read_sizes
-from transom.zoo.usual_keys import read_usual_sizes as read_usual_sizes
-from transom.zoo.usual_keys import read_windows as read_windows
-from transom.zoo.usual_keys import usual_sizes as usual_sizes
-from transom.zoo.usual_keys import windows as windows
 
 CONFIG = "config.json"
 
