@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-LARGEST, LARGEST_EXPONENT = 6.0, 2
-"""The largest number, and the exponent of its power of two."""
+_LARGEST_EXPONENT = 2
+"""Of the power of two in 6, the largest number."""
 
 _SIZES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 VALUES = torch.cat((_SIZES, -_SIZES))
@@ -21,7 +21,7 @@ _BOUNDS = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.
 
 
 def encode(numbers: torch.Tensor) -> torch.Tensor:
-    """Round float32 to nearest, ties to even; what is larger than `LARGEST` becomes it. Codes, uint8."""
+    """Round float32 to nearest, ties to even; what is larger than 6 becomes it. Codes, uint8."""
     codes = torch.bucketize(numbers.abs(), _BOUNDS, out_int32=True)
     return torch.where((numbers < 0) & (codes > 0), codes + 8, codes).to(torch.uint8)
 
@@ -45,5 +45,5 @@ def scales_of(exponents: torch.Tensor) -> torch.Tensor:
 def largest_fits(largest: torch.Tensor) -> torch.Tensor:
     """Scales of blocks by their largest magnitudes, as the specification finds them: what is beyond 6 is clipped."""
     _, exponent = torch.frexp(largest)  # largest is in [0.5, 1) * 2 ** exponent
-    powers = torch.ldexp(torch.ones_like(largest), (exponent - 1 - LARGEST_EXPONENT).clamp(min=-126))
+    powers = torch.ldexp(torch.ones_like(largest), (exponent - 1 - _LARGEST_EXPONENT).clamp(min=-126))
     return torch.where(largest == 0, 1.0, torch.where(largest.isfinite(), powers, largest))
