@@ -711,6 +711,7 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
     measure = Measure(scales=lambda graph: {f"layers.{layer}.mlp.down_proj.input": 1.0 for layer in range(6)})
     encoder = load("gemma3-vision-tiny", images=True).trace(task="encode_image")
     mixture = load("gpt-oss-tiny").trace()
+    summaries = [load(name).trace() for name in ("mamba2-tiny", "rwkv7-tiny")]
     for target, able in TARGETS.items():
         spec: QuantSpec = next(iter(specs(target).values()))
         activations: Any = next(iter(able.activations), None)
@@ -720,7 +721,8 @@ def test_what_passes_leave_is_lowered(traced: Graph) -> None:
             graph, _ = passes.run(whole, on_pass=note)
             if target in TABLES:
                 assert {node.target for node in graph.calls_all()} & OPERATIONS <= TABLES[target].keys(), target
-        graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme("none")).run(load("mamba2-tiny").trace(), on_pass=note)
-        if target in TABLES:
-            assert {node.target for node in graph.calls_all()} <= {*TABLES[target], operator.getitem}, target
+        for whole in summaries:
+            graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme("none")).run(whole, on_pass=note)
+            if target in TABLES:
+                assert {node.target for node in graph.calls_all()} <= {*TABLES[target], operator.getitem}, target
     assert operations >= OPERATIONS
