@@ -186,9 +186,11 @@ class RopeScaling:
             ConfigError: If it is stretched already, or no plain one.
         """
         if rope != Rope(theta=rope.theta):
+            # YaRN tells pairs apart by the turns of an unscaled rotation, and no paper says what it means on another.
+            name = type(rope).__name__.removesuffix("Rope").lower() or "linear"
             raise ConfigError(
-                f"its rotary embedding is no plain one ({type(rope).__name__}, factor {rope.factor:g}), so it cannot "
-                "be scaled again"
+                f"its positions are scaled already ({name}, factor {rope.factor:g}), so its context is longer than the "
+                "plain one, and nothing says how to scale them again: leave the scaling out"
             )
         if self.kind == "linear":
             return Rope(theta=rope.theta, factor=self.factor)

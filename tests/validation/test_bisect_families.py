@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import gelu, silu
 
 from tests.case import Case
 from tests.faults.families import FAMILY_FAULTS
@@ -19,6 +22,7 @@ from transom.validation.bisection.bisect import bisect
 from transom.validation.bisection.context import Context
 from transom.validation.bisection.divergence import compare
 from transom.validation.bisection.eager import Eager
+from transom.validation.bisection.mutations import ACTIVATIONS, called
 from transom.validation.bisection.recording import Recording, plan_calls, record
 from transom.zoo.model import Model, load
 
@@ -104,3 +108,13 @@ def test_the_module_of_gemma_4_agrees_with_its_graph() -> None:
     eager = Session(Eager(load("gemma4-tiny"), context.graph, "none", context=256, chunk=CHUNK))
     recorded = record(eager, right.calls, context)
     assert list(recorded.values) == list(right.values) and not compare(recorded, right, context).diverged
+
+
+@pytest.mark.parametrize(
+    "function", [gelu, functools.partial(gelu, approximate="tanh"), silu, torch.relu, torch.sigmoid]
+)
+def test_an_activation_has_one_name(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Else what is right is supposed once more, under another name, and may be told as the cause."""
+    activation = next(node for node in make_fx(function)(torch.zeros(2)).graph.nodes if node.op == "call_function")
+    known = ACTIVATIONS[called(activation)](torch.arange(-3.0, 4.0))
+    assert torch.equal(known, function(torch.arange(-3.0, 4.0)))

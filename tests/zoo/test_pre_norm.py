@@ -239,6 +239,7 @@ def test_yarn_as_llama_cpp_stores_it(tmp_path: Path) -> None:
     assert read_gguf(tmp_path, rope__scaling__original_context_length=None).original_context == 512
     bounds = read_gguf(tmp_path, rope__scaling__yarn_beta_fast=16.0, rope__scaling__yarn_beta_slow=2.0)
     assert (bounds.beta_fast, bounds.beta_slow) == (16.0, 2.0)
+    assert read_gguf(tmp_path, rope__scaling__attn_factor=1.1386294) == plain
     # Its multiplier is the weight of what the scores are divided by again.
     assert plain.magnitude == pytest.approx(1.1386294)
     assert read_gguf(tmp_path, rope__scaling__yarn_log_multiplier=1.0).magnitude == 1.0
@@ -251,6 +252,7 @@ def test_yarn_as_llama_cpp_stores_it(tmp_path: Path) -> None:
         ("rope__scaling__factor", None, "rope.scaling.factor is None"),
         ("rope__scaling__yarn_beta_slow", 40.0, "rope.scaling.yarn_beta_slow is 40.0, expected less than"),
         ("rope__scaling__yarn_ext_factor", 0.5, "rope.scaling.yarn_ext_factor is 0.5"),
+        ("rope__scaling__attn_factor", 1.5, "rope.scaling.attn_factor is 1.5, expected 1 or YaRN's own, 1.138629"),
         ("rope__scaling__yarn_attn_factor", 1.5, "rope.scaling.yarn_attn_factor is 1.5"),
         ("rope__freq_base", 1.0, "rope.freq_base is 1.0, expected more than 1"),
         ("attention__sliding_window", 16, "attention.sliding_window"),

@@ -169,7 +169,7 @@ def test_every_family_says_which_positions_are_scaled() -> None:
         try:
             scaled = plain.scaled(RopeScaling(kind="linear", factor=2.0))
         except ConfigError as error:
-            assert "no global layer rotates" in str(error) or "no plain one" in str(error)
+            assert "no global layer rotates" in str(error) or "scaled already" in str(error)
             refused.add(family.name)
             continue
         assert scaled.context == 2 * config.context and family.config.SCALED
@@ -190,8 +190,8 @@ def test_every_family_says_which_positions_are_scaled() -> None:
         ("qwen3-tiny", "llama3:nan", "a rope scaling by 'nan' is none"),
         ("qwen3-tiny", "llama3:inf", "a rope scaling by 'inf' is none"),
         ("qwen3-tiny", "linear:1e9", "context is 512000000000, expected a whole number"),
-        ("gemma3-tiny", "yarn:4", r"gemma3-tiny: its rotary embedding is no plain one \(Rope, factor 8\)"),
-        ("ministral3-tiny", "linear:2", r"no plain one \(YarnRope, factor 16\)"),
+        ("gemma3-tiny", "yarn:4", r"gemma3-tiny: its positions are scaled already \(linear, factor 8\)"),
+        ("ministral3-tiny", "linear:2", r"scaled already \(yarn, factor 16\)"),
         ("cohere2-tiny", "yarn:4", "cohere2-tiny: no global layer rotates queries and keys"),
         ("mistral-7b-v0.1", "yarn:4", "mistral-7b-v0.1: no global layer rotates"),
     ],

@@ -25,7 +25,7 @@ from transom.validation.bisection.rope import of_rope
 from transom.validation.bisection.scalars import of_caps, of_scalars, scalars_of
 from transom.validation.bisection.weights import of_fitted_weights, of_order, of_rounding, of_weights
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "the exact gelu": gelu,
     "gelu in its tanh form": partial(gelu, approximate="tanh"),
     "silu": silu,
@@ -83,9 +83,11 @@ def _of_activation(replay: Replay) -> Iterator[Hypothesis]:
     calls = site.calls(aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default)
     for node in calls[:1]:
         x = node.args[0]
-        for words, function in _ACTIVATIONS.items():
-            cause = f"the activation is {words} in place of {_called(node)}"
-            yield Hypothesis(cause, {node: from_node(x, function)})
+        right = called(node)
+        for words, function in ACTIVATIONS.items():
+            # What is right by another name would fit as well as what is right.
+            if words != right:
+                yield Hypothesis(f"the activation is {words} in place of {right}", {node: from_node(x, function)})
         yield Hypothesis("there is no activation", {node: from_node(x)})
     weights = {node: name for node, name in replay.weights().items() if node.meta["val"].dim() == 2}
     if len(weights) == 2 and len({node.meta["val"].shape for node in weights}) == 1:
@@ -97,10 +99,11 @@ def _of_activation(replay: Replay) -> Iterator[Hypothesis]:
         yield Hypothesis(cause, {site.node: lambda value_of: value_of(left) + value_of(right)})
 
 
-def _called(activation: Node) -> str:
+def called(activation: Node) -> str:
+    """An activation's name, a key of `ACTIVATIONS`."""
     if is_call(activation, aten.gelu.default):
         return "gelu in its tanh form" if activation.kwargs.get("approximate") == "tanh" else "the exact gelu"
-    return str(activation.target).split(".")[1]
+    return "a sigmoid" if is_call(activation, aten.sigmoid.default) else str(activation.target).split(".")[1]
 
 
 def _of_residual(replay: Replay) -> Iterator[Hypothesis]:

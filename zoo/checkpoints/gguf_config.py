@@ -13,6 +13,7 @@ Every key that bears on numbers is honoured, or must have the one value that cha
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -345,6 +346,10 @@ def _yarn(theta: float, sizes: Sizes, keys: Metadata) -> Rope:
         raise keys.refuse("rope.scaling.yarn_beta_slow", f"expected less than yarn_beta_fast, {fast:g}")
     if theta <= 1:
         raise keys.refuse("rope.freq_base", "expected more than 1, as pairs slow down with their index")
+    # OLMo 3's files state the multiplier of cosines and sines, as config.json does; llama.cpp takes it times its own.
+    stated = keys.number("rope.scaling.attn_factor", 1.0)
+    if not any(math.isclose(stated, usual, rel_tol=1e-5) for usual in (1.0, yarn_magnitude(factor))):
+        raise keys.refuse("rope.scaling.attn_factor", f"expected 1 or YaRN's own, {yarn_magnitude(factor):.7g}")
     return YarnRope(
         theta=theta,
         factor=factor,
