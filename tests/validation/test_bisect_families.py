@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import gelu, silu
 
 from tests.case import Case
 from tests.faults.families import FAMILY_FAULTS
@@ -17,6 +15,7 @@ from tests.faults.llama import LLAMA_FAULTS
 from transom.backends.reference.session import ReferenceSession
 from transom.backends.session import Session
 from transom.graphs.graph import Graph
+from transom.graphs.match import aten
 from transom.passes.add_taps import AddTaps
 from transom.validation.bisection.bisect import bisect
 from transom.validation.bisection.context import Context
@@ -111,10 +110,15 @@ def test_the_module_of_gemma_4_agrees_with_its_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [gelu, functools.partial(gelu, approximate="tanh"), silu, torch.relu, torch.sigmoid]
-)
-def test_an_activation_has_one_name(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    ("operation", "options"),
+    [
+        (aten.gelu.default, {}), (aten.gelu.default, {"approximate": "tanh"}), (aten.silu.default, {}),
+        (aten.relu.default, {}), (aten.sigmoid.default, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_activation_has_one_name(operation: Callable[..., torch.Tensor], options: dict[str, str]) -> None:
     """Else what is right is supposed once more, under another name, and may be told as the cause."""
-    activation = next(node for node in make_fx(function)(torch.zeros(2)).graph.nodes if node.op == "call_function")
-    known = ACTIVATIONS[called(activation)](torch.arange(-3.0, 4.0))
-    assert torch.equal(known, function(torch.arange(-3.0, 4.0)))
+    graph, x = torch.fx.Graph(), torch.arange(-3.0, 4.0)
+    node = graph.call_function(operation, (graph.placeholder("x"),), {**options})
+    assert torch.equal(ACTIVATIONS[called(node)](x), operation(x, **options))
