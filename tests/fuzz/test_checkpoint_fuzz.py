@@ -298,8 +298,8 @@ def checkpoint(family: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return written[family]
     config = next(preset.config for preset in architecture(family).presets if preset.hub is None)
     if config.longest_window is not None:
-        short: dict[str, Any] = {"window": 4}
-        config = dataclasses.replace(config, **short)
+        shorter: dict[str, Any] = {"window": 4}
+        config = dataclasses.replace(config, **shorter)
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(Path(name), config, random_weights(config, 0), dtype=torch.float32)
         return json.loads((Path(name) / "config.json").read_text()), load_file(Path(name) / "model.safetensors")

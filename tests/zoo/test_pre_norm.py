@@ -121,6 +121,24 @@ WINDOWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "ministral3", "gpt_oss"])
+def test_heads_of_which_a_config_says_no_width(tmp_path: Path, model_type: str) -> None:
+    data = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rope_theta")}
+    own = () if model_type == "ministral3" else ("llama_4_scaling_beta",)
+    rope = {key: value for key, value in YARN.items() if key not in own}
+    ours = read(tmp_path, {**data, "model_type": model_type, "rope_parameters": rope})
+    assert ours.head_dim == transformers.AutoConfig.from_pretrained(tmp_path).head_dim != 8
+
+
+def test_yarn_without_the_context_before_it(tmp_path: Path) -> None:
+    """And biases of which Qwen 2's class asks no key."""
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    ours = read(tmp_path, {**QWEN2, "rope_scaling": scaling, "attention_bias": True})
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert isinstance(ours, PreNormConfig) and isinstance(ours.rope, YarnRope)
+    assert ours.rope.original_context == theirs["original_max_position_embeddings"] == 128
+
+
 @pytest.mark.parametrize("data", WINDOWS, ids=lambda data: str({**data, **dict.fromkeys(SMALL)}.values()))
 def test_windows_are_those_of_transformers(tmp_path: Path, data: dict[str, Any]) -> None:
     ours = read(tmp_path, data)
