@@ -263,10 +263,12 @@ HUGGINGFACE = HuggingFaceFormat(
         "attention_bias": (False,),
         # Text sees what came before it; "vision" is about images only.
         "use_bidirectional_attention": (None, "vision"),
+        # transformers has no such key, and takes every sixth layer.
+        "sliding_window_pattern": (_PATTERN,),
     },
     keys=frozenset(
         {
-            "rms_norm_eps", "layer_types", "sliding_window_pattern", "rope_parameters", "rope_scaling",
+            "rms_norm_eps", "layer_types", "rope_parameters", "rope_scaling",
             "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads", "per_layer_config",
             "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
             "vocab_size_per_layer_input", "enable_moe_block", *_EXPERTS.values(),

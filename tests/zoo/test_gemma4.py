@@ -171,6 +171,7 @@ def test_the_last_layer_is_global_whatever_the_config_says(tmp_path: Path) -> No
     [
         ({"hidden_activation": "silu"}, 'hidden_activation is "silu"'),
         ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all": only null is supported'),
+        ({"sliding_window_pattern": 5}, "sliding_window_pattern is 5: only 6 is supported"),
         ({"enable_moe_block": 1}, "enable_moe_block is 1: expected true or false"),
         ({"enable_moe_block": True}, "num_experts is null: expected a whole number"),
         (
