@@ -145,18 +145,20 @@ class TorchRunner:
         """Of all caches."""
         return sum(tensor.nbytes for pair in self._caches for tensor in pair)
 
-    def _call(self, step: Callable[..., Any], tokens: Sequence[int], wanted: int) -> Float:
+    def _call(self, step: Callable[..., Any], tokens: Sequence[int], positions: int) -> Float:
         tokens_BT = torch.tensor([list(tokens)], device=self._device)
         start = torch.tensor(self._position, device=self._device)
         with torch.no_grad():
-            logits, self._caches = step(tokens_BT, start, self._caches, wanted)
+            logits, self._caches = step(tokens_BT, start, self._caches, positions)
         self._position += len(tokens)
         rows: Float = logits[0].float().cpu().numpy()
         return rows
 
-    def _run(self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: Any, wanted: int) -> tuple[torch.Tensor, Any]:
+    def _run(
+        self, tokens_BT: torch.Tensor, start: torch.Tensor, caches: Any, positions: int
+    ) -> tuple[torch.Tensor, Any]:
         x_BTD, caches = self._module.hidden(tokens_BT, start, caches)
-        return self._module.head(x_BTD[:, -wanted:]), caches
+        return self._module.head(x_BTD[:, -positions:]), caches
 
 
 @dataclasses.dataclass(kw_only=True)

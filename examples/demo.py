@@ -77,11 +77,11 @@ def run(model: Model, quant: str, ids: list[int], expected: NDArray[np.float32],
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The results as people read them."""
-    found = Table(title="Weights, caches, tokens per second, agreement with the reference")
+    results = Table(title="Weights, caches, tokens per second, agreement with the reference")
     for name in ("quant", "weights", "caches", "unbounded", "prefill", "decode", "top-1", "max diff"):
-        found.add_column(name, justify="left" if name == "quant" else "right")
+        results.add_column(name, justify="left" if name == "quant" else "right")
     for row in rows:
-        found.add_row(
+        results.add_row(
             row["quant"],
             size(row["weight_bytes"]),
             size(row["cache_bytes"]),
@@ -91,15 +91,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['top1_agreement']:.1%}",
             f"{row['max_abs_difference']:.1e}",
         )
-    return found
+    return results
 
 
 def reference_logits(model: Model, ids: list[int]) -> NDArray[np.float32]:
     """Logits of the plain PyTorch model, float32 [T, V]."""
     with console.status("running the reference"), torch.no_grad():
         logits, _ = model.eager()(torch.tensor([ids]), torch.tensor(0), None)
-    found: NDArray[np.float32] = logits[0].numpy()
-    return found
+    rows: NDArray[np.float32] = logits[0].numpy()
+    return rows
 
 
 def generate(session: Session, ids: list[int]) -> tuple[float, float]:

@@ -29,14 +29,14 @@ class Parameter:
 
     Attributes:
         dtype: In memory; a name of numpy or ml_dtypes, such as "bfloat16" or "int4".
-        held: Shape in the file, unpacked; its first axis is that of the file's tensor.
+        file_shape: Shape in the file, unpacked; its first axis is that of the file's tensor.
         axes: Order of those axes in memory.
         packed: Whether the file holds two codes a byte, the even one in the low half.
         middle: Subtracted from the file's codes, so that they become signed.
     """
 
     dtype: str
-    held: tuple[int, ...]
+    file_shape: tuple[int, ...]
     axes: tuple[int, ...]
     packed: bool = False
     middle: int = 0
@@ -44,7 +44,7 @@ class Parameter:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in memory."""
-        return tuple(self.held[axis] for axis in self.axes)
+        return tuple(self.file_shape[axis] for axis in self.axes)
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Parameter], put: Any) -> dict[str, Any]:
@@ -65,12 +65,12 @@ def read_parameters(path: Path, parameters: Mapping[str, Parameter], put: Any) -
 
 
 def _in_memory(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
-    plain = wanted.axes == tuple(range(len(wanted.held))) and not wanted.packed and not wanted.middle
+    plain = wanted.axes == tuple(range(len(wanted.file_shape))) and not wanted.packed and not wanted.middle
     if not plain:
         return _arranged(stored, wanted)
     if stored.dtype != np.dtype(wanted.dtype):
         raise ValueError(f"numbers of {stored.dtype} in place of {wanted.dtype}")
-    return stored.reshape(wanted.held)
+    return stored.reshape(wanted.file_shape)
 
 
 def _arranged(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
@@ -83,10 +83,10 @@ def _arranged(stored: NDArray[Any], wanted: Parameter) -> NDArray[Any]:
         rows = stored[start : start + step].reshape(min(step, len(stored) - start), -1)
         if wanted.packed:
             pairs = np.stack((rows & 15, rows >> 4), -1)
-            rows = pairs.reshape(len(rows), -1)[:, : math.prod(wanted.held[1:])]
+            rows = pairs.reshape(len(rows), -1)[:, : math.prod(wanted.file_shape[1:])]
         if wanted.middle:
             rows = (rows - np.uint8(wanted.middle)).view(np.int8)
         elif wanted.packed and not wanted.dtype.startswith("uint"):
             rows = rows.view(dtype)  # the bits of floats
-        by_row[start : start + step] = rows.reshape(len(rows), *wanted.held[1:])
+        by_row[start : start + step] = rows.reshape(len(rows), *wanted.file_shape[1:])
     return tensor

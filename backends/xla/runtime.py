@@ -57,7 +57,7 @@ class XlaRuntime(ArtifactRuntime):
 
     def _read(self, path: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         parameters = {
-            name: Parameter(**{**entry, "held": tuple(entry["held"]), "axes": tuple(entry["axes"])})
+            name: Parameter(**{**entry, "file_shape": tuple(entry["file_shape"]), "axes": tuple(entry["axes"])})
             for name, entry in entries.items()
         }
         return read_parameters(path, parameters, self._jax.device_put)

@@ -52,7 +52,7 @@ class LlamaCpp(Contender):
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         for index in range(BATCH):
             self._batch.n_seq_id[index], self._batch.seq_id[index][0] = 1, 0
-        self._tokens, self._positions, self._wanted = (
+        self._tokens, self._positions, self._has_logits = (
             np.ctypeslib.as_array(array, shape=(BATCH,))
             for array in (self._batch.token, self._batch.pos, self._batch.logits)
         )
@@ -72,7 +72,7 @@ class LlamaCpp(Contender):
     def run(self, ids: Sequence[int]) -> None:
         for low in range(0, len(ids), BATCH):
             part = ids[low : low + BATCH]
-            self._step(part, wanted=1 if low + len(part) == len(ids) else 0)
+            self._step(part, outputs=1 if low + len(part) == len(ids) else 0)
         # Also waits for the result.
         llama_cpp.llama_get_logits(self._llama)
 
@@ -81,7 +81,7 @@ class LlamaCpp(Contender):
         values: list[float] = []
         for low in range(0, len(ids), BATCH):
             part = ids[low : low + BATCH]
-            self._step(part, wanted=len(part))
+            self._step(part, outputs=len(part))
             pointer = llama_cpp.llama_get_logits(self._llama)
             logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(len(part), self._vocab_size))
             for row, target in zip(logits, ids[low + 1 : low + 1 + len(part)], strict=False):
@@ -94,13 +94,13 @@ class LlamaCpp(Contender):
         sizes = [float(size) for size in _CACHE_SIZE.findall("".join(self._log))]
         return round(sum(sizes) * 2**20) if sizes else None
 
-    def _step(self, ids: Sequence[int], wanted: int) -> None:
-        """One batch; logits of its last `wanted` tokens."""
+    def _step(self, ids: Sequence[int], outputs: int) -> None:
+        """One batch; logits of its last `outputs` tokens."""
         count: Any = len(ids)
         self._batch.n_tokens = count
         self._tokens[:count] = ids
         self._positions[:count] = np.arange(self._position, self._position + count)
-        self._wanted[:count] = np.arange(count) >= count - wanted
+        self._has_logits[:count] = np.arange(count) >= count - outputs
         if error := llama_cpp.llama_decode(self._llama, self._batch):
             raise RuntimeError(f"llama_decode gave {error} at position {self._position}")
         self._position += count

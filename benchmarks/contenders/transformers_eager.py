@@ -47,9 +47,9 @@ class TransformersEager(Contender):
         hidden_TD = self._model.model(torch.tensor([ids])).last_hidden_state[0, :-1]
         targets_T1 = torch.tensor(ids[1:])[:, None]
         values: list[float] = []
-        for rows_TD, wanted_T1 in zip(torch.split(hidden_TD, ROWS), torch.split(targets_T1, ROWS), strict=True):
+        for rows_TD, labels_T1 in zip(torch.split(hidden_TD, ROWS), torch.split(targets_T1, ROWS), strict=True):
             logits_TV = self._model.lm_head(rows_TD)
-            values += logits_TV.log_softmax(-1).gather(1, wanted_T1)[:, 0].tolist()
+            values += logits_TV.log_softmax(-1).gather(1, labels_T1)[:, 0].tolist()
         return values
 
     def cache_bytes(self) -> int:

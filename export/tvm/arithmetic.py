@@ -43,7 +43,7 @@ def _is_spread(node: Node) -> bool:
 def _spread(emitter: Emitter, node: Node, value: Any) -> Any:
     """Emit what was computed of `_operand`s."""
     result = emitter.builder.emit(value)
-    return _held(emitter, node, result) if _is_spread(node) else result
+    return _shaped(emitter, node, result) if _is_spread(node) else result
 
 
 def _binary(operation: Any) -> Any:
@@ -153,11 +153,11 @@ def _reshape(emitter: Emitter, node: Node) -> Any:
         return emitter.value(old)
     if any(is_symbol(size) for size in old.meta["val"].shape):
         raise emitter.refuse(node, "only the numbers of a row can be grouped anew")
-    return _held(emitter, node, emitter.value(old))
+    return _shaped(emitter, node, emitter.value(old))
 
 
-def _held(emitter: Emitter, node: Node, value: Any) -> Any:
-    """A node's value in the shape in which values are held."""
+def _shaped(emitter: Emitter, node: Node, value: Any) -> Any:
+    """A node's value in the shape that other nodes expect of it (`Emitter.shape`)."""
     return emitter.builder.emit(relax.op.reshape(value, emitter.shape(node)))
 
 
@@ -169,13 +169,13 @@ def _whole(emitter: Emitter, node: Node) -> Any:
 @ARITHMETIC.lowers(aten.permute.default)
 def _permute(emitter: Emitter, node: Node) -> Any:
     x, axes = node.args
-    return _held(emitter, node, emitter.builder.emit(relax.op.permute_dims(_whole(emitter, x), list(axes))))
+    return _shaped(emitter, node, emitter.builder.emit(relax.op.permute_dims(_whole(emitter, x), list(axes))))
 
 
 def _reduced(operation: Any) -> Any:
     def lower(emitter: Emitter, node: Node) -> Any:
         x, axes, *_ = node.args
-        return _held(emitter, node, emitter.builder.emit(operation(_whole(emitter, x), list(axes))))
+        return _shaped(emitter, node, emitter.builder.emit(operation(_whole(emitter, x), list(axes))))
 
     return lower
 

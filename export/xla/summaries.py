@@ -104,8 +104,8 @@ def delta_rule(
 
     def step(state: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         query, decay, key, value, removal, share = rows
-        found = (state @ removal[..., None])[..., 0]
-        put = value[..., None] * key[..., None, :] - found[..., None] * share[..., None, :]
+        recalled = (state @ removal[..., None])[..., 0]
+        put = value[..., None] * key[..., None, :] - recalled[..., None] * share[..., None, :]
         state = state * decay[..., None, :] + put
         return state, (state @ query[..., None])[..., 0]
 

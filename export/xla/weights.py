@@ -27,7 +27,9 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
     names, entries = stored_names(graph), {}
     for name, weight in _stored(graph).items():
         entries[name] = Parameter(
-            dtype=str(weight.dtype).removeprefix("torch."), held=weight.shape, axes=tuple(range(len(weight.shape)))
+            dtype=str(weight.dtype).removeprefix("torch."),
+            file_shape=weight.shape,
+            axes=tuple(range(len(weight.shape))),
         )
     tables = {node.args[1] for node in graph.calls(ops.EMBEDDING_QUANTIZED)}
     matrices = [node.args[1:] for node in graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED)]
@@ -44,11 +46,11 @@ def parameters(graph: Graph) -> dict[str, Parameter]:
             numbers = {"dtype": format if bits == 4 else str(codes.meta["val"].dtype).removeprefix("torch.")}
             numbers["packed"] = bits == 4
         arranged = {
-            codes: {"held": (rows, blocks * block), "axes": (0, 1), **numbers}
+            codes: {"file_shape": (rows, blocks * block), "axes": (0, 1), **numbers}
             if table
-            else {"held": (rows, blocks, block), "axes": (1, 2, 0), **numbers},
-            scales: {"held": (rows, blocks), "axes": (1, 0), "dtype": "float32"},
-            zeros: {"held": (rows, blocks), "axes": (1, 0), **({"dtype": "float32"} if has_offsets else numbers)},
+            else {"file_shape": (rows, blocks, block), "axes": (1, 2, 0), **numbers},
+            scales: {"file_shape": (rows, blocks), "axes": (1, 0), "dtype": "float32"},
+            zeros: {"file_shape": (rows, blocks), "axes": (1, 0), **({"dtype": "float32"} if has_offsets else numbers)},
         }
         for part, how in arranged.items():
             if part is not None:

@@ -198,12 +198,12 @@ def _solve_piece(state: torch.Tensor, piece: Sequence[torch.Tensor]) -> tuple[to
     def scores(rows: torch.Tensor, columns: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         return ((columns[:, :, None] * shares) @ rows[..., None]).squeeze(-1)
 
-    # What each token finds at its removal: (1 + L) found = what the state and the values before it put there.
+    # What each token recalls at its removal: (1 + L) recalled = what the state and the values before it put there.
     put = (u * reached_earlier) @ state.mT + scores(u, k, earlier) @ v
-    found = torch.linalg.solve_triangular(scores(u, replaced, earlier), put, upper=False, unitriangular=True)
-    rows = (q * reached) @ state.mT + scores(q, k, decays) @ v - scores(q, replaced, decays) @ found
+    recalled = torch.linalg.solve_triangular(scores(u, replaced, earlier), put, upper=False, unitriangular=True)
+    rows = (q * reached) @ state.mT + scores(q, k, decays) @ v - scores(q, replaced, decays) @ recalled
     left = decays[:, :, -1]
-    return rows, state * reached[:, :, -1:] + v.mT @ (k * left) - found.mT @ (replaced * left)
+    return rows, state * reached[:, :, -1:] + v.mT @ (k * left) - recalled.mT @ (replaced * left)
 
 
 @delta_rule.register_fake

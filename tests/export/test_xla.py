@@ -293,7 +293,7 @@ def test_packed_codes_of_an_odd_number_of_blocks(middle: int, tmp_path: Path) ->
     codes = np.random.default_rng(0).integers(0, 16, (5, 3), dtype=np.uint8)
     pairs = np.pad(codes, ((0, 0), (0, 1)))
     save_file({"zeros": pairs[:, 0::2] | pairs[:, 1::2] << 4}, tmp_path / "file")
-    wanted = Parameter(dtype="int4" if middle else "uint4", held=(5, 3), axes=(1, 0), packed=True, middle=middle)
+    wanted = Parameter(dtype="int4" if middle else "uint4", file_shape=(5, 3), axes=(1, 0), packed=True, middle=middle)
     found = read_parameters(tmp_path / "file", {"zeros": wanted}, lambda array: array)["zeros"]
     np.testing.assert_array_equal(found.astype(np.int32), codes.T.astype(np.int32) - middle)
 

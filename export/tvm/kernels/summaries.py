@@ -218,7 +218,7 @@ def delta_rule(heads: int, h: int, v: int, tile: Tile) -> Any:
             share = T.alloc_buffer((h,), "float32", scope="local")
             decay = T.alloc_buffer((h,), "float32", scope="local")
             length = T.alloc_buffer((1,), "float32", scope="local")
-            found = T.alloc_buffer((1,), "float32", scope="local")
+            recalled = T.alloc_buffer((1,), "float32", scope="local")
             total = T.alloc_buffer((2, lanes), "float32", scope="local")
             if start[()] == 0:
                 for column in T.serial(v):
@@ -253,12 +253,12 @@ def delta_rule(heads: int, h: int, v: int, tile: Tile) -> Any:
                                 total[0, lane]
                                 + state[0, head, column, step * lanes + lane] * removal[step * lanes + lane]
                             )
-                    found[0] = lane_sum(total, 0, lanes)
+                    recalled[0] = lane_sum(total, 0, lanes)
                     for step in T.serial(h // lanes):
                         for lane in T.vectorized(lanes):
                             state[0, head, column, step * lanes + lane] = (
                                 state[0, head, column, step * lanes + lane] * decay[step * lanes + lane]
-                                - found[0] * share[step * lanes + lane]
+                                - recalled[0] * share[step * lanes + lane]
                                 + X[row, head * v + column] * keys[row, head * h + step * lanes + lane]
                             )
                         for lane in T.vectorized(lanes):
