@@ -28,13 +28,13 @@ ENGINE, ENCODER = b"an engine of the double", b"an encoder of the double"
 class Calls:
     """Every call, in order."""
 
-    made: list[tuple[str, tuple[Any, ...]]] = dataclasses.field(default_factory=list)
+    entries: list[tuple[str, tuple[Any, ...]]] = dataclasses.field(default_factory=list)
 
     def note(self, name: str, *arguments: Any) -> None:
-        self.made.append((name, arguments))
+        self.entries.append((name, arguments))
 
     def of(self, name: str) -> list[tuple[Any, ...]]:
-        return [arguments for called, arguments in self.made if called == name]
+        return [arguments for called, arguments in self.entries if called == name]
 
 
 class Logger:

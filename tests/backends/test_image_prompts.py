@@ -197,7 +197,7 @@ def test_chat(cli: Cli, folder: Path, file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     code, _, err = cli("chat", folder, "--max-new-tokens", 4, "--temperature", 0)
     assert code == 0 and "nowhere.png cannot be read" in err, err
-    turns = [int((made.tokens < 0).sum()) for made in prompts if made.tokens[0] == 2]
+    turns = [int((turn.tokens < 0).sum()) for turn in prompts if turn.tokens[0] == 2]
     # Every turn is asked for as a whole, and what follows what the caches hold is run.
     assert [count for count in turns if count] == [COUNT] * sum(1 for count in turns if count) and 0 in turns
 

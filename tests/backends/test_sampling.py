@@ -44,11 +44,11 @@ def drawn(sampling: Sampling, logits: Any = LOGITS, draws: int = DRAWS) -> dict[
     ],
 )
 def test_cuts_are_exact(options: dict[str, Any], kept: set[int]) -> None:
-    found = drawn(Sampling(temperature=1.0, seed=1, **options))
-    assert set(found) == kept
+    shares = drawn(Sampling(temperature=1.0, seed=1, **options))
+    assert set(shares) == kept
     total = PROBABILITIES[sorted(kept)].sum()
     # Four standard deviations of a share of 4,000 draws.
-    assert all(abs(share - PROBABILITIES[token] / total) < 4 * 0.5 / DRAWS**0.5 for token, share in found.items())
+    assert all(abs(share - PROBABILITIES[token] / total) < 4 * 0.5 / DRAWS**0.5 for token, share in shares.items())
 
 
 def test_temperature_sharpens_and_flattens() -> None:

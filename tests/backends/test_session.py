@@ -169,7 +169,7 @@ def test_global_caches_grow_geometrically_and_local_ones_never(
         sizes.append(session.cache_bytes())
     assert {size["local"] for size in sizes} == {LOCAL}
     slots = [size["global"] // (2 * PER_SLOT) for size in sizes]
-    assert all(held >= position for position, held in enumerate(slots, 1))
+    assert all(room >= position for position, room in enumerate(slots, 1))
     assert sorted(set(slots)) == [16, 32, 64, 128, 256]
     session.reserve(300)
     assert session.cache_bytes()["global"] == 2 * PER_SLOT * 512, "never more than the context"
@@ -183,19 +183,19 @@ def test_growing_and_reserving_give_the_same_text(
     reserved.reserve(512)
     expected = reserved.prefill(text[:150])
     for low in range(0, 150, 10):
-        found = growing.prefill(text[low : low + 10])
-    assert np.abs(found - expected).max() < FP32_LOGITS
+        logits = growing.prefill(text[low : low + 10])
+    assert np.abs(logits - expected).max() < FP32_LOGITS
     assert growing.cache_bytes()["global"] < reserved.cache_bytes()["global"]
 
 
 def test_log_likelihoods_are_log_softmax(session: Session, text: list[int]) -> None:
     counts: list[int] = []
-    found = session.log_likelihoods(text[:90], on_chunk=counts.append)
+    likelihoods = session.log_likelihoods(text[:90], on_chunk=counts.append)
     logits = session.logits(text[:90]).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    assert found.shape == (89,) and sum(counts) == 90
-    assert np.abs(found - table[np.arange(89), text[1:90]]).max() < FP32_LOGITS
+    assert likelihoods.shape == (89,) and sum(counts) == 90
+    assert np.abs(likelihoods - table[np.arange(89), text[1:90]]).max() < FP32_LOGITS
     assert session.log_likelihoods(text[:1]).shape == (0,)
     assert session.log_likelihoods(text[: CHUNK + 1]).shape == (CHUNK,)
 

@@ -259,9 +259,9 @@ def fake(version: str) -> types.ModuleType:
 @pytest.mark.parametrize("version", ["10.15.1.29", "10.16.0", "11.0.0.114"])
 def test_tensorrt_comes_first(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake(version))
-    found = find_library()
-    assert (found.name, found.version, found.is_rtx) == ("tensorrt", version, False)
-    assert found.title == f"TensorRT {version}"
+    library = find_library()
+    assert (library.name, library.version, library.is_rtx) == ("tensorrt", version, False)
+    assert library.title == f"TensorRT {version}"
 
 
 def test_tensorrt_that_is_too_old(nothing: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,11 @@ def opened(folder: Path, manifest: Manifest, **changes: Any) -> tuple[Session, t
 def test_the_numbers_are_those_of_the_file(folder: Path, manifest: Manifest) -> None:
     """Prefill in chunks longer than the window, then decode across three wraps, in caches that only torch holds."""
     session, calls = opened(folder, manifest)
-    wanted = transom.open(folder, threads=1).logits(TEXT)
-    found = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
-    assert np.sqrt(np.square(np.array(found) - wanted[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT
-    np.testing.assert_array_equal(session.logits(TEXT), wanted)
-    assert {called for called, _ in calls.made} == {
+    expected = transom.open(folder, threads=1).logits(TEXT)
+    rows = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
+    assert np.sqrt(np.square(np.array(rows) - expected[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT
+    np.testing.assert_array_equal(session.logits(TEXT), expected)
+    assert {called for called, _ in calls.entries} == {
         "deserialize_cuda_engine", "set_optimization_profile_async", "set_input_shape", "set_tensor_address",
         "execute_async_v3",
     }  # fmt: skip
@@ -81,11 +81,11 @@ def test_caches_are_bound_in_place_once_and_kept(folder: Path, manifest: Manifes
     for name, tensor in tensors.items():
         addresses = {memory for given, memory in calls.of("set_tensor_address") if given in (name, f"{name}.out")}
         assert addresses == {tensor.data_ptr()}
-    held = {name: tensor.clone() for name, tensor in tensors.items()}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
     session.decode(TEXT[CHUNK])
     again = {state.name: array for state, array in session.runtime.state_arrays()}
     assert all(again[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
-    assert all(not torch.equal(again[name], held[name]) for name in held), "every layer wrote its token"
+    assert all(not torch.equal(again[name], before[name]) for name in before), "every layer wrote its token"
     slot = 2 * 2 * 32 * 2
     assert session.cache_bytes() == {"local": 4 * RING * slot, "global": 2 * CONTEXT * slot}
 
@@ -102,8 +102,8 @@ def test_summaries_take_turns(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.logits(TEXT[:50]), other.logits(TEXT[:50]))
         np.testing.assert_array_equal(session.decode(TEXT[50]), other.decode(TEXT[50]))
     read, written = (
-        [memory for name, memory in calls.of("set_tensor_address") if name == wanted][-2:]
-        for wanted in ("cache.0.state", "cache.0.state.out")
+        [memory for name, memory in calls.of("set_tensor_address") if name == binding][-2:]
+        for binding in ("cache.0.state", "cache.0.state.out")
     )
     assert read == written[::-1] and read[0] != read[1]
     assert session.cache_bytes()["summary"] == 2 * other.cache_bytes()["summary"]
@@ -257,10 +257,12 @@ def test_the_double_has_the_real_signatures(name: str) -> None:
     methods = [method for method, value in vars(ours).items() if inspect.isfunction(value) and method[0] != "_"]
     assert methods
     for method in methods:
-        wanted = [parameter for parameter in inspect.signature(getattr(ours, method)).parameters if parameter != "self"]
+        parameters = [
+            parameter for parameter in inspect.signature(getattr(ours, method)).parameters if parameter != "self"
+        ]
         documented = re.findall(rf"\b{method}\((self: [^)]*)\)", getattr(real, method).__doc__)
-        found = [re.findall(r"(\w+): ", line)[1:] for line in documented]
-        assert any(names[: len(wanted)] == wanted for names in found), (method, found)
+        signatures = [re.findall(r"(\w+): ", line)[1:] for line in documented]
+        assert any(names[: len(parameters)] == parameters for names in signatures), (method, signatures)
     if name == "ICudaEngine":
         assert hasattr(real, "weight_streaming_budget_v2")
 
@@ -292,8 +294,8 @@ def test_what_the_builder_calls_exists(name: str) -> None:
         pytest.skip(str(error))
     for method, arguments in CALLED[name].items():
         documented = re.findall(rf"\b{method}\((self: [^)]*)\)", getattr(getattr(module, name), method).__doc__)
-        found = [re.findall(r"(\w+): ", line)[1:] for line in documented]
-        assert any(len(names) >= len(arguments) for names in found), (method, found)
+        signatures = [re.findall(r"(\w+): ", line)[1:] for line in documented]
+        assert any(len(names) >= len(arguments) for names in signatures), (method, signatures)
     for attribute in ("num_compute_capabilities", "progress_monitor", "hardware_compatibility_level"):
         assert hasattr(module.IBuilderConfig, attribute)
 
@@ -308,8 +310,8 @@ def test_on_a_gpu(exported: Export, tmp_path: Path) -> None:
         pytest.skip(str(error))
     out = Path(shutil.copytree(exported("tensorrt", chunk=CHUNK, context=CONTEXT).folder, tmp_path / "model"))
     build_engine(out, library)
-    wanted = Session(CpuRuntime(out, read_manifest(out), threads=1)).logits(TEXT)
+    expected = Session(CpuRuntime(out, read_manifest(out), threads=1)).logits(TEXT)
     session: Session = transom.open(out)
     assert isinstance(session.runtime, EngineRuntime)
-    found = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
-    assert np.sqrt(np.square(np.array(found) - wanted[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT
+    rows = [session.prefill(TEXT[:30]), *(session.decode(token) for token in TEXT[30:])]
+    assert np.sqrt(np.square(np.array(rows) - expected[29:]).mean()) < BFLOAT16_LOGITS_TENSORRT

@@ -78,8 +78,8 @@ def test_logits_are_the_callers_to_keep(artifact: Exported, text: list[int]) -> 
 def test_chunks_of_one_token(tiny: Model, tmp_path: Path, text: list[int], text_logits: NDArray[np.float32]) -> None:
     """Every call but the last one wants no logits at all."""
     transom.compile(tiny, target="tvm", chunk=1, context=64, out=tmp_path / "one")
-    found = transom.open(tmp_path / "one", threads=1).prefill(text[:40])
-    assert np.abs(found - text_logits[39]).max() < FP32_LOGITS
+    logits = transom.open(tmp_path / "one", threads=1).prefill(text[:40])
+    assert np.abs(logits - text_logits[39]).max() < FP32_LOGITS
 
 
 def test_taps(tiny: Model, tmp_path: Path, text: list[int]) -> None:
@@ -154,8 +154,8 @@ def test_the_runtime_can_stand_elsewhere(artifact: Exported, tmp_path: Path) -> 
 
     assert opened(tmp_path) == "(512,)\n"
     (tmp_path / "libtvm_runtime_extra.so").unlink()
-    said = opened(tmp_path)
-    assert "libtvm_runtime_extra" in said and "pip install 'transom[tvm]'" in said and said.count("\n") == 1
+    message = opened(tmp_path)
+    assert "libtvm_runtime_extra" in message and "pip install 'transom[tvm]'" in message and message.count("\n") == 1
 
 
 def opened_with(artifact: Exported, **details: Any) -> Session:

@@ -61,10 +61,10 @@ def test_feeding_in_pieces(session: Session, text: list[int], text_logits: NDArr
     """Pieces that fill a program, that leave most of it empty, and that need the larger one."""
     position = 0
     for size in (3, 10, 11, CHUNK, CHUNK - 1, 1, 2):
-        found = session.prefill(text[position : position + size])
+        logits = session.prefill(text[position : position + size])
         position += size
-        assert found.shape == (512,) and found.dtype == np.float32
-        assert np.abs(found - text_logits[position - 1]).max() < FP32_LOGITS, size
+        assert logits.shape == (512,) and logits.dtype == np.float32
+        assert np.abs(logits - text_logits[position - 1]).max() < FP32_LOGITS, size
 
 
 def test_padding_at_the_end_of_the_context_is_written_nowhere(session: Session, text: list[int]) -> None:
@@ -118,15 +118,15 @@ def test_taps_have_no_padding(tiny: Model, traced: Graph, tmp_path: Path, text: 
     graph, _ = type(pipeline("xla", chunk=CHUNK, scheme=scheme("none")))(passes).run(traced)
     session, reference = transom.open(tmp_path / "model", threads=1), ReferenceSession(graph, context=64, chunk=CHUNK)
     position = 0
-    for size, wanted in ((20, "all"), (7, "last"), (1, "last")):
+    for size, positions in ((20, "all"), (7, "last"), (1, "last")):
         for run in (session, reference):
-            list(run.feed(text[position : position + size], wanted=wanted))  # type: ignore[arg-type]
+            list(run.feed(text[position : position + size], wanted=positions))  # type: ignore[arg-type]
         position += size
         assert list(session.tapped) == ["tap.q", "tap.down", "tap.logits"]
         for name, expected in reference.tapped.items():
-            found = session.tapped[name]
-            assert found.shape == expected.shape and found.dtype == np.float32, (name, size)
-            assert np.abs(found - expected).max() < FP32_LOGITS, (name, size)
+            actual = session.tapped[name]
+            assert actual.shape == expected.shape and actual.dtype == np.float32, (name, size)
+            assert np.abs(actual - expected).max() < FP32_LOGITS, (name, size)
 
 
 def test_a_call_cut_short_must_be_followed_by_a_reset(

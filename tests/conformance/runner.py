@@ -179,11 +179,11 @@ def _run_case(runtime: Runtime, folder: Path, tolerance: float, names: Sequence[
             report.findings.append(Finding(**where, kind="error", text=f"{type(error).__name__}: {error}"))
             sessions.pop(schedule["chunk"], None)
             continue
-        wanted = expected[: len(logits)]
-        difference = _difference(logits, wanted)
+        rows = expected[: len(logits)]
+        difference = _difference(logits, rows)
         report.differences[case["name"], schedule["name"]] = float(difference.max())
-        if logits.shape != wanted.shape:
-            text = f"shape {list(logits.shape)}, expected {list(wanted.shape)}"
+        if logits.shape != rows.shape:
+            text = f"shape {list(logits.shape)}, expected {list(rows.shape)}"
             report.findings.append(Finding(**where, kind="logits", text=text))
         elif (finding := _judge(where, difference, tolerance)) is not None:
             report.findings.append(finding)
