@@ -93,9 +93,9 @@ def _onnx(graph: Graph, folder: Path, dialect: Dialect) -> Program:
     session = ort.InferenceSession(folder / "exact.onnx", options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs() if value.name.startswith("cache.")]
 
-    def run(tokens: torch.Tensor, start: int, wanted: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
+    def run(tokens: torch.Tensor, start: int, positions: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
         arrays, binding = [state.numpy().copy() for state in states], session.io_binding()
-        inputs = {"tokens": tokens.numpy(), "start": np.array(start), "logit_positions": wanted.numpy()}
+        inputs = {"tokens": tokens.numpy(), "start": np.array(start), "logit_positions": positions.numpy()}
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu")
@@ -122,10 +122,10 @@ def _xla(graph: Graph, folder: Path) -> Program:
     parameters = read_parameters(folder / WEIGHTS_FILE, weights.parameters(graph), jax.numpy.asarray)
     program = jax.jit(step(graph, weights.stored_names(graph)))
 
-    def run(tokens: torch.Tensor, start: int, wanted: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
+    def run(tokens: torch.Tensor, start: int, positions: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
         ids, count = tokens.numpy().astype(np.int32), np.int32(tokens.shape[1])
         caches = [state.numpy() for state in states]
-        logits, after, _ = program(parameters, caches, ids, np.int32(start), count, wanted.numpy().astype(np.int32))
+        logits, after, _ = program(parameters, caches, ids, np.int32(start), count, positions.numpy().astype(np.int32))
         return [torch.from_numpy(np.array(value)) for value in (np.asarray(logits[0], np.float32), *after)]
 
     return run
@@ -143,9 +143,9 @@ def _tvm(graph: Graph, folder: Path) -> Program:
         weights = [file.read(name) for name in lowered.details["parameters"]]
     machine = load_machine(folder / LIBRARY)
 
-    def run(tokens: torch.Tensor, start: int, wanted: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
+    def run(tokens: torch.Tensor, start: int, positions: torch.Tensor, states: Sequence[torch.Tensor]) -> list[Any]:
         inputs = [*weights]
-        for value in reversed((tokens[0], torch.tensor(start), wanted, *states)):
+        for value in reversed((tokens[0], torch.tensor(start), positions, *states)):
             # Kernels read whole vectors, from addresses that numpy does not promise; they write states in place.
             inputs.insert(0, zeros(tuple(value.shape), value.numpy().dtype))
             inputs[0][...] = value.numpy()

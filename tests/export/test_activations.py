@@ -31,8 +31,8 @@ E4M3 = float_format("float8_e4m3fn")
 
 @pytest.fixture(scope="module")
 def graph(traced: Graph) -> Graph:
-    found, _ = pipeline("onnxruntime", chunk=CHUNK, scheme=scheme(QUANT)).run(traced)
-    return found
+    lowered, _ = pipeline("onnxruntime", chunk=CHUNK, scheme=scheme(QUANT)).run(traced)
+    return lowered
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def scales(graph: Graph, text: list[int]) -> dict[str, float]:
 
 def test_the_body_rounds_as_torch_does() -> None:
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 300
-    found = ops.round_activations(x, 0.5, "float8_e4m3fn")
-    assert torch.equal(found, (x / 0.5).clamp(-448, 448).to(FLOAT8).float() * 0.5)
-    assert float(found.abs().max()) == 224, "clamped, where a bare cast gives NaN"
+    rounded = ops.round_activations(x, 0.5, "float8_e4m3fn")
+    assert torch.equal(rounded, (x / 0.5).clamp(-448, 448).to(FLOAT8).float() * 0.5)
+    assert float(rounded.abs().max()) == 224, "clamped, where a bare cast gives NaN"
     with pytest.raises(ValueError, match="int8"):
         ops.round_activations(x, 1.0, "int8")
 
@@ -79,13 +79,13 @@ def test_targets_round_as_the_reference_does(
         pytest.importorskip("jax", reason="the xla extra is not installed")
     artifact = transom.compile(tiny, target=target, quant=QUANT, chunk=CHUNK, out=tmp_path / "a")
     assert artifact.manifest.passes[-1]["name"] == "QuantizeActivations"
-    found = transom.open(tmp_path / "a").logits(text[: 3 * WINDOW + 5])
+    logits = transom.open(tmp_path / "a").logits(text[: 3 * WINDOW + 5])
     graph, _ = pipeline(target, chunk=CHUNK, scheme=scheme(QUANT)).run(traced)
     bare = ReferenceSession(graph, context=512, chunk=CHUNK).logits(text[: 3 * WINDOW + 5])
     measured = activation_scales(graph, _prompt(tiny), E4M3, context=512, chunk=CHUNK)
     rounded, _ = Pipeline([QuantizeActivations(lambda _: measured)]).run(graph)
     expected = ReferenceSession(rounded, context=512, chunk=CHUNK).logits(text[: 3 * WINDOW + 5])
-    near, far = (float(np.sqrt(np.square(found - other).mean())) for other in (expected, bare))
+    near, far = (float(np.sqrt(np.square(logits - other).mean())) for other in (expected, bare))
     assert near < 0.35 * far, (near, far)
 
 

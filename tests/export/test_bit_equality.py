@@ -57,7 +57,7 @@ TOKENS = np.arange(ROWS)[None]
 SOME = [0, 1, 31, 32, 130, COLUMNS - 1]
 """Columns that are asked for one at a time: kernels for one token are others."""
 
-Found = list[NDArray[np.float32]]
+Outputs = list[NDArray[np.float32]]
 """Rows of the table [R, K], and each matrix transposed [K, R]."""
 
 
@@ -130,12 +130,12 @@ def converted(graph: Graph, quant: str) -> Graph:
 # What each runtime says.
 
 
-def of_reference(graph: Graph, folder: Path) -> tuple[Found, Found]:
-    run = [run_graph(graph, torch.from_numpy(TOKENS), torch.from_numpy(x)) for x in (EYE, EYE[:, SOME])]
-    return tuple([value[0].numpy() for value in found] for found in run)  # type: ignore[return-value]
+def of_reference(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
+    runs = [run_graph(graph, torch.from_numpy(TOKENS), torch.from_numpy(x)) for x in (EYE, EYE[:, SOME])]
+    return tuple([value[0].numpy() for value in outputs] for outputs in runs)  # type: ignore[return-value]
 
 
-def _asked(run: Callable[[dict[str, Any]], Any]) -> tuple[Found, Found]:
+def _whole_and_single(run: Callable[[dict[str, Any]], Any]) -> tuple[Outputs, Outputs]:
     """All columns at once, and some one at a time."""
     whole = run({"tokens": TOKENS, "x": EYE})
     single = [run({"tokens": TOKENS, "x": EYE[:, column : column + 1]}) for column in SOME]
@@ -143,7 +143,7 @@ def _asked(run: Callable[[dict[str, Any]], Any]) -> tuple[Found, Found]:
     return [value[0] for value in whole], [value[0] for value in parts]
 
 
-def _of_onnx(graph: Graph, dialect: Dialect, folder: Path) -> tuple[Found, Found]:
+def _of_onnx(graph: Graph, dialect: Dialect, folder: Path) -> tuple[Outputs, Outputs]:
     emitter.write(graph, dialect, folder)
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for node in model.graph.node:
@@ -155,24 +155,24 @@ def _of_onnx(graph: Graph, dialect: Dialect, folder: Path) -> tuple[Found, Found
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
-    return _asked(lambda feeds: session.run(None, feeds))
+    return _whole_and_single(lambda feeds: session.run(None, feeds))
 
 
-def of_onnxruntime(graph: Graph, folder: Path) -> tuple[Found, Found]:
+def of_onnxruntime(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
     return _of_onnx(graph, onnxruntime.DIALECT, folder)
 
 
-def of_onnx(graph: Graph, folder: Path) -> tuple[Found, Found]:
+def of_onnx(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
     """By ONNX Runtime, and by onnx's own definition of every operator."""
-    found = _of_onnx(graph, standard.DIALECT, folder)
+    outputs = _of_onnx(graph, standard.DIALECT, folder)
     evaluator = onnx.reference.ReferenceEvaluator(str(folder / MODEL_FILE))
     defined = evaluator.run(None, {"tokens": TOKENS, "x": EYE})
-    for ours, theirs in zip(found[0], defined, strict=True):
+    for ours, theirs in zip(outputs[0], defined, strict=True):
         np.testing.assert_array_equal(ours, theirs[0])
-    return found
+    return outputs
 
 
-def of_xla(graph: Graph, folder: Path) -> tuple[Found, Found]:
+def of_xla(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
     jax = pytest.importorskip("jax")
     jax.config.update("jax_platforms", "cpu")
     from transom.backends.xla.parameters import WEIGHTS_FILE, read_parameters
@@ -182,14 +182,14 @@ def of_xla(graph: Graph, folder: Path) -> tuple[Found, Found]:
     graph = dataclasses.replace(graph, input_names=("tokens", "x"))
     graph.output_names = ("logits", *(tap.name for tap in graph.taps))
     weights.write(graph, folder / WEIGHTS_FILE)
-    held = read_parameters(folder / WEIGHTS_FILE, weights.parameters(graph), jax.numpy.asarray)
+    parameters = read_parameters(folder / WEIGHTS_FILE, weights.parameters(graph), jax.numpy.asarray)
     run = jax.jit(step(graph, weights.stored_names(graph)))
 
-    def asked(feeds: dict[str, Any]) -> Any:
-        first, _, others = run(held, (), feeds["tokens"].astype(np.int32), feeds["x"])
+    def call(feeds: dict[str, Any]) -> Any:
+        first, _, others = run(parameters, (), feeds["tokens"].astype(np.int32), feeds["x"])
         return [np.asarray(value) for value in (first, *others)]
 
-    return _asked(asked)
+    return _whole_and_single(call)
 
 
 @functools.cache
@@ -201,28 +201,28 @@ def _kernels(layout: Any) -> Any:
     from transom.export.tvm.processor import processor
 
     host = processor(None)
-    made = {
+    kernels = {
         "single": quantized.vector_product(layout, host.tile),
         "several": quantized.matrix_product(layout, host.tile),
         "rows": quantized.table_rows(layout),
     }
-    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in made.items()})
+    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
     return tvm.compile(module, target=host.target())
 
 
-def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
+def of_tvm(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
     tvm = pytest.importorskip("tvm")
     from transom.export.tvm.products import _codes
 
     safetensors_writer.write(graph.weights, folder / "weights")
     stored = safetensors_writer.stored_names(graph.weights)
     with reading(folder / "weights") as file:
-        held = {name: np.ascontiguousarray(file.read(stored[name])) for name in graph.weights}
+        tensors = {name: np.ascontiguousarray(file.read(stored[name])) for name in graph.weights}
 
     def call(node: Any, kernel: str, x: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.float32]:
         _, codes, scales, zeros, format = node.args
         names = [graph.weight_of(part)[0] for part in (codes, scales, codes if zeros is None else zeros)]  # type: ignore[index]
-        arrays = [held[name].view(np.uint8) if name.endswith("codes") else held[name] for name in names]
+        arrays = [tensors[name].view(np.uint8) if name.endswith("codes") else tensors[name] for name in names]
         out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
         _kernels(_codes(codes, zeros, format))[kernel](*map(tvm.runtime.tensor, (x, *arrays)), out)
         result: NDArray[np.float32] = out.numpy()
@@ -239,7 +239,7 @@ def of_tvm(graph: Graph, folder: Path) -> tuple[Found, Found]:
     return whole, single
 
 
-def of_tensorrt(graph: Graph, folder: Path) -> tuple[Found, Found]:
+def of_tensorrt(graph: Graph, folder: Path) -> tuple[Outputs, Outputs]:
     """The file that engines are built from, in float32; its scales lose nothing in bfloat16."""
     emitter.write(graph, dialect.DIALECT, folder)
     options = ort.SessionOptions()
@@ -250,9 +250,9 @@ def of_tensorrt(graph: Graph, folder: Path) -> tuple[Found, Found]:
     scales = [entry for entry in model.graph.initializer if ".scales" in entry.name]
     assert scales
     for entry in scales:
-        held = torch.from_numpy(onnx.numpy_helper.to_array(entry).copy())
-        assert torch.equal(held.bfloat16().float(), held) and bool((held > 0).all()), entry.name
-    return _asked(lambda feeds: session.run(None, feeds))
+        numbers = torch.from_numpy(onnx.numpy_helper.to_array(entry).copy())
+        assert torch.equal(numbers.bfloat16().float(), numbers) and bool((numbers > 0).all()), entry.name
+    return _whole_and_single(lambda feeds: session.run(None, feeds))
 
 
 RUNTIMES = {
@@ -265,16 +265,16 @@ RUNTIMES = {
 }
 
 
-def expect_equal(graph: Graph, quant: str, target: str, folder: Path, made: Graph | None = None) -> None:
-    made = made or converted(graph, quant)
-    assert {node.target for node in made.calls_all()} == {ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED}
-    whole, single = RUNTIMES[target](made, folder)
-    for name, found, some in zip(OUTPUTS, whole, single, strict=True):
+def expect_equal(graph: Graph, quant: str, target: str, folder: Path, rounded: Graph | None = None) -> None:
+    rounded = rounded or converted(graph, quant)
+    assert {node.target for node in rounded.calls_all()} == {ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED}
+    whole, single = RUNTIMES[target](rounded, folder)
+    for name, actual, some in zip(OUTPUTS, whole, single, strict=True):
         expected = dequantized(name, graph.weights[name], scheme(quant)).numpy()
-        if found is whole[0]:
-            np.testing.assert_array_equal(found, expected)
+        if actual is whole[0]:
+            np.testing.assert_array_equal(actual, expected)
         else:
-            np.testing.assert_array_equal(found, expected.T)
+            np.testing.assert_array_equal(actual, expected.T)
             np.testing.assert_array_equal(some, expected.T[SOME])
 
 
@@ -324,9 +324,9 @@ def test_codes_with_offsets_are_equal_to_the_bit(target: str, plain: Graph, tmp_
 
 @pytest.mark.parametrize("part", ["scales", "codes"])
 def test_one_bit_is_noticed(part: str, plain: Graph, tmp_path: Path) -> None:
-    made = converted(plain, "int8")
-    wrong = made.weights[f"{DOWN}.{part}"].read()
+    rounded = converted(plain, "int8")
+    wrong = rounded.weights[f"{DOWN}.{part}"].read()
     wrong.view(torch.uint8).flatten()[100] ^= 1
-    made.weights[f"{DOWN}.{part}"] = Weight.of(wrong)
+    rounded.weights[f"{DOWN}.{part}"] = Weight.of(wrong)
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        expect_equal(plain, "int8", "onnxruntime", tmp_path, made)
+        expect_equal(plain, "int8", "onnxruntime", tmp_path, rounded)

@@ -680,9 +680,9 @@ def test_a_lowering_gives_the_numbers_of_the_body(operation: Any, target: str, s
         if start != position:
             own_states = states = sample.draw_states(generator, start)
         tokens = torch.randint(0, VOCABULARY, (1, count), generator=generator)
-        wanted = torch.arange(count)
-        expected, *states = run_graph(graph, tokens, torch.tensor(start), wanted, *states)
-        logits, *own_states = program(tokens, start, wanted, own_states)
+        positions = torch.arange(count)
+        expected, *states = run_graph(graph, tokens, torch.tensor(start), positions, *states)
+        logits, *own_states = program(tokens, start, positions, own_states)
         where = f"start {start}, {count} tokens"
         largest = float(expected.abs().max())
         error = float((logits.float() - expected[0].float()).abs().max())

@@ -54,8 +54,8 @@ def test_quantised_logits_differ_by_the_activations_only(
     """Held against the reference on the very same codes, whose activations are float32."""
     pair = exported(target, quant)
     session, expected = pair.session(), pair.reference().logits(text[:101])
-    found = session.logits(text[:100])
-    assert np.sqrt(np.square(found - expected[:100]).mean()) < INT8_ACTIVATIONS
+    logits = session.logits(text[:100])
+    assert np.sqrt(np.square(logits - expected[:100]).mean()) < INT8_ACTIVATIONS
     assert np.sqrt(np.square(session.decode(text[100]) - expected[100]).mean()) < INT8_ACTIVATIONS
     assert np.abs(expected - text_logits[:101]).max() > FP32_LOGITS, "nothing was quantised"
 
@@ -92,8 +92,8 @@ def test_a_gguf_file_as_shipped(target: str, tmp_path: Path) -> None:
         expected = model.eager()(torch.tensor([tokens]), torch.tensor(0), None)[0][0].numpy()
     artifact = transom.compile(model, target=target, quant="as_shipped", chunk=CHUNK, out=tmp_path / "model")
     session = transom.open(artifact.folder, threads=1)
-    for found, wanted in ((session.logits(tokens[:-1]), expected[:-1]), (session.decode(tokens[-1]), expected[-1])):
-        difference = np.sqrt(np.square(found - wanted).mean())
+    for logits, rows in ((session.logits(tokens[:-1]), expected[:-1]), (session.decode(tokens[-1]), expected[-1])):
+        difference = np.sqrt(np.square(logits - rows).mean())
         assert difference < INT8_ACTIVATIONS * expected.std() / 2.5, "more than rounded activations"
 
 
@@ -132,8 +132,8 @@ def test_the_reference_evaluator_of_onnx_agrees(
             "logit_positions": np.arange(count),
             **dict(zip(names, caches, strict=True)),
         }
-        found: Any = evaluator.run(None, feeds)
-        logits, *caches = found
+        outputs: Any = evaluator.run(None, feeds)
+        logits, *caches = outputs
         assert np.abs(logits[0] - text_logits[start : start + count]).max() < FP32_LOGITS
         start += count
 
@@ -210,8 +210,8 @@ def test_biases_and_factors_are_lowered(dialect: Dialect, tmp_path: Path) -> Non
     module, tokens = Details(), torch.tensor([[3, 599, 0]])
     emitter.write(export(module, tokens), dialect, tmp_path)
     session = ort.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"tokens": tokens.numpy()})
-    assert np.abs(found - module(tokens).detach().numpy()).max() < FP32_ATTENTION
+    (logits,) = session.run(None, {"tokens": tokens.numpy()})
+    assert np.abs(logits - module(tokens).detach().numpy()).max() < FP32_ATTENTION
 
 
 def test_an_operation_is_lowered_once() -> None:
@@ -252,10 +252,10 @@ def test_a_transposed_matrix_of_several_blocks(quant: str, tmp_path: Path) -> No
     starts, stops = zip(*reads, strict=True)
     assert len(reads) > 1 and (0, *stops) == (*starts, rows), "every row is read once, in order"
     initializers = onnx.load(tmp_path / MODEL_FILE).graph.initializer
-    held = {entry.name: onnx.numpy_helper.to_array(entry) for entry in initializers}
+    arrays = {entry.name: onnx.numpy_helper.to_array(entry) for entry in initializers}
     if quant == "none":
-        np.testing.assert_array_equal(held[f"{name}.transposed"], numbers.numpy().T)
+        np.testing.assert_array_equal(arrays[f"{name}.transposed"], numbers.numpy().T)
         return
-    codes = held[f"{name}.codes.transposed"].astype(np.float32).T.reshape(rows, -1, 32)
-    decoded = (codes * held[f"{name}.scales.transposed"].T[..., None]).reshape(rows, columns)
+    codes = arrays[f"{name}.codes.transposed"].astype(np.float32).T.reshape(rows, -1, 32)
+    decoded = (codes * arrays[f"{name}.scales.transposed"].T[..., None]).reshape(rows, columns)
     np.testing.assert_array_equal(decoded, dequantized(name, Weight.of(numbers), scheme(quant)).numpy())

@@ -62,8 +62,8 @@ def reference(tiny: Model, quant: str, dtype: str) -> ReferenceSession:
     return ReferenceSession(graph, context=CONTEXT, chunk=CHUNK)
 
 
-def rms(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    return float(np.sqrt(np.square(found - wanted).mean()))
+def rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.sqrt(np.square(actual - expected).mean()))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -76,24 +76,24 @@ def test_logits_in_bfloat16(quant: str, compiled: Compiled, tiny: Model, long_te
 
 @pytest.mark.parametrize("quant", ["none", "int4_block32_bf16"])
 def test_decode_across_three_wraps(quant: str, compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
-    session, wanted = transom.open(compiled(quant), threads=1), reference(tiny, quant, "bfloat16").logits(long_text)
-    found = [session.prefill(long_text[:5]), *(session.decode(token) for token in long_text[5:])]
-    assert rms(np.array(found), wanted[4:]) < BFLOAT16_LOGITS_TENSORRT
-    assert rms(np.array(found)[-RING:], wanted[-RING:]) < BFLOAT16_LOGITS_TENSORRT
+    session, expected = transom.open(compiled(quant), threads=1), reference(tiny, quant, "bfloat16").logits(long_text)
+    rows = [session.prefill(long_text[:5]), *(session.decode(token) for token in long_text[5:])]
+    assert rms(np.array(rows), expected[4:]) < BFLOAT16_LOGITS_TENSORRT
+    assert rms(np.array(rows)[-RING:], expected[-RING:]) < BFLOAT16_LOGITS_TENSORRT
 
 
 def test_float16(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
     session = transom.open(compiled(dtype="float16"), threads=1)
-    wanted = reference(tiny, "none", "float32").logits(long_text)
-    assert np.abs(session.logits(long_text) - wanted).max() < FLOAT16_LOGITS
+    expected = reference(tiny, "none", "float32").logits(long_text)
+    assert np.abs(session.logits(long_text) - expected).max() < FLOAT16_LOGITS
     assert {array.dtype for _, array in session.runtime.state_arrays()} == {np.dtype(np.float16)}
 
 
 def test_activations_of_8_bit_floats(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
     session = transom.open(compiled("fp8_channel_activations"), threads=1)
-    wanted = reference(tiny, "fp8_channel", "float32").logits(long_text)
-    found = session.logits(long_text)
-    assert BFLOAT16_LOGITS_TENSORRT < rms(found, wanted) < FP8_ACTIVATIONS, (
+    expected = reference(tiny, "fp8_channel", "float32").logits(long_text)
+    logits = session.logits(long_text)
+    assert BFLOAT16_LOGITS_TENSORRT < rms(logits, expected) < FP8_ACTIVATIONS, (
         "activations are rounded, and not to nothing"
     )
 
@@ -124,10 +124,10 @@ def test_a_chunk_is_cut_once_a_ring(compiled: Compiled, long_text: list[int]) ->
 def test_bytes_of_caches(compiled: Compiled, tiny: Model, long_text: list[int]) -> None:
     """Local layers hold a ring, global ones the context, in two bytes a number; nothing grows."""
     session, slot = transom.open(compiled(), threads=1), 2 * 2 * 32 * 2
-    wanted = {"local": 4 * RING * slot, "global": 2 * CONTEXT * slot}
+    sizes = {"local": 4 * RING * slot, "global": 2 * CONTEXT * slot}
     for count in (3, LENGTH):
         session.logits(long_text[:count])
-        assert session.cache_bytes() == wanted
+        assert session.cache_bytes() == sizes
     assert {state.layer: state.slots for state in session.states} == dict.fromkeys((0, 1, 3, 4), RING) | dict.fromkeys(
         (2, 5), CONTEXT
     )
@@ -147,11 +147,11 @@ def test_a_window_that_is_off_by_one_is_noticed(
     assert numpy_helper.to_array(bound) == WINDOW
     bound.CopyFrom(numpy_helper.from_array(np.array(window), bound.name))
     (out / MODEL_FILE).write_bytes(model.SerializeToString())
-    wanted = reference(tiny, "none", "bfloat16").logits(long_text)
+    expected = reference(tiny, "none", "bfloat16").logits(long_text)
     with pytest.raises(ArtifactError, match="sha256"):
         transom.open(out)
-    found = transom.open(out, threads=1, verify=False).logits(long_text)
-    assert rms(found, wanted) > 3 * BFLOAT16_LOGITS_TENSORRT
+    logits = transom.open(out, threads=1, verify=False).logits(long_text)
+    assert rms(logits, expected) > 3 * BFLOAT16_LOGITS_TENSORRT
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -165,10 +165,10 @@ def test_the_file_keeps_to_the_dialect(quant: str, dtype: str, compiled: Compile
     assert kinds["Attention"] == 6 and kinds["TensorScatter"] == 12
     masks = {node.input[3] for node in model.graph.node if node.op_type == "Attention"}
     assert len(masks) == 2, "one for local layers, one for global ones"
-    held = {TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT4, TensorProto.FLOAT8E4M3FN}
+    dtypes = {TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT4, TensorProto.FLOAT8E4M3FN}
     wide = [entry for entry in model.graph.initializer if entry.data_type == TensorProto.FLOAT and len(entry.dims) == 2]
     assert all(entry.dims[0] == 1 for entry in wide), "matrices are narrow"
-    assert {entry.data_type for entry in model.graph.initializer} <= held | {TensorProto.FLOAT16}
+    assert {entry.data_type for entry in model.graph.initializer} <= dtypes | {TensorProto.FLOAT16}
 
 
 def test_weights_are_as_small_as_their_scheme(compiled: Compiled) -> None:
@@ -286,7 +286,7 @@ def test_any_chunk(chunk: int, tiny: Model, long_text: list[int], tmp_path: Path
     out = tmp_path / "model"
     transom.compile(tiny, target="tensorrt", chunk=chunk, context=CONTEXT, out=out)
     session = transom.open(out, threads=1)
-    wanted = reference(tiny, "none", "bfloat16").logits(long_text)
+    expected = reference(tiny, "none", "bfloat16").logits(long_text)
     ring = WINDOW + chunk - 1
     assert {state.slots for state in session.states if state.window} == {ring}
-    assert rms(session.logits(long_text), wanted) < BFLOAT16_LOGITS_TENSORRT
+    assert rms(session.logits(long_text), expected) < BFLOAT16_LOGITS_TENSORRT

@@ -20,13 +20,13 @@ HEADER = '<ir_version: 11, opset_import: ["" : {opset}, "trt" : 1]> g ({inputs})
 
 def model(inputs: str, outputs: str, nodes: str, *, opset: int = 24, **constants: TensorProto) -> ModelProto:
     """A model in ONNX's own notation; `constants` are initializers by name."""
-    made = onnx.parser.parse_model(HEADER.format(opset=opset, inputs=inputs, outputs=outputs, nodes=nodes))
-    for index, node in enumerate(made.graph.node):
+    proto = onnx.parser.parse_model(HEADER.format(opset=opset, inputs=inputs, outputs=outputs, nodes=nodes))
+    for index, node in enumerate(proto.graph.node):
         node.name = f"node_{index}"
     for name, tensor in constants.items():
         tensor.name = name
-        made.graph.initializer.append(tensor)
-    return made
+        proto.graph.initializer.append(tensor)
+    return proto
 
 
 def tensor(kind: int, *shape: int, value: float = 0.0) -> TensorProto:

@@ -93,12 +93,12 @@ def test_tensors_of_odd_sizes_push_none_off_its_alignment(tmp_path: Path) -> Non
     weights["again"] = weights["wide"]
     safetensors_writer.write(weights, tmp_path / PARAMETERS, on_bytes=counts.append)
     with reading(tmp_path / PARAMETERS) as file:
-        found = {name: file.read(name) for name in file.entries}
-    assert sum(counts) == sum(array.nbytes for array in found.values())
-    assert found.keys() == tensors.keys()
+        arrays = {name: file.read(name) for name in file.entries}
+    assert sum(counts) == sum(array.nbytes for array in arrays.values())
+    assert arrays.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        np.testing.assert_array_equal(found[name], tensor.numpy())
-        assert found[name].ctypes.data % ALIGNMENT == 0
+        np.testing.assert_array_equal(arrays[name], tensor.numpy())
+        assert arrays[name].ctypes.data % ALIGNMENT == 0
     from safetensors.torch import load_file
 
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / PARAMETERS).items())
@@ -112,8 +112,8 @@ TILES = [HOST.tile] if HOST.machine != "x86_64" else [HOST.tile, AVX2, NEON, SSE
 
 def run(kernel: Any, *inputs: torch.Tensor, out: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Compile a kernel and call it; returns its output, and its inputs as it left them."""
-    *left, found = in_place(kernel, *inputs, torch.full(tuple(out), torch.nan))
-    return found, left
+    *left, output = in_place(kernel, *inputs, torch.full(tuple(out), torch.nan))
+    return output, left
 
 
 def in_place(kernel: Any, *buffers: torch.Tensor) -> list[torch.Tensor]:
@@ -124,8 +124,8 @@ def in_place(kernel: Any, *buffers: torch.Tensor) -> list[torch.Tensor]:
     return [torch.from_numpy(array.numpy()) for array in arrays]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (found - expected).abs().max() < FP32_SUMS * expected.abs().max()
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() < FP32_SUMS * expected.abs().max()
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
@@ -135,9 +135,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_linear(m: int, n: int, k: int, tile: Tile) -> None:
     x, weight = torch.randn(m, k), torch.randn(n, k)
     kernel = (linear.vector_product if m == 1 else linear.matrix_product)(n, k, tile)
-    found, _ = run(kernel, x, weight, out=(m, n))
+    product, _ = run(kernel, x, weight, out=(m, n))
     if m:
-        close(found, x @ weight.T)
+        close(product, x @ weight.T)
 
 
 FORMATS = [
@@ -158,62 +158,62 @@ def test_linear_quantized(m: int, n: int, k: int, block: int, format: Any, symme
     zeros = None if parts.zero_points is None else pack(parts.zero_points, format)
     layout = quantized.Codes(n=n, blocks=k // block, block=block, format=format, symmetric=symmetric)
     kernel = (quantized.vector_product if m == 1 else quantized.matrix_product)(layout, HOST.tile)
-    held = codes.view(torch.uint8)
-    given = held if zeros is None else zeros
-    found, _ = run(kernel, x, held, scales, given, out=(m, n))
-    close(found, ops.linear_quantized(x, codes, scales, zeros, format))
+    raw = codes.view(torch.uint8)
+    given = raw if zeros is None else zeros
+    product, _ = run(kernel, x, raw, scales, given, out=(m, n))
+    close(product, ops.linear_quantized(x, codes, scales, zeros, format))
     tokens = torch.tensor([n - 1, 0, 3])
-    table, _ = run(quantized.table_rows(layout), tokens, held, scales, given, out=(3, k))
+    table, _ = run(quantized.table_rows(layout), tokens, raw, scales, given, out=(3, k))
     assert torch.equal(table, ops.embedding_quantized(tokens, codes, scales, zeros, format))
 
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "sfp8"])
 def test_every_8_bit_float_is_exact(format: Any) -> None:
     """All 256 bytes, subnormals among them; those that are no number are left out."""
-    held = torch.arange(256, dtype=torch.int16).to(torch.uint8)
-    held[[0x7F, 0xFF]] = 0
-    codes = held.view(torch.float8_e4m3fn) if format == "float8_e4m3fn" else held
+    raw = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    raw[[0x7F, 0xFF]] = 0
+    codes = raw.view(torch.float8_e4m3fn) if format == "float8_e4m3fn" else raw
     layout = quantized.Codes(n=1, blocks=2, block=128, format=format, symmetric=True)
     scales = torch.tensor([[1.0, 3.0]])
-    found, _ = run(
-        quantized.table_rows(layout), torch.zeros(1, dtype=torch.int64), held.view(1, 2, 128), scales,
-        held.view(1, 2, 128), out=(1, 256),
+    numbers, _ = run(
+        quantized.table_rows(layout), torch.zeros(1, dtype=torch.int64), raw.view(1, 2, 128), scales,
+        raw.view(1, 2, 128), out=(1, 256),
     )  # fmt: skip
-    assert torch.equal(found, dequantize(codes.view(1, 2, 128), scales, None, format))
+    assert torch.equal(numbers, dequantize(codes.view(1, 2, 128), scales, None, format))
 
 
 @pytest.mark.parametrize(("m", "heads", "h"), [(1, 1, 640), (5, 3, 10), (37, 4, 32)])
 def test_operations_on_rows(m: int, heads: int, h: int) -> None:
     tile, x, weight = HOST.tile, torch.randn(m, heads, h), torch.randn(h)
     wide = x.view(m, -1)
-    found, _ = run(rows.rms_norm(heads, h, 1e-6, tile), wide, weight, out=wide.shape)
-    close(found, ops.rms_norm(x, weight, 1e-6).view(m, -1))
+    output, _ = run(rows.rms_norm(heads, h, 1e-6, tile), wide, weight, out=wide.shape)
+    close(output, ops.rms_norm(x, weight, 1e-6).view(m, -1))
     residual, weight = torch.randn(m, heads * h), torch.randn(heads * h)
     total = torch.zeros_like(wide)
     # The kernel's last two parameters are its outputs: the norm, then the sum.
-    found, left = run(
+    output, left = run(
         rows.add_rms_norm(heads * h, 1e-6, tile), wide, residual, weight, torch.zeros_like(wide), out=total.shape
     )
     norm, expected = ops.add_rms_norm(wide, residual, weight, 1e-6)
-    assert torch.equal(found, expected)
+    assert torch.equal(output, expected)
     close(left[3], norm)
     cos, sin = torch.randn(m, h // 2), torch.randn(m, h // 2)
-    found, _ = run(rows.rotary(heads, h, tile), wide, cos, sin, out=wide.shape)
-    close(found, ops.rotary(x[None], cos, sin, False).view(m, -1))
+    output, _ = run(rows.rotary(heads, h, tile), wide, cos, sin, out=wide.shape)
+    close(output, ops.rotary(x[None], cos, sin, False).view(m, -1))
     packed = torch.randn(m, 2 * h) * 8
     packed[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -1e-30])
     for single, activation in itertools.product({False, m == 1}, ops.ACTIVATIONS):
-        found, _ = run(rows.gated(h, activation, tile, single=single), packed, out=(m, h))
-        close(found, ops.gated(packed, activation))
+        output, _ = run(rows.gated(h, activation, tile, single=single), packed, out=(m, h))
+        close(output, ops.gated(packed, activation))
     for activation, function in {**ops.ACTIVATIONS, "tanh": torch.tanh}.items():
-        found, _ = run(rows.activated(2 * h, activation, tile), packed, out=packed.shape)
-        close(found, function(packed))
+        output, _ = run(rows.activated(2 * h, activation, tile), packed, out=packed.shape)
+        close(output, function(packed))
     bias = torch.randn(heads * h)
-    found, _ = run(rows.layer_norm(1, heads * h, 1e-6, tile), wide + 9, weight, bias, out=wide.shape)
-    close(found, torch.nn.functional.layer_norm(wide + 9, (heads * h,), weight, bias, 1e-6))
+    output, _ = run(rows.layer_norm(1, heads * h, 1e-6, tile), wide + 9, weight, bias, out=wide.shape)
+    close(output, torch.nn.functional.layer_norm(wide + 9, (heads * h,), weight, bias, 1e-6))
     index = torch.tensor([m - 1, 0])
-    found, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
-    assert torch.equal(found, wide[index])
+    output, _ = run(rows.table_rows(heads * h, tile), index, wide, out=(2, heads * h))
+    assert torch.equal(output, wide[index])
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.registers}x{tile.lanes}")
@@ -396,9 +396,9 @@ def test_other_versions_are_refused(
     change: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
-        if (found := {**PAIR, **change}[name]) is None:
+        if (installed := {**PAIR, **change}[name]) is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return found
+        return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(TargetError, match=message):

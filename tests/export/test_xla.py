@@ -60,13 +60,13 @@ Sessions = Callable[[str], Session]
 @pytest.fixture(scope="module")
 def sessions(exported: Export) -> Sessions:
     """One session a scheme, so that each program is compiled once; `reset` it before use."""
-    found: dict[str, Session] = {}
+    opened: dict[str, Session] = {}
 
     def make(quant: str) -> Session:
-        if quant not in found:
-            found[quant] = exported("xla", quant).session()
-        found[quant].reset()
-        return found[quant]
+        if quant not in opened:
+            opened[quant] = exported("xla", quant).session()
+        opened[quant].reset()
+        return opened[quant]
 
     return make
 
@@ -86,12 +86,12 @@ def test_quantised_logits_are_the_references(
 def test_codes_mean_exactly_the_references_numbers(quant: str, exported: Export) -> None:
     """Whatever the layout: linears have codes [G, C, R], tables [R, K]; scales and zero points are [G, R]."""
     pair = exported("xla", quant)
-    held = read_parameters(pair.folder / WEIGHTS_FILE, weights.parameters(pair.graph), lambda array: array)
+    parameters = read_parameters(pair.folder / WEIGHTS_FILE, weights.parameters(pair.graph), lambda array: array)
     kinds = set()
     for node in pair.graph.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED):
         parts: list[Any] = [None if part is None else pair.graph.weight_of(part) for part in node.args[1:4]]
         tensors: list[Any] = [None if part is None else part[1].read() for part in parts]
-        arrays: list[Any] = [None if part is None else held[part[0]] for part in parts]
+        arrays: list[Any] = [None if part is None else parameters[part[0]] for part in parts]
         expected = dequantize(tensors[0], tensors[1], tensors[2], node.args[4])
         codes, scales_GR, zeros_GR = arrays
         codes_RK = codes if codes.ndim == 2 else codes.transpose(2, 0, 1)
@@ -100,8 +100,8 @@ def test_codes_mean_exactly_the_references_numbers(quant: str, exported: Export)
         codes_RGC = codes_RK.astype(np.float32).reshape(scales_GR.shape[1], scales_GR.shape[0], -1)
         if zeros_GR is not None:
             codes_RGC -= zeros_GR.T.astype(np.float32)[..., None]
-        found = (codes_RGC * scales_GR.T[..., None]).reshape(expected.shape)
-        np.testing.assert_array_equal(found, expected.numpy())
+        numbers = (codes_RGC * scales_GR.T[..., None]).reshape(expected.shape)
+        np.testing.assert_array_equal(numbers, expected.numpy())
         kinds.add(codes.dtype.name)
     assert kinds == KINDS[quant]
 
@@ -126,8 +126,8 @@ def test_bfloat16(
     graph, _ = pipeline("xla", chunk=CHUNK, scheme=scheme(quant)).run(traced_bfloat16)
     expected = ReferenceSession(graph, context=128, chunk=CHUNK).logits(text[:91])
     session = transom.open(artifact.folder, threads=1)
-    found = np.concatenate((session.logits(text[:90]), [session.decode(text[90])]))
-    assert np.sqrt(np.square(found - expected).mean()) < BFLOAT16_LOGITS_XLA
+    logits = np.concatenate((session.logits(text[:90]), [session.decode(text[90])]))
+    assert np.sqrt(np.square(logits - expected).mean()) < BFLOAT16_LOGITS_XLA
     # Layers, keys and values, kv heads, head dim, bytes, slots.
     assert session.cache_bytes()["local"] == 4 * 2 * 2 * 32 * 2 * WINDOW
 
@@ -137,7 +137,7 @@ def test_intermediate_stages_can_be_lowered(traced: Graph, text: list[int], text
     stages = {type(stage.ran).__name__: stage.graph for stage in stages_of(traced, "xla")}
     graphs = {"as traced": traced, **{name: stages[name] for name in ("FuseRotary", "AttendBeforeWrites")}}
     for name, graph in graphs.items():
-        run, parameters = jax.jit(step(graph, weights.stored_names(graph))), held_by(graph)
+        run, parameters = jax.jit(step(graph, weights.stored_names(graph))), weights_of(graph)
         caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.states]
         # Only fused operations know of padding.
         padded = CHUNK if name == "as traced" else CHUNK + 5
@@ -156,11 +156,11 @@ def test_a_residual_stream_is_summed_once(traced: Graph) -> None:
     caches: Any = [np.zeros((1, 2, 64, 32), np.float32) for _ in graph.states]
     tokens, number, positions = np.zeros((1, 1), np.int32), np.int32(0), np.zeros(1, np.int32)
     run = step(graph, weights.stored_names(graph))
-    jaxpr = jax.make_jaxpr(run)(held_by(graph), caches, tokens, number, np.int32(1), positions)
+    jaxpr = jax.make_jaxpr(run)(weights_of(graph), caches, tokens, number, np.int32(1), positions)
     assert str(jaxpr).count("optimization_barrier") == len(graph.states) - 1  # two states a layer
 
 
-def held_by(graph: Graph) -> dict[str, Any]:
+def weights_of(graph: Graph) -> dict[str, Any]:
     """All weights of a float graph."""
     names = weights.stored_names(graph)
     return {name: weight.read().numpy() for name, weight in graph.weights.items() if names[name] == name}
@@ -181,12 +181,12 @@ def test_files(exported: Export) -> None:
     from safetensors.torch import load_file
 
     pair = exported("xla", "none")
-    held = load_file(pair.folder / WEIGHTS_FILE)
-    assert [tuple(tensor.shape) for tensor in held.values()].count((512, 64)) == 1
+    tensors = load_file(pair.folder / WEIGHTS_FILE)
+    assert [tuple(tensor.shape) for tensor in tensors.values()].count((512, 64)) == 1
     names = weights.stored_names(pair.graph)
-    assert set(held) == set(names.values())
+    assert set(tensors) == set(names.values())
     for name, weight in pair.graph.weights.items():
-        assert torch.equal(held[names[name]], weight.read()), name
+        assert torch.equal(tensors[names[name]], weight.read()), name
     sizes = {path.name: path.stat().st_size for path in pair.folder.glob("*.jaxexport")}
     assert set(sizes) == {"decode.jaxexport", f"prefill_{CHUNK}.jaxexport", "prefill_10.jaxexport"}
     assert max(sizes.values()) < 512 * 64 * 4, "weights stand in a program"
@@ -279,10 +279,10 @@ def test_biases_and_factors_are_lowered() -> None:
     graph = export(module, *inputs)
     graph.input_names, graph.output_names = ("tokens", "start", "logit_positions"), ("logits",)
     arrays = [value.to(torch.int32).numpy() for value in inputs]
-    found, _, _ = step(graph, weights.stored_names(graph))(
-        held_by(graph), [], arrays[0], arrays[1], np.int32(3), arrays[2]
+    logits, _, _ = step(graph, weights.stored_names(graph))(
+        weights_of(graph), [], arrays[0], arrays[1], np.int32(3), arrays[2]
     )
-    np.testing.assert_allclose(found, module(*inputs)[0].detach().numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, module(*inputs)[0].detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("middle", [0, 8])
@@ -293,9 +293,11 @@ def test_packed_codes_of_an_odd_number_of_blocks(middle: int, tmp_path: Path) ->
     codes = np.random.default_rng(0).integers(0, 16, (5, 3), dtype=np.uint8)
     pairs = np.pad(codes, ((0, 0), (0, 1)))
     save_file({"zeros": pairs[:, 0::2] | pairs[:, 1::2] << 4}, tmp_path / "file")
-    wanted = Parameter(dtype="int4" if middle else "uint4", file_shape=(5, 3), axes=(1, 0), packed=True, middle=middle)
-    found = read_parameters(tmp_path / "file", {"zeros": wanted}, lambda array: array)["zeros"]
-    np.testing.assert_array_equal(found.astype(np.int32), codes.T.astype(np.int32) - middle)
+    parameter = Parameter(
+        dtype="int4" if middle else "uint4", file_shape=(5, 3), axes=(1, 0), packed=True, middle=middle
+    )
+    actual = read_parameters(tmp_path / "file", {"zeros": parameter}, lambda array: array)["zeros"]
+    np.testing.assert_array_equal(actual.astype(np.int32), codes.T.astype(np.int32) - middle)
 
 
 PROGRAM = """

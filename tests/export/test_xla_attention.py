@@ -44,7 +44,7 @@ def _run(
 ) -> list[NDArray[np.float32]]:
     given = [jax.numpy.asarray(array.float().numpy(), str(array.dtype).removeprefix("torch.")) for array in arrays]
     until_T = None if until is None else np.pad(until.numpy().astype(np.int32), (0, arrays[0].shape[1] - count))
-    return [np.asarray(found, np.float32) for found in program(*given, np.int32(start), np.int32(count), until_T)]
+    return [np.asarray(output, np.float32) for output in program(*given, np.int32(start), np.int32(count), until_T)]
 
 
 def _reference(
@@ -76,15 +76,15 @@ def _program(mask: Mask, **options: Any) -> Any:
 def _compare(
     program: Any, arrays: list[torch.Tensor], start: int, count: int, mask: Mask, until: torch.Tensor | None = None
 ) -> None:
-    (out, *caches), (wanted, *wanted_caches) = (
+    (out, *caches), (expected, *expected_caches) = (
         _run(program, arrays, start, count, until),
         _reference(arrays, start, count, mask, until),
     )
     case = f"start {start}, {count} of {arrays[0].shape[1]} tokens"
-    np.testing.assert_allclose(out[:, :count], wanted, atol=FP32_ATTENTION, rtol=0, err_msg=case)
+    np.testing.assert_allclose(out[:, :count], expected, atol=FP32_ATTENTION, rtol=0, err_msg=case)
     assert np.isfinite(out).all(), case
-    for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
-        np.testing.assert_array_equal(cache, wanted_cache, err_msg=case)
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        np.testing.assert_array_equal(cache, expected_cache, err_msg=case)
 
 
 def _counts(tokens: int) -> list[int]:
@@ -145,8 +145,8 @@ def test_an_encoder_attends_in_blocks_of_queries(tokens: int, monkeypatch: pytes
     monkeypatch.setattr(attention, "ENCODER_BLOCK", 6)
     arrays = [array.transpose(1, 2) for array in _arrays(tokens, 1, tokens)[:3]]
     out = attention.attend_fully(*(array.numpy() for array in arrays), scale=SCALE)
-    wanted = ops.full_attention(*arrays, scale=SCALE)
-    np.testing.assert_allclose(np.asarray(out), wanted.numpy(), atol=FP32_ATTENTION, rtol=0)
+    expected = ops.full_attention(*arrays, scale=SCALE)
+    np.testing.assert_allclose(np.asarray(out), expected.numpy(), atol=FP32_ATTENTION, rtol=0)
 
 
 @pytest.mark.parametrize("window", [WINDOW, 0])
@@ -154,23 +154,23 @@ def test_a_chunked_prefill_and_a_long_decode_go_on_from_each_other(window: int) 
     """Caches that our own programs wrote, chunks of changing length, then decode over three wraps of the ring."""
     slots = window or 6 * WINDOW
     caches = [np.zeros((B, K, slots, H), np.float32)] * 2
-    wanted_caches, start = [torch.zeros(B, K, slots, H)] * 2, 0
+    expected_caches, start = [torch.zeros(B, K, slots, H)] * 2, 0
     programs = {tokens: _program(Mask(window=window)) for tokens in (1, WINDOW + 4)}
     for count in (WINDOW + 4, 7, WINDOW, *[1] * (3 * WINDOW)):
         tokens = 1 if count == 1 else WINDOW + 4
         arrays = _arrays(tokens, slots, start)[:3]
         out, *caches = _run(programs[tokens], [*arrays, *map(torch.tensor, caches)], start, count)
-        wanted, *rest = _reference([*arrays, *wanted_caches], start, count, Mask(window=window))
-        np.testing.assert_allclose(out[:, :count], wanted, atol=FP32_ATTENTION, rtol=0, err_msg=str(start))
-        wanted_caches, start = [torch.tensor(cache) for cache in rest], start + count
+        expected, *rest = _reference([*arrays, *expected_caches], start, count, Mask(window=window))
+        np.testing.assert_allclose(out[:, :count], expected, atol=FP32_ATTENTION, rtol=0, err_msg=str(start))
+        expected_caches, start = [torch.tensor(cache) for cache in rest], start + count
 
 
 @pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
 def test_bfloat16_adds_up_in_float32(tokens: int, slots: int, window: int) -> None:
     arrays = _arrays(tokens, slots, 3, torch.bfloat16)
     exact = _reference([array.float() for array in arrays], 40, tokens, Mask(window=window))[0]
-    found = _run(_program(Mask(window=window)), arrays, 40, tokens)[0]
-    np.testing.assert_allclose(found, exact, atol=BF16_ATTENTION, rtol=0)
+    out = _run(_program(Mask(window=window)), arrays, 40, tokens)[0]
+    np.testing.assert_allclose(out, exact, atol=BF16_ATTENTION, rtol=0)
 
 
 @pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])
@@ -178,12 +178,12 @@ def test_what_hidden_slots_hold_does_not_matter(tokens: int, slots: int, window:
     """A fresh cache's slots and the padding may hold anything that is finite."""
     arrays = _arrays(tokens, slots, 5)
     count = max(1, tokens - 4)
-    found = _run(_program(Mask(window=window)), arrays, 0, count)[0]
+    clean = _run(_program(Mask(window=window)), arrays, 0, count)[0]
     for array in arrays[3:]:
         array += 1e4
     for array in arrays[1:3]:
         array[:, count:] += 1e4
-    np.testing.assert_array_equal(_run(_program(Mask(window=window)), arrays, 0, count)[0][:, :count], found[:, :count])
+    np.testing.assert_array_equal(_run(_program(Mask(window=window)), arrays, 0, count)[0][:, :count], clean[:, :count])
 
 
 @pytest.mark.parametrize(("tokens", "slots", "window"), [(1, WINDOW, WINDOW), (20, WINDOW, WINDOW), (20, 80, 0)])

@@ -44,8 +44,8 @@ def test_a_model_out_of_range_runs_in_float16(
     assert any(note.startswith("layers.1.add.2 reaches") for note in record["notes"])
     expected = ReferenceSession(model.trace(), context=128, chunk=CHUNK).logits(text[: LENGTH + 2])
     session = transom.open(artifact.folder, threads=1)
-    found = np.concatenate((session.logits(text[:LENGTH]), [session.decode(t) for t in text[LENGTH : LENGTH + 2]]))
-    assert np.abs(found - expected).max() < FLOAT16_LOGITS
+    logits = np.concatenate((session.logits(text[:LENGTH]), [session.decode(t) for t in text[LENGTH : LENGTH + 2]]))
+    assert np.abs(logits - expected).max() < FLOAT16_LOGITS
     # Layers, keys and values, kv heads, head dim, bytes, slots.
     assert session.cache_bytes()["local"] == 4 * 2 * 2 * 32 * 2 * WINDOW
 

@@ -50,13 +50,13 @@ def _matrix(bits: int, block: int, symmetric: bool, table: bool) -> tuple[list[A
     dense = quantized.dequantize(quantized.pack(codes, format), scales, packed, format)
     dtype: Any = {(8, True): np.int8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4}[bits, symmetric]
     middle = 2 ** (bits - 1) if symmetric else 0
-    held = stored(
+    parts = stored(
         (codes.numpy().astype(np.int32) - middle).astype(dtype),
         scales.numpy(),
         None if symmetric else zeros.numpy().astype(dtype),
         table=table,
     )
-    return [None if part is None else jax.numpy.asarray(np.ascontiguousarray(part)) for part in held], dense
+    return [None if part is None else jax.numpy.asarray(np.ascontiguousarray(part)) for part in parts], dense
 
 
 @pytest.mark.parametrize(("bits", "block", "symmetric"), FORMATS)
@@ -66,34 +66,36 @@ def test_linears_give_the_numbers_of_the_dequantised_matrix(
     bits: int, block: int, symmetric: bool, table: bool, shape: tuple[int, ...]
 ) -> None:
     """One token and several; weights of linears, and tables that serve as the head."""
-    held, dense = _matrix(bits, block, symmetric, table)
+    parts, dense = _matrix(bits, block, symmetric, table)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    wanted: NDArray[np.float32] = (x @ dense.T).numpy()
-    found = np.asarray(jax.jit(functools.partial(narrow.linear_quantized, format=f"int{bits}"))(x.numpy(), *held))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=FP32_PRODUCT * float(np.abs(wanted).max()))
+    expected: NDArray[np.float32] = (x @ dense.T).numpy()
+    product = np.asarray(jax.jit(functools.partial(narrow.linear_quantized, format=f"int{bits}"))(x.numpy(), *parts))
+    assert product.dtype == np.float32
+    np.testing.assert_allclose(product, expected, rtol=0, atol=FP32_PRODUCT * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize(("bits", "block", "symmetric"), FORMATS)
 @pytest.mark.parametrize("tokens", [[[0]], [[ROWS - 1]], [[3, ROWS - 1, 128]]])
 def test_rows_of_tables_are_exact(bits: int, block: int, symmetric: bool, tokens: list[list[int]]) -> None:
-    held, dense = _matrix(bits, block, symmetric, table=True)
-    found = np.asarray(
-        jax.jit(functools.partial(narrow.embedding_quantized, format=f"int{bits}"))(np.array(tokens, np.int32), *held)
+    parts, dense = _matrix(bits, block, symmetric, table=True)
+    rows = np.asarray(
+        jax.jit(functools.partial(narrow.embedding_quantized, format=f"int{bits}"))(np.array(tokens, np.int32), *parts)
     )
-    np.testing.assert_array_equal(found, dense[torch.tensor(tokens)].numpy())
+    np.testing.assert_array_equal(rows, dense[torch.tensor(tokens)].numpy())
 
 
 def test_a_symbolic_number_of_wanted_positions_can_be_exported() -> None:
-    held, dense = _matrix(8, 128, True, table=True)
+    parts, dense = _matrix(8, 128, True, table=True)
     (positions,) = jax.export.symbolic_shape("P")
-    shapes = [None if part is None else jax.ShapeDtypeStruct(part.shape, part.dtype) for part in held]
+    shapes = [None if part is None else jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts]
     exported = jax.export.export(jax.jit(functools.partial(narrow.linear_quantized, format="int8")))(
         jax.ShapeDtypeStruct((1, positions, COLUMNS), np.float32), *shapes
     )
     x = torch.randn((1, 7, COLUMNS), generator=torch.Generator().manual_seed(1))
-    wanted = (x @ dense.T).numpy()
-    np.testing.assert_allclose(exported.call(x.numpy(), *held), wanted, atol=FP32_PRODUCT * float(np.abs(wanted).max()))
+    expected = (x @ dense.T).numpy()
+    np.testing.assert_allclose(
+        exported.call(x.numpy(), *parts), expected, atol=FP32_PRODUCT * float(np.abs(expected).max())
+    )
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -106,15 +108,15 @@ def test_every_8_bit_float(format: str, table: bool) -> None:
     own = codes.view(torch.float8_e4m3fn) if format == "float8_e4m3fn" else codes
     dense = quantized.dequantize(own.view(4, 2, 128), scales, None, format)
     raw = codes.view(4, 2, 128).numpy()
-    held = stored(
+    parts = stored(
         raw.view(ml_dtypes.float8_e4m3fn) if format == "float8_e4m3fn" else raw, scales.numpy(), None, table=table
     )
-    given = [None if part is None else jax.numpy.asarray(np.ascontiguousarray(part)) for part in held]
+    given = [None if part is None else jax.numpy.asarray(np.ascontiguousarray(part)) for part in parts]
     # Ones at one column each: the products are the numbers themselves.
-    found = np.asarray(
+    product = np.asarray(
         jax.jit(functools.partial(narrow.linear_quantized, format=format))(np.eye(256, dtype=np.float32), *given)
     )
-    np.testing.assert_array_equal(found.T, dense.numpy())
+    np.testing.assert_array_equal(product.T, dense.numpy())
     if table:
         rows = np.asarray(
             jax.jit(functools.partial(narrow.embedding_quantized, format=format))(np.array([[3, 0]]), *given)

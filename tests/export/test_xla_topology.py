@@ -69,25 +69,25 @@ def tiny_programs(quant: str, dtype: str, *, tokens: tuple[int, ...]) -> list[An
 @pytest.mark.parametrize(("name", "devices"), [("v5e:1x1", 1), ("v5e:2x2", 4)])
 def test_a_tiny_model_compiles_for_a_tpu_and_keeps_its_caches_in_place(name: str, devices: int) -> None:
     done: list[tuple[int, int]] = []
-    found = topology.compile_programs(
+    report = topology.compile_programs(
         tiny_programs("none", "bfloat16", tokens=(1, 24)), name, on_program=lambda *step: done.append(step)
     )
-    assert (found["topology"], found["chips"], found["devices"]) == (name, devices, devices)
+    assert (report["topology"], report["chips"], report["devices"]) == (name, devices, devices)
     assert done == [(1, 2), (2, 2)]
-    assert json.loads(json.dumps(found)) == found
-    wanted = plan(preset("gemma3-tiny"), context=CONTEXT)
-    assert set(found["programs"]) == {"decode", "prefill_24"}
-    for program in found["programs"].values():
+    assert json.loads(json.dumps(report)) == report
+    planned = plan(preset("gemma3-tiny"), context=CONTEXT)
+    assert set(report["programs"]) == {"decode", "prefill_24"}
+    for program in report["programs"].values():
         # Its two kv heads cannot be split in four: each device holds all of them.
-        assert program["cache_bytes"] == wanted.cache_bytes_bounded
+        assert program["cache_bytes"] == planned.cache_bytes_bounded
         assert program["alias_bytes"] >= program["cache_bytes"]
         assert program["peak_bytes"] == (
             program["argument_bytes"] + program["output_bytes"] - program["alias_bytes"] + program["temp_bytes"]
         )
         if devices == 1:
-            assert program["argument_bytes"] >= wanted.weight_bytes + wanted.cache_bytes_bounded
+            assert program["argument_bytes"] >= planned.weight_bytes + planned.cache_bytes_bounded
     if devices > 1:
-        assert found["programs"]["decode"]["argument_bytes"] < wanted.weight_bytes
+        assert report["programs"]["decode"]["argument_bytes"] < planned.weight_bytes
 
 
 @needs_libtpu
@@ -134,25 +134,25 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def spread() -> dict[str, Any]:
     """What `tests.export.sharded` prints, by (scheme, devices)."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for chips, quants in ((2, ("none", "int4")), (4, ("none",))):
         child = subprocess.run(
             [sys.executable, "-m", "tests.export.sharded", str(chips), *quants],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert child.returncode == 0, child.stderr
-        found |= dict(zip([f"{quant}-{chips}" for quant in quants], json.loads(child.stdout), strict=True))
-    return found
+        results |= dict(zip([f"{quant}-{chips}" for quant in quants], json.loads(child.stdout), strict=True))
+    return results
 
 
 @pytest.mark.parametrize("case", ["none-2", "int4-2", "none-4"])
 def test_a_model_spread_over_devices_gives_the_same_numbers(spread: dict[str, Any], case: str) -> None:
     """Two chunks of a prefill longer than the window, then decode; random weights."""
-    found = spread[case]
-    assert found["deviation"] > 0.1
-    assert found["difference"] < FP32_LOGITS * min(1.0, found["deviation"])
+    result = spread[case]
+    assert result["deviation"] > 0.1
+    assert result["difference"] < FP32_LOGITS * min(1.0, result["deviation"])
     # With four devices, two kv heads are on each of them.
-    assert found["spread_caches"] == (found["caches"] if case.endswith("-2") else 0)
+    assert result["spread_caches"] == (result["caches"] if case.endswith("-2") else 0)
 
 
 @pytest.mark.parametrize("case", ["none-2", "none-4"])
@@ -221,12 +221,12 @@ def test_heads_stay_whole_and_blocks_too() -> None:
 def test_memory_on_a_tpu_is_what_the_plan_says(name: str, where: str) -> None:
     """Decode and a prefill of 2,048 tokens at 32,768 tokens of context, to within a tenth."""
     context = 32_768
-    found = topology.compile_programs(programs(name, "none", "bfloat16", tokens=(1, 2_048), context=context), where)
-    wanted = plan(preset(name), context=context)
-    for program in found["programs"].values():
-        assert program["alias_bytes"] == program["cache_bytes"] == wanted.cache_bytes_bounded
-        if found["devices"] == 1:
-            peak = wanted.weight_bytes + wanted.cache_bytes_bounded
+    report = topology.compile_programs(programs(name, "none", "bfloat16", tokens=(1, 2_048), context=context), where)
+    planned = plan(preset(name), context=context)
+    for program in report["programs"].values():
+        assert program["alias_bytes"] == program["cache_bytes"] == planned.cache_bytes_bounded
+        if report["devices"] == 1:
+            peak = planned.weight_bytes + planned.cache_bytes_bounded
             assert peak <= program["peak_bytes"] <= 1.1 * peak
 
 
@@ -282,10 +282,10 @@ def test_layers_of_an_encoder_leave_no_results_behind(layers: int, quant: str) -
 @pytest.mark.large
 def test_27b_in_4_bits_fits_four_chips_of_16_gb() -> None:
     """Only shapes exist: the 15 GB of weights are never made."""
-    found = topology.compile_programs(
+    report = topology.compile_programs(
         programs("gemma3-27b", "int4", "bfloat16", tokens=(1, 2_048), context=32_768), "v5e:2x2"
     )
-    wanted = plan(preset("gemma3-27b").text, context=32_768, quant="int4")
-    for program in found["programs"].values():
-        assert program["alias_bytes"] == program["cache_bytes"] == wanted.cache_bytes_bounded // 4
+    planned = plan(preset("gemma3-27b").text, context=32_768, quant="int4")
+    for program in report["programs"].values():
+        assert program["alias_bytes"] == program["cache_bytes"] == planned.cache_bytes_bounded // 4
         assert program["peak_bytes"] < 16e9
