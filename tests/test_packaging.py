@@ -30,9 +30,9 @@ def folder_of(package: str) -> Path:
 
 def test_every_package_folder_is_listed() -> None:
     tops = [ROOT / base for base in SETUPTOOLS["package-dir"].values()]
-    found = {path.parent for top in tops for path in top.rglob("*.py") if "__pycache__" not in path.parts}
-    assert found == {folder_of(package) for package in SETUPTOOLS["packages"]}
-    assert all((folder / "__init__.py").is_file() for folder in found)
+    folders = {path.parent for top in tops for path in top.rglob("*.py") if "__pycache__" not in path.parts}
+    assert folders == {folder_of(package) for package in SETUPTOOLS["packages"]}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
 def test_typings_lead_to_the_folders() -> None:

@@ -20,8 +20,8 @@ def on_grid(spec: QuantSpec, seed: int, exponent: int = -5) -> tuple[torch.Tenso
     """What somebody's codes mean, float32 [8, COLUMNS]."""
     rows = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     rows[0, :128] = 0
-    found = round_rows(rows, spec)
-    return decode(found.codes, found.scales, None, spec.format).view_as(rows), found
+    rounded = round_rows(rows, spec)
+    return decode(rounded.codes, rounded.scales, None, spec.format).view_as(rows), rounded
 
 
 def blocks(numbers: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -38,12 +38,12 @@ def test_codes_are_found_again(name: str, dtype: torch.dtype, seed: int, exponen
     spec = SPECS[name]
     numbers, codes = on_grid(spec, seed, exponent)
     saved = numbers.to(dtype).float()
-    found = recover(blocks(saved, spec), spec, saved_dtype(saved))
-    assert found is not None
-    again = decode(found.codes, found.scales, None, spec.format).view_as(numbers)
+    recovered = recover(blocks(saved, spec), spec, saved_dtype(saved))
+    assert recovered is not None
+    again = decode(recovered.codes, recovered.scales, None, spec.format).view_as(numbers)
     assert torch.equal(again.to(dtype).float(), saved), "every number is given exactly, as it was saved"
-    wanted = torch.where(numbers == 0, 8, codes.codes.view_as(numbers))
-    assert torch.equal(torch.where(saved == 0, 8, found.codes.view_as(numbers)), wanted.to(torch.uint8))
+    expected = torch.where(numbers == 0, 8, codes.codes.view_as(numbers))
+    assert torch.equal(torch.where(saved == 0, 8, recovered.codes.view_as(numbers)), expected.to(torch.uint8))
 
 
 @pytest.mark.parametrize("name", ["int8_block32", "int8_channel"])
@@ -52,8 +52,8 @@ def test_eight_bits_are_found_where_they_were_not_rounded_away(name: str) -> Non
     numbers, codes = on_grid(spec, 1)
     for dtype in (torch.float16, torch.float32):
         saved = numbers.to(dtype).float()
-        found = recover(blocks(saved, spec), spec, saved_dtype(saved))
-        assert found is not None and torch.equal(found.codes.view_as(numbers), codes.codes.view_as(numbers))
+        recovered = recover(blocks(saved, spec), spec, saved_dtype(saved))
+        assert recovered is not None and torch.equal(recovered.codes.view_as(numbers), codes.codes.view_as(numbers))
 
 
 @pytest.mark.parametrize("name", [*FOUR_BITS, "int8_block32"])
@@ -77,9 +77,9 @@ def test_grids_that_use_few_codes() -> None:
     numbers[0, :32:5], numbers[0, 1:32:5] = 0.0123 * 3, -0.0123
     numbers[1, 40] = 0.7
     saved = numbers.bfloat16().float()
-    found = recover(blocks(saved, spec), spec, saved_dtype(saved))
-    assert found is not None
-    assert torch.equal(decode(found.codes, found.scales, None, "int4").view_as(saved).bfloat16().float(), saved)
+    recovered = recover(blocks(saved, spec), spec, saved_dtype(saved))
+    assert recovered is not None
+    assert torch.equal(decode(recovered.codes, recovered.scales, None, "int4").view_as(saved).bfloat16().float(), saved)
 
 
 def test_the_narrowest_dtype_is_found() -> None:

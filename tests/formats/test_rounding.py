@@ -50,8 +50,8 @@ def round_all(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -
 
 def again(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -> torch.Tensor:
     """Rounded, and back."""
-    found = round_all(rows, spec, method)
-    return decode(found.codes, found.scales, found.zero_points, spec.format).view_as(rows)
+    rounded = round_all(rows, spec, method)
+    return decode(rounded.codes, rounded.scales, rounded.zero_points, spec.format).view_as(rows)
 
 
 def relative(rows: torch.Tensor, spec: QuantSpec, method: Method = "nearest") -> float:
@@ -74,7 +74,7 @@ def ggml(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def odd_blocks() -> torch.Tensor:
     """Blocks of which rounding is easily got wrong."""
     steps = torch.arange(-16, 16) / 2
-    found = {
+    blocks = {
         "spike": torch.zeros(32).index_fill(0, torch.tensor([5]), 3.0),
         "negative spike": torch.zeros(32).index_fill(0, torch.tensor([31]), -3.0),
         "two that are as large": torch.tensor([1.0, -1.0] * 16),
@@ -87,17 +87,17 @@ def odd_blocks() -> torch.Tensor:
         "below float16": steps * 1e-10,
         "constant": torch.full((32,), 0.7),
     }
-    return torch.stack(list(found.values()))
+    return torch.stack(list(blocks.values()))
 
 
 @pytest.mark.parametrize("blocks", [odd_blocks(), normal(0, 4000, 32), normal(1, 4000, 32) ** 3])
 def test_int4_block32_is_q4_0_to_the_bit(blocks: torch.Tensor) -> None:
     codes, scales, numbers = ggml(blocks)
-    found = round_rows(blocks, Q4_0)
-    assert torch.equal(found.codes[:, 0], codes)
-    assert torch.equal(found.scales[:, 0], scales)
+    rounded = round_rows(blocks, Q4_0)
+    assert torch.equal(rounded.codes[:, 0], codes)
+    assert torch.equal(rounded.scales[:, 0], scales)
     assert torch.equal(again(blocks, Q4_0), numbers)
-    assert bool((found.scales < 0).any() and (found.scales > 0).any())
+    assert bool((rounded.scales < 0).any() and (rounded.scales > 0).any())
 
 
 def test_int4_block32_is_q4_0_on_ties_of_every_scale() -> None:
@@ -112,9 +112,9 @@ def test_int4_block32_is_q4_0_on_ties_of_every_scale() -> None:
 def test_a_block_of_zeros_under_int4_block32() -> None:
     """Codes and numbers are Q4_0's; its scale is 0 there and ours 1, which means the same."""
     codes, scales, _ = ggml(torch.zeros(1, 32))
-    found = round_rows(torch.zeros(1, 32), Q4_0)
-    assert torch.equal(found.codes[:, 0], codes) and bool((codes == 8).all())
-    assert scales.item() == 0 and found.scales.item() == 1
+    rounded = round_rows(torch.zeros(1, 32), Q4_0)
+    assert torch.equal(rounded.codes[:, 0], codes) and bool((codes == 8).all())
+    assert scales.item() == 0 and rounded.scales.item() == 1
 
 
 @pytest.mark.parametrize("tiny", [1e-38, 1e-39, 1e-45])
@@ -141,8 +141,8 @@ def test_a_scale_that_float16_cannot_hold_is_refused() -> None:
 
 def step(spec: QuantSpec, rows: torch.Tensor) -> torch.Tensor:
     """Largest error of nearest rounding, [R, K], where numbers are not clipped."""
-    found = round_all(rows, spec)
-    scales = found.scales.abs().repeat_interleave(found.codes.shape[2], 1)
+    rounded = round_all(rows, spec)
+    scales = rounded.scales.abs().repeat_interleave(rounded.codes.shape[2], 1)
     if spec.format == "float8_e4m3fn":
         return torch.maximum(rows.abs() / 16, scales * 2**-10)
     if spec.format == "sfp8":
@@ -172,8 +172,8 @@ def test_values_are_what_the_codes_mean(name: str, seed: int, method: Method) ->
     rows[0, :32] = 0
     blocks = rows.view(3, -1, spec.group(256))
     grid = find_grid(blocks, spec, method, tensor_max=largest(rows))
-    found = encode(blocks, grid, spec)
-    expected = decode(found.codes, found.scales, found.zero_points, spec.format)
+    encoded = encode(blocks, grid, spec)
+    expected = decode(encoded.codes, encoded.scales, encoded.zero_points, spec.format)
     assert torch.equal(values(blocks, grid, spec), expected)
     assert torch.equal(again(rows, spec, method), expected.view_as(rows)), "held blocks mean the same"
 
@@ -184,17 +184,17 @@ def test_zeros_stay_zero(name: str, seed: int, method: Method) -> None:
     rows[0] = 0
     rows[1, ::3] = 0
     rows[2, 32:128] = 0
-    found = again(rows, ALL[name], method)
-    assert bool((found[rows == 0] == 0).all()) and bool(found[1].any())
+    numbers = again(rows, ALL[name], method)
+    assert bool((numbers[rows == 0] == 0).all()) and bool(numbers[1].any())
 
 
 @given(name=names, seed=seeds, height=st.integers(2, 5), method=st.sampled_from(METHODS))
 def test_a_row_is_rounded_by_itself(name: str, seed: int, height: int, method: Method) -> None:
     spec, rows = ALL[name], normal(seed, height, 128)
     alone = [round_rows(row[None], spec, method, tensor_max=largest(rows)) for row in rows]
-    found = round_all(rows, spec, method)
+    rounded = round_all(rows, spec, method)
     for part in ("codes", "scales", "zero_points"):
-        whole, pieces = getattr(found, part), [getattr(one, part) for one in alone]
+        whole, pieces = getattr(rounded, part), [getattr(one, part) for one in alone]
         assert whole is None or torch.equal(whole.float(), torch.cat(pieces).float())
 
 
@@ -207,14 +207,14 @@ def test_rounding_again_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("columns", "held"), [(640, 128), (96, 32), (48, 16)])
-def test_sizes_that_a_block_does_not_divide(name: str, columns: int, held: int) -> None:
+@pytest.mark.parametrize(("columns", "widest"), [(640, 128), (96, 32), (48, 16)])
+def test_sizes_that_a_block_does_not_divide(name: str, columns: int, widest: int) -> None:
     spec, rows = ALL[name], normal(6, 3, columns)
-    found = round_all(rows, spec)
-    block = min(held, spec.block) if isinstance(spec.block, int) else held
-    assert found.codes.shape == (3, columns // block, block) and found.scales.shape == (3, columns // block)
+    rounded = round_all(rows, spec)
+    block = min(widest, spec.block) if isinstance(spec.block, int) else widest
+    assert rounded.codes.shape == (3, columns // block, block) and rounded.scales.shape == (3, columns // block)
     groups = {"row": 3, "tensor": 1}.get(str(spec.block))
-    assert groups is None or len(set(found.scales.flatten().tolist())) == groups
+    assert groups is None or len(set(rounded.scales.flatten().tolist())) == groups
     assert relative(rows, spec) < 0.02
     with pytest.raises(QuantizationError, match="40 columns cannot be cut into blocks of 16 or more"):
         round_all(normal(6, 3, 40), spec)
@@ -263,8 +263,8 @@ def test_errors_on_gaussians() -> None:
         "positive, searched": (relative(rows[:128], POSITIVE, "mse"), 0.0075),
         "positive": (relative(rows, POSITIVE), 0.0094),
     }
-    for name, (found, expected) in measured.items():
-        assert found == pytest.approx(expected, rel=0.03), name
+    for name, (error, expected) in measured.items():
+        assert error == pytest.approx(expected, rel=0.03), name
 
 
 def test_important_columns_are_rounded_better() -> None:

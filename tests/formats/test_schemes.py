@@ -31,38 +31,38 @@ def test_every_name() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_spec_by_name_is_for_every_projection(name: str) -> None:
-    made = scheme(name)
-    assert made.of(QUERY) == made.of(DOWN) == SPECS[name]
+    chosen = scheme(name)
+    assert chosen.of(QUERY) == chosen.of(DOWN) == SPECS[name]
     own = ("sfp8", "int4_block32_bf16", "fp8_channel")
-    assert made.of(TABLE) == SPECS[name if name in own else "int8_block128"]
-    assert made.formats == {SPECS[name].format, made.of(TABLE).format}  # type: ignore[union-attr]
+    assert chosen.of(TABLE) == SPECS[name if name in own else "int8_block128"]
+    assert chosen.formats == {SPECS[name].format, chosen.of(TABLE).format}  # type: ignore[union-attr]
 
 
 def test_the_table_may_be_chosen_apart() -> None:
-    made = scheme("int4_channel:fp8_e4m3")
-    assert made.name == "int4_channel:fp8_e4m3" and not made.as_shipped and made.activations is None
-    assert made.of(DOWN) is SPECS["int4_channel"] and made.of(TABLE) is SPECS["fp8_e4m3"]
+    chosen = scheme("int4_channel:fp8_e4m3")
+    assert chosen.name == "int4_channel:fp8_e4m3" and not chosen.as_shipped and chosen.activations is None
+    assert chosen.of(DOWN) is SPECS["int4_channel"] and chosen.of(TABLE) is SPECS["fp8_e4m3"]
     assert scheme("none:sfp8").of(DOWN) is None and scheme("none:sfp8").specs == (SPECS["sfp8"],)
     assert scheme("sfp8:none").of(TABLE) is None and scheme("sfp8:none").formats == {"sfp8"}
     assert scheme("none:none").specs == ()
 
 
 def test_queries_keys_and_values_are_finer_under_int4() -> None:
-    made = scheme("int4")
+    chosen = scheme("int4")
     for kind in ("q", "k", "v", "qkv"):
-        assert made.of(f"layers.3.self_attn.{kind}_proj.weight").bits == 8  # type: ignore[union-attr]
+        assert chosen.of(f"layers.3.self_attn.{kind}_proj.weight").bits == 8  # type: ignore[union-attr]
     for name in (DOWN, "layers.3.self_attn.o_proj.weight", "layers.3.mlp.gate_up_proj.weight"):
-        spec = made.of(name)
+        spec = chosen.of(name)
         assert spec is not None and (spec.bits, spec.symmetric) == (4, False)
 
 
 def test_attention_is_finer_under_mxfp4() -> None:
-    made = scheme("mxfp4")
+    chosen = scheme("mxfp4")
     for kind in ("q", "k", "v", "o"):
-        assert made.of(f"layers.3.self_attn.{kind}_proj.weight").format == "int8"  # type: ignore[union-attr]
+        assert chosen.of(f"layers.3.self_attn.{kind}_proj.weight").format == "int8"  # type: ignore[union-attr]
     for name in (DOWN, "layers.3.mlp.experts.gate_up_proj"):
-        assert made.of(name) == MXFP4
-    assert made.of("layers.3.mlp.router.weight") is None
+        assert chosen.of(name) == MXFP4
+    assert chosen.of("layers.3.mlp.router.weight") is None
 
 
 def test_activations_are_among_the_numbers() -> None:
@@ -138,10 +138,10 @@ def test_planned_bytes_are_those_of_the_codes(name: str, tiny: Model, plain: Gra
     """The pass makes what the planner counts, to the byte; only what stays unquantised is planned in bfloat16."""
     graph = plain.clone()
     assert ConvertQuantized(scheme(name)).rewrite(graph).changes > 0 or name == "none"
-    found = 0
+    total = 0
     for key, weight in graph.weights.items():
         if ".weight" not in key or f"{key}.codes" in graph.weights:
             continue  # tables of rotations are none of the model's, and the manager drops what nobody reads
         wide = key.endswith("weight") and (len(weight.shape) == 2 or name == "none")
-        found += weight.bytes // 2 if wide else weight.bytes
-    assert found == plan(tiny.config, context=64, quant=name).weight_bytes
+        total += weight.bytes // 2 if wide else weight.bytes
+    assert total == plan(tiny.config, context=64, quant=name).weight_bytes

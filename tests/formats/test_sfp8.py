@@ -86,8 +86,8 @@ def test_nothing_is_nearer(exponent: float, negative: bool) -> None:
     number = torch.tensor([2.0**exponent * (-1 if negative else 1)])
     # Zero is no choice for what is not smaller than 2 ** -23.
     others = sfp8.decode(CODES[CODES != 0])
-    found, best = float((rounded(number) - number).abs()), float((others - number).abs().min())
-    assert found == best
+    error, best = float((rounded(number) - number).abs()), float((others - number).abs().min())
+    assert error == best
 
 
 def test_one_scale_a_tensor_and_only_where_it_is_needed() -> None:

@@ -239,8 +239,8 @@ def typed_for_transformers(values: dict[str, Any]) -> dict[str, Any]:
     typed = {key: types[key](value) if key in types and key in numbers else value for key, value in values.items()}
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if heads and width:
-        meant = {"num_key_value_heads": heads, "head_dim": width // heads}
-        typed |= {key: number for key, number in meant.items() if values.get(key, "") is None}
+        defaults = {"num_key_value_heads": heads, "head_dim": width // heads}
+        typed |= {key: number for key, number in defaults.items() if values.get(key, "") is None}
     return typed
 
 

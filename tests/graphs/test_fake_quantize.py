@@ -21,8 +21,8 @@ def test_forward_is_what_is_deployed(spec: QuantSpec, method: str) -> None:
     rows = normal(6, 256)
     blocks = rows.view(6, -1, spec.group(256))
     grid = find_grid(blocks, spec, method, tensor_max=float(rows.abs().max()))  # type: ignore[arg-type]
-    found = encode(blocks, grid, spec)
-    expected = decode(found.codes, found.scales, found.zero_points, spec.format).view_as(rows)
+    encoded = encode(blocks, grid, spec)
+    expected = decode(encoded.codes, encoded.scales, encoded.zero_points, spec.format).view_as(rows)
     assert torch.equal(fake_quantize(rows, grid.divisors.contiguous(), grid.zero_points, spec.key), expected)
 
 
@@ -30,9 +30,9 @@ def test_the_known_answer_of_learned_steps() -> None:
     """Weights (-20, -.6, .3, 10), a step of 1, codes from -8 to 7 (shared facts on training, LSQ)."""
     weight = torch.tensor([[-20.0, -0.6, 0.3, 10.0]], requires_grad=True)
     step = torch.ones(1, 1, requires_grad=True)
-    found = fake_quantize(weight, step, None, QuantSpec(format="int4", block="row").key)
-    assert found.tolist() == [[-8, -1, 0, 7]]
-    found.sum().backward()
+    rounded = fake_quantize(weight, step, None, QuantSpec(format="int4", block="row").key)
+    assert rounded.tolist() == [[-8, -1, 0, 7]]
+    rounded.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[0, 1, 1, 0]]
     assert step.grad is not None
     # Times the square root of the number of weights and the highest code, by which the gradient is scaled.
@@ -41,9 +41,9 @@ def test_the_known_answer_of_learned_steps() -> None:
 
 def test_a_negative_scale_clips_at_the_other_end() -> None:
     weight = torch.tensor([[-10.0, 7.9, 8.4, 9.0]], requires_grad=True)
-    found = fake_quantize(weight, torch.full((1, 1), -1.0), None, SPECS["int4_block32"].key)
-    assert found.tolist() == [[-7, 8, 8, 8]]
-    found.sum().backward()
+    rounded = fake_quantize(weight, torch.full((1, 1), -1.0), None, SPECS["int4_block32"].key)
+    assert rounded.tolist() == [[-7, 8, 8, 8]]
+    rounded.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[0, 1, 1, 0]]
 
 

@@ -70,8 +70,8 @@ def test_tensors_that_only_start_at_one_address_are_not_tied() -> None:
             return x @ self.plain + (x @ self.turned) * 10
 
     module, x = Views(), torch.tensor([[1.0, 2.0, 3.0]])
-    (found,) = run_graph(export(module, x), x)
-    assert torch.equal(found, module(x))
+    (output,) = run_graph(export(module, x), x)
+    assert torch.equal(output, module(x))
 
 
 def test_refresh_follows_changed_shapes(traced: Graph) -> None:

@@ -39,8 +39,8 @@ def test_it_computes_the_same_without_operations_of_ours(
 def test_a_tied_table_stays_one_buffer(traced: Graph) -> None:
     graph, _ = pipeline("xla", chunk=1, scheme=scheme("int8")).run(traced)
     program = inline(graph, tokens=1, slots=16)
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in program.state_dict.values()}
-    assert sum(held.values()) == graph.weight_bytes()
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in program.state_dict.values()}
+    assert sum(sizes.values()) == graph.weight_bytes()
 
 
 def test_only_decode_graphs(scored: Graph) -> None:

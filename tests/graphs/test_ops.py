@@ -26,14 +26,14 @@ def test_rings_show_what_a_plain_list_would(
     start: int, tokens: int, slots: int, window: int, segment: int, dilation: int
 ) -> None:
     """Simulate the ring with a dictionary, one token after the other."""
-    held: dict[int, int] = {}
+    ring: dict[int, int] = {}
     for position in range(start + tokens):
-        held[position % slots] = position
+        ring[position % slots] = position
     seen_TS = ops.visible(start, tokens, slots, ops.Mask(window=window, segment=segment, dilation=dilation))
     assert seen_TS.shape == (tokens, slots)
     for row, position in enumerate(range(start, start + tokens)):
         for slot in range(slots):
-            key = held.get(slot)
+            key = ring.get(slot)
             expected = key is not None and (
                 key <= position
                 and (not window or position - key < window)

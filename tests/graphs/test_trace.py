@@ -31,13 +31,13 @@ def test_decode_graph_is_the_module(traced: Graph, tiny: Model, text: list[int])
     noise = torch.Generator().manual_seed(0)
     caches = [(torch.randn(shape, generator=noise), torch.randn(shape, generator=noise)) for _ in config.layers]
     tokens_BT, start = torch.tensor([text[:9], text[9:18]]), torch.tensor(47)
-    wanted = torch.tensor([0, 8])
-    logits, *written = run_graph(traced, tokens_BT, start, wanted, *(tensor for pair in caches for tensor in pair))
+    positions = torch.tensor([0, 8])
+    logits, *written = run_graph(traced, tokens_BT, start, positions, *(tensor for pair in caches for tensor in pair))
     with torch.no_grad():
         expected, expected_caches = module(tokens_BT, start, caches)
-    assert (logits - expected[:, wanted]).abs().max() < FP32_LOGITS
-    for found, held in zip(written, (tensor for pair in expected_caches for tensor in pair), strict=True):
-        assert (found - held).abs().max() < FP32_LOGITS
+    assert (logits - expected[:, positions]).abs().max() < FP32_LOGITS
+    for cache, expected_cache in zip(written, (tensor for pair in expected_caches for tensor in pair), strict=True):
+        assert (cache - expected_cache).abs().max() < FP32_LOGITS
 
 
 def test_score_graph_is_the_module(scored: Graph, text: list[int], text_logits: NDArray[np.float32]) -> None:

@@ -77,13 +77,13 @@ def idle_taps(graph: Graph) -> list[str]:
         if node not in used:
             used.add(node)
             stack.extend(node.all_input_nodes)
-    found = []
+    idle = []
     for name, node in tap_nodes(graph).items():
         # A rotation may be tapped in one layout and used in the other; the last sum comes out of a norm's operation.
         source = node.args[0] if is_call(node, aten.transpose.int, operator.getitem) else node
         if source not in used:
-            found.append(name)
-    return found
+            idle.append(name)
+    return idle
 
 
 def test_every_site_is_tapped_in_order(tapped: Graph, traced: Graph) -> None:
@@ -101,9 +101,9 @@ def test_taps_stand_at_the_borders_of_their_operations(tapped: Graph, tiny: Mode
         "mlp.activation": (None, None, config.intermediate_size),
         "residual.2": (None, None, D),
     }
-    for name, wanted in shapes.items():
+    for name, expected in shapes.items():
         shape = nodes[f"tap.layers.3.{name}"].meta["val"].shape
-        assert tuple(size if isinstance(size, int) else None for size in shape) == wanted, name
+        assert tuple(size if isinstance(size, int) else None for size in shape) == expected, name
 
 
 def test_a_second_run_adds_nothing(tapped: Graph) -> None:
@@ -165,8 +165,8 @@ class _Holder(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.inner(x)
-        return found
+        output: torch.Tensor = self.inner(x)
+        return output
 
 
 def test_a_norm_is_tapped_where_its_module_is_named() -> None:

@@ -37,12 +37,12 @@ def test_the_numbers_are_those_of_the_plain_bfloat16_module(
 def test_quantised_rows_are_rounded_to_the_graphs_dtype(
     target: str, traced_bfloat16: Graph, traced: Graph, text: list[int]
 ) -> None:
-    found = {}
+    logits = {}
     for name, graph in (("half", traced_bfloat16), ("full", traced)):
         rewritten, _ = pipeline(target, chunk=CHUNK, scheme=scheme("int4")).run(graph)
         assert rewritten.outputs["logits"].meta["val"].dtype == rewritten.inputs["cache.0.key"].meta["val"].dtype
-        found[name] = _session(rewritten).logits(text[:111])
-    difference = found["half"] - found["full"]
+        logits[name] = _session(rewritten).logits(text[:111])
+    difference = logits["half"] - logits["full"]
     assert 0 < np.sqrt(np.square(difference).mean()) < BF16_RMS
 
 

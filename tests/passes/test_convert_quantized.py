@@ -70,9 +70,9 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 def rounded(rows: torch.Tensor, fmt: QuantSpec) -> torch.Tensor:
     """Quantised, packed, and back."""
-    found = round_rows(rows, fmt)
-    packed = None if found.zero_points is None else pack(found.zero_points, fmt.format)
-    return dequantize(pack(found.codes, fmt.format), found.scales, packed, fmt.format)
+    grid = round_rows(rows, fmt)
+    packed = None if grid.zero_points is None else pack(grid.zero_points, fmt.format)
+    return dequantize(pack(grid.codes, fmt.format), grid.scales, packed, fmt.format)
 
 
 @given(format=st.sampled_from(["int4", "int8"]), count=st.integers(1, 33), rows=st.integers(1, 4), seed=seeds)
@@ -121,8 +121,8 @@ def test_linears_become_codes(name: str) -> None:
     expected = x @ rounded(weight, fmt).T[:, :8] + x @ rounded(graph.weights["second.weight"].read(), fmt).T
     expected += graph.weights["second.bias"].read()
     torch.testing.assert_close(run_graph(case.graph, x)[0], expected, atol=FP32_ATTENTION, rtol=0)
-    held = {key: value for key, value in case.graph.weights.items() if key.startswith("first")}
-    assert sum(weight.bytes for weight in held.values()) == fmt.bytes(5000, 64)
+    weights = {key: value for key, value in case.graph.weights.items() if key.startswith("first")}
+    assert sum(weight.bytes for weight in weights.values()) == fmt.bytes(5000, 64)
 
 
 @settings(max_examples=30)
@@ -197,8 +197,8 @@ def test_codes_of_the_checkpoint_are_kept() -> None:
     weight, codes, scales = encoded_weight(5000, 64)
     graph.weights["first.weight"] = weight.to(torch.float16).to(torch.float32)
     quantized, _ = Pipeline([ConvertQuantized(INT8)]).run(graph)
-    found = quantized.weights["first.weight.codes"].read()
-    assert torch.equal(found.view(5000, 64).to(torch.int16) - 128, codes.to(torch.int16))
+    stored = quantized.weights["first.weight.codes"].read()
+    assert torch.equal(stored.view(5000, 64).to(torch.int16) - 128, codes.to(torch.int16))
     assert torch.equal(quantized.weights["first.weight.scales"].read(), scales)
     assert not torch.equal(round_rows(weight.read(), INT8_BLOCK32).scales, scales)
 
@@ -261,8 +261,8 @@ def test_a_graph_with_8_bit_floats(tiny: Model, text: list[int], text_logits: ND
     assert {weight.dtype for name, weight in case.graph.weights.items() if name.endswith("_proj.weight.codes")} == {
         torch.float8_e4m3fn
     }
-    found = case.session(chunk=CHUNK).logits(text)
-    assert 0 < np.sqrt(np.square(found - text_logits).mean()) < FP8_WEIGHTS
+    logits = case.session(chunk=CHUNK).logits(text)
+    assert 0 < np.sqrt(np.square(logits - text_logits).mean()) < FP8_WEIGHTS
 
 
 # Codes of a checkpoint, under every spec.
@@ -270,7 +270,7 @@ def test_a_graph_with_8_bit_floats(tiny: Model, text: list[int], text_logits: ND
 COLUMNS = 256
 
 
-def held_as(
+def coded(
     format: Format,
     bits: int,
     block: int,
@@ -328,21 +328,21 @@ def held_as(
 
 
 KINDS = {
-    "Q4_0": held_as("int4", 4, 32),
-    "Q4_1": held_as("int4", 4, 32, offsets=True),
-    "Q5_0": held_as("int8", 5, 32),
-    "Q5_1": held_as("int8", 5, 32, offsets=True),
-    "Q6_K": held_as("int8", 6, 16),
-    "Q8_0": held_as("int8", 8, 32),
-    "uint4": held_as("int4", 4, 64, symmetric=False),
-    "uint8": held_as("int8", 8, 32, symmetric=False),
-    "int4 by row": held_as("int4", 4, COLUMNS),
-    "int8 in 128": held_as("int8", 8, 128),
-    "fp8": held_as("float8_e4m3fn", 8, 128),
-    "sfp8": held_as("sfp8", 8, COLUMNS),
-    "MXFP4": held_as("float4_e2m1fn", 4, 32),
-    "int4 of bfloat16 scales": held_as("int4", 4, 32, positive=True),
-    "fp8 by row of bfloat16 scales": held_as("float8_e4m3fn", 8, COLUMNS, positive=True),
+    "Q4_0": coded("int4", 4, 32),
+    "Q4_1": coded("int4", 4, 32, offsets=True),
+    "Q5_0": coded("int8", 5, 32),
+    "Q5_1": coded("int8", 5, 32, offsets=True),
+    "Q6_K": coded("int8", 6, 16),
+    "Q8_0": coded("int8", 8, 32),
+    "uint4": coded("int4", 4, 64, symmetric=False),
+    "uint8": coded("int8", 8, 32, symmetric=False),
+    "int4 by row": coded("int4", 4, COLUMNS),
+    "int8 in 128": coded("int8", 8, 128),
+    "fp8": coded("float8_e4m3fn", 8, 128),
+    "sfp8": coded("sfp8", 8, COLUMNS),
+    "MXFP4": coded("float4_e2m1fn", 4, 32),
+    "int4 of bfloat16 scales": coded("int4", 4, 32, positive=True),
+    "fp8 by row of bfloat16 scales": coded("float8_e4m3fn", 8, COLUMNS, positive=True),
 }
 GRIDS = {
     **SPECS,
@@ -403,23 +403,23 @@ def test_codes_are_kept_where_the_grid_can_hold_them(kind: str, grid: str) -> No
     weight, spec = KINDS[kind], GRIDS[grid]
     graph, records = Pipeline([ConvertQuantized(as_scheme(spec))]).run(only({"first.weight": weight}))
     (node,) = graph.calls(ops.LINEAR_QUANTIZED)
-    found, numbers = numbers_of(graph, node), weight.read()
+    converted, numbers = numbers_of(graph, node), weight.read()
     (record,) = conversions(records)
     assert (record.weight, record.format, record.block) == ("first.weight", spec.format, spec.group(COLUMNS))
     assert record.source == weight.encoded.name  # type: ignore[union-attr]
     assert record.kept == (grid in KEPT[kind]) == can_hold(spec, weight.encoded)  # type: ignore[arg-type]
-    error = (found - numbers).double()
+    error = (converted - numbers).double()
     if record.kept:
-        assert torch.equal(found, numbers) and record.error == record.max_abs == 0
+        assert torch.equal(converted, numbers) and record.error == record.max_abs == 0
     else:
         assert record.max_abs == error.abs().max() > 0
         assert record.error == pytest.approx(
             float(error.square().mean().sqrt() / numbers.double().square().mean().sqrt())
         )
-        assert not torch.equal(found, numbers)
+        assert not torch.equal(converted, numbers)
     data = record.to_json()
     assert json.loads(json.dumps(data)) == data and data["kept"] == record.kept and data["error"] == record.error
-    assert torch.equal(dequantized("first.weight", weight, as_scheme(spec)), found)
+    assert torch.equal(dequantized("first.weight", weight, as_scheme(spec)), converted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -510,11 +510,11 @@ def test_rows_of_stacked_codes_can_be_asked_for_in_any_way() -> None:
     weights = (KINDS["Q4_0"], KINDS["Q6_K"], Weight.of(normal(0, 40, COLUMNS), "float"))
     _, _, case = packed(projections(*weights), "as_shipped")
     for part in ("codes", "scales"):
-        held = case.graph.weights[f"parts.0.weight.packed.{part}"]
-        whole = held.read()
-        assert whole.shape == held.shape
+        weight = case.graph.weights[f"parts.0.weight.packed.{part}"]
+        whole = weight.read()
+        assert whole.shape == weight.shape
         for start, stop in ((0, 1), (39, 41), (40, 80), (10, 120), (79, 81), (119, 120)):
-            assert torch.equal(held.read_rows(start, stop), whole[start:stop])
+            assert torch.equal(weight.read_rows(start, stop), whole[start:stop])
 
 
 def test_kinds_that_share_no_grid_are_kept_apart() -> None:
@@ -606,23 +606,23 @@ def test_a_gguf_file_means_the_same_on_every_target(target: str, name: str, mixe
     """Targets that pack projections and those that do not hold the numbers that the oracle has."""
     graph = Case.of(mixed, "decode").graph
     passes = pipeline(target, chunk=CHUNK, scheme=scheme(name))
-    made, records = passes.run(graph)
-    found = Counter[str]()
-    wanted = {
+    lowered, records = passes.run(graph)
+    counts = Counter[str]()
+    expected = {
         key: dequantized(key, weight, scheme(name)) for key, weight in mixed.weights.items() if len(weight.shape) == 2
     }
-    nodes = dict.fromkeys(node.args[1:] for node in made.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
+    nodes = dict.fromkeys(node.args[1:] for node in lowered.calls(ops.LINEAR_QUANTIZED, ops.EMBEDDING_QUANTIZED))
     for args in nodes:
-        node = next(node for node in made.calls_all() if node.args[1:] == args)
-        numbers = numbers_of(made, node)
+        node = next(node for node in lowered.calls_all() if node.args[1:] == args)
+        numbers = numbers_of(lowered, node)
         # Stacked weights are one after the other, in the order of the model.
         while len(numbers):
-            key = next(key for key, part in wanted.items() if torch.equal(numbers[: len(part)], part))
-            found[key] += 1
-            numbers = numbers[len(wanted[key]) :]
-    assert found == Counter(dict.fromkeys(wanted, 1))
+            key = next(key for key, part in expected.items() if torch.equal(numbers[: len(part)], part))
+            counts[key] += 1
+            numbers = numbers[len(expected[key]) :]
+    assert counts == Counter(dict.fromkeys(expected, 1))
     if name == "as_shipped":
-        assert all(torch.equal(numbers, mixed.weights[key].read()) for key, numbers in wanted.items())
+        assert all(torch.equal(numbers, mixed.weights[key].read()) for key, numbers in expected.items())
         assert all(record.kept and record.error == 0 for record in conversions(records))
     kept = Counter(record.source for record in conversions(records) if record.kept)
     assert (

@@ -220,8 +220,8 @@ def fuse(attend: Attend, *, dynamic: bool) -> Case:
     case = Case(graph=export(Attention(attend), *inputs(), dynamic_shapes=sizes)).run(Canonicalize(), FuseAttention())
     for length in (W - 1, W, W + 1, 3 * W + 5) if dynamic else (T,):
         given = inputs(length)
-        (found,) = run_graph(case.graph, *given)
-        torch.testing.assert_close(found, attend(*given), atol=FP32_ATTENTION, rtol=0)
+        (output,) = run_graph(case.graph, *given)
+        torch.testing.assert_close(output, attend(*given), atol=FP32_ATTENTION, rtol=0)
     return case
 
 

@@ -64,9 +64,9 @@ def measured(largest: Mapping[str, float]) -> Measurement:
 
 def logits(graph: Graph, text: list[int], length: int = LENGTH) -> np.ndarray:
     session = ReferenceSession(graph, context=128, chunk=CHUNK)
-    found = np.concatenate((session.logits(text[: length - 3]), [session.decode(t) for t in text[length - 3 : length]]))
+    rows = np.concatenate((session.logits(text[: length - 3]), [session.decode(t) for t in text[length - 3 : length]]))
     assert {state.dtype for state in session.states} == {"float16"}
-    return found
+    return rows
 
 
 def test_range_tracing_finds_what_was_planted(planted: Planted) -> None:

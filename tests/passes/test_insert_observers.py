@@ -57,10 +57,10 @@ def test_they_count_what_flows(traced: Graph, text: list[int]) -> None:
             values[name].append(session.tapped[tap].ravel())
 
     session.prefill(text[: 3 * WINDOW + 5], on_chunk=on_chunk)
-    for name, found in merged.items():
+    for name, observation in merged.items():
         exact = np.concatenate(values[name])
-        assert (found.minimum, found.maximum, found.count) == (exact.min(), exact.max(), exact.size)
-        assert found.share_above(1.0) == (np.abs(exact) > 1).mean()
+        assert (observation.minimum, observation.maximum, observation.count) == (exact.min(), exact.max(), exact.size)
+        assert observation.share_above(1.0) == (np.abs(exact) > 1).mean()
 
 
 @pytest.mark.parametrize("sites", ["linears", "values"])
@@ -83,7 +83,7 @@ def test_the_score_graph_has_observers_too(scored: Graph, text: list[int]) -> No
     graph = Case(graph=scored).run(InsertObservers()).graph
     _, *statistics = run_graph(graph, torch.tensor([text[:20], text[20:40]]))
     assert len(statistics) == len(LINEARS)
-    assert all(Observation.of(found.numpy()).count % 40 == 0 for found in statistics)
+    assert all(Observation.of(observation.numpy()).count % 40 == 0 for observation in statistics)
 
 
 def test_names_do_not_depend_on_the_dtype(traced: Graph, traced_float16: Graph) -> None:

@@ -194,8 +194,8 @@ def test_a_hand_made_site(body: Body, before: list[Pass], current: Pass, operati
     case = start.run(current).expect({operation: count}).settled()
     if not count:
         case.expect_changes(0)
-    (found,) = run_graph(case.graph, x)
-    torch.testing.assert_close(found, module(x).detach(), atol=FP32_ATTENTION, rtol=0)
+    (output,) = run_graph(case.graph, x)
+    torch.testing.assert_close(output, module(x).detach(), atol=FP32_ATTENTION, rtol=0)
 
 
 def select(body: Body) -> Body:
@@ -240,8 +240,8 @@ def test_canonicalize_keeps_the_changes_that_change_something() -> None:
     case = Case(graph=export(Casts(), x)).run(Canonicalize())
     assert len(case.graph.calls(aten.to.dtype, aten._to_copy.default)) == 2
     case.expect({aten.clone.default: 0, aten.contiguous.default: 0, aten.chunk.default: 0}).settled()
-    for found, expected in zip(run_graph(case.graph, x), Casts()(x), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(run_graph(case.graph, x), Casts()(x), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_fold_constants_leaves_what_is_no_constant() -> None:

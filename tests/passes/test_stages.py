@@ -88,13 +88,13 @@ def test_a_pass_does_its_work_once_and_changes_no_number(
 def test_the_score_graph_keeps_its_numbers(
     name: str, scored: Graph, text: list[int], text_logits: NDArray[np.float32]
 ) -> None:
-    found: dict[str, Graph] = {}
+    graphs: dict[str, Graph] = {}
     pipeline("onnx", chunk=1, scheme=scheme("none")).run(
-        scored, on_pass=lambda ran, graph: found.update({ran.name: graph.clone()})
+        scored, on_pass=lambda ran, graph: graphs.update({ran.name: graph.clone()})
     )
-    sites = [(node.args[3], node.kwargs) for node in found[name].calls(transom.attention.default)]
+    sites = [(node.args[3], node.kwargs) for node in graphs[name].calls(transom.attention.default)]
     assert sites == [(None, {"scale": 40**-0.5, "window": window, "softcap": 0.0}) for window in (16, 16, 0, 16, 16, 0)]
-    (logits,) = run_graph(found[name], torch.tensor([text]))
+    (logits,) = run_graph(graphs[name], torch.tensor([text]))
     assert np.abs(logits[0].numpy() - text_logits).max() < FP32_LOGITS
 
 

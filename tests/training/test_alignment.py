@@ -110,10 +110,10 @@ def test_what_a_method_is_given(tiny: Model, prompts: list[Prompt]) -> None:
     assert [source for source, *_ in continuations] == [policy, anchor]
     modules = policy.model().eager(), anchor.model().eager()
     assert tiny.tokenizer is not None
-    for samples, (_, asked, new), copies in zip(method.given, continuations, (2, 3), strict=True):
+    for samples, (_, requests, new), copies in zip(method.given, continuations, (2, 3), strict=True):
         assert samples is not None and samples.anchor_log_probs is not None
         assert samples.log_probs.shape == samples.anchor_log_probs.shape == (2, copies)
-        for place, (prompt, ids) in enumerate(zip(asked, new, strict=True)):
+        for place, (prompt, ids) in enumerate(zip(requests, new, strict=True)):
             row, column = divmod(place, copies)
             tokens = torch.tensor([[*prompt, *ids]])
             for module, values in zip(modules, (samples.log_probs, samples.anchor_log_probs), strict=True):

@@ -124,18 +124,18 @@ def test_blocks_are_the_whole(method: str, shape: tuple[int, ...], monkeypatch: 
 def test_no_more_is_read_at_once_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tensor's size: so a table of 262,144 rows takes no more memory than a small one."""
     monkeypatch.setattr(averaging, "BLOCK_NUMBERS", 1000)
-    asked: list[int] = []
+    sizes: list[int] = []
 
     def read_rows(start: int, stop: int) -> torch.Tensor:
-        asked.append((stop - start) * 64)
+        sizes.append((stop - start) * 64)
         return torch.zeros(stop - start, 64).add_(torch.arange(start, stop)[:, None])
 
     table = Weight(shape=(5000, 64), dtype=torch.float32, read_rows=read_rows, origin="synthetic")
     counted: list[int] = []
     tensor = MergedTensor(Average.of("warp", 2), [table, table, table], counted.append)
     tensor.weight("merged").read()
-    assert max(asked) == 15 * 64 <= 1000
-    assert sum(asked) == 2 * 3 * 5000 * 64 == sum(counted) // 4, "twice every model: angles, then the sum"
+    assert max(sizes) == 15 * 64 <= 1000
+    assert sum(sizes) == 2 * 3 * 5000 * 64 == sum(counted) // 4, "twice every model: angles, then the sum"
 
 
 BAD = {

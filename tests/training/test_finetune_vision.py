@@ -47,7 +47,7 @@ def objective(model: Model, data: Path, **changes: Any) -> Vision:
     return vision
 
 
-def gradients(vision: Vision) -> dict[str, torch.Tensor]:
+def gradients_of(vision: Vision) -> dict[str, torch.Tensor]:
     for loss in vision.losses(0):
         loss.value.backward()  # type: ignore[no-untyped-call]
     return {name: parameter.grad for name, parameter in vision.parameters.items() if parameter.grad is not None}
@@ -111,25 +111,25 @@ def test_gradients_are_only_where_they_belong(
 ) -> None:
     vision = objective(model, data, train=train, method=method)
     heads = {"projector": ("multi_modal_projector.",), "tower": ("vision_tower.",)}
-    wanted = heads.get(train, heads["projector"] + heads["tower"])
-    found = gradients(vision)
-    assert found.keys() == vision.parameters.keys() and all(name.startswith(wanted) for name in found)
+    prefixes = heads.get(train, heads["projector"] + heads["tower"])
+    gradients = gradients_of(vision)
+    assert gradients.keys() == vision.parameters.keys() and all(name.startswith(prefixes) for name in gradients)
     # A shift of keys shifts all scores of a query alike.
-    assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
-    assert all(any(name.startswith(head) for name in found) for head in wanted)
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if not name.endswith("k_proj.bias"))
+    assert all(any(name.startswith(head) for name in gradients) for head in prefixes)
     trained = {id(parameter) for parameter in vision.parameters.values()}
     others = [parameter for parameter in vision.module.parameters() if id(parameter) not in trained]
     assert others and not any(p.requires_grad or p.grad is not None for p in others)
     if method == "lora":
         projections = 12 if train == "tower" else 1 if train == "projector" else 13
-        assert len(found) == 2 * projections
+        assert len(gradients) == 2 * projections
     else:
-        assert {name for name in model.weights if name.startswith(wanted)} == found.keys()
+        assert {name for name in model.weights if name.startswith(prefixes)} == gradients.keys()
 
 
 @pytest.mark.parametrize("changes", [{"rows": 3}, {"recompute": True}])
 def test_neither_rows_nor_memory_change_the_gradient(changes: dict[str, Any], model: Model, data: Path) -> None:
-    expected, actual = (gradients(objective(model, data, batch=8, **more)) for more in ({}, changes))
+    expected, actual = (gradients_of(objective(model, data, batch=8, **more)) for more in ({}, changes))
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5)

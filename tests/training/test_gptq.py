@@ -28,26 +28,30 @@ def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("spec", SPEC_LIST, ids=QuantSpec.describe)
 def test_products_change_less_than_by_rounding_to_nearest(spec: QuantSpec) -> None:
     x, weight = inputs(500, 256), torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
-    found = gptq(weight, x.T @ x, spec)
-    assert found.codes.shape == (40, 256 // spec.group(256), spec.group(256))
+    rounded = gptq(weight, x.T @ x, spec)
+    assert rounded.codes.shape == (40, 256 // spec.group(256), spec.group(256))
     near = round_rows(weight, spec, "mse")
 
     def error(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> float:
         return float((x @ (decode(codes, scales, zeros, spec.format).view_as(weight) - weight).T).square().sum())
 
     other = inputs(500, 256, seed=5)
-    assert error(found.codes, found.scales, found.zero_points) < 0.6 * error(near.codes, near.scales, near.zero_points)
+    assert error(rounded.codes, rounded.scales, rounded.zero_points) < 0.6 * error(
+        near.codes, near.scales, near.zero_points
+    )
     x = other  # and on inputs that were not calibrated on, of another mixture
-    assert error(found.codes, found.scales, found.zero_points) < 10 * error(near.codes, near.scales, near.zero_points)
+    assert error(rounded.codes, rounded.scales, rounded.zero_points) < 10 * error(
+        near.codes, near.scales, near.zero_points
+    )
 
 
 def test_columns_that_do_not_correlate_are_rounded_to_nearest() -> None:
     spec, weight = SPECS["int8_block32"], torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-    found = gptq(weight, torch.eye(64) * 3, spec)
+    rounded = gptq(weight, torch.eye(64) * 3, spec)
     blocks = weight.view(5, 2, 32)
     grid = find_grid(blocks, spec, "mse", importance_GC=torch.ones(2, 32))
-    assert torch.equal(found.scales, grid.divisors)
-    assert torch.equal(found.codes.float() - 128, (blocks / grid.divisors[..., None]).round().clamp(-128, 127))
+    assert torch.equal(rounded.scales, grid.divisors)
+    assert torch.equal(rounded.codes.float() - 128, (blocks / grid.divisors[..., None]).round().clamp(-128, 127))
 
 
 def test_dead_columns_and_dead_text_are_no_trouble() -> None:
@@ -55,9 +59,9 @@ def test_dead_columns_and_dead_text_are_no_trouble() -> None:
     x = inputs(100, 64)
     x[:, :10] = 0
     for moments in (x.T @ x, torch.zeros(64, 64)):
-        found = gptq(weight, moments, SPECS["int4_block32"])
-        assert bool(torch.isfinite(found.scales).all())
-        again = decode(found.codes, found.scales, None, "int4").view_as(weight)
+        rounded = gptq(weight, moments, SPECS["int4_block32"])
+        assert bool(torch.isfinite(rounded.scales).all())
+        again = decode(rounded.codes, rounded.scales, None, "int4").view_as(weight)
         assert float((again - weight).abs().max()) < 3
 
 

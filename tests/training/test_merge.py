@@ -89,9 +89,9 @@ def test_every_family_merges_as_plain_torch_does(family: Sources, method: str, t
     again = load(tmp_path / "m", images=True)
     assert dataclasses.replace(again.config, name="") == dataclasses.replace(start.config, name="")
     for name, weight in again.weights.items():
-        wanted = expected(method, [model.weights[name].read() for model in (start, *ends)])
+        reference = expected(method, [model.weights[name].read() for model in (start, *ends)])
         assert weight.dtype == torch.float32
-        assert torch.allclose(weight.read().double(), wanted, rtol=1e-6, atol=1e-7), name
+        assert torch.allclose(weight.read().double(), reference, rtol=1e-6, atol=1e-7), name
     report = json.loads((tmp_path / "m" / REPORT).read_text())
     assert report == merged.report and report["method"] == method
     assert [entry["source"] for entry in report["sources"]] == [model.source for model in ends]
@@ -121,9 +121,11 @@ def test_dtypes(dtype: str | None, tmp_path: Path) -> None:
     merged = merge_models([a, b], Average.of("warp", 2), start=start, out=tmp_path / "m", dtype=dtype)
     assert merged.report["dtypes"] == [dtype or "bfloat16"]
     name = "layers.1.mlp.up_proj.weight"
-    wanted = expected("warp", [model.weights[name].read() for model in (start, a, b)])
+    reference = expected("warp", [model.weights[name].read() for model in (start, a, b)])
     kind = getattr(torch, dtype or "bfloat16")
-    assert torch.equal(load(tmp_path / "m").weights[name].read(), wanted.float().to(kind)), "rounded once, at the end"
+    assert torch.equal(load(tmp_path / "m").weights[name].read(), reference.float().to(kind)), (
+        "rounded once, at the end"
+    )
 
 
 def test_of_two_dtypes_the_widest(sources: Sources, tmp_path: Path) -> None:

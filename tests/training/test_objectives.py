@@ -66,8 +66,8 @@ KL = ascent(-(POLICY / ANCHOR).log())
 """Gradient of KL(policy || anchor)."""
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=0.01, rtol=0)
 
 
 def test_best_of_n_in_closed_form() -> None:

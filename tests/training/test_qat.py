@@ -93,10 +93,10 @@ def test_what_is_written_is_what_was_trained(quant: str, tiny: Model, words: Pat
     artifact = tmp_path / "q" / "onnx"
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert manifest["quantization"] == quant and all(entry["kept"] for entry in manifest["conversions"])
-    found = torch.from_numpy(transom.open(artifact).logits(ids[0].tolist()))
+    actual = torch.from_numpy(transom.open(artifact).logits(ids[0].tolist()))
     # Activations are rounded to int8 where codes are integers; with 8-bit floats all products are of float32.
     limit = FP32_LOGITS if quant.startswith("fp8") else INT8_ACTIVATIONS
-    assert float((found - logits[0]).square().mean().sqrt()) < limit
+    assert float((actual - logits[0]).square().mean().sqrt()) < limit
 
 
 def test_a_run_goes_on_where_it_was_saved(tiny: Model, words: Path, tmp_path: Path) -> None:
@@ -147,22 +147,22 @@ def test_a_state_that_does_not_fit_is_refused(case: str, tiny: Model, words: Pat
 
 
 def test_recomputing_changes_nothing(tiny: Model, words: Path, tmp_path: Path) -> None:
-    found = [
+    losses = [
         train(tiny, dataclasses.replace(SHORT, recompute=value), text=words, out=tmp_path / str(value), target=None)
         for value in (False, True)
     ]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_numbers_go_into_their_cells() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, meant = torch.randn(4, 64, generator=generator), torch.randn(4, 64, generator=generator).round()
-    moved = into_cells(weight, meant, -torch.ones(4, 2))
-    assert torch.equal(moved.round(), meant)
-    inside = (weight - meant).abs() < 0.49
+    weight, target = torch.randn(4, 64, generator=generator), torch.randn(4, 64, generator=generator).round()
+    moved = into_cells(weight, target, -torch.ones(4, 2))
+    assert torch.equal(moved.round(), target)
+    inside = (weight - target).abs() < 0.49
     assert 20 < int(inside.sum()) < 236
     assert torch.equal(moved[inside], weight[inside]), "what rounds to it already stays"
-    assert torch.equal((moved - meant)[~inside], 0.25 * (weight - meant)[~inside].sign())
+    assert torch.equal((moved - target)[~inside], 0.25 * (weight - target)[~inside].sign())
 
 
 def test_dither_parts_ties() -> None:
@@ -177,11 +177,11 @@ def test_dither_parts_ties() -> None:
 def test_the_pass_shares_one_rounded_table(tiny: Model) -> None:
     """Embedding and head read one node; a linear with codes in the graph reads its own."""
     graph = score_graph(tiny)
-    found, records = Pipeline([FakeQuantize(scheme("int4_block32:int8_block128"))]).run(graph)
+    rounded, records = Pipeline([FakeQuantize(scheme("int4_block32:int8_block128"))]).run(graph)
     (result,) = rewrites(records, FakeQuantized)
     assert result.changes == len(result.specs) == 6 * 7 + 1
     assert result.specs["embed_tokens.weight"] == SPECS["int8_block128"]
-    stages = Stages(found)
+    stages = Stages(rounded)
     assert stages.table.args[0].name.endswith("embed_tokens_weight")
     assert Pipeline([FakeQuantize(scheme("none"))]).run(graph)[1][0].changes == 0
 

@@ -65,20 +65,20 @@ def test_a_checkpoint_keeps_what_its_source_says_beside_the_weights(tiny: Model,
 
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_a_checkpoint_means_what_its_codes_mean(quant: str, tiny: Model, tmp_path: Path) -> None:
-    found = quantize_model(tiny, quant=quant, out=tmp_path / "q")
+    result = quantize_model(tiny, quant=quant, out=tmp_path / "q")
     again = load(tmp_path / "q")
     assert again.quant == quant and again.tokenizer is not None
     expected = numbers(tiny, quant)
     for name, weight in again.weights.items():
-        held = weight.read()
+        values = weight.read()
         if name in expected and scheme(quant).of(name):
-            assert weight.encoded is not None and held.dtype == torch.float32
-            assert torch.equal(held, expected[name]), name
+            assert weight.encoded is not None and values.dtype == torch.float32
+            assert torch.equal(values, expected[name]), name
             # Converting again changes nothing: the codes are kept.
-            assert torch.equal(dequantized(name, weight, scheme(quant)), held)
+            assert torch.equal(dequantized(name, weight, scheme(quant)), values)
         else:
-            assert torch.equal(held, tiny.weights[name].read())
-    errors = {entry.weight: entry for entry in found.conversions}
+            assert torch.equal(values, tiny.weights[name].read())
+    errors = {entry.weight: entry for entry in result.conversions}
     for name, entry in errors.items():
         difference = expected[name] - tiny.weights[name].read()
         assert entry.max_abs == pytest.approx(float(difference.abs().max()))
@@ -113,11 +113,11 @@ def test_a_checkpoint_in_bfloat16_is_calibrated_too(tiny: Model, calibration: Pa
     name = "layers.0.mlp.up_proj.weight"
     saved = {key: dataclasses.replace(one.to(torch.bfloat16), exact=None) for key, one in tiny.weights.items()}
     half = dataclasses.replace(tiny, weights=saved)
-    found = {}
+    weights = {}
     for method, text in (("nearest", None), ("gptq", calibration)):
         quantize_model(half, quant="int4_block32", out=tmp_path / method, method=method, text=text)  # type: ignore[arg-type]
-        found[method] = load(tmp_path / method).weights[name].read()
-    assert not torch.equal(found["nearest"], found["gptq"])
+        weights[method] = load(tmp_path / method).weights[name].read()
+    assert not torch.equal(weights["nearest"], weights["gptq"])
 
 
 def test_transformers_read_it(tiny: Model, tmp_path: Path) -> None:
@@ -137,14 +137,14 @@ def divergence(model: Model, other: Model, ids: list[int]) -> float:
 def test_calibration_is_worth_it(tiny: Model, calibration: Path, tmp_path: Path) -> None:
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode(calibration.read_text())[:100]
-    found: dict[str, float] = {}
+    divergences: dict[str, float] = {}
     methods: tuple[PtqMethod, ...] = ("nearest", "mse", "gptq")
     for method in methods:
         text = calibration if method == "gptq" else None
         quantize_model(tiny, quant="int4_block32", out=tmp_path / method, method=method, text=text)
-        found[method] = divergence(tiny, load(tmp_path / method), ids)
-    assert found["gptq"] < 0.4 * found["nearest"]
-    assert found["gptq"] < 0.4 * found["mse"]
+        divergences[method] = divergence(tiny, load(tmp_path / method), ids)
+    assert divergences["gptq"] < 0.4 * divergences["nearest"]
+    assert divergences["gptq"] < 0.4 * divergences["mse"]
 
 
 def spoil(path: Path, change: Any) -> None:
@@ -234,14 +234,14 @@ def test_a_grid_without_codes_is_found_again(quant: str, tiny: Model, tmp_path: 
     write_checkpoint(tmp_path / "bare", tiny.config, bare, dtype=torch.bfloat16)
     again = load(tmp_path / "bare")
     assert again.quant == "none"
-    found = quantize_model(again, quant=f"{quant}:none", out=tmp_path / "found")
-    for record in found.conversions:
+    result = quantize_model(again, quant=f"{quant}:none", out=tmp_path / "recovered")
+    for record in result.conversions:
         weight = again.weights[record.weight]
         assert record.recovered == weight.shape[0] and not record.kept
-        meant = load(tmp_path / "found").weights[record.weight].read()
-        assert torch.equal(meant.bfloat16(), weight.read()), "to the last bit of what was saved"
+        numbers = load(tmp_path / "recovered").weights[record.weight].read()
+        assert torch.equal(numbers.bfloat16(), weight.read()), "to the last bit of what was saved"
         near = dequantized(record.weight, Weight.of(coded.weights[record.weight].read()), scheme(quant))
-        assert float((meant - near).abs().max()) <= 2**-8 * float(near.abs().max())
+        assert float((numbers - near).abs().max()) <= 2**-8 * float(near.abs().max())
     # What is on no grid is rounded, and said to be.
     rounded = quantize_model(tiny, quant=quant, out=tmp_path / "rounded")
     assert not any(record.recovered for record in rounded.conversions)

@@ -23,9 +23,9 @@ def test_hidden_states_are_those_of_the_module(tiny: Model, graph: Graph, text: 
     weights = {name: weight.read() for name, weight in graph.weights.items()}
     tokens_BT, module = torch.tensor([text, text[::-1]]), tiny.eager()
     with torch.no_grad():
-        found = stages.hidden(tokens_BT, weights)
+        hidden = stages.hidden(tokens_BT, weights)
         expected, _ = module(tokens_BT, torch.tensor(0), None)
-    assert torch.equal(torch.nn.functional.linear(found, weights["embed_tokens.weight"]), expected)
+    assert torch.equal(torch.nn.functional.linear(hidden, weights["embed_tokens.weight"]), expected)
 
 
 def test_a_layer_reads_only_its_own_weights(tiny: Model, graph: Graph) -> None:
@@ -40,12 +40,12 @@ def test_a_layer_reads_only_its_own_weights(tiny: Model, graph: Graph) -> None:
 
 def test_gradients_do_not_depend_on_recomputing(graph: Graph, text: list[int]) -> None:
     stages = Stages(graph)
-    found = []
+    gradients = []
     for recompute in (False, True):
         weights = {name: weight.read().clone().requires_grad_(True) for name, weight in graph.weights.items()}
         stages.hidden(torch.tensor([text[:40]]), weights, recompute=recompute).square().sum().backward()  # type: ignore[no-untyped-call]
-        found.append({name: tensor.grad for name, tensor in weights.items()})
-    plain, again = found
+        gradients.append({name: tensor.grad for name, tensor in weights.items()})
+    plain, again = gradients
     for name, gradient in plain.items():
         assert gradient is not None and bool(gradient.abs().sum() > 0), name
         torch.testing.assert_close(again[name], gradient)

@@ -27,5 +27,5 @@ def parsed(path: Path) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{path} holds {constant}")
 
-    found: dict[str, object] = json.loads(path.read_text(), parse_constant=refuse)
-    return found
+    data: dict[str, object] = json.loads(path.read_text(), parse_constant=refuse)
+    return data

@@ -176,8 +176,8 @@ def test_values_that_are_no_numbers_are_a_difference(broken: float, context: Con
     assert (verdict.diverged, verdict.layer, verdict.position) == (True, 1, 40)
     assert "1 positions hold values that are no numbers" in verdict.cause
     # Finite differences beside them would understate it.
-    found = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
-    assert (found["max_abs"], found["relative"]) == (None, None)
+    data = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    assert (data["max_abs"], data["relative"]) == (None, None)
 
 
 def test_recordings_of_other_calls_or_shapes_are_refused(context: Context, right: Recording) -> None:
@@ -297,11 +297,11 @@ def test_bad_input_is_one_line(tiny: Model, traced: Graph, tmp_path: Path) -> No
 def test_an_artifact_is_made_again_for_its_own_processor(
     tiny: Model, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str | None] = []
+    processors: list[str | None] = []
 
     @contextlib.contextmanager
     def compiled(model: Model, options: Options) -> Iterator[None]:
-        asked.append(options.cpu)
+        processors.append(options.cpu)
         yield
 
     monkeypatch.setattr(sources, "_compiled", compiled)
@@ -316,7 +316,7 @@ def test_an_artifact_is_made_again_for_its_own_processor(
             pass
     with sources.rebuilt(manifest, tiny):
         pass
-    assert asked == ["x86-64-v3", "aarch64", None, None]
+    assert processors == ["x86-64-v3", "aarch64", None, None]
 
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -342,7 +342,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts of the tiny model: good, with a fault, and both without taps."""
-    root, made = tmp_path_factory.mktemp("bisect"), {}
+    root, artifacts = tmp_path_factory.mktemp("bisect"), {}
     passes = spoilt_passes(GRAPH_FAULTS["a window in a late layer only"])
 
     def spoilt(chunk: int, quant: Scheme, measure: Measure) -> list[Pass]:
@@ -357,10 +357,10 @@ def folders(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(pipelines.PIPELINES, "onnx", list_of)
             before = [AddTaps()] if taps else []
-            made[name] = transom.compile(
+            artifacts[name] = transom.compile(
                 tiny, target="onnx", context=128, chunk=CHUNK, before=before, out=root / name
             ).folder
-    return made
+    return artifacts
 
 
 def test_two_folders(cli: Cli, folders: dict[str, Path]) -> None:

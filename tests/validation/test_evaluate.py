@@ -69,8 +69,8 @@ def weighed(tiny: Model, words: Path, tmp_path_factory: pytest.TempPathFactory) 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     wide = logits.astype(np.float64)
     top = wide.max(-1, keepdims=True)
-    found: NDArray[np.float64] = wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
-    return found
+    rows: NDArray[np.float64] = wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
+    return rows
 
 
 def sequences(model: Model) -> list[list[int]]:
@@ -88,27 +88,27 @@ def plain(model: Model, ids: list[int]) -> NDArray[np.float64]:
 
 
 def test_the_oracle_is_the_plain_module(weighed: tuple[Evaluation, Path], tiny: Model) -> None:
-    found, _ = weighed
+    evaluation, _ = weighed
     losses = np.concatenate([-plain(tiny, ids)[range(LENGTH - 1), ids[1:]] for ids in sequences(tiny)])
-    row = found.plain
-    assert found.rows[0] is row and row.target == "plain module" and row.scheme == "none"
+    row = evaluation.plain
+    assert evaluation.rows[0] is row and row.target == "plain module" and row.scheme == "none"
     assert row.loss.mean == pytest.approx(losses.mean(), abs=FP32_LOGITS)
     assert row.perplexity == pytest.approx(math.exp(losses.mean()), rel=FP32_LOGITS)
     assert row.loss.error == pytest.approx(losses.std(ddof=1) / math.sqrt(losses.size), rel=1e-4)
     assert row.perplexity_error == pytest.approx(row.perplexity * row.loss.error)
     assert (row.kl.mean, row.loss_difference.mean, row.top1_agreement) == (0, 0, 1)
     assert row.prefill is None and row.decode is None
-    assert found.parameters == tiny.parameters
+    assert evaluation.parameters == tiny.parameters
     assert row.bytes == 4 * tiny.parameters and row.bytes_per_weight == 4
-    assert found.text["scored"] == losses.size == WINDOWS * (LENGTH - 1)
-    assert (found.text["sequences"], found.text["length"]) == (WINDOWS, LENGTH)
+    assert evaluation.text["scored"] == losses.size == WINDOWS * (LENGTH - 1)
+    assert (evaluation.text["sequences"], evaluation.text["length"]) == (WINDOWS, LENGTH)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_row_is_what_its_session_says(weighed: tuple[Evaluation, Path], tiny: Model, name: str) -> None:
     """Past the window, over calls that end inside a sequence; the session is run in one go here."""
-    found, out = weighed
-    (row,) = [row for row in found.measured if row.scheme == name]
+    evaluation, out = weighed
+    (row,) = [row for row in evaluation.measured if row.scheme == name]
     session = transom.open(out / f"onnxruntime-{name}", threads=1)
     losses, differences, distances, agreements = [], [], [], []
     for ids in sequences(tiny):
@@ -134,14 +134,14 @@ def test_a_row_is_what_its_session_says(weighed: tuple[Evaluation, Path], tiny: 
 
 
 def test_bytes_are_those_of_the_payload(weighed: tuple[Evaluation, Path]) -> None:
-    found, out = weighed
-    sizes = {row.scheme: row.bytes for row in found.measured}
+    evaluation, out = weighed
+    sizes = {row.scheme: row.bytes for row in evaluation.measured}
     for name, size in sizes.items():
         folder = out / f"onnxruntime-{name}"
         assert size == sum((folder / part).stat().st_size for part in ("model.onnx", "model.onnx.data"))
     assert sizes["int4"] < sizes["int8"] < sizes["none"]
-    for row in found.measured:
-        assert row.bytes_per_weight == row.bytes / found.parameters
+    for row in evaluation.measured:
+        assert row.bytes_per_weight == row.bytes / evaluation.parameters
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -154,10 +154,10 @@ def test_a_text_of_its_own_is_worth_a_known_perplexity(
         return Result(logits=np.zeros((1, len(call.logit_positions), self.vocab_size), dtype=np.float32))
 
     monkeypatch.setattr(OnnxRuntime, "_run", run)
-    found = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
-    (row,) = found.measured
+    evaluation = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
+    (row,) = evaluation.measured
     assert row.perplexity == pytest.approx(tiny.config.vocab_size, rel=1e-6) and row.loss.error < 1e-6
-    assert row.loss_difference.mean == pytest.approx(math.log(tiny.config.vocab_size) - found.plain.loss.mean)
+    assert row.loss_difference.mean == pytest.approx(math.log(tiny.config.vocab_size) - evaluation.plain.loss.mean)
     assert row.folder is None
 
 
@@ -172,10 +172,10 @@ def test_logits_that_are_no_numbers(tiny: Model, words: Path, monkeypatch: pytes
         return dataclasses.replace(result, logits=logits)
 
     monkeypatch.setattr(OnnxRuntime, "_run", run)
-    found = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
-    assert math.isnan(found.measured[0].perplexity) and found.measured[0].top1_agreement < 1
-    assert found.front("bytes") == () and found.front("decode") == ()
-    row = json.loads(json.dumps(found.to_json(), allow_nan=False))["rows"][1]
+    evaluation = evaluate_sources(tiny, text=words, schemes=["none"], length=40, decode_tokens=1, threads=1)
+    assert math.isnan(evaluation.measured[0].perplexity) and evaluation.measured[0].top1_agreement < 1
+    assert evaluation.front("bytes") == () and evaluation.front("decode") == ()
+    row = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))["rows"][1]
     assert row["perplexity"] is None and row["kl"] is None and row["on_front"] == []
 
 
@@ -187,16 +187,16 @@ def test_known_fronts() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
 def test_what_is_off_the_front_is_beaten_by_what_is_on_it(points: list[tuple[int, int]]) -> None:
-    held = front([(float(x), float(y)) for x, y in points])
-    on = [points[index] for index in held]
+    indices = front([(float(x), float(y)) for x, y in points])
+    on = [points[index] for index in indices]
     assert on == sorted(on)
     for index, (x, y) in enumerate(points):
         beaten = any((a, b) != (x, y) and a <= x and b <= y for a, b in on)
-        assert beaten == (index not in held)
+        assert beaten == (index not in indices)
 
 
 def test_rows_on_the_fronts(weighed: tuple[Evaluation, Path]) -> None:
-    found = weighed[0]
+    evaluation = weighed[0]
     sizes = {"none": (100, 10.0), "int8": (50, 20.0), "int4": (30, 30.0)}
     losses = {"none": 2.0, "int8": 2.5, "int4": 2.4}
     rows = tuple(
@@ -206,9 +206,9 @@ def test_rows_on_the_fronts(weighed: tuple[Evaluation, Path]) -> None:
             decode=sizes[row.scheme][1],
             loss=dataclasses.replace(row.loss, mean=losses[row.scheme]),
         )
-        for row in found.measured
+        for row in evaluation.measured
     )
-    known = dataclasses.replace(found, rows=(found.plain, *rows))
+    known = dataclasses.replace(evaluation, rows=(evaluation.plain, *rows))
     # int8 is beaten by int4, which is smaller, faster and likelier.
     assert [row.scheme for row in known.front("bytes")] == ["int4", "none"]
     assert [row.scheme for row in known.front("decode")] == ["int4", "none"]
@@ -222,20 +222,20 @@ def test_the_json_contract(cli: Cli, words: Path, tmp_path: Path) -> None:
     options = ("--schemes", "none,int8", "--length", 40, "--json", "-")
     code, out, err = cli("evaluate", "gemma3-tiny", "--text", words, *options, *Fast)
     assert code == 0, err
-    found = json.loads(out)
+    data = json.loads(out)
     assert {"model", "parameters", "source", "oracle", "text", "speed", "versions", "date", "not_run", "rows"} == set(
-        found
+        data
     )
-    assert found["model"] == "gemma3-tiny" and found["not_run"] == {}
-    assert [row["name"] for row in found["rows"]] == ["plain module", "onnxruntime none", "onnxruntime int8"]
-    for row in found["rows"]:
+    assert data["model"] == "gemma3-tiny" and data["not_run"] == {}
+    assert [row["name"] for row in data["rows"]] == ["plain module", "onnxruntime none", "onnxruntime int8"]
+    for row in data["rows"]:
         assert {
             "target", "scheme", "dtype", "folder", "weights", "bytes", "bytes_per_weight", "perplexity",
             "perplexity_error", "loss", "loss_error", "loss_difference", "loss_difference_error", "kl", "kl_error",
             "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s", "seconds", "on_front", "name",
             "by_position",
         } == set(row)  # fmt: skip
-    assert found["speed"]["prefill_tokens"] == 38 and found["speed"]["decode_tokens"] == 2
+    assert data["speed"]["prefill_tokens"] == 38 and data["speed"]["decode_tokens"] == 2
     assert set(tmp_path.iterdir()) == before, "what was compiled is not kept"
 
 
@@ -248,15 +248,15 @@ def test_the_table_and_the_files(cli: Cli, words: Path, tmp_path: Path) -> None:
     )
     assert code == 0, err
     assert "plain module" in out and "onnxruntime fp8_activations" in out and "not run: tvm fp8_activations" in out
-    found = parsed(files["json"])
-    assert list(found["not_run"]) == ["tvm fp8_activations"]  # type: ignore[call-overload]
+    data = parsed(files["json"])
+    assert list(data["not_run"]) == ["tvm fp8_activations"]  # type: ignore[call-overload]
     assert "rounds no activations" in files["html"].read_text()
     assert "<svg xmlns:" in files["plot"].read_text()
 
 
 def test_artifacts_as_they_stand(cli: Cli, weighed: tuple[Evaluation, Path], words: Path) -> None:
     """Their model is found again, and the numbers are those of the run that made them."""
-    found, out = weighed
+    evaluation, out = weighed
     folders = [out / f"onnxruntime-{name}" for name in ("int8", "int4")]
     options = ("--length", LENGTH, "--windows", WINDOWS, "--json", "-")
     code, printed, err = cli("evaluate", *folders, "--text", words, *options, *Fast)
@@ -266,15 +266,15 @@ def test_artifacts_as_they_stand(cli: Cli, weighed: tuple[Evaluation, Path], wor
         ("int8", str(folders[0])),
         ("int4", str(folders[1])),
     ]
-    for row, made in zip(rows, [found.plain, *found.measured[1:]], strict=True):
-        assert row["loss"] == pytest.approx(made.loss.mean, abs=1e-9) and row["bytes"] == made.bytes
+    for row, measured in zip(rows, [evaluation.plain, *evaluation.measured[1:]], strict=True):
+        assert row["loss"] == pytest.approx(measured.loss.mean, abs=1e-9) and row["bytes"] == measured.bytes
 
 
 def test_artifacts_of_one_scheme_are_told_apart(weighed: tuple[Evaluation, Path], words: Path, tmp_path: Path) -> None:
     folder = weighed[1] / "onnxruntime-int8"
     shutil.copytree(folder, tmp_path / "again")
-    found = evaluate_sources([folder, tmp_path / "again"], text=words, length=40, decode_tokens=1, threads=1)
-    assert [row.name for row in found.measured] == [
+    evaluation = evaluate_sources([folder, tmp_path / "again"], text=words, length=40, decode_tokens=1, threads=1)
+    assert [row.name for row in evaluation.measured] == [
         f"onnxruntime int8 ({path})" for path in (folder, tmp_path / "again")
     ]
 
@@ -287,12 +287,12 @@ def test_weights_that_were_trained_on(
     trained = dataclasses.replace(transom.load(tmp_path / "other"), tokenizer=tiny.tokenizer)
     folder = transom.compile(trained, out=tmp_path / "artifact", context=128).folder
     options: dict[str, Any] = {"text": words, "length": 40, "decode_tokens": 1, "threads": 1}
-    found = evaluate_sources(folder, model="gemma3-tiny", **options)
-    assert found.source == {"name": "random", "revision": "seed 0"}
-    assert found.measured[0].weights == {"name": trained.source, "revision": trained.revision}
-    assert found.measured[0].kl.mean > 0.1 and found.measured[0].top1_agreement < 0.5
+    evaluation = evaluate_sources(folder, model="gemma3-tiny", **options)
+    assert evaluation.source == {"name": "random", "revision": "seed 0"}
+    assert evaluation.measured[0].weights == {"name": trained.source, "revision": trained.revision}
+    assert evaluation.measured[0].kl.mean > 0.1 and evaluation.measured[0].top1_agreement < 0.5
     own = evaluate_sources(folder, model=trained, **options)
-    assert own.measured[0].kl.mean < 1e-6 and own.measured[0].loss.mean == found.measured[0].loss.mean
+    assert own.measured[0].kl.mean < 1e-6 and own.measured[0].loss.mean == evaluation.measured[0].loss.mean
     with pytest.raises(ConfigError, match="was made from revision"):
         evaluate_sources([weighed[1] / "onnxruntime-int8", folder], **options)
 
@@ -309,9 +309,9 @@ def test_what_fails_alone_is_told(tiny: Model, words: Path, monkeypatch: pytest.
     monkeypatch.setattr(rows, "measure", fail)
     options: dict[str, Any] = {"text": words, "length": 40, "decode_tokens": 1, "threads": 1}
     failing: list[Exception] = [RuntimeError("out of\nmemory")]
-    found = evaluate_sources(tiny, schemes=["none", "int8"], **options)
-    assert found.not_run == {"onnxruntime none": "RuntimeError: out of memory"}
-    assert [row.name for row in found.measured] == ["onnxruntime int8"]
+    evaluation = evaluate_sources(tiny, schemes=["none", "int8"], **options)
+    assert evaluation.not_run == {"onnxruntime none": "RuntimeError: out of memory"}
+    assert [row.name for row in evaluation.measured] == ["onnxruntime int8"]
     failing = [QuantizationError("64 columns"), RuntimeError("gone")]
     with pytest.raises(TargetError, match="nothing could be evaluated: onnxruntime none: RuntimeError: gone; onnx"):
         evaluate_sources(tiny, schemes=["none", "int8"], **options)
@@ -389,15 +389,15 @@ def test_what_would_be_left_aside_is_refused(
 
 def test_an_artifact_bounds_the_length(weighed: tuple[Evaluation, Path], words: Path) -> None:
     folder = weighed[1] / "onnxruntime-int8"
-    found = evaluate_sources(folder, text=words, decode_tokens=1, threads=1)
-    assert found.text["length"] == 128
+    evaluation = evaluate_sources(folder, text=words, decode_tokens=1, threads=1)
+    assert evaluation.text["length"] == 128
     with pytest.raises(ContextLengthError, match="context of 128"):
         evaluate_sources(folder, text=words, length=129)
 
 
 def test_the_public_function(exported: Export, words: Path) -> None:
     folder = exported("onnxruntime", "none").folder
-    found = transom.evaluate(folder, text=words, length=20, decode_tokens=1, threads=1)
-    assert isinstance(found, Evaluation) and re.match(r"\d{4}-\d\d-\d\dT", found.date)
+    evaluation = transom.evaluate(folder, text=words, length=20, decode_tokens=1, threads=1)
+    assert isinstance(evaluation, Evaluation) and re.match(r"\d{4}-\d\d-\d\dT", evaluation.date)
     with pytest.raises(TokenizerError):
         transom.evaluate(folder, text=words.parent / "nothing.txt")

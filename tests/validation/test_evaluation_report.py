@@ -49,7 +49,7 @@ def row(name: str, target: str, size: int, loss: float, decode: float | None) ->
 
 
 @pytest.fixture
-def found() -> Evaluation:
+def evaluation() -> Evaluation:
     """Two targets; int8 and int4 of ort close together, wild of xla far off, and one that gave no number."""
     return Evaluation(
         model="m <1>",
@@ -84,33 +84,33 @@ def test_buckets_double() -> None:
     assert [part.tokens for part in buckets([short[:511]])] == [511]
 
 
-def test_perplexity_by_position(found: Evaluation) -> None:
-    header, rows = position_table(found)
-    assert header == ("scheme", "0-512", "512-1,024") and len(rows) == len(found.rows)
+def test_perplexity_by_position(evaluation: Evaluation) -> None:
+    header, rows = position_table(evaluation)
+    assert header == ("scheme", "0-512", "512-1,024") and len(rows) == len(evaluation.rows)
     assert rows[1] == ("ort none", f"{math.exp(3.0):.3f}", f"{math.exp(2.0):.3f}")
-    assert "Perplexity by position" in render(found)
-    data = found.to_json()["rows"][0]["by_position"]
+    assert "Perplexity by position" in render(evaluation)
+    data = evaluation.to_json()["rows"][0]["by_position"]
     assert data[1] == {
         "start": 512, "stop": 1024, "tokens": 1, "perplexity": math.exp(2.0), "loss": 2.0, "loss_error": None,
     }  # fmt: skip
-    one = [dataclasses.replace(row, by_position=row.by_position[:1]) for row in found.rows]
-    assert "Perplexity by position" not in render(dataclasses.replace(found, rows=tuple(one)))
+    one = [dataclasses.replace(row, by_position=row.by_position[:1]) for row in evaluation.rows]
+    assert "Perplexity by position" not in render(dataclasses.replace(evaluation, rows=tuple(one)))
 
 
-def test_the_page(found: Evaluation) -> None:
-    html = render(found)
+def test_the_page(evaluation: Evaluation) -> None:
+    html = render(evaluation)
     assert not LOADS.search(html)
     page = Page(html)
     assert page.open == [] and "pip install <it>" in page.text and "m <1>" in page.text
-    for measured in found.rows:
+    for measured in evaluation.rows:
         assert f'<th scope="row">{measured.name}</th>' in html
     # Of the artifact that gave no number, the KL of `row` is one all the same.
     assert page.text.count("nan ± nan") == 1
     assert sum(attrs.get("role") == "img" for tag, attrs in page.tags if tag == "svg") == 2
 
 
-def test_the_file_stands_alone(found: Evaluation) -> None:
-    svg = render_plot(found, "svg").decode()
+def test_the_file_stands_alone(evaluation: Evaluation) -> None:
+    svg = render_plot(evaluation, "svg").decode()
     root = ElementTree.fromstring(svg)
     assert root.tag == f"{SVG}svg" and "var(" not in svg and not NO_NUMBER.search(svg)
     texts = ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
@@ -118,29 +118,29 @@ def test_the_file_stands_alone(found: Evaluation) -> None:
         assert texts.count(name) == 2
     assert "broken" not in texts and texts.count("unquantised, plain module: 12.182") == 2
     assert "MB on disk, ← better" in texts and "tokens decoded a second, better →" in texts
-    assert svg == render_plot(found, "svg").decode(), "the same data give the same bytes"
+    assert svg == render_plot(evaluation, "svg").decode(), "the same data give the same bytes"
 
 
-def test_a_file_of_pixels(found: Evaluation) -> None:
-    png = render_plot(found, "png")
+def test_a_file_of_pixels(evaluation: Evaluation) -> None:
+    png = render_plot(evaluation, "png")
     assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 1000
-    assert png == render_plot(found, "png")
+    assert png == render_plot(evaluation, "png")
 
 
-def test_fronts(found: Evaluation) -> None:
-    on_front = [[point.name for point in points(found, axis) if point.on_front] for axis in ("bytes", "decode")]
+def test_fronts(evaluation: Evaluation) -> None:
+    on_front = [[point.name for point in points(evaluation, axis) if point.on_front] for axis in ("bytes", "decode")]
     assert on_front == [["none", "int8", "int4", "wild"], ["none", "int8", "int4"]]
 
 
 @pytest.mark.parametrize("better", ["less", "more"])
 def test_a_front_goes_in_steps(better: Literal["less", "more"]) -> None:
     """Between two schemes nothing can be had: the corner is the worse of both in each respect."""
-    found = [
+    front_points = [
         Point(name="a", x=1.0, y=3.0 if better == "less" else 2.0, error=0.1, style=0, on_front=True),
         Point(name="b", x=2.0, y=2.0 if better == "less" else 3.0, error=0.1, style=0, on_front=True),
     ]
     axes = Figure().subplots()
-    scatter_plot(title="t", x_label="x", better=better, points=found, level=(math.nan, ""))(axes)
+    scatter_plot(title="t", x_label="x", better=better, points=front_points, level=(math.nan, ""))(axes)
     (front,) = [line for line in axes.lines if line.get_drawstyle() != "default"]
     corners = front.get_transform().transform_path(front.get_path())
     xs, ys = zip(*axes.transData.inverted().transform(corners.vertices), strict=True)
@@ -167,12 +167,12 @@ def test_a_plot_of_no_points() -> None:
     assert Page(svg).open == [] and not NO_NUMBER.search(svg) and "level" not in svg
 
 
-def test_without_matplotlib(found: Evaluation, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(evaluation: Evaluation, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command says it before it measures anything; a page says it in the place of its plots."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotError, match=r"pip install 'transom\[plots\]'"):
-        render_plot(found, "svg")
-    assert Page(render(found)).text.count("pip install 'transom[plots]'") == 2
+        render_plot(evaluation, "svg")
+    assert Page(render(evaluation)).text.count("pip install 'transom[plots]'") == 2
     (tmp_path / "t.txt").write_text("Some text.")
     plot = tmp_path / "e.svg"
     code, out, err = cli("evaluate", "gemma3-tiny", "--text", tmp_path / "t.txt", "--plot", plot)

@@ -98,14 +98,16 @@ def test_the_plots(html: str) -> None:
 
 
 def test_a_failure_comes_first(good: tuple[Validation, Path]) -> None:
-    found = good[0]
-    result = found.targets["onnx"]
+    validation = good[0]
+    result = validation.targets["onnx"]
     runs = tuple(dataclasses.replace(run, max_abs=float("nan"), max_rel=float("nan")) for run in result.lengths)
     broken = dataclasses.replace(
         result, lengths=runs, failures=("a prompt of 17: <b>&",), first_divergence=3, by_position=(float("nan"),) * 67
     )
     html = render(
-        dataclasses.replace(found, targets={**found.targets, "onnx": broken}, not_run={"tvm": "pip install <it>"})
+        dataclasses.replace(
+            validation, targets={**validation.targets, "onnx": broken}, not_run={"tvm": "pip install <it>"}
+        )
     )
     page = Page(html)
     assert "Validation failed" in page.text and "1 failed" in page.text

@@ -33,12 +33,12 @@ KINDS: dict[str, tuple[Any, float]] = {
 def test_intervals_hold_the_true_mean_as_often_as_they_say(kind: str) -> None:
     measure, truth = KINDS[kind]
     draw = np.random.default_rng(5)
-    held = 0
+    hits = 0
     for trial in range(TRIALS):
         estimate = estimate_mean(measure(draw), seed=trial, resamples=1000)
-        held += estimate.low <= truth <= estimate.high
+        hits += estimate.low <= truth <= estimate.high
     # Of 400 trials at 95%, the share lies within three deviations of .011; the percentile interval is a little narrow.
-    assert 0.91 <= held / TRIALS <= 0.985
+    assert 0.91 <= hits / TRIALS <= 0.985
 
 
 def test_the_interval_is_that_of_a_normal_distribution() -> None:

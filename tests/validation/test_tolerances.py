@@ -48,27 +48,27 @@ def module_of(model: Model, config: Gemma3Config, dtype: torch.dtype = torch.flo
 def differences(model: Model, module: Decoder, text: Sequence[int]) -> Differences:
     """A module against the oracle."""
     expected = Reading(model.eager(), text)
-    found = Reading(module, text).logits(0, len(text)).float().numpy()
-    return compare(found, expected.logits, 0)
+    logits = Reading(module, text).logits(0, len(text)).float().numpy()
+    return compare(logits, expected.logits, 0)
 
 
 @pytest.mark.parametrize("bound", [FLOAT32, INT8, BFLOAT16], ids=["float32", "int8", "bfloat16"])
 @pytest.mark.parametrize("by", [-1, 1])
 def test_a_window_that_is_off_by_one_does_not_pass(tiny: Model, text: list[int], bound: Tolerance, by: int) -> None:
     module = module_of(tiny, wrong_window(by)(gemma_config(tiny.config)))
-    found = differences(tiny, module, text[:LENGTH])
+    off_by_one = differences(tiny, module, text[:LENGTH])
     first = min(WINDOW + by, WINDOW)
-    assert found.relative[:first].max() < FLOAT32.relative
-    failures = judge("prefill", found, bound)
-    assert failures, f"{found.relative.max():.2e} of the largest logit, KL {found.kl.max():.2e}"
+    assert off_by_one.relative[:first].max() < FLOAT32.relative
+    failures = judge("prefill", off_by_one, bound)
+    assert failures, f"{off_by_one.relative.max():.2e} of the largest logit, KL {off_by_one.kl.max():.2e}"
     if bound is FLOAT32:
         assert f"from position {first} on" in failures[0]
 
 
 def test_bfloat16_passes_as_bfloat16_and_not_as_float32(tiny: Model, text: list[int]) -> None:
-    found = differences(tiny, module_of(tiny, gemma_config(tiny.config), torch.bfloat16), text[:LENGTH])
-    assert judge("prefill", found, BFLOAT16) == []
-    assert judge("prefill", found, FLOAT32) != []
+    rounded = differences(tiny, module_of(tiny, gemma_config(tiny.config), torch.bfloat16), text[:LENGTH])
+    assert judge("prefill", rounded, BFLOAT16) == []
+    assert judge("prefill", rounded, FLOAT32) != []
 
 
 def test_which_tolerance_is_whose() -> None:
@@ -87,29 +87,29 @@ def test_which_tolerance_is_whose() -> None:
         assert bound.reason
 
 
-def made(**arrays: Sequence[float]) -> Differences:
+def passing_but(**arrays: Sequence[float]) -> Differences:
     """Differences of 40 positions that pass, but for the first values given."""
-    held = {"max_abs": 0.0, "magnitude": 10.0, "kl": 0.0, "gap": 0.0}
-    full = {name: np.full(40, value) for name, value in held.items()}
+    defaults = {"max_abs": 0.0, "magnitude": 10.0, "kl": 0.0, "gap": 0.0}
+    full = {name: np.full(40, value) for name, value in defaults.items()}
     for name, values in arrays.items():
         full[name][: len(values)] = values
     return Differences(first=100, log_likelihood=np.zeros(40), kl_unquantized=np.empty(0), **full)
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("failing", "words"),
     [
-        (made(max_abs=[0, 0, 1e-3]), "logits differ from position 102 on, by 1.0e-04 of the largest"),
-        (made(max_abs=[float("nan")]), "logits differ from position 100 on"),
-        (made(kl=[0, 1e-4]), "KL is 1.0e-04 nats at position 101"),
-        (made(kl=[5e-6] * 40), "mean KL is 5.0e-06"),
-        (made(gap=[0, 0, 0, 0.1]), "from position 103 on, at 1 of 40 positions; these are no ties"),
-        (made(gap=[float("nan")]), "from position 100 on"),
-        (made(gap=[1e-5] * 4), "top-1 agreement is 90.0%"),
+        (passing_but(max_abs=[0, 0, 1e-3]), "logits differ from position 102 on, by 1.0e-04 of the largest"),
+        (passing_but(max_abs=[float("nan")]), "logits differ from position 100 on"),
+        (passing_but(kl=[0, 1e-4]), "KL is 1.0e-04 nats at position 101"),
+        (passing_but(kl=[5e-6] * 40), "mean KL is 5.0e-06"),
+        (passing_but(gap=[0, 0, 0, 0.1]), "from position 103 on, at 1 of 40 positions; these are no ties"),
+        (passing_but(gap=[float("nan")]), "from position 100 on"),
+        (passing_but(gap=[1e-5] * 4), "top-1 agreement is 90.0%"),
     ],
 )
-def test_every_bound_can_fail_alone(found: Differences, words: str) -> None:
-    failures = judge("prefill", found, FLOAT32)
+def test_every_bound_can_fail_alone(failing: Differences, words: str) -> None:
+    failures = judge("prefill", failing, FLOAT32)
     assert failures and all(line.startswith("a prompt of 140: ") for line in failures)
     assert any(words in line for line in failures), failures
 
@@ -117,23 +117,23 @@ def test_every_bound_can_fail_alone(found: Differences, words: str) -> None:
 def test_a_few_positions_may_be_sensitive_in_bfloat16() -> None:
     """Two of a thousand, and not without bound; of a few decoded positions, none."""
     far = dataclasses.replace(BFLOAT16, outliers=0.05)
-    assert judge("prefill", made(max_abs=[1.5, 1.5]), far) == []
-    assert "3 of 40" in judge("prefill", made(max_abs=[1.5, 1.5, 1.5]), far)[0]
-    assert "by 3.5e-01" in judge("prefill", made(max_abs=[3.5]), far)[0]
-    assert judge("prefill", made(max_abs=[1.5]), BFLOAT16) != []
+    assert judge("prefill", passing_but(max_abs=[1.5, 1.5]), far) == []
+    assert "3 of 40" in judge("prefill", passing_but(max_abs=[1.5, 1.5, 1.5]), far)[0]
+    assert "by 3.5e-01" in judge("prefill", passing_but(max_abs=[3.5]), far)[0]
+    assert judge("prefill", passing_but(max_abs=[1.5]), BFLOAT16) != []
 
 
 def test_ties_are_no_disagreement() -> None:
-    assert judge("prefill", made(gap=[2e-4]), FLOAT32) == []
-    assert judge("prefill", made(), FLOAT32) == []
-    assert judge("decode", made(gap=[1e-5] * 4), FLOAT32) == []
+    assert judge("prefill", passing_but(gap=[2e-4]), FLOAT32) == []
+    assert judge("prefill", passing_but(), FLOAT32) == []
+    assert judge("decode", passing_but(gap=[1e-5] * 4), FLOAT32) == []
 
 
 def test_compare_by_hand() -> None:
     expected = torch.tensor([[0.0, 1.0, -4.0], [2.0, 1.0, 0.0]])
-    found = np.array([[0.0, 1.5, -4.0], [1.0, 2.0, 0.0]], np.float32)
+    logits = np.array([[0.0, 1.5, -4.0], [1.0, 2.0, 0.0]], np.float32)
     differences = compare(
-        found,
+        logits,
         lambda first, stop: expected[first - 5 : stop - 5],
         5,
         following=[2],
@@ -143,11 +143,11 @@ def test_compare_by_hand() -> None:
     assert differences.max_abs.tolist() == [0.5, 1.0]
     assert differences.relative.tolist() == [0.125, 0.5]
     assert differences.gap.tolist() == [0.0, 1.0]
-    p, q = expected[1].softmax(-1), torch.from_numpy(found[1]).softmax(-1)
+    p, q = expected[1].softmax(-1), torch.from_numpy(logits[1]).softmax(-1)
     assert differences.kl[1] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
     assert differences.kl_unquantized[1] == pytest.approx(float((1 / 3 / q).log().mean()), rel=1e-5)
     # The second token is the text's last: nothing follows it.
-    log_q = torch.from_numpy(found[0]).log_softmax(-1)
+    log_q = torch.from_numpy(logits[0]).log_softmax(-1)
     assert differences.log_likelihood.tolist() == [pytest.approx(float(log_q[2]), rel=1e-6)]
 
 
@@ -191,8 +191,8 @@ def test_what_the_context_does_not_reach_is_said() -> None:
 
 def test_a_tie_is_far_smaller_than_a_difference_of_the_largest_logits() -> None:
     for bound in (INT8, BFLOAT16):
-        assert judge("decode", made(gap=[0.03 * 10]), bound) == []
-        assert any("no ties" in line for line in judge("decode", made(gap=[0.05 * 10]), bound))
+        assert judge("decode", passing_but(gap=[0.03 * 10]), bound) == []
+        assert any("no ties" in line for line in judge("decode", passing_but(gap=[0.05 * 10]), bound))
 
 
 def test_every_scheme_has_a_limit() -> None:

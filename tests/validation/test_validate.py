@@ -56,9 +56,9 @@ def artifact(good: Good, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_good_targets_pass_at_the_lengths_that_matter(good: Good) -> None:
-    found, _ = good
-    assert found.passed and tuple(found.targets) == TARGETS
-    for result in found.targets.values():
+    validation, _ = good
+    assert validation.passed and tuple(validation.targets) == TARGETS
+    for result in validation.targets.values():
         assert result.failures == () and result.first_divergence is None and result.new_tokens == 32
         assert [run.length for run in result.prefills] == LENGTHS
         # All of the longest; of the others the last call, as those before it are the longest's.
@@ -79,10 +79,10 @@ def test_good_targets_pass_at_the_lengths_that_matter(good: Good) -> None:
 
 
 def test_layers_are_compared_with_the_references(good: Good) -> None:
-    found, _ = good
-    assert found.targets["reference"].layers == ()
+    validation, _ = good
+    assert validation.targets["reference"].layers == ()
     for name in ("onnxruntime", "onnx"):
-        layers = found.targets[name].layers
+        layers = validation.targets[name].layers
         assert {tap.layer for tap in layers} == {None, *range(6)}
         assert {"attention", "norm", "projection", "residual"} <= {tap.op for tap in layers}
         assert 0 < max(tap.max_rel for tap in layers) < FLOAT32.relative
@@ -94,9 +94,9 @@ def test_the_json_contract(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("validate", "gemma3-tiny", *options)
     assert code == 0, err
     assert "onnxruntime" in out and "pass" in out
-    found = json.loads((tmp_path / "v.json").read_text())
-    assert found["model"] == "gemma3-tiny" and found["passed"] is True
-    target = found["targets"]["onnxruntime"]
+    data = json.loads((tmp_path / "v.json").read_text())
+    assert data["model"] == "gemma3-tiny" and data["passed"] is True
+    target = data["targets"]["onnxruntime"]
     assert {
         "passed", "max_abs", "max_rel", "kl", "top1_agreement", "first_divergence", "cache_bytes", "lengths",
     } <= set(target)  # fmt: skip
@@ -130,9 +130,9 @@ def test_all_targets_are_proved(cli: Cli, good: Good, tmp_path: Path) -> None:
         "validate", "gemma3-tiny", *options, "--json", tmp_path / "v.json", "--html", tmp_path / "v.html"
     )
     assert code == 0, err
-    found = json.loads((tmp_path / "v.json").read_text())["targets"]
-    assert list(found) == names
-    for name, target in found.items():
+    targets = json.loads((tmp_path / "v.json").read_text())["targets"]
+    assert list(targets) == names
+    for name, target in targets.items():
         assert target["passed"] and target["first_divergence"] is None, name
         assert target["top1_agreement"] == 1 or name == "tensorrt", name
         bound = FLOAT32 if target["dtype"] == "float32" else BFLOAT16
@@ -154,9 +154,9 @@ def test_logits_that_are_wrong_past_the_window(
     perturbed(monkeypatch, value)
     code, out, err = cli("validate", artifact, *JSON)
     assert code == 1, err
-    found = json.loads(out)
-    target = found["targets"]["onnxruntime"]
-    assert found["passed"] is target["passed"] is False
+    data = json.loads(out)
+    target = data["targets"]["onnxruntime"]
+    assert data["passed"] is target["passed"] is False
     # The first prompt that reaches the position says so; those before it are fine.
     assert f"a prompt of {WINDOW + 1}: logits differ from position {WINDOW} on" in target["failures"][0]
     prompts = {run["length"]: run for run in target["lengths"] if run["kind"] == "prefill"}
@@ -224,9 +224,9 @@ def test_a_wrong_greedy_token(cli: Cli, artifact: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_quantised_targets_have_an_oracle_of_the_same_numbers(tiny: Model, quant: str) -> None:
-    found = transom.validate(tiny, targets=("reference", "onnxruntime"), quant=quant, threads=1)
-    assert found.passed, [result.failures for result in found.targets.values()]
-    reference, runtime = found.targets.values()
+    validation = transom.validate(tiny, targets=("reference", "onnxruntime"), quant=quant, threads=1)
+    assert validation.passed, [result.failures for result in validation.targets.values()]
+    reference, runtime = validation.targets.values()
     # The same numbers: no further away than without quantisation. The unquantised model is much further.
     assert reference.tolerance is FLOAT32
     for result in (reference, runtime):
@@ -249,7 +249,7 @@ def test_an_artifact_is_validated_as_it_stands(cli: Cli, exported: Export, tmp_p
 
 
 def test_the_certificate(good: Good, tmp_path: Path) -> None:
-    found, out = good
+    validation, out = good
     for name in ("onnxruntime", "onnx"):
         assert sorted(path.name for path in (out / name).iterdir()) == [
             "chat_template.jinja", "generation_config.json", "manifest.json", "model.onnx", "model.onnx.data",
@@ -259,7 +259,7 @@ def test_the_certificate(good: Good, tmp_path: Path) -> None:
         data = json.loads((out / name / CERTIFICATE).read_text())
         assert data["passed"] is True and data["model"] == "gemma3-tiny"
         assert data["result"]["tolerance"]["relative"] == FLOAT32.relative
-        assert data["result"]["lengths"] == found.to_json()["targets"][name]["lengths"]
+        assert data["result"]["lengths"] == validation.to_json()["targets"][name]["lengths"]
         assert {"oracle", "versions", "date", "prompt", "manifest_sha256"} <= set(data)
         assert "torch" in data["versions"]
     assert not (out / "reference").exists()
@@ -289,17 +289,17 @@ def test_a_failure_is_certified_too(artifact: Path, monkeypatch: pytest.MonkeyPa
     perturbed(monkeypatch, float("nan"))
     assert read_certificate(artifact).state == "none"
     assert not transom.validate(artifact, threads=1).passed
-    found = read_certificate(artifact)
-    assert found.state == "valid" and found.passed is False and "failed on" in found.describe()
+    certificate = read_certificate(artifact)
+    assert certificate.state == "valid" and certificate.passed is False and "failed on" in certificate.describe()
     assert "NaN" not in (artifact / CERTIFICATE).read_text()
 
 
 def test_a_model_without_a_tokenizer_reads_random_tokens(tmp_path: Path) -> None:
     config = preset("gemma3-tiny")
     write_checkpoint(tmp_path / "model", config, random_weights(config, 0))
-    found = transom.validate(tmp_path / "model", targets=["reference"], seed=3)
-    assert found.prompt["source"] == "random tokens of seed 3"
-    assert found.prompt["tokens"] == LENGTHS[-1]
+    validation = transom.validate(tmp_path / "model", targets=["reference"], seed=3)
+    assert validation.prompt["source"] == "random tokens of seed 3"
+    assert validation.prompt["tokens"] == LENGTHS[-1]
 
 
 def test_a_text_of_ones_own(cli: Cli, artifact: Path, tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_a_missing_library(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_tvm(monkeypatch)
     code, _, err = cli("validate", "gemma3-tiny", "--targets", "reference,tvm")
     assert code == 2 and "pip install 'transom[tvm]'" in err and len(err.strip().splitlines()) == 1
-    found, missing = candidates.installed_targets(quant="none", dtype="float32")
-    assert "tvm" not in found and {"reference", "onnxruntime", "onnx"} <= set(found)
+    installed, missing = candidates.installed_targets(quant="none", dtype="float32")
+    assert "tvm" not in installed and {"reference", "onnxruntime", "onnx"} <= set(installed)
     assert "pip install 'transom[tvm]'" in missing["tvm"]
 
 
@@ -336,14 +336,14 @@ def test_what_is_not_run_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(candidates, "TARGETS", left)
     code, out, err = cli("validate", "gemma3-tiny", "--threads", 1, "--json", "-")
     assert code == 0, err
-    found = json.loads(out)
-    assert list(found["targets"]) == ["reference", "onnx"]
-    assert "pip install" in found["not_run"]["tvm"]
+    data = json.loads(out)
+    assert list(data["targets"]) == ["reference", "onnx"]
+    assert "pip install" in data["not_run"]["tvm"]
 
 
 def test_targets_that_cannot_hold_a_scheme_are_listed() -> None:
-    found, missing = candidates.installed_targets(quant="fp8_activations", dtype=None)
-    assert found == ["reference", "onnxruntime", "onnx", "xla"]
+    installed, missing = candidates.installed_targets(quant="fp8_activations", dtype=None)
+    assert installed == ["reference", "onnxruntime", "onnx", "xla"]
     assert set(missing) == {"tvm", "tensorrt"} and "rounds no activations" in missing["tvm"]
 
 
@@ -358,10 +358,10 @@ def test_a_runtime_that_breaks_fails_alone(
     files = ("--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
     code, out, err = cli("validate", artifact, "--targets", "reference", "--threads", 1, *files)
     assert code == 1, err
-    found = json.loads((tmp_path / "v.json").read_text())["targets"]
-    assert found["reference"]["passed"] is True and found["onnxruntime"]["passed"] is False
-    assert found["onnxruntime"]["failures"] == ["could not run: RuntimeError: illegal instruction"]
-    assert found["onnxruntime"]["max_abs"] is found["onnxruntime"]["cache_bytes"] is None
+    targets = json.loads((tmp_path / "v.json").read_text())["targets"]
+    assert targets["reference"]["passed"] is True and targets["onnxruntime"]["passed"] is False
+    assert targets["onnxruntime"]["failures"] == ["could not run: RuntimeError: illegal instruction"]
+    assert targets["onnxruntime"]["max_abs"] is targets["onnxruntime"]["cache_bytes"] is None
     assert "FAIL" in out and "could not run" in out and "could not run" in (tmp_path / "v.html").read_text()
     assert read_certificate(artifact).passed is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.html", "v.json"]
@@ -391,12 +391,12 @@ def test_a_broken_quantisation(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> 
     honest = rounding.round_rows
 
     def halved(*args: Any, **options: Any) -> Any:
-        found = honest(*args, **options)
-        return dataclasses.replace(found, scales=found.scales / 2)
+        rounded = honest(*args, **options)
+        return dataclasses.replace(rounded, scales=rounded.scales / 2)
 
     monkeypatch.setattr(conversion, "round_rows", halved)
-    found = transom.validate(tiny, targets=["reference"], quant="int4_table", context=64)
-    (line,) = found.targets["reference"].failures
+    validation = transom.validate(tiny, targets=["reference"], quant="int4_table", context=64)
+    (line,) = validation.targets["reference"].failures
     assert "the quantised weights are far from the model's" in line
 
 

@@ -38,7 +38,7 @@ def test_system_text_opens_the_first_user_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conversation", "said"),
+    ("conversation", "message"),
     [
         (turns(), "no user message"),
         (turns(("system", "x")), "no user message"),
@@ -48,8 +48,8 @@ def test_system_text_opens_the_first_user_turn() -> None:
         (turns(("user", "x"), ("tool", "y")), "'tool'"),
     ],
 )
-def test_roles_out_of_turn(conversation: list[Message], said: str) -> None:
-    with pytest.raises(TokenizerError, match=said):
+def test_roles_out_of_turn(conversation: list[Message], message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
         render(conversation)
 
 

@@ -113,7 +113,7 @@ def test_thetas_and_softcap_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "mamba"}, "unknown model_type .mamba.: known are gemma3_text, gemma3, gemma2, gemma4"),
         ({"model_type": None}, "unknown model_type null"),
@@ -133,8 +133,8 @@ def test_thetas_and_softcap_are_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ],
 )
-def test_what_the_zoo_does_not_hold(tmp_path: Path, change: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_what_the_zoo_does_not_hold(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         read(tmp_path, OLD_1B | change)
     assert "\n" not in str(caught.value)
 

@@ -84,7 +84,7 @@ def test_gguf(tiny_gguf: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "said"),
+    ("name", "error", "message"),
     [
         ("gemma3-1b", CheckpointError, "gemma3-1b comes without weights.*google/gemma-3-1b-it.*--weights random"),
         ("gemma9", ConfigError, "no model named 'gemma9'"),
@@ -93,8 +93,8 @@ def test_gguf(tiny_gguf: Path) -> None:
         ("absent.gguf", CheckpointError, "absent.gguf: cannot be read"),
     ],
 )
-def test_what_cannot_be_loaded(name: str, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said) as caught:
+def test_what_cannot_be_loaded(name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
         load(name)
     assert "\n" not in str(caught.value)
 
@@ -108,17 +108,17 @@ def test_folder_without_weights(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 def test_hub(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
-        asked.append((hub_id, allow_patterns))
+        requests.append((hub_id, allow_patterns))
         return str(tiny_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load("google/gemma-3-tiny").config.name == "gemma-3-tiny"
     assert resolve_config("google/gemma-3-tiny").name == "gemma-3-tiny"
     assert load("google/gemma-3-tiny", weights="random").revision == "seed 0"
-    assert ["*.safetensors" in patterns for _, patterns in asked] == [True, False, False]
+    assert ["*.safetensors" in patterns for _, patterns in requests] == [True, False, False]
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:

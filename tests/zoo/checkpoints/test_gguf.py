@@ -145,7 +145,7 @@ def test_without_rope_scaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
         (
             {"architecture": "mamba"},
@@ -161,9 +161,11 @@ def test_without_rope_scaling(tmp_path: Path) -> None:
         ({"skip": ("token_embd.weight",)}, CheckpointError, "token_embd.weight is missing"),
     ],
 )
-def test_what_cannot_be_read(tmp_path: Path, arguments: dict[str, object], error: type[Exception], said: str) -> None:
+def test_what_cannot_be_read(
+    tmp_path: Path, arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", TINY, WEIGHTS, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=message) as caught:
         open_gguf(path)
     assert "\n" not in str(caught.value)
 
@@ -178,7 +180,7 @@ def test_damaged_files(tiny_gguf: Path, tmp_path: Path) -> None:
     whole = tiny_gguf.read_bytes()
     path = tmp_path / "broken.gguf"
     head = read_header(tiny_gguf).parts[0].data_start
-    for content, said in (
+    for content, message in (
         (b"", "not a GGUF file"),
         (b"PK\x03\x04" * 100, "not a GGUF file"),
         (b"GGUF" + (1).to_bytes(4, "little") + whole[8:], "version 1 GGUF"),
@@ -190,7 +192,7 @@ def test_damaged_files(tiny_gguf: Path, tmp_path: Path) -> None:
         (whole[:8] + b"\xff" * 200 + whole[208:], "cut off within its head|corrupt"),
     ):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=said) as caught:
+        with pytest.raises(CheckpointError, match=message) as caught:
             open_gguf(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="No such file"):
