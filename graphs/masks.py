@@ -229,7 +229,9 @@ def _full_points(mask: Node, tokens: Any, points: Collection[_Point]) -> Iterato
     for node in _upstream(mask):
         name = getattr(node.target, "__name__", "").split(".")[0].strip("_")
         large = (value for value in _numbers(node) if abs(value) > LARGEST_WINDOW)
-        if name in _CURVED or (name in ("lt", "le", "gt", "ge", "eq", "ne", "floor_divide", "remainder") and any(large)):
+        if name in _CURVED or (
+            name in ("lt", "le", "gt", "ge", "eq", "ne", "floor_divide", "remainder") and any(large)
+        ):
             raise _UnreadableMaskError(
                 f"the mask may change beyond the {tried} tokens at which it was evaluated, by {node.name}"
             )
