@@ -23,12 +23,20 @@ LARGEST_WINDOW = 2**17
 LARGEST_AREA = 2**26
 """Entries of the largest mask that is evaluated; beyond that nothing is claimed about a mask."""
 
+FARTHEST = 2**20
+"""Positions up to which a mask over caches is looked at, whatever numbers its graph mentions."""
+
 MASKED = -1e4
 """An additive mask must be 0 where a key is seen, and at most this where it is not."""
 
 _UNKNOWN = "the mask is neither causal nor a causal window, nor one of these by segments or dilated"
 
-_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default)
+_SHIFTS = (aten.__lshift__.Scalar, aten.__rshift__.Scalar)
+
+_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default, *_SHIFTS)
+
+_CURVED = {"pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sigmoid", "tanh"}
+"""Operations whose results do not tell how far apart the positions are at which they pass a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,7 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
         left = list(candidates(last_row, torch.tensor([last]), keys, _whole_numbers(mask)))
         edges = {size for known in left for size in (known.window, known.segment, known.dilation)}
         points = [telling, *_grid(reach, edges, tokens, slots, cached=cached)]
+        points += _far_points(_whole_numbers(mask), tokens, slots) if cached else _full_points(mask, tokens, points)
         if until is not None:
             points += [with_block for point in points for with_block in _with_blocks(point, max(edges, default=0))]
         for point in points:
@@ -190,6 +199,52 @@ def _grid(reach: int, sizes: Collection[int], tokens: Any, slots: Any, *, cached
                 yield _Point(start=start, tokens=fixed_tokens or min(count, width), slots=width)
 
 
+def _far_points(sizes: Collection[int], tokens: Any, slots: Any) -> Iterator[_Point]:
+    """Few tokens, far from the start, that look back over all that the graph can hold.
+
+    A mask may change at positions that no number of its graph gives away. These points are spread over all sizes of
+    numbers, on both sides of what segments and dtypes of few bits are likely to end at.
+    """
+    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
+    count = fixed_tokens or 5
+    widest = min(_most(slots), LARGEST_AREA // 8 // count)
+    powers = [2**exponent for exponent in range(5, FARTHEST.bit_length())]
+    ends = {end for size in sizes for end in (size, 5 * size)} if len(sizes) < 32 else set(sizes)
+    for end in sorted({*ends, *powers, *(power * 5 // 7 for power in powers)}):
+        start = max(0, end - count // 2)
+        yield _Point(start=start, tokens=count, slots=fixed_slots or max(1, min(start + count, widest)))
+
+
+def _full_points(mask: Node, tokens: Any, points: Collection[_Point]) -> Iterator[_Point]:
+    """As many tokens as the graph takes, where that is no large mask.
+
+    Raises:
+        _UnreadableMaskError: It is one, and where the mask changes cannot be told from its numbers.
+    """
+    most = _most(tokens)
+    if most <= 2048:
+        yield _Point(start=0, tokens=most, slots=most)
+        return
+    tried = max(point.tokens for point in points)
+    for node in _upstream(mask):
+        name = getattr(node.target, "__name__", "").split(".")[0].strip("_")
+        large = (value for value in _numbers(node) if abs(value) > LARGEST_WINDOW)
+        if name in _CURVED or (
+            name in ("lt", "le", "gt", "ge", "eq", "ne", "floor_divide", "remainder") and any(large)
+        ):
+            raise _UnreadableMaskError(
+                f"the mask may change beyond the {tried} tokens at which it was evaluated, by {node.name}"
+            )
+
+
+def _most(size: Any) -> int:
+    """Largest number that a size may be, as far as positions are looked at."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return min(int(bound), FARTHEST) if bound.is_finite else FARTHEST
+
+
 def _with_blocks(point: _Point, window: int) -> Iterator[_Point]:
     """The point with blocks of tokens that see each other: shorter than the window, longer, and all of the tokens."""
     for block in sorted({2, max(2, window // 2), window + 1, point.tokens}):
@@ -205,8 +260,8 @@ def _reach(mask: Node) -> int:
     """
     reach, factors = 16.0, 1.0
     for node in _upstream(mask):
-        for value in (*node.args, *node.kwargs.values()):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) <= LARGEST_WINDOW:
+        for value in _numbers(node):
+            if not 0 < abs(value) <= LARGEST_WINDOW:
                 continue
             if is_call(node, *_SCALING) and not _is_compared(node):
                 factors *= max(abs(value), 1 / abs(value))
@@ -223,8 +278,18 @@ def _is_compared(node: Node) -> bool:
 
 def _whole_numbers(mask: Node) -> set[int]:
     """Sizes that the mask's subgraph mentions."""
-    values = [value for node in _upstream(mask) for value in (*node.args, *node.kwargs.values())]
+    values = {value for node in _upstream(mask) for value in _numbers(node)}
     return {value for value in values if type(value) is int and 0 < value <= LARGEST_WINDOW}
+
+
+def _numbers(node: Node) -> list[int | float]:
+    """Numbers among a call's arguments and in lists there; of a shift, what it multiplies or divides by."""
+    values = list[int | float]()
+    for given in (*node.args, *node.kwargs.values()):
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                values.append(2**value if is_call(node, *_SHIFTS) and 0 <= value < 64 else value)
+    return values
 
 
 def _span(reach: int) -> int:

@@ -174,22 +174,29 @@ RING: dict[str, tuple[Ring, Expected]] = {
     ),
     "dilated by slot": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - torch.arange(s)) % 4 == 0), NEITHER),
     "chunk of new tokens sees itself": (lambda i, k, p, s: (k >= 0) & ((k <= i) | (k >= p)), NEITHER),
+    "segments by shifts": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i >> 6 == k >> 6), Mask(segment=64)),
+    "a window that grows by shifts": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i - k < W + (i >> 6)), NEITHER),
+    "a window within segments": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i - k < 5) & (i // 64 == k // 64), NEITHER),
     "local after the first wrap": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k < W) | (p < s)), NEITHER),
 }
 
 
 class RingMasks(nn.Module):
+    def __init__(self, masks: Mapping[str, tuple[Ring, Expected]]) -> None:
+        super().__init__()
+        self.masks = [make for make, _ in masks.values()]
+
     def forward(self, x: torch.Tensor, start: torch.Tensor, cache: torch.Tensor) -> list[torch.Tensor]:
         slots = cache.shape[2]
         positions = start + torch.arange(x.shape[1])
         last = start + x.shape[1] - 1
         keys = last - (last - torch.arange(slots)) % slots
-        return [mask(positions[:, None], keys, start, slots) for mask, _ in RING.values()]
+        return [mask(positions[:, None], keys, start, slots) for mask in self.masks]
 
 
-def ring_graph(sizes: Any) -> Graph:
+def ring_graph(sizes: Any, masks: Mapping[str, tuple[Ring, Expected]] = RING) -> Graph:
     graph = export(
-        RingMasks(),
+        RingMasks(masks),
         torch.ones(2, 7, dtype=torch.int64),
         torch.tensor(0),
         torch.zeros(2, 2, 90, 8),
@@ -216,6 +223,35 @@ def test_ring(rings: dict[str, Graph], sizes: str, name: str) -> None:
     mask = graph.outputs[f"output.{list(RING).index(name)}"]
     reading = read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True)
     expect(reading, RING[name][1])
+
+
+# Where 90 slots would never hold what tells them from a known family.
+FAR: dict[str, tuple[Ring, Expected]] = {
+    "a window that a root hides": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k).float().sqrt() < 12), NEITHER),
+    "a window that a square hides": (lambda i, k, p, s: (k >= 0) & (k <= i) & ((i - k) * (i - k) < 400_000), NEITHER),
+    "two dilations": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i % 7 == k % 7) & (i % 11 == k % 11), NEITHER),
+    "positions of 8 bits": (lambda i, k, p, s: (k >= 0) & (k.bfloat16() <= i.bfloat16()), NEITHER),
+}
+
+
+def test_what_no_number_of_the_graph_gives_away_is_seen_from_afar() -> None:
+    sizes = {1: Dim("T", max=4096)}, None, {2: Dim("S", max=4096)}
+    graph = ring_graph(sizes, FAR)
+    x, _, cache = graph.inputs.values()
+    for mask, (_, expected) in zip(graph.outputs.values(), FAR.values(), strict=True):
+        expect(read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True), expected)
+
+
+def test_where_keys_are_in_their_own_order_a_root_hides_a_window() -> None:
+    masks: dict[str, tuple[Plain, Expected]] = {
+        "shifts": (lambda i, j, x: (j <= i) & (i >> 6 == j >> 6), Mask(segment=64)),
+        "root": (lambda i, j, x: (j <= i) & ((i - j).abs().sqrt() < 40), "may change beyond"),
+        "square": (lambda i, j, x: (j <= i) & ((i - j) * (i - j) < 10**6), "may change beyond"),
+    }
+    sizes = ({1: Dim("T", max=4096)},)
+    graph = export(PlainMasks(masks), torch.ones(1, 29, dtype=torch.int64), dynamic_shapes=sizes)
+    for index, (_, expected) in enumerate(masks.values()):
+        expect(read_plain(graph, index), expected)
 
 
 # With sizes that the graph fixes, only those sizes count.
