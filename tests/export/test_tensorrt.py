@@ -142,8 +142,9 @@ def test_a_window_that_is_off_by_one_is_noticed(
     for path in compiled().iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     model = onnx.load(out / MODEL_FILE, load_external_data=False)
-    (less,) = [node for node in model.graph.node if node.op_type == "Less"]
-    (bound,) = [entry for entry in model.graph.initializer if entry.name == less.input[1]]
+    (greater,) = [node for node in model.graph.node if node.op_type == "Greater"]
+    (edge,) = [node for node in model.graph.node if node.output[0] == greater.input[1]]
+    (bound,) = [entry for entry in model.graph.initializer if entry.name == edge.input[1]]
     assert numpy_helper.to_array(bound) == WINDOW
     bound.CopyFrom(numpy_helper.from_array(np.array(window), bound.name))
     (out / MODEL_FILE).write_bytes(model.SerializeToString())

@@ -46,7 +46,13 @@ class ImageFault:
 
 
 def _mask(seen: Seen) -> Plant:
-    return lambda patch: patch.setattr(layers, "visible_keys", seen)
+    def planted(
+        positions_T: torch.Tensor, slots: int, window: int | None, until_T: torch.Tensor | None, pattern: object
+    ) -> torch.Tensor:
+        assert pattern is None
+        return seen(positions_T, slots, window, until_T)
+
+    return lambda patch: patch.setattr(layers, "visible_keys", planted)
 
 
 def seen_as_text(

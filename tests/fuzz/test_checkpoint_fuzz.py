@@ -286,7 +286,11 @@ def outcome(change_list: list[tuple[Any, ...]], family: str) -> str:
     return "read"
 
 
-FAMILIES = [family.name for family in architectures() if family.text is None and family.name != "adaptive"]
+FAMILIES = [
+    family.name
+    for family in architectures()
+    if family.text is None and not {*family.huggingface.model_types}.isdisjoint(transformers.CONFIG_MAPPING)
+]
 """Those that transformers has too."""
 RUNS_OF = dict.fromkeys(FAMILIES, 40 * RUNS) | {"gemma3": 350 * RUNS, "llama3": 150 * RUNS}
 

@@ -93,7 +93,8 @@ def test_the_score_graph_keeps_its_numbers(
         scored, on_pass=lambda ran, graph: graphs.update({ran.name: graph.clone()})
     )
     sites = [(node.args[3], node.kwargs) for node in graphs[name].calls(transom.attention.default)]
-    assert sites == [(None, {"scale": 40**-0.5, "window": window, "softcap": 0.0}) for window in (16, 16, 0, 16, 16, 0)]
+    others = {"scale": 40**-0.5, "segment": 0, "dilation": 1, "softcap": 0.0}
+    assert sites == [(None, {**others, "window": window}) for window in (16, 16, 0, 16, 16, 0)]
     (logits,) = run_graph(graphs[name], torch.tensor([text]))
     assert np.abs(logits[0].numpy() - text_logits).max() < FP32_LOGITS
 
