@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import Cli
 from transom.backends.artifact import read_manifest, write_manifest
 from transom.cli import main
-from transom.cli.options import console
+from transom.cli.options import console, progress_console
+from transom.cli.run import _summary
 from transom.zoo.architectures import preset
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 
@@ -326,3 +327,11 @@ def test_chat_on_the_tiny_model(cli: Cli, artifact: Path, monkeypatch: pytest.Mo
     code, out, err = cli("chat", artifact, "--max-new-tokens", 4, "--temperature", 0)
     assert code == 0, err
     assert out.endswith("\n")
+
+
+def test_a_run_tells_caches_of_every_kind() -> None:
+    caches = {"local": 0, "global": 0, "summary": 9216}
+    report = {"cache_bytes": caches, "prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.0}
+    with progress_console.capture() as captured:
+        _summary({**report, "peak_rss_bytes": 1, "load_s": 0.1})
+    assert "0 B local + 0 B global + 9.2 kB summary" in " ".join(captured.get().split())

@@ -244,7 +244,8 @@ def _read(text: Keys, outer: Keys) -> dict[str, Any]:
     if rest:
         text.refuse("hidden_size", f"expected a multiple of head_dim, {sizes['head_dim']}")
     values = text.get("value_dim")
-    if values is not None and {*(values if isinstance(values, list) else [values])} != {sizes["hidden_size"]}:
+    by_layer = values if isinstance(values, list) and values else [values]
+    if values is not None and any(value != sizes["hidden_size"] for value in by_layer):
         text.refuse("value_dim", f"only values as wide as the model, {sizes['hidden_size']}, are supported")
     return {
         **sizes,

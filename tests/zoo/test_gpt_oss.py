@@ -94,6 +94,18 @@ def test_codes_of_another_size_are_refused(packed: Path, tmp_path: Path) -> None
         load(tmp_path)
 
 
+def test_columns_that_blocks_do_not_divide_are_refused(packed: Path, tmp_path: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    tensors = load_file(packed / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".gate_up_proj" in name:
+            tensors[name] = torch.cat((tensor, tensor[:, :32]), dim=1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj is MXFP4, whose blocks of 32 do not divide 48 columns"):
+        load(tmp_path)
+
+
 def test_mxfp4_of_a_gguf_file_keeps_its_codes(tmp_path: Path) -> None:
     config = dataclasses.replace(STORABLE["gpt_oss"], name="again")
     weights = random_weights(config, 5)

@@ -310,6 +310,8 @@ def test_a_published_config(tmp_path: Path) -> None:
     [
         ({"attn": {"layers": [1], "num_heads": 4}}, "attn is .*: only null is supported"),
         ({"value_dim": [2048, 1024]}, "only values as wide as the model, 2048, are supported"),
+        ({"value_dim": [[2048]]}, "only values as wide as the model, 2048, are supported"),
+        ({"value_dim": []}, "only values as wide as the model, 2048, are supported"),
         ({"decay_low_rank_dim": None}, "decay_low_rank_dim is null: expected a whole number"),
         ({"head_dim": 60}, "hidden_size is 2048: expected a multiple of head_dim, 60"),
         ({"hidden_act": "silu"}, 'hidden_act is "silu": only "sqrelu" is supported'),

@@ -88,6 +88,11 @@ def _joined(names: Iterable[str]) -> list[str]:
 def _open_mxfp4(name: str, entries: Mapping[str, Entry], shape: tuple[int, ...], how: Stacked) -> Weight:
     origin = f"{entries[name + BLOCKS].path}: {name}"
     rows, columns = shape[0] // how.count, shape[1]
+    if columns % 32:
+        raise CheckpointError(
+            f"{origin} is MXFP4, whose blocks of 32 do not divide {columns} columns: config.json belongs to another "
+            "checkpoint"
+        )
     parts = []
     for part, inner in ((BLOCKS, (columns // 32, 16)), (SCALES, (columns // 32,))):
         entry, wanted = entries[name + part], (how.count, rows, *inner)

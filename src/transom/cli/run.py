@@ -150,7 +150,7 @@ def bench(
     table = Table("measure", "value", title=f"{escape(str(folder))}, random tokens")
     table.add_row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s, prompt of {prompt_tokens:,}")
     table.add_row("decode", f"{report['decode_tokens_per_s']:.1f} tokens/s, {new_tokens:,} after {past:,}")
-    table.add_row("caches", " + ".join(f"{size(count)} {kind}" for kind, count in report["cache_bytes"].items()))
+    table.add_row("caches", _caches(report))
     table.add_row("peak memory", size(report["peak_rss_bytes"]))
     table.add_row("load", f"{load_s:.2f} s")
     console.print(table)
@@ -369,10 +369,15 @@ def _memory(session: Session, load_s: float) -> dict[str, Any]:
 
 
 def _summary(report: dict[str, Any]) -> None:
-    caches, decode = report["cache_bytes"], report["decode_tokens_per_s"]
+    decode = report["decode_tokens_per_s"]
     speed = f"prefill {report['prefill_tokens_per_s']:.0f} tokens/s" + (f", decode {decode:.1f}" if decode else "")
-    memory = f"caches {size(caches['local'])} local + {size(caches['global'])} global"
+    memory = f"caches {_caches(report)}, peak {size(report['peak_rss_bytes'])}"
     progress_console.print(
-        f"[dim]{speed}, {memory}, peak {size(report['peak_rss_bytes'])}, loaded in {report['load_s']:.1f} s[/dim]",
+        f"[dim]{speed}, {memory}, loaded in {report['load_s']:.1f} s[/dim]",
         highlight=False,
     )
+
+
+def _caches(report: dict[str, Any]) -> str:
+    """Bytes of caches of every kind."""
+    return " + ".join(f"{size(count)} {kind}" for kind, count in report["cache_bytes"].items())
