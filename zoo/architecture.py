@@ -82,13 +82,18 @@ class GGUFFormat:
         neutral: Keys of computations that the family does not have, beside those that no family has, and the values
             that say so.
         read: Sizes and keys -> fields of the configuration beside the sizes; see `gguf_config`.
-        tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second. What
-            files hold as two tensors on an axis of experts, gates and ups, has two names.
+        tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second, and
+            `N.` alone where a layer's part is called what another one of the module is. What files hold as two tensors
+            on an axis of experts, gates and ups, has two names.
         apart: The same, of what some files hold as two tensors, and others as the one that `tensors` says.
         rows: A configuration and a name in the module -> what becomes of the stored rows; None if nothing.
         frequencies: The file may hold `rope_freqs.weight`, which `read` understands.
         uneven: Keys of sizes that may differ from layer to layer; `read` reads them. The first layer's stand in what it
             is given.
+        heads: Keys -> the sizes of heads that do not attend, and the width of all of them, as `Sizes` calls them; None
+            where heads go by the keys of attention.
+        shapes: A configuration and a name in the module -> the shape in the file, of as many numbers in the same order;
+            None if it is the module's.
     """
 
     name: str
@@ -99,6 +104,8 @@ class GGUFFormat:
     apart: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     frequencies: bool = False
     uneven: tuple[str, ...] = ()
+    heads: Callable[[Any], dict[str, int]] | None = None
+    shapes: Callable[[Any, str], tuple[int, ...] | None] = lambda config, name: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

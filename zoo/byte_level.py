@@ -68,6 +68,8 @@ def _qwen2() -> pre_tokenizers.PreTokenizer:
 WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _gpt2,
     "exaone4": _gpt2,
+    "mpt": _gpt2,
+    "olmo": _gpt2,
     "llama-bpe": _three_digits,
     "llama-v3": _three_digits,
     "llama3": _three_digits,
@@ -80,7 +82,7 @@ WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "tekken": lambda: _cut_by_case(r"\p{N}"),
     "gpt-4o": lambda: _cut_by_case(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),
 }
-"""`tokenizer.ggml.pre` -> how texts are cut into words: of OLMo 3 (dbrx), SmolLM3 (smaug-bpe) and the like.
+"""`tokenizer.ggml.pre` -> how texts are cut into words: of OLMo 3 (dbrx), SmolLM3 (smaug-bpe), GPT-NeoX (mpt) etc.
 
 Source: llama.cpp, `llama-vocab.cpp`, whose expressions are the published ones as far as its own syntax allows.
 """
@@ -94,7 +96,7 @@ _WHOLE_WORDS = (*BEGUN, "smaug-bpe")
 SmolLM3's, with Llama 3's vocabulary, does in its tokenizer.json; llama.cpp merges.
 """
 
-_COMPOSED = ("qwen2", "deepseek-r1-qwen", "command-r")
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "command-r", "mpt", "olmo")
 """Those that read letters with their accents as one character; llama.cpp does not."""
 
 

@@ -26,6 +26,7 @@ from transom.zoo.architecture import Architecture, HuggingFaceFormat, Preset
 from transom.zoo.config import LARGEST, AttentionLayer, DecoderConfig, SummaryLayer
 from transom.zoo.config_keys import Keys
 from transom.zoo.layers import LayerCache, RMSNorm, StackedDecoder, attend
+from transom.zoo.mamba2_gguf import GGUF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,8 +372,7 @@ ARCHITECTURE = Architecture(
     config=Mamba2Config,
     build=Mamba2,
     huggingface=_HUGGINGFACE,
-    # llama.cpp's files of it hold A = -exp(A_log) and other shapes; the hub has its weights as safetensors.
-    gguf=None,
+    gguf=GGUF,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0},
 )

@@ -259,7 +259,8 @@ def pieces_of(path: Path, words: str, merges: list[str], extra: list[str], text:
     ("words", "same"),
     [
         ("exaone4", "gpt-2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("smaug-bpe", "llama-bpe"),
-        ("dbrx", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"), ("command-r", "smollm"),
+        ("dbrx", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"), ("command-r", "smollm"), ("mpt", "gpt-2"),
+        ("olmo", "gpt-2"),
     ],
 )  # fmt: skip
 def test_names_that_cut_alike(words: str, same: str) -> None:

@@ -123,16 +123,20 @@ def test_a_gguf_file_comes_back(model: Model, tmp_path: Path, kind: str) -> None
         pytest.skip("GGUF files of the family are not read as its own")
     config = dataclasses.replace(STORABLE[model.config.architecture], name="again")
     weights = random_weights(config, 5)
-    types = {} if kind == "F32" else {"attn_q.weight": kind, "attn_k.weight": kind, "ffn_up.weight": kind}
+    types = (
+        {}
+        if kind == "F32"
+        else dict.fromkeys(("attn_q.weight", "attn_k.weight", "ffn_up.weight", "ssm_in.weight"), kind)
+    )
     again = load(write_gguf(tmp_path / "again.gguf", config, weights, types=types))
     assert again.config == config
     for name, weight in weights.items():
         codes = again.weights[name].encoded
-        coded = name.endswith(("q_proj.weight", "k_proj.weight", "up_proj.weight")) and types != {}
+        coded = name.endswith(("q_proj.weight", "k_proj.weight", "up_proj.weight", "in_proj.weight")) and types != {}
         assert (codes is not None) == coded
         rows = again.weights[name].read()
         if codes is None:
-            # The format adds one to some norms, which rounds.
+            # The format adds one to some norms, and holds exponentials of some rates, which rounds.
             assert torch.allclose(rows, weight.read(), atol=1e-6), name
             continue
         assert (rows - weight.read()).abs().max() < weight.read().abs().max() / 127

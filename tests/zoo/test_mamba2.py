@@ -16,13 +16,15 @@ import transom
 from tests.case import Case
 from tests.faults.graph import LINEAR, Spoil, argument, weight
 from tests.tolerances import FP32_LOGITS, FP32_SUMS, INT8_ACTIVATIONS
+from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.backends.reference.session import ReferenceSession
-from transom.errors import ConfigError
+from transom.errors import CheckpointError, ConfigError
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
 from transom.graphs.node import Node
 from transom.graphs.state import State
+from transom.graphs.weight import Weight
 from transom.passes.add_taps import AddTaps
 from transom.passes.pipelines import pipeline
 from transom.validation.bisection.bisect import bisect
@@ -31,6 +33,7 @@ from transom.validation.bisection.divergence import compare
 from transom.validation.bisection.recording import plan_calls, record
 from transom.validation.validate import validate_sources
 from transom.zoo.architectures import preset, tensor_shapes
+from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
 from transom.zoo.mamba2 import Mamba2Config
 from transom.zoo.model import Model, load
@@ -283,3 +286,46 @@ def test_states_are_declared_by_layer(hybrid: Model) -> None:
         "cache.0.convolution", "cache.0.state", "cache.1.convolution", "cache.1.state", "cache.2.key",
     ]  # fmt: skip
     assert {state.dtype for state in states if state.name.endswith(".state")} == {"float32"}, "in bfloat16 models too"
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_gguf_file_holds_rates_in_the_place_of_their_logarithms(tmp_path: Path, groups: int) -> None:
+    """Beside that, a tied head, and one norm a group; rows are the same, one by one and together."""
+    config = STORABLE["mamba2"]
+    assert isinstance(config, Mamba2Config)
+    config = dataclasses.replace(config, name="file", num_kv_heads=groups, tied=True)
+    weights = random_weights(config, 1)
+    again, checkpoint = open_gguf(write_gguf(tmp_path / "file.gguf", config, weights))
+    assert again == config and checkpoint.left_out == ()
+    for name, recipe in weights.items():
+        rows, whole = checkpoint.weights[name], recipe.read()
+        rates = torch.from_numpy(np.exp(whole.numpy())) if name.endswith("A_log") else None
+        expected = whole if rates is None else rates.double().log().float()
+        assert rows.shape == recipe.shape and torch.equal(rows.read(), expected), name
+        assert torch.equal(rows.read_rows(3, 7), expected[3:7]), name
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "words"),
+    [
+        ({"ssm.time_step_rank": 7}, ConfigError, "time_step_rank is 7, so many heads do not share a width of 128"),
+        ({"ssm.group_count": None}, ConfigError, "group_count is None, expected a number"),
+        ({"ssm.group_count": 4}, CheckpointError, r"ssm_in\.weight has shape \[328, 64\], expected \[392, 64\]"),
+        ({"attention.head_count": 8}, ConfigError, "head_count is 8, only 0 is supported"),
+        ({"ssm.dt_b_c_rms": True}, ConfigError, "dt_b_c_rms is True, only False is supported"),
+    ],
+)
+def test_gguf_files_that_are_not_read(
+    tmp_path: Path, metadata: dict[str, object], error: type[Exception], words: str
+) -> None:
+    config = STORABLE["mamba2"]
+    with pytest.raises(error, match=words):
+        open_gguf(write_gguf(tmp_path / "file.gguf", config, random_weights(config, 1), metadata=metadata))
+
+
+def test_rates_that_grow_are_refused(tmp_path: Path) -> None:
+    config, name = STORABLE["mamba2"], "layers.1.mixer.A_log"
+    weights = random_weights(config, 1) | {name: Weight.of(torch.full((8,), -200.0))}
+    _, checkpoint = open_gguf(write_gguf(tmp_path / "file.gguf", config, weights))
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ssm_a holds -?0, expected rates below zero"):
+        checkpoint.weights[name].read()

@@ -14,6 +14,7 @@ import numpy as np
 from transom.graphs.weight import Weight
 from transom.zoo.architectures import architecture as architecture_of
 from transom.zoo.checkpoints.gguf_config import gguf_format
+from transom.zoo.checkpoints.layout import in_file as in_checkpoint
 from transom.zoo.cohere2 import Cohere2Config
 from transom.zoo.config import DecoderConfig, LocalGlobalConfig, tile
 from transom.zoo.exaone4 import Exaone4Config
@@ -23,6 +24,7 @@ from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.gpt_oss import GptOssConfig
 from transom.zoo.llama3 import Llama3Config
+from transom.zoo.mamba2 import Mamba2Config
 from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.qwen2 import Qwen2Config
@@ -160,6 +162,14 @@ STORABLE: dict[str, DecoderConfig] = {
         chosen=2,
         **SIZES,
     ),
+    "mamba2": Mamba2Config(
+        name="tiny",
+        depth=2,
+        state_size=16,
+        taps=3,
+        tied=False,
+        **SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_heads": 8, "head_dim": 16},
+    ),
 }
 """A configuration of every family that the format can hold: it leaves some numbers to convention."""
 
@@ -276,6 +286,21 @@ def _ministral3(config: Ministral3Config) -> dict[str, object]:
     }
 
 
+def _mamba2(config: Mamba2Config) -> dict[str, object]:
+    """As the converter writes them, zeros included: its heads do not attend."""
+    widths = dict.fromkeys(("attention.head_count_kv", "attention.key_length", "attention.value_length"))
+    return {
+        **widths,
+        "attention.head_count": 0,
+        "feed_forward_length": 0,
+        "ssm.conv_kernel": config.taps,
+        "ssm.inner_size": config.intermediate_size,
+        "ssm.state_size": config.state_size,
+        "ssm.time_step_rank": config.num_heads,
+        "ssm.group_count": config.num_kv_heads,
+    }
+
+
 _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "gemma3": _gemma3,
     "llama3": _rope,
@@ -289,6 +314,7 @@ _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "smollm3": _rope,
     "gpt_oss": _gpt_oss,
     "gemma4": _gemma4,
+    "mamba2": _mamba2,
 }
 """Metadata of each family; None leaves a key out."""
 
@@ -303,6 +329,15 @@ def _heads_permuted(config: DecoderConfig, name: str, values: np.ndarray) -> np.
         return values
     rows, width = values.shape
     return values.reshape(rows // config.head_dim, 2, config.head_dim // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _spaces_reshaped(config: Mamba2Config, name: str, values: np.ndarray) -> np.ndarray:
+    """As llama.cpp's converter reshapes what is of a state space, and takes what rates are, not their logarithms."""
+    if name.endswith(".A_log"):
+        values = -np.exp(values)
+    if name.endswith("mixer.norm.weight"):
+        return values.reshape(config.num_kv_heads, -1)
+    return values[:, None] if name.endswith((".A_log", ".D")) else np.squeeze(values)
 
 
 def _by_expert(
@@ -332,6 +367,7 @@ _STORED: dict[str, Callable[[Any, str, np.ndarray], np.ndarray]] = {
     "llama3": _heads_permuted,
     "smollm3": _heads_permuted,
     "ministral3": _heads_permuted,
+    "mamba2": _spaces_reshaped,
 }
 """What a family's tensors become in the file, where they do not stay as they are."""
 
@@ -399,10 +435,11 @@ def write_gguf(
     _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
     add_byte_tokenizer(writer, config.vocab_size, tokens)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[gguf_format(architecture_of(config.architecture)).name], config.num_layers)
+    family = architecture_of(config.architecture)
+    names = gguf.get_tensor_name_map(kinds[gguf_format(family).name], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
-        whole = name if name.startswith("lm_head") else f"model.{name}"
+        whole = in_checkpoint(name, renames=family.huggingface.renames).replace(".dt_bias", ".dt_proj.bias")
         stored = weight.read().float().numpy()
         if isinstance(config, GptOssConfig | Gemma4Config) and ".experts." in name:
             for in_file, values_of_part in _by_expert(config, name, stored, gates_apart):

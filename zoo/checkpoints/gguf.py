@@ -30,6 +30,9 @@ from transom.zoo.config import DecoderConfig
 _EXPERTS = "_exps."
 """In names of tensors that have an axis of experts."""
 
+_IN_LAYER = "N."
+"""Before a name in a layer that stands elsewhere too; see `GGUFFormat.tensors`."""
+
 _HASHED_WHOLE = 2**30
 """Models up to this many bytes are identified by all their bytes: about half a second at most."""
 
@@ -57,7 +60,9 @@ def open_gguf(source: Path | Header) -> tuple[DecoderConfig, Checkpoint]:
     form = gguf_format(family)
     names = {name: _names_in_file(form, name, header) for name in shapes}
     gguf = gguf_package()
-    weights = open_weights(gguf, header, names, shapes, functools.partial(form.rows, config))
+    weights = open_weights(
+        gguf, header, names, shapes, functools.partial(form.rows, config), functools.partial(form.shapes, config)
+    )
     needed = {*itertools.chain(*names.values()), *([FREQUENCIES] if form.frequencies else [])}
     unread = {name for name in header.tensors if family.huggingface.unread(config, _name_in_module(form, name))}
     parts = account(gguf, header, needed, config, unread - needed)
@@ -73,6 +78,7 @@ def open_weights(
     names: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     rows: Callable[[str], Callable[[Weight], Weight] | None],
+    stored: Callable[[str], tuple[int, ...] | None] = lambda name: None,
 ) -> dict[str, Weight]:
     """Tensors of a file as the module's weights.
 
@@ -82,6 +88,7 @@ def open_weights(
         names: In the module -> in the file, where gates and ups of experts are two tensors.
         shapes: By names in the module.
         rows: A name in the module -> what becomes of the stored rows; None if nothing.
+        stored: A name in the module -> the shape in the file; None if it is the module's.
 
     Raises:
         CheckpointError: If a tensor is missing, has another shape or a type that we do not read.
@@ -93,20 +100,22 @@ def open_weights(
         )
     weights = {}
     for name, shape in shapes.items():
-        weight = _open(gguf, header, names[name], shape)
+        weight = _open(gguf, header, names[name], shape, stored(name))
         change = rows(name)
         weights[name] = weight if change is None else change(weight)
     return weights
 
 
-def _open(gguf: ModuleType, header: Header, names: Sequence[str], shape: tuple[int, ...]) -> Weight:
+def _open(
+    gguf: ModuleType, header: Header, names: Sequence[str], shape: tuple[int, ...], stored: tuple[int, ...] | None
+) -> Weight:
     parts, count = [], 1
     for name in names:
         info = header.tensors[name]
         if _EXPERTS in name and len(info.shape) > 1:
             count = info.shape[0]
             info = dataclasses.replace(info, shape=(count * info.shape[1], *info.shape[2:]))
-        parts.append(open_weight(gguf, name, info, (shape[0] // len(names), *shape[1:])))
+        parts.append(open_weight(gguf, name, info, (shape[0] // len(names), *shape[1:]), stored))
     return parts[0] if len(parts) == 1 else side_by_side(parts, count)
 
 
@@ -130,6 +139,8 @@ def _names_in_file(form: GGUFFormat, name: str, header: Header) -> tuple[str, ..
         _, index, rest = name.split(".", 2)
         head = f"blk.{index}."
     module, _, last = rest.rpartition(".")
+    if head and _IN_LAYER + module in form.tensors:
+        module = _IN_LAYER + module
     # A tensor goes by its own name, or by its module's.
     names = form.tensors.get(rest) or f"{form.tensors[module]}.{last}"
     if rest in form.apart and f"{head}{names}" not in header.tensors:
@@ -139,7 +150,9 @@ def _names_in_file(form: GGUFFormat, name: str, header: Header) -> tuple[str, ..
 
 def _name_in_module(form: GGUFFormat, name: str) -> str:
     """What the module would call a tensor of the file; "" for one that goes by no name of the family."""
-    modules = {in_file: module for module, in_file in form.tensors.items() if isinstance(in_file, str)}
+    modules = {
+        in_file: module.removeprefix(_IN_LAYER) for module, in_file in form.tensors.items() if isinstance(in_file, str)
+    }
     head, rest = "", name
     if name.startswith("blk."):
         _, index, rest = name.split(".", 2)

@@ -120,13 +120,6 @@ def gguf_format(family: Architecture) -> GGUFFormat:
 
 
 def _sizes(header: Header, keys: Metadata, form: GGUFFormat) -> Sizes:
-    path = header.path
-
-    def in_layers(key: str, default: int | None = None) -> int:
-        """One size for all layers, or the first layer's where they may differ."""
-        uneven = key in form.uneven
-        return keys.sizes(key, blocks, default)[0] if uneven else keys.same_size_in_every_layer(key, blocks, default)
-
     blocks = keys.size("block_count")
     if blocks > LARGEST["num_layers"]:
         raise keys.refuse("block_count", f"more than {LARGEST['num_layers']:,} layers: convert the model again")
@@ -135,6 +128,27 @@ def _sizes(header: Header, keys: Metadata, form: GGUFFormat) -> Sizes:
     if num_layers < 1:
         raise keys.refuse("nextn_predict_layers", f"which leaves none of {blocks} layers: convert the model again")
     hidden_size = keys.size("embedding_length")
+    heads = _heads(keys, form, blocks, hidden_size) if form.heads is None else form.heads(keys)
+    return Sizes(
+        vocab_size=_vocab_size(header, hidden_size),
+        hidden_size=hidden_size,
+        **heads,
+        context=keys.size("context_length"),
+        blocks=blocks,
+        num_layers=num_layers,
+        header=header,
+    )
+
+
+def _heads(keys: Metadata, form: GGUFFormat, blocks: int, hidden_size: int) -> dict[str, int]:
+    """Sizes of heads that attend, and of MLPs."""
+    path = keys.path
+
+    def in_layers(key: str, default: int | None = None) -> int:
+        """One size for all layers, or the first layer's where they may differ."""
+        uneven = key in form.uneven
+        return keys.sizes(key, blocks, default)[0] if uneven else keys.same_size_in_every_layer(key, blocks, default)
+
     num_heads = in_layers("attention.head_count")
     per_head = max(hidden_size // num_heads, 1)
     head_dim = keys.size("attention.key_length", per_head)
@@ -157,18 +171,12 @@ def _sizes(header: Header, keys: Metadata, form: GGUFFormat) -> Sizes:
         )
     if num_heads * head_dim >= 2**31:
         raise keys.refuse("attention.head_count", f"too many heads of {head_dim}: convert the model again")
-    return Sizes(
-        vocab_size=_vocab_size(header, hidden_size),
-        hidden_size=hidden_size,
-        intermediate_size=in_layers("feed_forward_length"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        context=keys.size("context_length"),
-        blocks=blocks,
-        num_layers=num_layers,
-        header=header,
-    )
+    return {
+        "intermediate_size": in_layers("feed_forward_length"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
 
 
 def architecture_of(header: Header) -> Architecture:

@@ -30,7 +30,9 @@ def gguf_package() -> ModuleType:
         raise CheckpointError("reading .gguf files needs the gguf package: pip install 'transom[gguf]'") from None
 
 
-def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int, ...]) -> Weight:
+def open_weight(
+    gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int, ...], stored: tuple[int, ...] | None = None
+) -> Weight:
     """The tensor in float32, as it stands in the file; a symmetric integer type carries its codes.
 
     Args:
@@ -38,16 +40,19 @@ def open_weight(gguf: ModuleType, name: str, info: TensorInfo, shape: tuple[int,
         name: In the file.
         info: Where it stands.
         shape: What it must have; one axis at least.
+        stored: What it must have in the file, where that is another shape of as many numbers.
 
     Raises:
         CheckpointError: If it has another shape or a type that we do not read.
     """
     origin = f"{info.path}: {name}"
     # llama.cpp knows no difference between a missing axis and one of length 1.
-    padded = (1,) * (len(shape) - len(info.shape)) + info.shape
-    if padded[len(padded) - len(shape) :] != shape or any(axis != 1 for axis in padded[: len(padded) - len(shape)]):
+    expected = stored or shape
+    padded = (1,) * (len(expected) - len(info.shape)) + info.shape
+    further = len(padded) - len(expected)
+    if padded[further:] != expected or any(axis != 1 for axis in padded[:further]):
         raise CheckpointError(
-            f"{origin} has shape {list(info.shape)}, expected {list(shape)}: the file contradicts its metadata"
+            f"{origin} has shape {list(info.shape)}, expected {list(expected)}: the file contradicts its metadata"
         )
     if info.quant_type not in QUANT_TYPES:
         raise CheckpointError(
