@@ -349,15 +349,15 @@ def _released(name: str, width: int, depth: int) -> Preset:
 
 
 _TINY = Mamba2Config(
-    name="mamba2-tiny", vocab_size=512, hidden_size=64, intermediate_size=128, num_heads=8, num_kv_heads=1, head_dim=16,
+    name="mamba2-tiny", vocab_size=512, hidden_size=64, intermediate_size=128, num_heads=8, num_kv_heads=2, head_dim=16,
     depth=3, state_size=16, norm_eps=1e-5, tied=False, context=512,
 )  # fmt: skip
 _PRESETS = (
     Preset(config=_TINY),
     Preset(
         config=dataclasses.replace(
-            _TINY, name="mamba2-hybrid-tiny", depth=4, attention_layers=(2,), attention_heads=4, attention_kv_heads=2,
-            attention_width=16,
+            _TINY, name="mamba2-hybrid-tiny", num_kv_heads=1, depth=4, attention_layers=(2,), attention_heads=4,
+            attention_kv_heads=2, attention_width=16,
         )
     ),
     _released("130m", 768, 24),

@@ -87,8 +87,7 @@ def test_a_hybrid_is_transformers_model_with_one_mixer_that_attends(
     assert isinstance(hybrid.config, Mamba2Config)
     config = dataclasses.replace(hybrid.config, attention_layers=())
     weights = {name: weight for name, weight in hybrid.weights.items() if ".2.mixer." not in name}
-    other = load("mamba2-tiny").weights
-    weights |= {name: other[name.replace(".2.", ".1.")] for name in _mixer_names(config)}
+    weights |= {name: hybrid.weights[name.replace(".2.", ".1.")] for name in _mixer_names(config)}
     write_checkpoint(tmp_path, config, weights, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     theirs.backbone.layers[2].mixer = _Attention(hybrid, 2)
@@ -99,19 +98,6 @@ def test_a_hybrid_is_transformers_model_with_one_mixer_that_attends(
 
 def _mixer_names(config: Mamba2Config) -> list[str]:
     return [name for name in tensor_shapes(config) if ".2.mixer." in name]
-
-
-def test_groups_of_heads_are_those_of_transformers(words: list[int], tmp_path: Path) -> None:
-    """Groups share what their heads write and read, and are normed by themselves."""
-    tiny = preset("mamba2-tiny")
-    assert isinstance(tiny, Mamba2Config)
-    config = dataclasses.replace(tiny, num_kv_heads=2, tied=True)
-    write_checkpoint(tmp_path, config, random_weights(config, 1), dtype=torch.float32)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours, ids = load(tmp_path), torch.tensor([words])
-    with torch.no_grad():
-        expected, (actual, _) = theirs(ids, use_cache=False).logits, ours.eager()(ids, torch.tensor(0), None)
-    assert (expected - actual).abs().max() < FP32_LOGITS
 
 
 def test_chunks_one_call_and_single_tokens_agree(hybrid: Model, words: list[int], logits: np.ndarray[Any, Any]) -> None:
@@ -268,7 +254,7 @@ def test_released_sizes_and_what_they_keep_at_any_length(name: str, millions: in
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": 7}, "7 heads of 16 are 112 wide, expected 128"),
+        ({"num_heads": 6}, "6 heads of 16 are 96 wide, expected 128"),
         ({"taps": 1}, "a convolution of 1 taps keeps nothing"),
         ({"attention_layers": (3,)}, "expected layers from 0 to 2, ascending"),
         ({"attention_heads": 3, "attention_kv_heads": 2}, "3 attention heads cannot share 2 kv heads"),
