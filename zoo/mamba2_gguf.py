@@ -7,6 +7,7 @@ there as A = -exp(A_log); rates, skips and the norm have an axis more than in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transom.graphs.weight import Weight
 from transom.zoo.architecture import GGUFFormat
 from transom.zoo.checkpoints.gguf_config import Sizes
 from transom.zoo.checkpoints.gguf_metadata import Metadata
+from transom.zoo.mamba2_config import Mamba2Config
 
 
 def _heads(keys: Metadata) -> dict[str, int]:
@@ -41,7 +43,7 @@ def _read(sizes: Sizes, keys: Metadata, lines: list[str]) -> dict[str, Any]:
     }
 
 
-def _shape(config: Any, name: str) -> tuple[int, ...] | None:
+def _shape(config: Mamba2Config, name: str) -> tuple[int, ...] | None:
     if name.endswith((".A_log", ".D")):
         return config.num_heads, 1
     if name.endswith(".conv1d.weight"):
@@ -51,7 +53,7 @@ def _shape(config: Any, name: str) -> tuple[int, ...] | None:
     return None
 
 
-def _rows(config: Any, name: str) -> Any:
+def _rows(config: Mamba2Config, name: str) -> Callable[[Weight], Weight] | None:
     return _logarithms if name.endswith(".A_log") else None
 
 

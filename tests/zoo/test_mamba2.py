@@ -35,7 +35,7 @@ from transom.validation.validate import validate_sources
 from transom.zoo.architectures import preset, tensor_shapes
 from transom.zoo.checkpoints.gguf import open_gguf
 from transom.zoo.checkpoints.random import random_weights, write_checkpoint
-from transom.zoo.mamba2 import Mamba2Config
+from transom.zoo.mamba2_config import Mamba2Config
 from transom.zoo.model import Model, load
 from transom.zoo.plan import parameters, plan
 

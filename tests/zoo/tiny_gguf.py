@@ -24,7 +24,7 @@ from transom.zoo.gemma3_vision import Gemma3VisionConfig
 from transom.zoo.gemma4_config import Gemma4Config
 from transom.zoo.gpt_oss import GptOssConfig
 from transom.zoo.llama3 import Llama3Config
-from transom.zoo.mamba2 import Mamba2Config
+from transom.zoo.mamba2_config import Mamba2Config
 from transom.zoo.ministral3 import Ministral3Config
 from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.qwen2 import Qwen2Config
