@@ -176,6 +176,15 @@ class Weight:
 
         return dataclasses.replace(self, read_rows=read_rows, encoded=self.encoded and self.encoded.reorder_rows(order))
 
+    def slice_rows(self, start: int, stop: int) -> Weight:
+        """Rows [start, stop) as a weight of their own, without codes."""
+        return Weight(
+            shape=(stop - start, *self.shape[1:]),
+            dtype=self.dtype,
+            read_rows=lambda low, high: self.read_rows(start + low, start + high),
+            origin=self.origin,
+        )
+
     def refuse_nonfinite(self) -> Weight:
         """The same weight; reading rows, or codes, that are NaN or infinite raises `CheckpointError`.
 

@@ -26,6 +26,7 @@ from transom.zoo.checkpoints.checkpoint import refuse_differences
 from transom.zoo.checkpoints.gguf_config import read_metadata
 from transom.zoo.checkpoints.gguf_header import Header, read_header
 from transom.zoo.checkpoints.gguf_mmproj import open_mmproj, read_mmproj
+from transom.zoo.checkpoints.gguf_tokenizer import unread_lines
 from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.config import DecoderConfig
 from transom.zoo.generation import Generation
@@ -209,6 +210,7 @@ def load(
         generation = dataclasses.replace(generation, stop_ids=stop_ids)
     beside = (
         *encoder_missing,
+        *(unread_lines(source) if isinstance(source, Header) else ()),
         *generation.left_out,
         *(tokenizer.left_out if tokenizer else ()),
         *_vocabulary_lines(config, tokenizer),
@@ -307,6 +309,8 @@ def _tokenizer(config: DecoderConfig, source: Path | Header | None) -> Tokenizer
         # A model that was never trained knows no words.
         tokenizer = Tokenizer.of_bytes(config.vocab_size)
     elif isinstance(source, Header):
+        if unread_lines(source):
+            return None
         tokenizer = Tokenizer.from_gguf(source)
     elif any(is_file(source / name, TokenizerError) for name in (TOKENIZER, "tokenizer.model")):
         tokenizer = Tokenizer.from_folder(source)

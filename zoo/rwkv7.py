@@ -26,6 +26,7 @@ from transom.zoo.architecture import Architecture, HuggingFaceFormat, Preset
 from transom.zoo.config import LARGEST, DecoderConfig, SummaryLayer
 from transom.zoo.config_keys import Keys
 from transom.zoo.layers import LayerCache, LayerNorm, StackedDecoder
+from transom.zoo.rwkv7_gguf import GGUF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +296,8 @@ _HUGGINGFACE = HuggingFaceFormat(
     read=_read,
     write=_write,
     buffer=lambda config, name: None,
+    # Of the first layer, whose values are no mix: some checkpoints hold them, and GGUF files do.
+    unread=lambda config, name: name.startswith("layers.0.attn.v_lora."),
 )  # fmt: skip
 
 
@@ -326,8 +329,7 @@ ARCHITECTURE = Architecture(
     config=RWKV7Config,
     build=RWKV7,
     huggingface=_HUGGINGFACE,
-    # llama.cpp's files of it hold other shapes, and a tokenizer of its own kind.
-    gguf=None,
+    gguf=GGUF,
     presets=_PRESETS,
     sampling={"do_sample": True, "temperature": 1.0},
 )

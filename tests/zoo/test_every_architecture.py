@@ -116,6 +116,9 @@ def test_a_checkpoint_comes_back(model: Model, tmp_path: Path) -> None:
         assert torch.equal(again.weights[name].read(), weight.read()), name
 
 
+_CODED = ("attn_q.weight", "attn_k.weight", "ffn_up.weight", "ssm_in.weight", "time_mix_key.weight")
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_a_gguf_file_comes_back(model: Model, tmp_path: Path, kind: str) -> None:
     """Rows that the format stores in another order come back in ours, and so do the codes behind them."""
@@ -123,11 +126,7 @@ def test_a_gguf_file_comes_back(model: Model, tmp_path: Path, kind: str) -> None
         pytest.skip("GGUF files of the family are not read as its own")
     config = dataclasses.replace(STORABLE[model.config.architecture], name="again")
     weights = random_weights(config, 5)
-    types = (
-        {}
-        if kind == "F32"
-        else dict.fromkeys(("attn_q.weight", "attn_k.weight", "ffn_up.weight", "ssm_in.weight"), kind)
-    )
+    types = {} if kind == "F32" else dict.fromkeys(_CODED, kind)
     again = load(write_gguf(tmp_path / "again.gguf", config, weights, types=types))
     assert again.config == config
     for name, weight in weights.items():

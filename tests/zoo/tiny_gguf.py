@@ -30,6 +30,7 @@ from transom.zoo.olmo3 import Olmo3Config
 from transom.zoo.qwen2 import Qwen2Config
 from transom.zoo.qwen3 import Qwen3Config
 from transom.zoo.rope import Llama3Rope, ProportionalRope, Rope, YarnRope
+from transom.zoo.rwkv7 import RWKV7Config
 from transom.zoo.smollm3 import SmolLM3Config
 
 TINY = Gemma3Config(
@@ -170,6 +171,16 @@ STORABLE: dict[str, DecoderConfig] = {
         tied=False,
         **SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_heads": 8, "head_dim": 16},
     ),
+    "rwkv7": RWKV7Config(
+        name="tiny",
+        depth=2,
+        decay_rank=16,
+        rate_rank=24,
+        value_rank=8,
+        gate_rank=32,
+        norm_eps=1e-5,
+        **SIZES | {"hidden_size": 128, "num_heads": 2},
+    ),
 }
 """A configuration of every family that the format can hold: it leaves some numbers to convention."""
 
@@ -301,6 +312,21 @@ def _mamba2(config: Mamba2Config) -> dict[str, object]:
     }
 
 
+def _rwkv7(config: RWKV7Config) -> dict[str, object]:
+    """As the converter writes them, less the context, which it always says is 2**20."""
+    of_attention = ("head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
+    return {
+        **dict.fromkeys(f"attention.{key}" for key in of_attention),
+        "attention.head_count": 0,
+        "attention.layer_norm_epsilon": config.norm_eps,
+        "wkv.head_size": config.head_dim,
+        "attention.decay_lora_rank": config.decay_rank,
+        "attention.iclr_lora_rank": config.rate_rank,
+        "attention.value_residual_mix_lora_rank": config.value_rank,
+        "attention.gate_lora_rank": config.gate_rank,
+    }
+
+
 _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "gemma3": _gemma3,
     "llama3": _rope,
@@ -315,6 +341,7 @@ _OWN: dict[str, Callable[[Any], dict[str, object]]] = {
     "gpt_oss": _gpt_oss,
     "gemma4": _gemma4,
     "mamba2": _mamba2,
+    "rwkv7": _rwkv7,
 }
 """Metadata of each family; None leaves a key out."""
 
@@ -352,6 +379,37 @@ def _by_expert(
         return [(f"{block}.ffn_gate_up_exps.{last}", stacked)]
     gates, ups = np.split(stacked, 2, axis=1)
     return [(f"{block}.ffn_gate_exps.{last}", gates), (f"{block}.ffn_up_exps.{last}", ups)]
+
+
+_OLD_NAMES = (
+    ("embed_tokens", "embeddings"),
+    ("ffn", "feed_forward"),
+    ("attn", "attention"),
+    ("_lora.lora.0.weight", "1"),
+    ("_lora.lora.2.weight", "2"),
+    ("_lora.lora.2.bias", "0"),
+    ("feed_forward_norm", "ln2"),
+    ("g_norm", "ln_x"),
+)
+"""What llama.cpp's converter calls RWKV-7's tensors, one after the other, before it looks names up."""
+
+
+def _recurrent(names: gguf.TensorNameMap, name: str, weights: Mapping[str, Weight]) -> dict[str, np.ndarray]:
+    """As llama.cpp's converter writes RWKV-7's tensors: mixes as one, and ranks of values that no first layer reads."""
+    values = weights[name].read().numpy()
+    if ".attn.x_" in name:
+        mixes = [weights[name[:-1] + use].read().numpy() for use in "rwkvag"]
+        fused = f"blk.{name.split('.')[1]}.time_mix_lerp_fused.weight"
+        return {fused: np.stack(mixes)} if name.endswith("x_r") else {}
+    whole = name if name.startswith("lm_head") else f"model.{name}"
+    for ours, theirs in _OLD_NAMES:
+        whole = whole.replace(ours, theirs)
+    in_file = names.get_name(whole, try_suffixes=(".weight", ".bias"))
+    if not in_file.endswith((".weight", ".bias")):
+        in_file += ".weight"
+    values = values.flatten() if name.endswith("r_k") else np.squeeze(values)
+    unread = {in_file.replace("mix_a", "mix_v"): values} if in_file.startswith("blk.0.time_mix_a") else {}
+    return {in_file: values, **unread}
 
 
 _FACTORS = {
@@ -433,12 +491,20 @@ def write_gguf(
     }
     values |= metadata or {}
     _add_metadata(writer, {f"{architecture}.{key}": value for key, value in values.items()} | dict(general or {}))
-    add_byte_tokenizer(writer, config.vocab_size, tokens)
+    if isinstance(config, RWKV7Config):
+        add_world_tokenizer(writer, config.vocab_size)
+    else:
+        add_byte_tokenizer(writer, config.vocab_size, tokens)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     family = architecture_of(config.architecture)
     names = gguf.get_tensor_name_map(kinds[gguf_format(family).name], config.num_layers)
     rng = np.random.default_rng(0)
     for name, weight in weights.items():
+        if isinstance(config, RWKV7Config):
+            for in_file, values_of_part in _recurrent(names, name, weights).items():
+                if in_file not in skip:
+                    _add_tensor(writer, in_file, values_of_part, types or {}, rng)
+            continue
         whole = in_checkpoint(name, renames=family.huggingface.renames).replace(".dt_bias", ".dt_proj.bias")
         stored = weight.read().float().numpy()
         if isinstance(config, GptOssConfig | Gemma4Config) and ".experts." in name:
@@ -575,3 +641,15 @@ def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, tokens: Mapping
     writer.add_token_list(pieces)
     writer.add_token_scores([-float(index) for index in range(vocab_size)])
     writer.add_token_types(kinds)
+
+
+def add_world_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """RWKV's kind of tokenizer, whose pieces are bytes as Python escapes them."""
+    pieces = ["<s>", *(repr(bytes([byte]))[2:-1] for byte in range(256)), "he", "hello", "\\n\\n"]
+    padding = [f"[PAD{index}]" for index in range(len(pieces), vocab_size)]
+    writer.add_tokenizer_model("rwkv")
+    writer.add_token_list(pieces + padding)
+    writer.add_token_types([3] + [1] * (len(pieces) - 1) + [5] * len(padding))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_eot_token_id(len(pieces) - 1)

@@ -85,7 +85,8 @@ def open_weights(
     Args:
         gguf: The package.
         header: Of the file.
-        names: In the module -> in the file, where gates and ups of experts are two tensors.
+        names: In the module -> in the file, where gates and ups of experts are two tensors. Tensors of the module that
+            go by one name stand there one below the other, in the module's order.
         shapes: By names in the module.
         rows: A name in the module -> what becomes of the stored rows; None if nothing.
         stored: A name in the module -> the shape in the file; None if it is the module's.
@@ -93,14 +94,21 @@ def open_weights(
     Raises:
         CheckpointError: If a tensor is missing, has another shape or a type that we do not read.
     """
-    needed = [in_file for name in shapes for in_file in names[name]]
+    needed = dict.fromkeys(in_file for name in shapes for in_file in names[name])
     if missing := [in_file for in_file in needed if in_file not in header.tensors]:
         raise CheckpointError(
             f"{header.path}: {len(missing)} of {len(needed)} tensors are missing: {listed(missing)}: fetch it again"
         )
+    sharers: dict[tuple[str, ...], list[str]] = {}
+    for name in shapes:
+        sharers.setdefault(tuple(names[name]), []).append(name)
     weights = {}
     for name, shape in shapes.items():
-        weight = _open(gguf, header, names[name], shape, stored(name))
+        together = sharers[tuple(names[name])]
+        weight = _open(gguf, header, names[name], (len(together) * shape[0], *shape[1:]), stored(name))
+        if len(together) > 1:
+            first = together.index(name) * shape[0]
+            weight = weight.slice_rows(first, first + shape[0])
         change = rows(name)
         weights[name] = weight if change is None else change(weight)
     return weights
@@ -135,7 +143,7 @@ def revision(source: Path | Header) -> str:
 
 def _names_in_file(form: GGUFFormat, name: str, header: Header) -> tuple[str, ...]:
     head, rest = "", name
-    if name.startswith("layers."):
+    if name.startswith("layers.") and name.rpartition(".")[0] not in form.tensors:
         _, index, rest = name.split(".", 2)
         head = f"blk.{index}."
     module, _, last = rest.rpartition(".")

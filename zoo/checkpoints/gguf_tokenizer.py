@@ -49,6 +49,14 @@ _FLAGS = (
 _IDS = {"bos_token_id": "<bos>", "unknown_token_id": "<unk>", "eos_token_id": None, "eot_token_id": None}
 
 
+def unread_lines(header: Header) -> tuple[str, ...]:
+    """In plain words, that a file's tokenizer is of a kind that is not read, so that its model has none."""
+    model = header.metadata.get(f"{_PREFIX}model")
+    if not isinstance(model, str) or model != "rwkv":
+        return ()
+    return (f"{_PREFIX}model is 'rwkv', a kind of tokenizer that is not read: give token ids in place of texts",)
+
+
 def read_tables(header: Header) -> Tables:
     """The tables of a tokenizer.
 

@@ -152,7 +152,7 @@ def test_without_rope_scaling(tmp_path: Path) -> None:
             ConfigError,
             "unknown architecture 'mamba': known are gemma3, gemma2, gemma4, llama",
         ),
-        ({"architecture": "rwkv7"}, ConfigError, "such files are not read, give the Hugging Face folder"),
+        ({"architecture": "longnet"}, ConfigError, "such files are not read, give the Hugging Face folder"),
         ({"metadata": {"block_count": None}}, ConfigError, "gemma3.block_count is None, expected a number"),
         ({"metadata": {"rope.scaling.type": "yarn"}}, ConfigError, "'yarn'"),
         ({"metadata": {"attention.value_length": 32}}, ConfigError, "keys and values differ"),
