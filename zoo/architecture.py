@@ -84,8 +84,8 @@ class GGUFFormat:
         read: Sizes and keys -> fields of the configuration beside the sizes; see `gguf_config`.
         tensors: Names in the module -> in the file; `layers.N.` is left out of the first, `blk.N.` of the second, and
             `N.` alone where a layer's part is called what another one of the module is. What files hold as two tensors
-            on an axis of experts, gates and ups, has two names; what they hold as one tensor, one below the other in the
-            module's order, goes by that one's. A layer's part that the file counts to none goes by its whole name.
+            on an axis of experts, gates and ups, has two names; what they hold as one tensor, one below the other in
+            the module's order, shares a name. A layer's part that files count to no layer goes by its whole name here.
         apart: The same, of what some files hold as two tensors, and others as the one that `tensors` says.
         rows: A configuration and a name in the module -> what becomes of the stored rows; None if nothing.
         frequencies: The file may hold `rope_freqs.weight`, which `read` understands.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import transom
 from tests.case import Case
 from tests.faults.graph import LINEAR, Spoil, argument, weight
 from tests.tolerances import FP32_LOGITS, FP32_SUMS, INT8_ACTIVATIONS
+from tests.zoo.tiny_gguf import STORABLE, write_gguf
 from transom.backends.reference.session import ReferenceSession
-from transom.errors import ConfigError
+from transom.errors import CheckpointError, ConfigError
 from transom.formats.schemes import scheme
 from transom.graphs import ops
 from transom.graphs.graph import Graph
@@ -30,6 +32,10 @@ from transom.validation.bisection.divergence import compare
 from transom.validation.bisection.recording import plan_calls, record
 from transom.validation.validate import validate_sources
 from transom.zoo.architectures import preset
+from transom.zoo.checkpoints.gguf import open_gguf
+from transom.zoo.checkpoints.gguf_config import read_metadata
+from transom.zoo.checkpoints.gguf_header import read_header
+from transom.zoo.checkpoints.random import random_weights
 from transom.zoo.huggingface import left_out, read_config, write_config
 from transom.zoo.model import Model, load
 from transom.zoo.plan import parameters, plan
@@ -328,3 +334,57 @@ def test_heads_as_wide_as_the_model(model: Model, tmp_path: Path) -> None:
     write_config(model.config, tmp_path)
     with pytest.raises(ConfigError, match="2 heads of 16 are 32 wide, expected the model's 64"):
         dataclasses.replace(model.config, num_heads=2, num_kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = STORABLE["rwkv7"]
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "stored.gguf", config, random_weights(config, 5))
+
+
+def test_a_gguf_file_is_a_model_without_a_tokenizer(stored: Path) -> None:
+    """Its mixes keep their order, and it says what is not read."""
+    read, weights = load(stored), random_weights(STORABLE["rwkv7"], 5)
+    mixes = [read.weights[f"layers.1.attn.x_{use}"].read() for use in "rwkvag"]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(mixes, 2))
+    assert all(torch.equal(mixes[at], weights[f"layers.1.attn.x_{use}"].read()) for at, use in enumerate("rwkvag"))
+    assert read.tokenizer is None and read.generation.stop_ids == (0, 259)
+    ranks, tokenizer = read.left_out
+    assert "no layer reads" in ranks and all(f"blk.0.time_mix_v{part}.weight" in ranks for part in range(3))
+    assert "'rwkv', a kind of tokenizer that is not read: give token ids" in tokenizer
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("wkv.head_size", 32, "heads of 32 are normalised with 0.00032, but llama.cpp takes 0.00064"),
+        ("wkv.head_size", 48, "wkv.head_size is 48, which does not divide a width of 128"),
+        ("attention.layer_norm_epsilon", 1e-6, "heads of 64 are normalised with 6.4e-05"),
+        ("attention.layer_norm_epsilon", None, "layer_norm_epsilon is None, expected a number"),
+        ("attention.gate_lora_rank", None, "gate_lora_rank is None, expected a number"),
+        ("attention.head_count", 7, "head_count is 7, only 0 or 2 is supported"),
+        ("token_shift_count", 1, "token_shift_count is 1, only 2 is supported"),
+        ("rescale_every_n_layers", 6, "rescale_every_n_layers is 6, only 0 is supported"),
+        ("rope.freq_base", 1e4, r"rwkv7\.rope\.freq_base"),
+    ],
+)
+def test_gguf_metadata_that_is_refused(stored: Path, key: str, value: object, words: str) -> None:
+    header = read_header(stored)
+    header.metadata[f"rwkv7.{key}"] = value
+    with pytest.raises(ConfigError, match=words):
+        read_metadata(header)
+
+
+def test_gguf_tensors_that_are_refused(stored: Path, tmp_path: Path) -> None:
+    header = read_header(stored)
+    fused = "blk.1.time_mix_lerp_fused.weight"
+    # llama.cpp's ARWKV has five mixes, as it has no gate.
+    header.tensors[fused] = dataclasses.replace(header.tensors[fused], shape=(5, 1, 1, 128))
+    with pytest.raises(
+        CheckpointError, match=r"lerp_fused.weight has shape \[5, 1, 1, 128\], expected \[6, 1, 1, 128\]"
+    ):
+        open_gguf(header)
+    config = STORABLE["rwkv7"]
+    path = write_gguf(tmp_path / "less.gguf", config, random_weights(config, 5), skip=(fused,))
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing: blk\.1\.time_mix_lerp_fused\.weight"):
+        open_gguf(path)
