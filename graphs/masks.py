@@ -1,7 +1,8 @@
 """What an attention mask means, found by evaluating it.
 
-The part of the graph that makes the mask is cut out and run on concrete sizes and positions that span several windows.
-It is accepted only if it equals a known family at every point of that grid; otherwise nothing is claimed about it.
+The part of the graph that makes the mask is cut out and run on concrete sizes and positions that span several windows
+(`graphs.mask_points`). It is accepted only if it equals a known family at every one of them; otherwise nothing is
+claimed about it.
 """
 
 from __future__ import annotations
@@ -16,27 +17,25 @@ from torch.fx.node import map_arg
 
 from transom.graphs import ops
 from transom.graphs.graph import Graph, run_nodes
-from transom.graphs.match import LAYOUT, arguments, aten, is_call
+from transom.graphs.mask_points import (
+    LARGEST_AREA,
+    Point,
+    UnreadableMaskError,
+    far_points,
+    full_points,
+    grid,
+    reach_of,
+    telling_point,
+    whole_numbers,
+    with_blocks,
+)
+from transom.graphs.match import arguments, aten, is_call, upstream
 from transom.graphs.node import Node
-
-LARGEST_WINDOW = 2**17
-LARGEST_AREA = 2**26
-"""Entries of the largest mask that is evaluated; beyond that nothing is claimed about a mask."""
-
-FARTHEST = 2**20
-"""Positions up to which a mask over caches is looked at, whatever numbers its graph mentions."""
 
 MASKED = -1e4
 """An additive mask must be 0 where a key is seen, and at most this where it is not."""
 
 _UNKNOWN = "the mask is neither causal nor a causal window, nor one of these by segments or dilated"
-
-_SHIFTS = (aten.__lshift__.Scalar, aten.__rshift__.Scalar)
-
-_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default, *_SHIFTS)
-
-_CURVED = {"pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sigmoid", "tanh"}
-"""Operations whose results do not tell how far apart the positions are at which they pass a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,23 +53,6 @@ class MaskReading:
     reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Point:
-    start: int
-    tokens: int
-    slots: int
-    block: int = 0
-    """Length of the blocks whose tokens see each other; 0 if there are none."""
-
-    @property
-    def until_T(self) -> torch.Tensor:
-        """Last position that each token sees: a block is at the end of the new tokens, and one before if it fits."""
-        until = self.start + torch.arange(self.tokens)
-        for stop in (self.tokens, self.tokens - self.block - 1) if self.block else ():
-            until[max(0, stop - self.block) : max(0, stop)] = self.start + stop - 1
-        return until
-
-
 def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool) -> MaskReading:
     """Find which keys a mask lets a query see.
 
@@ -86,17 +68,17 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
         return MaskReading(mask=None, reason=f"the mask depends on the values of {', '.join(unknown)}")
     if until not in inputs:
         until = None
-    reach = _reach(mask)
+    reach = reach_of(mask)
     try:
-        telling = _telling_point(reach, tokens, slots, cached=cached)
+        telling = telling_point(reach, tokens, slots, cached=cached)
         last_row, last = _evaluate(graph, mask, telling, tokens, slots)[-1:], telling.start + telling.tokens - 1
         keys = ops.slot_positions(telling.start, telling.tokens, telling.slots)
-        left = list(candidates(last_row, torch.tensor([last]), keys, _whole_numbers(mask)))
+        left = list(candidates(last_row, torch.tensor([last]), keys, whole_numbers(mask)))
         edges = {size for known in left for size in (known.window, known.segment, known.dilation)}
-        points = [telling, *_grid(reach, edges, tokens, slots, cached=cached)]
-        points += _far_points(_whole_numbers(mask), tokens, slots) if cached else _full_points(mask, tokens, points)
+        points = [telling, *grid(reach, edges, tokens, slots, cached=cached)]
+        points += far_points(whole_numbers(mask), tokens, slots) if cached else full_points(mask, tokens, points)
         if until is not None:
-            points += [with_block for point in points for with_block in _with_blocks(point, max(edges, default=0))]
+            points += [with_block for point in points for with_block in with_blocks(point, max(edges, default=0))]
         for point in points:
             seen = _evaluate(graph, mask, point, tokens, slots)
             left = [
@@ -107,7 +89,7 @@ def read_mask(graph: Graph, mask: Node, tokens: Any, slots: Any, *, cached: bool
             if not left:
                 reason = f"{_UNKNOWN}: see {point}"
                 return MaskReading(mask=None, reason=reason)
-    except _UnreadableMaskError as error:
+    except UnreadableMaskError as error:
         return MaskReading(mask=None, reason=str(error))
     # Where the graph fixes sizes that tell them apart nowhere, the simplest.
     return MaskReading(mask=left[0], until=until)
@@ -147,7 +129,7 @@ def structure(graph: Graph, mask: Node) -> tuple[str, ...]:
     Every operation upstream with its arguments, in which operations stand as numbers in the order of a walk that the
     arguments alone determine. Inputs whose values count stand there by name, others by their dtype and shape.
     """
-    nodes, names = _upstream(mask), {node: name for name, node in graph.inputs.items()}
+    nodes, names = upstream(mask), {node: name for name, node in graph.inputs.items()}
     by_value, places = set(_value_inputs(mask)), {node: _Place(index=index) for index, node in enumerate(nodes)}
     lines = []
     for node in nodes:
@@ -165,147 +147,6 @@ def structure(graph: Graph, mask: Node) -> tuple[str, ...]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Place:
     index: int
-
-
-class _UnreadableMaskError(Exception):
-    pass
-
-
-def _telling_point(reach: int, tokens: Any, slots: Any, *, cached: bool) -> _Point:
-    """A long history, so that a window shows."""
-    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
-    if not cached:
-        size = fixed_tokens or _span(reach)
-        return _Point(start=0, tokens=size, slots=size)
-    return _Point(start=2 * _span(reach), tokens=fixed_tokens or 1, slots=fixed_slots or _span(reach) + reach)
-
-
-def _grid(reach: int, sizes: Collection[int], tokens: Any, slots: Any, *, cached: bool) -> Iterator[_Point]:
-    """Points to compare at: the edges of a mask's sizes and of the reach, and histories that wrap around the slots.
-
-    Sizes that the graph fixes stay as they are.
-    """
-    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
-    edges = sorted({max(1, around + d) for around in (reach, *sizes) for d in (-1, 0, 1)} | {1, 2, 5})
-    span = _span(reach)
-    if not cached:
-        for size in {*edges, span, min(3 * max(sizes, default=0) + 5, span)}:
-            count = fixed_tokens or size
-            yield _Point(start=0, tokens=count, slots=count)
-        return
-    for width in (fixed_slots or span + reach, fixed_slots or span + 5):
-        for start in (0, *edges, width - 2, width, width + 3, 3 * width + 1):
-            for count in (1, 5, edges[-1]):
-                yield _Point(start=start, tokens=fixed_tokens or min(count, width), slots=width)
-
-
-def _far_points(sizes: Collection[int], tokens: Any, slots: Any) -> Iterator[_Point]:
-    """Few tokens, far from the start, that look back over all that the graph can hold.
-
-    A mask may change at positions that no number of its graph gives away. These points are spread over all sizes of
-    numbers, on both sides of what segments and dtypes of few bits are likely to end at.
-    """
-    fixed_tokens, fixed_slots = (size if isinstance(size, int) else None for size in (tokens, slots))
-    count = fixed_tokens or 5
-    widest = min(_most(slots), LARGEST_AREA // 8 // count)
-    powers = [2**exponent for exponent in range(5, FARTHEST.bit_length())]
-    ends = {end for size in sizes for end in (size, 5 * size)} if len(sizes) < 32 else set(sizes)
-    for end in sorted({*ends, *powers, *(power * 5 // 7 for power in powers)}):
-        start = max(0, end - count // 2)
-        yield _Point(start=start, tokens=count, slots=fixed_slots or max(1, min(start + count, widest)))
-
-
-def _full_points(mask: Node, tokens: Any, points: Collection[_Point]) -> Iterator[_Point]:
-    """As many tokens as the graph takes, where that is no large mask.
-
-    Raises:
-        _UnreadableMaskError: It is one, and where the mask changes cannot be told from its numbers.
-    """
-    most = _most(tokens)
-    if most <= 2048:
-        yield _Point(start=0, tokens=most, slots=most)
-        return
-    tried = max(point.tokens for point in points)
-    for node in _upstream(mask):
-        name = getattr(node.target, "__name__", "").split(".")[0].strip("_")
-        large = (value for value in _numbers(node) if abs(value) > LARGEST_WINDOW)
-        if name in _CURVED or (
-            name in ("lt", "le", "gt", "ge", "eq", "ne", "floor_divide", "remainder") and any(large)
-        ):
-            raise _UnreadableMaskError(
-                f"the mask may change beyond the {tried} tokens at which it was evaluated, by {node.name}"
-            )
-
-
-def _most(size: Any) -> int:
-    """Largest number that a size may be, as far as positions are looked at."""
-    if isinstance(size, int):
-        return size
-    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return min(int(bound), FARTHEST) if bound.is_finite else FARTHEST
-
-
-def _with_blocks(point: _Point, window: int) -> Iterator[_Point]:
-    """The point with blocks of tokens that see each other: shorter than the window, longer, and all of the tokens."""
-    for block in sorted({2, max(2, window // 2), window + 1, point.tokens}):
-        if 1 < block <= point.tokens:
-            yield dataclasses.replace(point, block=block)
-
-
-def _reach(mask: Node) -> int:
-    """The farthest distance at which something can change, judging by the numbers that the mask's subgraph mentions.
-
-    A distance may be compared with a number after it was multiplied or divided, so those factors count as well; not
-    where quotients are compared with each other, which change at the edges of segments.
-    """
-    reach, factors = 16.0, 1.0
-    for node in _upstream(mask):
-        for value in _numbers(node):
-            if not 0 < abs(value) <= LARGEST_WINDOW:
-                continue
-            if is_call(node, *_SCALING) and not _is_compared(node):
-                factors *= max(abs(value), 1 / abs(value))
-            else:
-                reach = max(reach, abs(value))
-    return math.ceil(min(reach * factors, LARGEST_WINDOW))
-
-
-def _is_compared(node: Node) -> bool:
-    """Whether a value is only asked whether it equals another one."""
-    equal = aten.eq.Tensor, aten.ne.Tensor
-    return all(is_call(user, *equal) or (is_call(user, *LAYOUT) and _is_compared(user)) for user in node.users)
-
-
-def _whole_numbers(mask: Node) -> set[int]:
-    """Sizes that the mask's subgraph mentions."""
-    values = {value for node in _upstream(mask) for value in _numbers(node)}
-    return {value for value in values if type(value) is int and 0 < value <= LARGEST_WINDOW}
-
-
-def _numbers(node: Node) -> list[int | float]:
-    """Numbers among a call's arguments and in lists there; of a shift, what it multiplies or divides by."""
-    values = list[int | float]()
-    for given in (*node.args, *node.kwargs.values()):
-        for value in given if isinstance(given, (list, tuple)) else (given,):
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                values.append(2**value if is_call(node, *_SHIFTS) and 0 <= value < 64 else value)
-    return values
-
-
-def _span(reach: int) -> int:
-    """Three windows; less where that would take gigabytes, but always past the edge."""
-    return max(reach + 5, min(3 * reach, 2048))
-
-
-def _upstream(node: Node) -> list[Node]:
-    nodes: dict[Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in nodes:
-            nodes[current] = None
-            stack.extend(current.all_input_nodes)
-    return list(nodes)
 
 
 def _value_inputs(mask: Node) -> list[Node]:
@@ -326,27 +167,27 @@ def _value_inputs(mask: Node) -> list[Node]:
     return list(inputs)
 
 
-def _evaluate(graph: Graph, mask: Node, point: _Point, tokens: Any, slots: Any) -> torch.Tensor:
+def _evaluate(graph: Graph, mask: Node, point: Point, tokens: Any, slots: Any) -> torch.Tensor:
     """The mask as bool [T, S] at one point of the grid."""
     if point.tokens * point.slots > LARGEST_AREA:
-        raise _UnreadableMaskError(f"the mask is too large to be evaluated at {point}")
+        raise UnreadableMaskError(f"the mask is too large to be evaluated at {point}")
     try:
         sizes = {str(tokens): point.tokens, str(slots): point.slots}
         value = evaluate(graph, mask, sizes, point.start, until=point.until_T)
     except Exception as error:  # whatever an op raises on sizes it was not traced for
-        raise _UnreadableMaskError(f"the mask cannot be evaluated by itself: {error}") from error
+        raise UnreadableMaskError(f"the mask cannot be evaluated by itself: {error}") from error
     if value.dtype != torch.bool:
         seen, hidden = value == 0, value <= MASKED
         if not bool((seen | hidden).all()):
-            raise _UnreadableMaskError("the mask adds a bias, it does not only hide keys")
+            raise UnreadableMaskError("the mask adds a bias, it does not only hide keys")
         value = seen
     if any(size != 1 for size in value.shape[:-2]):
         rows = value.flatten(0, -3)
         if not bool((rows == rows[:1]).all()):
-            raise _UnreadableMaskError("the mask differs between batch rows or heads")
+            raise UnreadableMaskError("the mask differs between batch rows or heads")
         value = rows[0]
     if any(size not in (1, wanted) for size, wanted in zip(value.shape[-2:], (point.tokens, point.slots), strict=True)):
-        raise _UnreadableMaskError(f"the mask is {list(value.shape[-2:])} where {point} was expected")
+        raise UnreadableMaskError(f"the mask is {list(value.shape[-2:])} where {point} was expected")
     return value.reshape(value.shape[-2:]).expand(point.tokens, point.slots)
 
 
@@ -362,7 +203,7 @@ def evaluate(
         start: Position of the first new token.
         until: Last position that each new token sees, where the node depends on it.
     """
-    needed, positions = set(_upstream(node)), {"start": torch.tensor(start), "until": until}
+    needed, positions = set(upstream(node)), {"start": torch.tensor(start), "until": until}
     known = {
         used: _stand_in(used, sizes) if positions.get(name) is None else positions[name]
         for name, used in graph.inputs.items()

@@ -90,3 +90,15 @@ def layer_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
+
+
+def upstream(node: Node) -> list[Node]:
+    """A node and all that it is computed from."""
+    nodes: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in nodes:
+            nodes[current] = None
+            stack.extend(current.all_input_nodes)
+    return list(nodes)

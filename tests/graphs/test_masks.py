@@ -242,6 +242,18 @@ def test_what_no_number_of_the_graph_gives_away_is_seen_from_afar() -> None:
         expect(read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True), expected)
 
 
+def test_long_windows_and_segments_over_caches() -> None:
+    """A mask of a window's tokens and two windows' slots would be too large to be evaluated."""
+    masks: dict[str, tuple[Ring, Expected]] = {
+        "window": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i - k < 8192), 8192),
+        "segments": (lambda i, k, p, s: (k >= 0) & (k <= i) & (i // 8192 == k // 8192), Mask(segment=8192)),
+    }
+    graph = ring_graph(({1: Dim("T", max=4096)}, None, {2: Dim("S", max=2**17)}), masks)
+    x, _, cache = graph.inputs.values()
+    for mask, (_, expected) in zip(graph.outputs.values(), masks.values(), strict=True):
+        expect(read_mask(graph, mask, x.meta["val"].shape[1], cache.meta["val"].shape[2], cached=True), expected)
+
+
 def test_where_keys_are_in_their_own_order_a_root_hides_a_window() -> None:
     masks: dict[str, tuple[Plain, Expected]] = {
         "shifts": (lambda i, j, x: (j <= i) & (i >> 6 == j >> 6), Mask(segment=64)),
