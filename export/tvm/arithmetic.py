@@ -31,7 +31,13 @@ def _arange(emitter: Emitter, node: Node) -> Any:
 def _operand(emitter: Emitter, node: Node, value: Any) -> Any:
     if not is_node(value):
         return relax.const(value, dtype_name(node.meta["val"].dtype))
-    return _whole(emitter, value) if _is_spread(node) else emitter.value(value)
+    if _is_spread(node):
+        return _whole(emitter, value)
+    shape = value.meta["val"].shape
+    if emitter.is_batched(node) and not emitter.is_batched(value) and len(shape) > 2:
+        # A parameter with an axis for the batch, which rows do not have.
+        return emitter.builder.emit(relax.op.reshape(emitter.value(value), [*map(emitter.size, shape[1:])]))
+    return emitter.value(value)
 
 
 def _is_spread(node: Node) -> bool:

@@ -168,6 +168,17 @@ def test_an_artifact_of_int8_weights(
     assert not code.diverged, code
 
 
+def test_an_artifact_whose_rows_have_no_axis_for_the_batch(
+    model: Model, words: list[int], logits: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    """Parameters that mix tokens have one; TVM's values do not."""
+    pytest.importorskip("tvm")
+    transom.compile(model, target="tvm", context=256, chunk=CHUNK, out=tmp_path / "a")
+    session = transom.open(tmp_path / "a")
+    rows = [*session.logits(words[:90]), *(session.decode(word) for word in words[90:])]
+    assert np.abs(np.stack(rows) - logits).max() < FP32_LOGITS
+
+
 def test_validation_and_bisection(model: Model) -> None:
     assert validate_sources(model, targets=["reference"]).passed
     verdict = bisect("reference", "eager", model=model, chunk=CHUNK, length=50, decode=2)
