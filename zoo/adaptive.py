@@ -17,6 +17,7 @@ from transom.zoo.architecture import Architecture, HuggingFaceFormat, Preset
 from transom.zoo.config import AttentionLayer, DecoderConfig
 from transom.zoo.config_keys import Keys
 from transom.zoo.rope import Rope
+from transom.zoo.rope_keys import rope_buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ ARCHITECTURE = Architecture(
         keys=(pre_norm.KEYS - {"layer_types"}) | {"layer_windows"},
         read=_read,
         write=_write,
-        buffer=pre_norm.buffer,
+        buffer=rope_buffer,
     ),
     gguf=None,
     presets=(

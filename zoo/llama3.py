@@ -20,6 +20,7 @@ from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.packaged import shipped
 from transom.zoo.rope import Llama3Rope, Rope
+from transom.zoo.rope_keys import rope_buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     keys=pre_norm.KEYS,
     read=_read,
     write=_write,
-    buffer=pre_norm.buffer,
+    buffer=rope_buffer,
 )
 
 

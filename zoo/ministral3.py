@@ -20,6 +20,7 @@ from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.layers import Rotation
 from transom.zoo.rope import YarnRope, rotate, rotation
+from transom.zoo.rope_keys import rope_buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     ),
     read=_read,
     write=_write,
-    buffer=pre_norm.buffer,
+    buffer=rope_buffer,
 )  # fmt: skip
 
 

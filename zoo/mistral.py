@@ -15,6 +15,7 @@ from transom.zoo.architecture import Architecture, HuggingFaceFormat, Preset
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.rope import Rope
+from transom.zoo.rope_keys import rope_buffer
 from transom.zoo.usual_keys import read_windows, windows
 
 
@@ -66,7 +67,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     keys=pre_norm.KEYS,
     read=_read,
     write=_write,
-    buffer=pre_norm.buffer,
+    buffer=rope_buffer,
 )
 
 

@@ -17,7 +17,7 @@ from transom.zoo.config import LARGEST, LocalGlobalConfig, tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.layers import Attention, PreNormLayer, RMSNorm, Rotation, StackedDecoder
 from transom.zoo.rope import Rope, rotate, rotation
-from transom.zoo.rope_keys import read_rope, rope_buffer, rope_parameters
+from transom.zoo.rope_keys import read_rope, rope_parameters
 from transom.zoo.usual_keys import read_usual_sizes, usual_sizes
 
 
@@ -134,9 +134,6 @@ def write(config: PreNormConfig, model_type: str, class_name: str) -> dict[str, 
         "tie_word_embeddings": config.tied,
     }
 
-
-buffer = rope_buffer
-"""What buffers must hold."""
 
 GGUF_TENSORS = {**USUAL_TENSORS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 

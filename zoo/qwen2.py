@@ -17,6 +17,7 @@ from transom.zoo.checkpoints.gguf_config import USUAL_NEUTRAL
 from transom.zoo.config import tile
 from transom.zoo.config_keys import Keys
 from transom.zoo.rope import Rope
+from transom.zoo.rope_keys import rope_buffer
 from transom.zoo.usual_keys import LAYER_KINDS, read_layer_types, windows
 
 
@@ -91,7 +92,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     keys=pre_norm.KEYS | WINDOW_KEYS,
     read=_read,
     write=_write,
-    buffer=pre_norm.buffer,
+    buffer=rope_buffer,
 )
 
 _GGUF = GGUFFormat(

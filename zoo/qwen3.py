@@ -20,6 +20,7 @@ from transom.zoo.config_keys import Keys
 from transom.zoo.layers import RMSNorm, Rotation
 from transom.zoo.qwen2 import WINDOW_KEYS, read_layers, write_layers
 from transom.zoo.rope import Rope, rotate
+from transom.zoo.rope_keys import rope_buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ _HUGGINGFACE = HuggingFaceFormat(
     keys=pre_norm.KEYS | WINDOW_KEYS,
     read=_read,
     write=_write,
-    buffer=pre_norm.buffer,
+    buffer=rope_buffer,
 )
 
 _GGUF = GGUFFormat(
